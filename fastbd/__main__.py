@@ -1,0 +1,5 @@
+import sys
+
+from fastbd.cli import main
+
+sys.exit(main())

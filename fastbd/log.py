@@ -1,0 +1,77 @@
+"""What a run writes and shows: .jsonl lines, the circumstances, the progress line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def append(path: Path, row: dict) -> None:
+    """Add one line to a .jsonl file."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a .json file atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def environment() -> dict:
+    """Versions, machine and commit: the circumstances of a number."""
+    import numpy
+    import PIL
+    import torch
+
+    from fastbd import __version__
+
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "fastbd": __version__,
+        "commit": commit or None,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "gpu": gpu,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextmanager
+def progress(label: str, total: int, done: int = 0, quiet: bool = False):
+    """A progress bar; yields advance(n, text)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
+        task = bar.add_task(label, total=total, completed=done, text="")
+
+        def advance(n: int = 1, text: str | None = None) -> None:
+            bar.update(task, advance=n, **({} if text is None else {"text": text}))
+
+        yield advance
