@@ -1,0 +1,1 @@
+"""From sources of pairs to batches of pixels and tokens."""

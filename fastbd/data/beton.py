@@ -1,0 +1,238 @@
+"""The .beton container, version 2 (FFCV's format), read and written with numpy alone.
+
+Layout, little endian: header, field descriptors, one metadata record a sample, pages that hold the values of a sample
+back to back, and the allocation table (sample, pointer, size) up to the end of the file. FFCV reads these files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from fastbd.data.tokenizer import CONTEXT
+from fastbd.errors import UserError
+
+PAGE = 1 << 23  # bytes; FFCV reads whole pages, so no sample may cross a border
+HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")])
+FIELD = np.dtype([("type", "<u1"), ("name", "S16"), ("arguments", "V1024")])
+ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")])
+SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+INT_TYPE, IMAGE_TYPE, BYTES_TYPE, ARRAY_TYPE = 1, 2, 3, 4
+METADATA = {0: "<f8", INT_TYPE: "<i8", IMAGE_TYPE: IMAGE, BYTES_TYPE: SPAN, ARRAY_TYPE: "<u8", 5: SPAN, 6: "<u8"}
+
+
+def _record(fields: np.ndarray) -> np.dtype:
+    """The metadata record: a C struct of the fields in their order."""
+    names = [name.decode() for name in fields["name"]]
+    return np.dtype([(n, METADATA[int(t)]) for n, t in zip(names, fields["type"], strict=True)], align=True)
+
+
+class Beton:
+    """A .beton file, mapped into memory: opening reads the tables, samples are read when asked for.
+
+    Attributes, with N the number of samples: `path`; `width`, `height`: uint16 [N], px; `row_id`: int64 [N], row in
+    the source; `labels`: int64 [N] or None; `class_names`: list or None; `num_text_views`.
+    Raises UserError for a file that is no .beton, is cut short, or holds raw pixels in place of JPEG.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        try:
+            self._bytes = np.memmap(self.path, np.uint8, "r")
+            self._read_tables()
+        except FileNotFoundError:
+            raise UserError(f"{self.path} does not exist: make it with `fastbd build`.") from None
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{self.path} is no whole .beton file ({error}): build it again.") from None
+
+    def _read_tables(self) -> None:
+        data, start = self._bytes, HEADER.itemsize
+        header = data[:start].view(HEADER)[0]
+        if header["version"] != 2:
+            raise ValueError(f"format version {header['version']}, not 2")
+        n, table = int(header["samples"]), int(header["table"])
+        self._fields = data[start : start + int(header["fields"]) * FIELD.itemsize].view(FIELD)
+        record, start = _record(self._fields), start + self._fields.nbytes
+        end = start + n * record.itemsize
+        pointers = int((self._fields["type"] > INT_TYPE).sum())  # values a sample, each with a row in the table
+        if end > table or len(data) - table < n * pointers * ALLOCATION.itemsize:
+            raise ValueError("its end is missing")
+        self._metadata = np.asarray(data[start:end].view(record))
+        self._allocations = np.asarray(data[table:].view(ALLOCATION))
+
+        image = self._metadata["image"]
+        if image.dtype != IMAGE or image["mode"].any():
+            raise ValueError("its images are not JPEG")
+        self._jpeg_size = self._sizes(image["ptr"])
+        self.width, self.height = image["width"].copy(), image["height"].copy()
+        self.row_id = self._metadata["row_id"].copy() if "row_id" in record.names else np.arange(n)
+        self.labels = self._metadata["label"].copy() if "label" in record.names else None
+        self.num_text_views = self._array_shape("text_views")[0] if "text_views" in record.names else 0
+
+    def _sizes(self, ptr: np.ndarray) -> np.ndarray:
+        """Length in bytes of the value at each pointer, from the allocation table."""
+        table = self._allocations
+        stride = len(table) // max(len(ptr), 1)
+        if stride and len(table) == stride * len(ptr) and np.array_equal(table["ptr"][::stride], ptr):
+            return table["size"][::stride].copy()  # in order, as BetonWriter writes it: nothing to sort
+        table = table[table["size"] > 0]  # an empty value shares its pointer with the next one
+        order = np.argsort(table["ptr"])
+        found = np.searchsorted(table["ptr"], ptr, sorter=order).clip(max=max(len(table) - 1, 0))
+        if not np.array_equal(table["ptr"][order[found]], ptr):
+            raise ValueError("an image is missing from its allocation table")
+        return table["size"][order[found]]
+
+    def _array_shape(self, name: str) -> tuple[int, ...]:
+        arguments = self._fields["arguments"][[n.decode() for n in self._fields["name"]].index(name)]
+        shape = np.frombuffer(bytes(arguments), "<u8", 32)
+        return tuple(int(s) for s in shape[shape > 0])
+
+    def _gather(self, name: str, ids, skip: int, width: int) -> np.ndarray:
+        """uint16 [B, width], starting `skip` values into the array `name` of each sample."""
+        if name not in self._metadata.dtype.names:
+            raise UserError(f"{self.path} holds no {name}: build it with `fastbd build`.")
+        first = self._metadata[name][np.atleast_1d(ids)] + np.uint64(2 * skip)
+        return sliding_window_view(np.asarray(self._bytes), 2 * width)[first].view("<u2")
+
+    def _text(self, name: str, i: int) -> str:
+        span = self._metadata[name][i]
+        return self._bytes[int(span["ptr"]) :][: int(span["size"])].tobytes().decode()
+
+    def __len__(self) -> int:
+        return len(self._metadata)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over header, metadata and allocation table: names the data that a plan was made for."""
+        head = HEADER.itemsize + self._fields.nbytes
+        digest = hashlib.sha256(self._bytes[: head + self._metadata.nbytes])
+        digest.update(self._allocations)
+        return digest.hexdigest()
+
+    @cached_property
+    def class_names(self) -> list[str] | None:
+        """Name of class 0..C-1."""
+        if self.labels is None or "class_name" not in self._metadata.dtype.names:
+            return None
+        labels, first = np.unique(self.labels, return_index=True)
+        names = {int(label): self._text("class_name", i) for label, i in zip(labels, first, strict=True)}
+        return [names.get(label, "") for label in range(max(names, default=-1) + 1)]
+
+    def jpeg(self, i: int) -> np.ndarray:
+        """uint8 [bytes], a view of the file: nothing is copied."""
+        ptr = int(self._metadata["image"]["ptr"][i])
+        return np.asarray(self._bytes[ptr : ptr + int(self._jpeg_size[i])])
+
+    def tokens(self, ids) -> np.ndarray:
+        """uint16 [B, 77], the captions' tokens."""
+        return self._gather("tokens", ids, 0, CONTEXT)
+
+    def text_view(self, ids, k: int = 0) -> np.ndarray:
+        """uint16 [B, 77], tokens of the k-th augmented version of the captions."""
+        if not 0 <= k < self.num_text_views:
+            raise UserError(f"{self.path} holds {self.num_text_views} text views: build it with --text-views {k + 1}.")
+        return self._gather("text_views", ids, k * CONTEXT, CONTEXT)
+
+    def caption(self, i: int) -> str:
+        return self._text("caption", i)
+
+
+def _array_arguments(*shape: int) -> bytes:
+    """Arguments of a uint16 array field: 32 sizes, length of the dtype's description, the description."""
+    dtype = json.dumps(np.dtype("<u2").descr).encode()
+    sizes = [*shape, *[0] * (32 - len(shape)), len(dtype)]
+    return np.array(sizes, "<u8").tobytes() + dtype
+
+
+class BetonWriter:
+    """Writes a .beton file sample by sample; a context manager.
+
+    `capacity` bounds the number of samples (the metadata precede the values, so their room is reserved); fewer may
+    follow. The file appears under its name when the block ends well; after an error nothing is left.
+    """
+
+    def __init__(self, path: str | os.PathLike, capacity: int, text_views: int, labelled: bool):
+        self.path = Path(path)
+        fields = [(IMAGE_TYPE, "image", b""), (ARRAY_TYPE, "tokens", _array_arguments(CONTEXT))]
+        if text_views:
+            fields.append((ARRAY_TYPE, "text_views", _array_arguments(text_views, CONTEXT)))
+        fields += [(BYTES_TYPE, "caption", b""), (INT_TYPE, "row_id", b"")]
+        if labelled:
+            fields += [(INT_TYPE, "label", b""), (BYTES_TYPE, "class_name", b"")]
+        self._fields = np.array(fields, FIELD)
+        self._metadata = np.zeros(capacity, _record(self._fields))
+        stored = [name for kind, name, _ in fields if kind != INT_TYPE]
+        self._allocations = np.zeros((capacity, len(stored)), ALLOCATION)
+        self._text_shape = (text_views, CONTEXT)
+        self._count = 0
+
+    def __enter__(self) -> BetonWriter:
+        self._tmp = self.path.with_name(self.path.name + ".tmp")
+        self._file = self._tmp.open("wb")
+        head = HEADER.itemsize + self._fields.nbytes + self._metadata.nbytes
+        self._free = math.ceil(head / PAGE) * PAGE  # where the next value goes
+        self._file.seek(self._free)
+        return self
+
+    def add(
+        self,
+        *,
+        jpeg: bytes,
+        width: int,
+        height: int,
+        tokens: np.ndarray,
+        text_views: np.ndarray | None,
+        caption: str,
+        row_id: int,
+        label: int | None = None,
+        class_name: str | None = None,
+    ) -> None:
+        """Append a sample: tokens uint16 [77], text_views uint16 [K, 77]. ValueError: it does not fit into a page."""
+        values = {"image": bytes(jpeg), "tokens": np.asarray(tokens, "<u2").reshape(CONTEXT).tobytes()}
+        if self._text_shape[0]:
+            values["text_views"] = np.asarray(text_views, "<u2").reshape(self._text_shape).tobytes()
+        values["caption"] = caption.encode()
+        if class_name is not None:
+            values["class_name"] = class_name.encode()
+        sizes = [len(value) for value in values.values()]
+        if sum(sizes) > PAGE:
+            raise ValueError(f"a sample of {sum(sizes):,} bytes, of at most {PAGE:,}")
+
+        if self._free % PAGE + sum(sizes) > PAGE:
+            self._free = math.ceil(self._free / PAGE) * PAGE
+            self._file.seek(self._free)
+        ptr = np.cumsum([self._free, *sizes])
+        spans = dict(zip(values, zip(ptr, sizes, strict=False), strict=True))
+        record = {name: span if name in ("caption", "class_name") else span[0] for name, span in spans.items()}
+        record |= {"image": (0, width, height, ptr[0]), "row_id": row_id, "label": label}
+        self._metadata[self._count] = tuple(record[name] for name in self._metadata.dtype.names)
+        self._allocations[self._count] = [(self._count, *span) for span in spans.values()]
+        self._file.writelines(values.values())
+        self._free = int(ptr[-1])
+        self._count += 1
+
+    def _finish(self) -> None:
+        self._file.write(self._allocations[: self._count].tobytes())
+        header = np.array((2, len(self._fields), PAGE, self._count, self._free), HEADER)
+        self._file.seek(0)
+        self._file.write(header.tobytes() + self._fields.tobytes() + self._metadata[: self._count].tobytes())
+        self._file.close()
+        os.replace(self._tmp, self.path)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            with suppress(OSError):  # on a full disk, closing tries once more to write what is left
+                self._file.close()
+            self._tmp.unlink(missing_ok=True)

@@ -1,0 +1,34 @@
+"""Captions to CLIP's byte-pair tokens (Radford et al. 2021, arXiv 2103.00020, section 2.4)."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from functools import cache
+
+import ftfy
+import instant_clip_tokenizer
+import numpy as np
+
+CONTEXT = 77
+VOCABULARY = 49408
+
+
+@cache
+def _tokenizer() -> instant_clip_tokenizer.Tokenizer:
+    return instant_clip_tokenizer.Tokenizer()
+
+
+def clean(text: str) -> str:
+    """Mend broken Unicode, undo HTML escapes (twice, for web text that was escaped twice), fold white space."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def tokenize(texts: Sequence[str], context: int = CONTEXT) -> np.ndarray:
+    """uint16 [B, context]: start (49406), the lower-cased text, end (49407), zeros.
+
+    A long text is cut, its end token is not: the text tower reads its output there.
+    """
+    if not texts:
+        return np.zeros((0, context), np.uint16)
+    return _tokenizer().tokenize_batch(list(texts), context_length=context)

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastbd.data.beton import ALLOCATION, HEADER, PAGE, Beton, BetonWriter
+from fastbd.errors import UserError
+
+
+def jpeg(i: int, width: int = 20, height: int = 10) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (width, height), (i * 40 % 256, 128, 255 - i)).save(data, "JPEG")
+    return data.getvalue()
+
+
+def sample(i: int, views: int = 2, labelled: bool = True) -> dict:
+    """Row ids leave gaps, as rejects do; the classes are a, b, c in turn."""
+    rng = np.random.default_rng(i)
+    values = {
+        "jpeg": jpeg(i, 20 + i, 10), "width": 20 + i, "height": 10, "caption": f"caption {i} é", "row_id": 3 * i,
+        "tokens": rng.integers(0, 49408, 77).astype(np.uint16),
+        "text_views": rng.integers(0, 49408, (views, 77)).astype(np.uint16),
+    }  # fmt: skip
+    return values | ({"label": i % 3, "class_name": "abc"[i % 3]} if labelled else {})
+
+
+def write(path: Path, n: int, views: int = 2, labelled: bool = True) -> Path:
+    with BetonWriter(path, n + 5, views, labelled) as writer:
+        for i in range(n):
+            writer.add(**sample(i, views, labelled))
+    return path
+
+
+def read_by_hand(path: Path, views: int, labelled: bool) -> list[dict]:
+    """The format table of version 2 with struct alone: C alignment, an image record of 13 packed bytes."""
+    data = path.read_bytes()
+    version, num_fields, page, count, table = struct.unpack_from("<HHIQQ", data)
+    assert version == 2 and page == PAGE
+    names, types = [], []
+    for field in range(num_fields):
+        at = 24 + 1041 * field
+        types.append(data[at])
+        names.append(data[at + 1 : at + 17].rstrip(b"\0").decode())
+    wanted = [("image", 2), ("tokens", 4), *[("text_views", 4)] * bool(views), ("caption", 3), ("row_id", 1)]
+    assert list(zip(names, types, strict=True)) == wanted + [("label", 1), ("class_name", 3)] * labelled
+    shape = struct.unpack_from("<33Q", data, 24 + 1041 + 17)
+    assert shape[:2] == (77, 0)
+    assert data[24 + 1041 + 17 + 264 :][: shape[32]] == b'[["", "<u2"]]'
+
+    sizes = {ptr: (owner, size) for owner, ptr, size in struct.iter_unpack("<QQQ", data[table:])}
+    offset = 24 + 1041 * num_fields
+    form = "<BHHQ3xQ" + "Q" * bool(views) + "QQq" + "qQQ" * labelled
+    rows = []
+    for i in range(count):
+        mode, width, height, image, tokens, *rest = struct.unpack_from(form, data, offset + i * struct.calcsize(form))
+        assert mode == 0 and sizes[image][0] == i
+        row = {"jpeg": data[image : image + sizes[image][1]], "width": width, "height": height}
+        row["tokens"] = np.array(struct.unpack_from("<77H", data, tokens))
+        if views:
+            row["text_views"] = np.array(struct.unpack_from(f"<{77 * views}H", data, rest.pop(0))).reshape(views, 77)
+        ptr, size, row["row_id"] = rest[:3]
+        row["caption"] = data[ptr : ptr + size].decode()
+        if labelled:
+            row["label"], ptr, size = rest[3:]
+            row["class_name"] = data[ptr : ptr + size].decode()
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize(("views", "labelled"), [(2, True), (0, False), (1, False)])
+def test_the_file_follows_the_format(tmp_path, views, labelled):
+    rows = read_by_hand(write(tmp_path / "a.beton", 7, views, labelled), views, labelled)
+    assert len(rows) == 7
+    for i, row in enumerate(rows):
+        wanted = sample(i, views, labelled)
+        assert all(np.array_equal(row[name], wanted[name]) for name in row)
+
+
+def test_reading_gives_what_was_written(tmp_path):
+    data = Beton(write(tmp_path / "a.beton", 7))
+    assert len(data) == 7 and data.num_text_views == 2
+    assert data.width.tolist() == [20, 21, 22, 23, 24, 25, 26] and set(data.height) == {10}
+    assert data.row_id.tolist() == [0, 3, 6, 9, 12, 15, 18]
+    assert data.labels.tolist() == [0, 1, 2, 0, 1, 2, 0] and data.class_names == ["a", "b", "c"]
+    ids = np.array([5, 0, 5])
+    assert np.array_equal(data.tokens(ids), [sample(i)["tokens"] for i in ids])
+    for k in (0, 1):
+        assert np.array_equal(data.text_view(ids, k), [sample(i)["text_views"][k] for i in ids])
+    assert [data.caption(i) for i in (0, 6)] == ["caption 0 é", "caption 6 é"]
+    assert all(data.jpeg(i).tobytes() == jpeg(i, 20 + i) for i in range(7))
+    with pytest.raises(UserError, match="holds 2 text views"):
+        data.text_view(ids, 2)
+
+
+def test_a_jpeg_is_a_view_of_the_file(tmp_path):
+    data = Beton(write(tmp_path / "a.beton", 2))
+    assert np.shares_memory(data.jpeg(1), data._bytes)
+
+
+def test_an_unlabelled_file_has_no_classes(tmp_path):
+    data = Beton(write(tmp_path / "a.beton", 2, labelled=False))
+    assert data.labels is None and data.class_names is None
+
+
+def test_an_allocation_table_in_any_order(tmp_path):
+    path = write(tmp_path / "a.beton", 7)
+    raw = bytearray(path.read_bytes())
+    start = int(np.frombuffer(raw, HEADER, 1)["table"][0])
+    table = np.frombuffer(raw[start:], ALLOCATION)
+    empty = np.array([(3, table["ptr"][15], 0)], ALLOCATION)  # an empty value shares the pointer of the next one
+    raw[start:] = np.concatenate([empty, np.random.default_rng(0).permutation(table)]).tobytes()
+    path.write_bytes(raw)
+    data = Beton(path)
+    assert all(data.jpeg(i).tobytes() == jpeg(i, 20 + i) for i in range(7))
+
+
+def test_no_sample_crosses_a_page(tmp_path):
+    with BetonWriter(tmp_path / "a.beton", 9, 0, False) as writer:
+        for i in range(5):
+            writer.add(**sample(i, 0, False) | {"jpeg": bytes([i]) * 3_000_000})
+        with pytest.raises(ValueError, match="of at most 8,388,608"):
+            writer.add(**sample(5, 0, False) | {"jpeg": bytes(PAGE)})
+    data = Beton(tmp_path / "a.beton")
+    ends = [read["ptr"] + read["size"] - 1 for read in data._allocations.reshape(5, 3)[:, -1]]
+    starts = data._allocations.reshape(5, 3)[:, 0]["ptr"]
+    assert [int(s) // PAGE for s in starts] == [int(e) // PAGE for e in ends] == [1, 1, 2, 2, 3]
+    assert all(set(data.jpeg(i).tolist()) == {i} for i in range(5))
+
+
+def test_an_error_leaves_the_old_file_alone(tmp_path):
+    path = write(tmp_path / "a.beton", 2)
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError), BetonWriter(path, 9, 2, True) as writer:
+        writer.add(**sample(0))
+        raise RuntimeError
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.beton"]
+
+
+def test_the_fingerprint_names_the_data(tmp_path):
+    first, same = Beton(write(tmp_path / "a.beton", 5)), Beton(write(tmp_path / "b.beton", 5))
+    other = Beton(write(tmp_path / "c.beton", 6))
+    assert first.fingerprint == same.fingerprint != other.fingerprint and len(first.fingerprint) == 64
+
+
+@pytest.mark.parametrize("keep", [0, 10, 24, 2000, PAGE + 100, -1, -24])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    path = write(tmp_path / "a.beton", 5)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="no whole .beton file"):
+        Beton(path)
+
+
+def test_files_that_are_no_beton_are_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        Beton(tmp_path / "none.beton")
+    (tmp_path / "a.beton").write_bytes(b"path,caption\n" * 500)
+    with pytest.raises(UserError, match="format version"):
+        Beton(tmp_path / "a.beton")
+    raw = bytearray(write(tmp_path / "b.beton", 1).read_bytes())
+    raw[24 + 7 * 1041] = 1  # the mode of the first image: raw pixels
+    (tmp_path / "b.beton").write_bytes(raw)
+    with pytest.raises(UserError, match="not JPEG"):
+        Beton(tmp_path / "b.beton")
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_ffcv_reads_our_file(tmp_path, os_cache):
+    pytest.importorskip("ffcv")
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.bytes import BytesDecoder
+    from ffcv.fields.ndarray import NDArrayDecoder
+    from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    path = tmp_path / "a.beton"
+    with BetonWriter(path, 9, 2, True) as writer:
+        for i in range(7):
+            writer.add(**sample(i) | {"jpeg": jpeg(i, 16, 16), "width": 16, "height": 16})
+    pipelines = {
+        "image": [CenterCropRGBImageDecoder((16, 16), 1)],
+        "tokens": [NDArrayDecoder()], "text_views": [NDArrayDecoder()],
+        "caption": [BytesDecoder()], "row_id": [IntDecoder()], "label": [IntDecoder()], "class_name": [BytesDecoder()],
+    }  # fmt: skip
+    loader = Loader(str(path), 7, 1, os_cache, OrderOption.SEQUENTIAL, pipelines=pipelines)
+    image, tokens, text_views, caption, row_id, label, class_name = next(iter(loader))
+    for i in range(7):
+        pixels = np.asarray(Image.open(io.BytesIO(jpeg(i, 16, 16)))).astype(int)
+        assert np.abs(image[i].astype(int) - pixels).max() <= 8  # FFCV decodes with a coarser transform
+        assert np.array_equal(tokens[i], sample(i)["tokens"])
+        assert np.array_equal(text_views[i], sample(i)["text_views"])
+        text = sample(i)["caption"].encode()
+        assert caption[i][: len(text)].tobytes() == text and chr(class_name[i][0]) == "abc"[i % 3]
+    assert row_id[:, 0].tolist() == [3 * i for i in range(7)] and label[:, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_we_read_ffcvs_file(tmp_path):
+    pytest.importorskip("ffcv")
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    images = [(np.full((9, 12 + i, 3), 20 * i, np.uint8), i % 2) for i in range(10)]
+    path = tmp_path / "theirs.beton"
+    fields = {"image": RGBImageField(write_mode="jpg"), "label": IntField()}
+    DatasetWriter(str(path), fields, num_workers=2).from_indexed_dataset(images, chunksize=3)
+    data = Beton(path)
+    assert data.labels.tolist() == [0, 1] * 5 and data.row_id.tolist() == list(range(10))
+    for i, (pixels, _) in enumerate(images):
+        assert np.abs(np.asarray(Image.open(io.BytesIO(data.jpeg(i)))).astype(int) - pixels).max() <= 2
+    with pytest.raises(UserError, match="holds no tokens"):
+        data.tokens([0])

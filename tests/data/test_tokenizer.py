@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import numpy as np
+
+from fastbd.data.tokenizer import CONTEXT, VOCABULARY, clean, tokenize
+
+START, END = VOCABULARY - 2, VOCABULARY - 1
+
+
+def test_known_tokens():
+    # Values of CLIP's own tokenizer.
+    known = {"a photo of a cat": [320, 1125, 539, 320, 2368], "hello world!": [3306, 1002, 256], "A dog": [320, 1929]}
+    tokens = tokenize(list(known))
+    assert tokens.dtype == np.uint16 and tokens.shape == (3, CONTEXT)
+    for row, middle in zip(tokens, known.values(), strict=True):
+        assert row.tolist() == [START, *middle, END, *[0] * (CONTEXT - 2 - len(middle))]
+
+
+def test_a_long_text_keeps_its_end_token():
+    row = tokenize(["cat " * 200])[0]
+    assert row.tolist() == [START, *[2368] * (CONTEXT - 2), END]
+    assert tokenize(["cat " * 75])[0, -1] == END and tokenize(["cat " * 74])[0, -2:].tolist() == [END, 0]
+    assert tokenize(["cat dog bird"], context=4).tolist() == [[START, 2368, 1929, END]]
+
+
+def test_special_tokens_cannot_be_written_in_a_caption():
+    row = tokenize(["<|endoftext|> cat <|startoftext|>"])[0]
+    assert (row == END).sum() == 1 and (row == START).sum() == 1
+
+
+def test_no_text_and_no_texts():
+    assert tokenize([""])[0, :3].tolist() == [START, END, 0]
+    assert tokenize([]).shape == (0, CONTEXT)
+
+
+def test_clean():
+    assert clean("  two\t words\n here ") == "two words here"
+    assert clean("salt &amp;amp; pepper &lt;3") == "salt & pepper <3"
+    assert clean("cafÃ©") == "café"
+    assert clean(" \n") == ""
