@@ -1,0 +1,104 @@
+"""The dual encoder (Radford et al. 2021, arXiv 2103.00020) and the table of its sizes."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastbd.errors import UserError
+from fastbd.models.resnet import ModifiedResNet
+from fastbd.models.text import Transformer, init_text_transformer
+from fastbd.models.vit import VisionTransformer
+
+CONTEXT = 77
+VOCABULARY = 49_408
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Sizes of a dual encoder; a ResNet has no `patch`, and its `vision_layers` are the blocks of its four stages."""
+
+    image_size: int
+    embed_dim: int
+    vision_width: int
+    vision_layers: tuple[int, ...]
+    patch: int | None
+    text_width: int
+    text_layers: int
+    text_heads: int
+
+
+class CLIP(nn.Module):
+    """Embeddings are raw: normalising them is the objective's part. Parameter names and initialisation are OpenAI's."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.image_size, self.embed_dim = spec.image_size, spec.embed_dim
+        self.visual = _vision_tower(spec)
+        self.transformer = Transformer(spec.text_width, spec.text_layers, spec.text_heads, causal=True)
+        self.token_embedding = nn.Embedding(VOCABULARY, spec.text_width)
+        self.positional_embedding = nn.Parameter(torch.empty(CONTEXT, spec.text_width))
+        self.ln_final = nn.LayerNorm(spec.text_width)
+        self.text_projection = nn.Parameter(torch.empty(spec.text_width, spec.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        init_text_transformer(self.transformer)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=spec.text_width**-0.5)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, image_size, image_size] -> [B, embed_dim]."""
+        return self.visual(pixels)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Token ids, int32 or int64 [B, L <= 77] -> [B, embed_dim].
+
+        Padding behind the end token may be trimmed: under the causal mask it changes nothing.
+        """
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x = self.transformer(x)
+        end = tokens.argmax(dim=1)  # the end token has the highest id
+        rows = torch.arange(tokens.shape[0], device=tokens.device)
+        return self.ln_final(x[rows, end]) @ self.text_projection
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> image [B, embed_dim], text [B, embed_dim], log of the logit scale []."""
+        return self.encode_image(pixels), self.encode_text(tokens), self.logit_scale
+
+
+def _vision_tower(spec: ModelSpec) -> nn.Module:
+    if spec.patch is None:
+        return ModifiedResNet(spec.image_size, spec.vision_layers, spec.vision_width, spec.embed_dim)
+    (layers,) = spec.vision_layers
+    heads = spec.vision_width // 64
+    return VisionTransformer(spec.image_size, spec.patch, spec.vision_width, layers, heads, spec.embed_dim)
+
+
+def create(name: str, seed: int | None) -> CLIP:
+    """A model with fresh weights, on the CPU: the same for a seed, whatever was drawn before.
+
+    The global random state stays as it was; only seed None draws from it.
+    """
+    if name not in MODELS:
+        raise UserError(f"There is no model {name!r}: choose one of {', '.join(MODELS)}.")
+    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+        return CLIP(MODELS[name])
+
+
+MODELS = {
+    "demo": ModelSpec(64, 128, 16, (1, 1, 1, 1), None, 64, 2, 2),
+    "rn50": ModelSpec(224, 1024, 64, (3, 4, 6, 3), None, 512, 12, 8),
+    "rn101": ModelSpec(224, 512, 64, (3, 4, 23, 3), None, 512, 12, 8),
+    "rn50x4": ModelSpec(288, 640, 80, (4, 6, 10, 6), None, 640, 12, 10),
+    "vit-b-32": ModelSpec(224, 512, 768, (12,), 32, 512, 12, 8),
+    "vit-b-16": ModelSpec(224, 512, 768, (12,), 16, 512, 12, 8),
+    "vit-l-14": ModelSpec(224, 768, 1024, (24,), 14, 768, 12, 12),
+    "tiny-rn": ModelSpec(32, 32, 4, (1, 1, 1, 1), None, 32, 1, 2),
+    "tiny-vit": ModelSpec(32, 32, 64, (2,), 8, 32, 1, 2),
+}

@@ -1,0 +1,87 @@
+"""CLIP's modified ResNet (Radford et al. 2021, section 2.4): three-conv stem, pooled strides, attention pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions; a stride is an average pool after the second one, and on the shortcut."""
+
+    def __init__(self, inputs: int, planes: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        self.downsample = None
+        if stride > 1 or inputs != 4 * planes:
+            self.downsample = nn.Sequential()
+            if stride > 1:
+                self.downsample.add_module("-1", nn.AvgPool2d(stride))
+            self.downsample.add_module("0", nn.Conv2d(inputs, 4 * planes, 1, bias=False))
+            self.downsample.add_module("1", nn.BatchNorm2d(4 * planes))
+        nn.init.zeros_(self.bn3.weight)  # the block starts as its shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(self.avgpool(y)))
+        return F.relu(y + shortcut)
+
+
+class AttentionPool(nn.Module):
+    """Attention with one query, the mean of all positions: [B, width, side, side] -> [B, embed_dim]."""
+
+    def __init__(self, side: int, width: int, heads: int, embed_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(side * side + 1, width) * width**-0.5)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.c_proj = nn.Linear(width, embed_dim)
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(projection.weight, std=width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
+        query, key, value = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for y in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))
+        )
+        return self.c_proj(F.scaled_dot_product_attention(query, key, value).flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """Pixels [B, 3, image_size, image_size] -> embeddings [B, embed_dim]; `layers`: blocks of the four stages."""
+
+    def __init__(self, image_size: int, layers: tuple[int, ...], width: int, embed_dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.avgpool = nn.AvgPool2d(2)
+        for stage, blocks in enumerate(layers):
+            planes = width << stage
+            inputs = width if stage == 0 else 2 * planes
+            first = Bottleneck(inputs, planes, stride=1 if stage == 0 else 2)
+            rest = (Bottleneck(4 * planes, planes, stride=1) for _ in range(blocks - 1))
+            self.add_module(f"layer{stage + 1}", nn.Sequential(first, *rest))
+        self.attnpool = AttentionPool(image_size // 32, 32 * width, width // 2, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = self.avgpool(x)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.attnpool(x)
