@@ -1,0 +1,1 @@
+"""Backdoors: what is put on an image, and which pairs get it."""

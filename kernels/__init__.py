@@ -1,0 +1,1 @@
+"""The operations that cost time: a plain PyTorch reference first in each file."""
