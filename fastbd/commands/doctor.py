@@ -1,0 +1,177 @@
+"""fastbd doctor: what this machine has, and what that means for each part of the work."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.table import Table
+
+from fastbd import log
+from fastbd.config import DoctorConfig
+
+Finding = tuple[str, str]  # what was found; what it means
+
+
+def run(config: DoctorConfig) -> int:
+    """Print what is here and which path each part takes; 0 whatever is missing."""
+    for title, columns, probes in (
+        ("This machine", ("what", "found", "what it means"), MACHINE),
+        ("Paths taken", ("part", "path", "why"), PATHS),
+    ):
+        table = Table(*columns, title=title, title_justify="left", show_lines=False)
+        for what, (found, meaning) in findings(probes).items():
+            table.add_row(what, found, meaning)
+        log.console.print(table)
+    return 0
+
+
+def findings(probes: dict[str, Callable[[], Finding]]) -> dict[str, Finding]:
+    """What each probe finds; a probe that fails is a finding too."""
+    found = {}
+    for what, probe in probes.items():
+        try:
+            found[what] = probe()
+        except Exception as error:  # a broken library may raise anything, and the others are still worth knowing
+            found[what] = ("broken", f"{type(error).__name__}: {error}")
+    return found
+
+
+def _python() -> Finding:
+    return f"{platform.python_version()} in {sys.prefix}", "3.11 or later is needed"
+
+
+def _cores() -> Finding:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{usable} usable of {os.cpu_count()}", "decoding threads"
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container may have less than the machine
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    images = total // 4 // (224 * 224 * 3)
+    return f"{total / 2**30:.1f} GiB", f"a quarter of it keeps {images:,} decoded images of 224 px"
+
+
+def _driver() -> Finding:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:
+        return "none", "no nvidia-smi on the path: no NVIDIA driver; everything runs on the CPU"
+    if done.returncode:
+        return "broken", (done.stdout + done.stderr).strip().splitlines()[0]
+    return done.stdout.strip(), "name, memory, driver"
+
+
+def _torch() -> Finding:
+    import torch
+
+    return torch.__version__, f"{torch.get_num_threads()} threads on the CPU"
+
+
+def _cuda() -> Finding:
+    import torch
+
+    if torch.version.cuda is None:
+        return "none", "this torch is built for the CPU; for a GPU install the build from pytorch.org"
+    if not torch.cuda.is_available():
+        return f"{torch.version.cuda}, no GPU", "no driver, one too old, or CUDA_VISIBLE_DEVICES hides the GPU"
+    count = torch.cuda.device_count()
+    found = f"{torch.version.cuda}, {count} x {torch.cuda.get_device_name()}"
+    return found, "used by default" if count == 1 else "the first is used; torchrun uses all"
+
+
+def _package(module: str, package: str, here: str, missing: str) -> Callable[[], Finding]:
+    """A probe that imports `module` and so knows that its libraries load too."""
+
+    def probe() -> Finding:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            return "none", missing
+        importlib.import_module(module)
+        return found, here
+
+    return probe
+
+
+def _wordnet() -> Finding:
+    from fastbd.data.eda import synonyms_source
+
+    source = synonyms_source()
+    if source == "none":
+        return "none", "for synonyms: apt-get install wordnet-base, or pip install nltk and nltk.download('wordnet')"
+    return source, "synonyms of the second text views"
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _decode() -> Finding:
+    from fastbd.data.decode import open_decoder
+
+    name = open_decoder("auto", 1, _device()).name
+    return f"{name} on {_device() if name == 'dali' else 'cpu'}", "dali where it is installed; --decode changes it"
+
+
+def _augment() -> Finding:
+    return f"PyTorch on {_device()}", "the images move as uint8; the second views are made in the step"
+
+
+def _losses() -> Finding:
+    return f"PyTorch on {_device()}", "the whole similarity matrix, with gradient through all GPUs' rows"
+
+
+def _precision() -> Finding:
+    import torch
+
+    from fastbd.precision import set_precision
+
+    name = set_precision("auto", torch.device(_device()))
+    if name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return name, "this GPU only emulates it: --precision fp32 is likely faster"
+    return name, "auto: bf16 on a GPU, fp32 on a CPU; --precision changes it"
+
+
+def _text_views() -> Finding:
+    if _wordnet()[0] == "none":
+        return "EDA without synonyms", "no WordNet: only swaps and deletions change a caption"
+    return "EDA, all four operations", f"synonyms from {_wordnet()[0]}"
+
+
+MACHINE = {
+    "Python": _python,
+    "CPU cores": _cores,
+    "memory": _memory,
+    "GPU, driver": _driver,
+    "torch": _torch,
+    "CUDA": _cuda,
+    "Triton": _package("triton", "triton", "compiles GPU kernels", "not needed on a CPU"),
+    "DALI": _package(
+        "nvidia.dali", "nvidia-dali-cuda130", "decodes JPEG", "pip install nvidia-dali-cuda130 decodes JPEG faster"
+    ),
+    "FFCV": _package("ffcv", "ffcv", "reads our .beton files too", "not needed: fastbd reads and writes .beton itself"),
+    "tokenizer": _package(
+        "instant_clip_tokenizer", "instant-clip-tokenizer", "tokenises captions", "pip install instant-clip-tokenizer"
+    ),
+    "WordNet": _wordnet,
+}
+PATHS = {
+    "decode": _decode,
+    "augment": _augment,
+    "losses": _losses,
+    "precision": _precision,
+    "second text views": _text_views,
+}

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastbd.errors import UserError
+from fastbd.study.runs import find, on_common_set, read
+
+
+def test_reads_what_was_written(study):
+    run = read(study / "mmcl_ssl-cleanclip-1")
+    assert (run.verb, run.method, run.pretrain_objective) == ("clean", "cleanclip", "mmcl_ssl")
+    assert run.start == study / "mmcl_ssl" and run.model == read(study / "mmcl_ssl").model
+    assert len(run.metrics) == len(run.attacks) == 11 and len(run.cleaned) == 10
+    assert run.env["torch"] == "2.13.0" and run.config == {"lr": 1e-4}
+
+
+def test_finds_runs_once_in_folders_and_by_name(study):
+    everything = find([study])
+    assert len(everything) == 10
+    assert len(find([study / "mmcl", study, study / ".." / study.name])) == 10
+    assert [run.name for run in find([study / "mmcl_ssl", study / "mmcl"])] == ["mmcl_ssl", "mmcl"]
+
+
+def test_no_run_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="no run folder"):
+        read(tmp_path)
+    with pytest.raises(UserError, match="contains none"):
+        find([tmp_path])
+    (tmp_path / "config.json").write_text('{"verb": "pretrain"}')
+    with pytest.raises(UserError, match="method"):
+        read(tmp_path)
+    (tmp_path / "config.json").write_text('{"verb": ')
+    with pytest.raises(UserError, match="damaged"):
+        read(tmp_path)
+
+
+def test_a_line_cut_short_is_dropped_only_at_the_end(study):
+    metrics = study / "mmcl" / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole[:-40])
+    assert len(read(study / "mmcl").metrics) == 30
+    metrics.write_text(whole.replace("}", "", 1))
+    with pytest.raises(UserError, match="line 1 of"):
+        read(study / "mmcl")
+
+
+def test_repeated_steps_count_once(study, evaluation):
+    run = study / "mmcl"
+    before = read(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in (1200, 40):  # a later `evaluate` of another trigger; a step that a resumed run did again
+            file.write(json.dumps(evaluation(step, step / 40, 0.5, 0.0)) + "\n")
+    assert read(run).metrics == before.metrics
+
+
+def test_other_evaluation_sets_are_left_out(study, evaluation):
+    with (study / "mmcl" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(evaluation(1200, 30, 0.9, 0.9) | {"set": "other"}) + "\n")
+    runs = find([study])
+    assert len(runs[0].metrics) == 32
+    assert [len(run.metrics) for run in on_common_set(runs)] == [31] + [11] * 4 + [31] + [11] * 4
+    assert {e["set"] for run in on_common_set(runs) for e in run.metrics} == {"demo-val"}
+
+
+def test_runs_without_evaluation_are_the_users_mistake(write_run, tmp_path):
+    write_run(tmp_path / "a", {"objective": "mmcl", "pretrain_objective": "mmcl"}, [], [])
+    with pytest.raises(UserError, match="no.* evaluation"):
+        on_common_set(find([tmp_path]))
+
+
+def test_imports_neither_torch_nor_matplotlib():
+    heavy = "('torch', 'matplotlib')"
+    code = f"import sys, fastbd.study.html, fastbd.study.plots; print(*(m in sys.modules for m in {heavy}))"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.split() == ["False", "False"]
