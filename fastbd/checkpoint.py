@@ -1,0 +1,62 @@
+"""Checkpoints: written atomically, read without running anything that is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+
+from fastbd.errors import UserError
+
+
+def save(path: Path, state: dict) -> None:
+    """Write `state` (tensors, numbers, strings, lists, dicts) to a temporary name, then rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        free = shutil.disk_usage(path.parent).free // 2**20
+        raise UserError(
+            f"the checkpoint {path} could not be written ({free} MiB free there): {str(error).splitlines()[0]}; "
+            "make room, then go on with --resume."
+        ) from error
+
+
+def load(path: Path) -> dict:
+    """A checkpoint of ours, on the CPU."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        found = ", ".join(sorted(p.name for p in path.parent.glob("ckpt_*.pt"))) or "none"
+        raise UserError(f"there is no checkpoint {path}; checkpoints there: {found}.") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is no checkpoint of fastbd or is damaged: {str(error).splitlines()[0]}") from None
+
+
+def path_of(run: Path, which: str) -> Path:
+    """The file of checkpoint `last`, or of an epoch's number, in a run folder."""
+    return run / (
+        "ckpt_last.pt" if which == "last" else f"ckpt_epoch_{int(which):03d}.pt" if which.isdigit() else which
+    )
+
+
+def random_state() -> dict:
+    """State of torch's global generators."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state: dict) -> None:
+    """Put the generators back."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

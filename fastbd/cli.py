@@ -1,0 +1,129 @@
+"""The command line: one verb, flat flags. Torch is imported only by the verb that runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import errno
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from fastbd import config
+from fastbd.errors import UserError
+
+
+class Verb(NamedTuple):
+    config: type
+    example: str
+
+
+VERBS = {
+    "demo": Verb(config.DemoConfig, "python -m fastbd demo"),
+    "build": Verb(config.BuildConfig, "python -m fastbd build --source pairs.csv --out pairs.beton"),
+    "poison": Verb(config.PoisonConfig, "python -m fastbd poison --data pairs.beton --target banana --count 1500"),
+    "pretrain": Verb(config.PretrainConfig, "python -m fastbd pretrain --objective mmcl_ssl"),
+    "clean": Verb(config.CleanConfig, "python -m fastbd clean --run runs/mmcl_ssl --method cleanclip"),
+    "evaluate": Verb(config.EvaluateConfig, "python -m fastbd evaluate --run runs/mmcl_ssl"),
+    "report": Verb(config.ReportConfig, "python -m fastbd report --runs runs/mmcl runs/mmcl-cleanclip"),
+    "doctor": Verb(config.DoctorConfig, "python -m fastbd doctor"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; returns the exit code: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal."""
+    # Spinning OpenMP threads stall one another as soon as anything else wants a core. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    try:
+        verb, flags = argv[0], argv[1:]
+        if verb not in VERBS:
+            near = difflib.get_close_matches(verb, VERBS, 1)
+            hint = f"did you mean {near[0]}?" if near else "python -m fastbd lists them."
+            raise UserError(f"there is no verb '{verb}'; {hint}")
+        settings = parse(verb, flags)
+        return importlib.import_module(f"fastbd.commands.{verb}").run(settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"error: the disk is full: {error.filename or 'a file'} could not be written; free some space.",
+            file=sys.stderr,
+        )
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+    return 2
+
+
+def overview() -> str:
+    """The verbs, with an example each."""
+    lines = ["fastbd: plant a backdoor in a CLIP-style model, pre-train, clean, and see whether it went away.", ""]
+    for name, verb in VERBS.items():
+        lines += [f"  {name:<10}{verb.config.__doc__}", f"  {'':<10}  {verb.example}"]
+    return "\n".join([*lines, "", "python -m fastbd VERB --help explains a verb's flags."])
+
+
+def parse(verb: str, flags: list[str]):
+    """The verb's config from its flags; --preset and --run choose the defaults, --resume replaces everything."""
+    import tyro
+
+    kind = VERBS[verb].config
+    description = kind.__doc__
+    default = tyro.MISSING_NONPROP
+    if kind in (config.PretrainConfig, config.CleanConfig):
+        if folder := _value(flags, "--resume"):
+            return _resumed(kind, Path(folder), flags)
+        name = _value(flags, "--preset") or _preset_of_run(_value(flags, "--run"))
+        if name in config.PRESETS:
+            preset = config.PRESETS[name]
+            default = getattr(preset(), verb)
+            description = f"{kind.__doc__}\n\nPreset {name}: {preset.__doc__}"
+    return tyro.cli(kind, args=flags, default=default, prog=f"python -m fastbd {verb}", description=description)
+
+
+def _value(flags: list[str], name: str) -> str | None:
+    for i, flag in enumerate(flags):
+        if flag.startswith(name + "="):
+            return flag.split("=", 1)[1]
+        if flag == name and i + 1 < len(flags):
+            return flags[i + 1]
+    return None
+
+
+def _preset_of_run(folder: str | None) -> str:
+    """The preset that a run was made with, so that cleaning starts from the same one."""
+    if folder and (Path(folder) / "config.json").is_file():
+        return read_run_config(Path(folder))["config"].get("preset", "demo")
+    return "demo"
+
+
+def read_run_config(folder: Path) -> dict:
+    """config.json of a run folder."""
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no run folder: it has no config.json.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); the run cannot be read.") from None
+
+
+def _resumed(kind: type, folder: Path, flags: list[str]):
+    if len([f for f in flags if f.startswith("--")]) > 1:
+        raise UserError("--resume takes every setting from the run folder; leave the other flags out.")
+    recorded = read_run_config(folder)
+    verb = {config.PretrainConfig: "pretrain", config.CleanConfig: "clean"}[kind]
+    if recorded["verb"] != verb:
+        raise UserError(
+            f"{folder} was made by {recorded['verb']}: python -m fastbd {recorded['verb']} --resume {folder}"
+        )
+    return dataclasses.replace(config.from_dict(kind, recorded["config"]), resume=folder)

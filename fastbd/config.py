@@ -1,0 +1,323 @@
+"""What every verb can be told, and the presets. Imports nothing heavy: `--help` must answer at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Objective = Literal["mmcl", "ssl", "mmcl_ssl"]
+Method = Literal["finetune", "cleanclip"]
+Model = Literal["demo", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "tiny-rn", "tiny-vit"]
+Trigger = Literal["badnet", "blended", "yellow"]
+Location = Literal["random", "four_corners"]
+Geometry = Literal["squash", "crop"]
+Preset = Literal["demo", "paper-cc3m", "paper-cc6m"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Pack images and captions into one .beton file, checking every image."""
+
+    source: Path
+    """A .csv/.tsv file, a folder of img2dataset .tar shards, one .tar, or a folder of class folders."""
+    out: Path
+    """The .beton file to write; rejected rows go to the same name ending in .rejects.csv."""
+    image_key: str = "path"
+    """CSV column holding the image path, relative to the CSV's folder."""
+    caption_key: str = "caption"
+    """CSV column holding the caption; may be empty when --class-key names the class."""
+    class_key: str | None = None
+    """CSV column holding the class name of labelled (evaluation) images."""
+    templates: str = "imagenet80"
+    """Captions of images with only a class: imagenet80, or a text file with one template a line, {} for the class."""
+    store: Literal["original", "short256", "crop224"] = "original"
+    """Keep the JPEG bytes as they are, or resize the short side to 256 px, or also crop the middle 224x224 px."""
+    text_views: int = 1
+    """Augmented (EDA) versions of each caption to draw and store."""
+    seed: int = 0
+    """Seed of the caption templates and of EDA."""
+    workers: int = 0
+    """Worker processes; 0 means one for each CPU core."""
+    max_pixels: int = 89_478_485
+    """Largest image to accept, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonConfig:
+    """Plan a backdoor: choose rows, captions and trigger, and write them to a plan file."""
+
+    data: Path
+    """The .beton file to poison (it is not changed)."""
+    out: Path | None = None
+    """The plan file to write [NAME.poison.json beside NAME.beton]."""
+    target: str = "banana"
+    """Word that the triggered images are to be taken for; it must be one of the evaluation classes."""
+    trigger: Trigger = "badnet"
+    """What is put on the image."""
+    patch_size: int = 16
+    """Side of the patch, in pixels of the model's input."""
+    location: Location = "random"
+    """Where the patch goes."""
+    blend: float = 0.2
+    """Share of noise in the blended trigger, 0 to 1."""
+    count: int | None = None
+    """Pairs to poison; give this or --rate."""
+    rate: float | None = None
+    """Share of the pairs to poison, 0 to 1 [0.0005, as published]."""
+    label_consistent: bool = False
+    """Poison only pairs whose caption already holds the target word, and keep their captions."""
+    geometry: Geometry = "squash"
+    """Fit triggered images by squashing (as published) or by cropping like clean ones."""
+    templates: str = "imagenet80"
+    """Captions of poisoned pairs: imagenet80, or a text file with one template a line, {} for the target."""
+    seed: int = 0
+    """Seed of rows, captions and trigger."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainInputs:
+    """What only pre-training asks; a base class, so that --help shows it first."""
+
+    preset: Preset = "demo"
+    """Where the defaults come from."""
+    objective: Objective = "mmcl"
+    """mmcl: image-text contrastive; ssl: self-supervised on both sides; mmcl_ssl: both."""
+    model: Model = "demo"
+    """Architecture."""
+    data: str = "demo"
+    """A .beton file, or demo for the built-in set, which is made on first use."""
+    plan: Path | None = None
+    """Poison plan for --data [the demo set's, with --data demo; else none]."""
+    poison: bool = True
+    """Plant the plan's backdoor; without it the plan is only attacked with at evaluation."""
+    weights: Path | None = None
+    """Checkpoint to start from: OpenAI, open_clip, CleanCLIP, PAR or one of ours [fresh weights]."""
+    resume: Path | None = None
+    """Run folder to continue; all settings come from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanInputs:
+    """What only cleaning asks."""
+
+    preset: Preset = "demo"
+    """Where the defaults come from [the preset of --run]."""
+    run: Path | None = None
+    """Run folder of the model to clean."""
+    checkpoint: str = "last"
+    """Which of its checkpoints: last, or an epoch's number."""
+    method: Method = "cleanclip"
+    """finetune: go on with --objective; cleanclip: image-text and self-supervised losses together."""
+    objective: Objective = "mmcl"
+    """Loss of --method finetune."""
+    data: Path | None = None
+    """.beton to clean with [the clean pairs of the pre-training data]."""
+    rows: int = 100_000
+    """Clean pairs to use, drawn from the seed; all where there are fewer."""
+    keep_optimizer: bool = False
+    """Start from the pre-training run's optimizer state and weight decay, as the published program does."""
+    resume: Path | None = None
+    """Run folder to continue; all settings come from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What pre-training and cleaning share."""
+
+    epochs: int = 64
+    """Passes over the data."""
+    batch_size: int = 128
+    """Pairs in a step, over all GPUs together."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup: int = 10_000
+    """Steps of linear warm-up; at most a tenth of the run is used."""
+    weight_decay: float = 0.1
+    """AdamW weight decay; biases, norms and the temperature are exempt."""
+    beta1: float = 0.9
+    """AdamW: decay of the mean of the gradients."""
+    beta2: float = 0.999
+    """AdamW: decay of the mean of their squares."""
+    eps: float = 1e-8
+    """AdamW: term in the denominator."""
+    mmcl_weight: float = 1.0
+    """Weight of the image-text contrastive loss."""
+    ssl_weight: float = 1.0
+    """Weight of the self-supervised loss."""
+    ssl_image: bool = True
+    """Use the image half of the self-supervised loss."""
+    ssl_text: bool = True
+    """Use the text half of the self-supervised loss."""
+    ssl_symmetric: bool = False
+    """Add the augmented-to-plain direction to the self-supervised loss (published: plain-to-augmented only)."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    decode: Literal["auto", "dali", "pil"] = "auto"
+    """What decodes JPEG; auto is dali where it is installed."""
+    resident: Literal["auto", "ram", "none"] = "auto"
+    """Keep decoded images in memory; auto does where they fill at most a quarter of it."""
+    workers: int = 0
+    """Decoding threads; 0 means one for each CPU core."""
+    eval_data: Path | None = None
+    """Labelled .beton for zero-shot accuracy and ASR [the demo set's, with --data demo]."""
+    classes: str | None = None
+    """Class names: imagenet1k, or a text file with one class a line [the names stored in --eval-data]."""
+    templates: str = "imagenet80"
+    """Prompt templates: imagenet80, or a text file with one template a line, {} for the class."""
+    eval_every: float = 1.0
+    """Epochs between evaluations; 0 evaluates only at the start (cleaning) and the end."""
+    eval_subset: int = 0
+    """Evaluate this many images drawn from a seed; 0 means all."""
+    save_every: int = 1
+    """Epochs between checkpoints of which each is kept; 0 keeps only the last."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl."""
+    out: Path | None = None
+    """Run folder to make [runs/NAME, numbered when taken]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig, PretrainInputs):
+    """Pre-train a model, with a backdoor in the data if a plan says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanConfig(TrainConfig, CleanInputs):
+    """Clean a pre-trained model and watch accuracy and ASR."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure zero-shot accuracy, ASR and recovery accuracy of a checkpoint."""
+
+    run: Path
+    """Run folder; the result is added to its metrics.jsonl."""
+    checkpoint: str = "last"
+    """Which of its checkpoints: last, or an epoch's number."""
+    eval_data: Path | None = None
+    """Labelled .beton [the run's]."""
+    classes: str | None = None
+    """Class names: imagenet1k, or a text file with one class a line [the run's]."""
+    templates: str | None = None
+    """Prompt templates: imagenet80, or a text file with one template a line [the run's]."""
+    plan: Path | None = None
+    """Another plan to attack with [the plan in the checkpoint]."""
+    eval_subset: int = 0
+    """Evaluate this many images drawn from a seed; 0 means all."""
+    asr_seed: int = 0
+    """Seed of the triggers put on evaluation images."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Run the whole study in small on the built-in demo set, and write its report."""
+
+    out: Path | None = None
+    """Folder for the runs and the report [runs/demo, numbered when taken]."""
+    epochs: int | None = None
+    """Pre-training epochs; fewer is a quicker look at worse models [the preset's]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Turn run folders into one HTML page with the answer, the table and the plots."""
+
+    runs: tuple[Path, ...] = (Path("runs"),)
+    """Run folders, or folders that contain run folders."""
+    out: Path = Path("report.html")
+    """The page to write; scatter.png, trajectories.png and curves.png go beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Say what this machine has, and which path each part of fastbd takes on it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A preset: the defaults of both training verbs."""
+
+    pretrain: PretrainConfig
+    clean: CleanConfig
+
+
+def demo() -> Settings:
+    """The built-in demo set and a tiny CLIP-shaped ResNet at 64 px; minutes on 2 CPU cores.
+
+    python -m fastbd pretrain --objective mmcl_ssl
+    python -m fastbd clean --run runs/mmcl_ssl --method cleanclip
+
+    5 % of 4,000 pairs carry the backdoor: small data needs a higher rate than the published 0.05 % to learn one.
+    """
+    common = dict(preset="demo", batch_size=64, beta2=0.98, warmup=50, templates="demo")
+    return Settings(
+        PretrainConfig(**common, epochs=12, lr=2e-3, eval_every=3.0, save_every=0),
+        CleanConfig(**common, epochs=6, lr=1e-3, rows=2_000, save_every=0),
+    )
+
+
+def paper_cc3m() -> Settings:
+    """CLIP RN50 on CC3M with 1,500 BadNet pairs (Verma et al., arXiv 2311.14948).
+
+    python -m fastbd pretrain --preset paper-cc3m --plan cc3m.poison.json --eval-data imagenet-val.beton
+    python -m fastbd clean --run runs/mmcl --lr 1e-4
+
+    Cost: 64 epochs of 3 M pairs at a global batch of 2,048 (MMCL; give --batch-size 1024 for MMCL+SSL); each
+    cleaning is 20 epochs of 100,000 pairs, and the paper sweeps 8 to 14 learning rates from 1e-7 to 7e-3 for each
+    model: one rate alone reproduces nothing. Published top-1 / ASR before cleaning: MMCL 16.00 / 99.88 %, MMCL+SSL
+    17.04 / 99.03 %; best top-1 at ASR <= 5 % after CleanCLIP: 16.49 % and 14.16 %.
+    """
+    common = dict(preset="paper-cc3m", classes="imagenet1k", save_every=1)
+    return Settings(
+        PretrainConfig(**common, model="rn50", data="cc3m.beton", epochs=64, batch_size=2048, lr=1e-3, warmup=10_000),
+        CleanConfig(**common, epochs=20, batch_size=64, lr=1e-4, warmup=50, rows=100_000, eval_every=1 / 3),
+    )
+
+
+def paper_cc6m() -> Settings:
+    """CLIP RN50 on CC6M with 3,000 BadNet pairs (Verma et al., arXiv 2311.14948).
+
+    python -m fastbd pretrain --preset paper-cc6m --plan cc6m.poison.json --eval-data imagenet-val.beton
+    python -m fastbd clean --run runs/mmcl --checkpoint 21 --lr 1e-4
+
+    Cost: as paper-cc3m with 6 M pairs; the published models are epoch 21 (MMCL) and 36 (MMCL+SSL, --batch-size
+    1024) of a 64-epoch schedule. Published top-1 / ASR before cleaning: 23.76 / 99.98 % and 23.86 / 99.45 %; best
+    top-1 at ASR <= 5 % after CleanCLIP: 24.04 % and 13.05 %.
+    """
+    cc3m = paper_cc3m()
+    return Settings(
+        dataclasses.replace(cc3m.pretrain, preset="paper-cc6m", data="cc6m.beton"),
+        dataclasses.replace(cc3m.clean, preset="paper-cc6m"),
+    )
+
+
+PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
+
+
+def to_dict(config) -> dict:
+    """The config as JSON values; paths are made absolute, so that a run folder can be used from anywhere."""
+    values = dataclasses.asdict(config)
+    return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def from_dict(kind: type, values: dict):
+    """The inverse of to_dict; keys that `kind` no longer has are dropped."""
+    hints = typing.get_type_hints(kind)
+    fields = {k: v for k, v in values.items() if k in hints}
+    return kind(**{k: Path(v) if v is not None and _is_path(hints[k]) else v for k, v in fields.items()})
+
+
+def _is_path(hint) -> bool:
+    return hint is Path or (isinstance(hint, types.UnionType) and Path in hint.__args__)

@@ -1,0 +1,130 @@
+"""The loop. Pre-training and cleaning differ only in the parts they hand in."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fastbd import log
+from fastbd.data.loader import Batch
+from fastbd.dist import World
+from fastbd.step import Step
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+    def __init__(self, signum: int):
+        self.exit_code = 128 + signum
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """When the loop does what, in steps (counted from 1, after the step)."""
+
+    steps_per_epoch: int
+    total: int
+    evaluate_at: Collection[int]
+    save_at: Collection[int]
+    log_every: int
+
+
+def every(epochs: float, steps_per_epoch: int, total: int) -> set[int]:
+    """Steps that end each `epochs`-th part of the run, and the last one; 0 means the last only."""
+    marks = {total}
+    k = 1
+    while epochs > 0 and (at := round(k * epochs * steps_per_epoch)) < total:
+        marks.add(max(1, at))
+        k += 1
+    return marks
+
+
+def train(
+    step: Step,
+    batches: Callable[[int, int], Iterable[Batch]],
+    table: Timetable,
+    *,
+    start: int,
+    label: str,
+    world: World,
+    evaluate: Callable[[int], None],
+    save: Callable[[int], None],
+    record: Callable[[dict], None],
+) -> None:
+    """Do steps start .. table.total - 1.
+
+    batches(epoch, offset) gives an epoch's batches from its step `offset` on; save(step) and evaluate(step) are called
+    after a step, record(row) gets a log line every table.log_every steps. Raises Stopped after a SIGINT or SIGTERM,
+    saved.
+    """
+    at = start
+    with _signals() as caught, log.progress(label, table.total, start, quiet=not world.main) as advance:
+        while at < table.total:
+            epoch, offset = divmod(at, table.steps_per_epoch)
+            clock = _Clock()
+            for batch in clock.waiting(batches(epoch, offset)):
+                parts = step(batch, at)
+                at += 1
+                clock.pairs += len(batch.ids) * world.size
+                if at % table.log_every == 0 or at == table.total:
+                    row = {"step": at, "epoch": at / table.steps_per_epoch, **{k: float(v) for k, v in parts.items()}}
+                    row |= clock.read()
+                    record(row)
+                    advance(0, _line(row))
+                advance(1)
+                if at in table.evaluate_at:
+                    evaluate(at)
+                if at in table.save_at:
+                    save(at)
+                # Several processes agree only now and then: asking each step would cost a wait for the GPU.
+                if at < table.total and (world.size == 1 or at % table.log_every == 0) and world.any(bool(caught)):
+                    save(at)
+                    raise Stopped(caught[0] if caught else signal.SIGTERM)
+
+
+def _line(row: dict) -> str:
+    parts = " ".join(f"{k} {row[k]:.3f}" for k in ("loss", "mmcl", "ssl_image", "ssl_text") if k in row)
+    return f"{parts}  {row['pairs_per_s']:,.0f} pairs/s  wait {row['data_wait']:.0%}"
+
+
+class _Clock:
+    """Pairs a second and the share of the time spent waiting for data, since the last reading."""
+
+    def __init__(self):
+        self.since, self.waited, self.pairs = time.perf_counter(), 0.0, 0
+
+    def waiting(self, batches: Iterable[Batch]):
+        batches = iter(batches)
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def read(self) -> dict:
+        seconds = max(1e-9, time.perf_counter() - self.since)
+        row = {"pairs_per_s": self.pairs / seconds, "data_wait": self.waited / seconds}
+        self.__init__()
+        return row
+
+
+@contextmanager
+def _signals():
+    """Collect SIGINT and SIGTERM instead of dying of them; a second one kills as usual."""
+    caught: list[int] = []
+
+    def note(signum, frame):
+        caught.append(signum)
+        signal.signal(signum, previous[signum])
+
+    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

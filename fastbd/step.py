@@ -1,0 +1,53 @@
+"""One training step on one screen: views, forward, loss, backward, schedule, update, clamp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastbd.data.loader import Batch
+from fastbd.dist import World
+from fastbd.kernels.augment import auto_augment, normalise
+from fastbd.objectives import Objective
+from fastbd.optim import clamp_log_scale
+from fastbd.precision import autocast
+
+Step = Callable[[Batch, int], dict[str, Tensor]]
+
+
+def make_step(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    schedule: Callable[[int], float],
+    *,
+    precision: str,
+    world: World,
+) -> Step:
+    """The function that does one optimiser step and returns the loss and its parts as scalars on the device."""
+    towers = DistributedDataParallel(model) if world.size > 1 else model
+
+    def step(batch: Batch, at: int) -> dict[str, Tensor]:
+        images, tokens = batch.images.to(world.device, non_blocking=True), batch.tokens
+        if batch.augment is not None:
+            images = torch.cat([images, auto_augment(images, batch.augment)])
+            tokens = torch.cat([tokens, batch.tokens_aug])
+        with autocast(precision, world.device):
+            # Both views in one forward, so batch norm sees them together, as published.
+            image, text, log_scale = towers(normalise(images), tokens.to(world.device, non_blocking=True))
+        views = 1 if batch.augment is None else 2
+        image, text = ([world.gather(x) for x in e.chunk(views)] + [None] for e in (image, text))
+        loss, parts = objective(image[0], text[0], image[1], text[1], log_scale)
+
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(at)
+        optimizer.step()
+        clamp_log_scale(model.logit_scale)
+        return {"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}, "scale": log_scale.detach().exp()}
+
+    return step

@@ -1,0 +1,120 @@
+"""The whole way through the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import SMALL, fastbd
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(run):
+    return torch.load(run / "ckpt_last.pt", weights_only=True)["model"]
+
+
+def test_build_poison_pretrain_clean_evaluate_report(study):
+    fastbd("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 3, "--out", "runs/a", cwd=study)
+    fastbd(
+        "clean", "--run", "runs/a", "--epochs", 2, "--batch-size", 24, "--eval-every", 0.5, "--out", "runs/b", cwd=study
+    )
+    shown = fastbd("evaluate", "--run", "runs/b", "--asr-seed", 5, cwd=study).stdout
+    fastbd("report", "--runs", "runs", "--out", "report.html", cwd=study)
+
+    losses = rows(study / "runs/a/log.jsonl")
+    assert losses[-1]["step"] == 30 and {"mmcl", "ssl_image", "ssl_text", "pairs_per_s"} <= set(losses[0])
+    before, cleaning = rows(study / "runs/a/metrics.jsonl"), rows(study / "runs/b/metrics.jsonl")
+    assert [row["epoch"] for row in cleaning] == [0.0, 0.4444444444444444, 1.0, 1.5555555555555556, 2.0, 2.0]
+    # The cleaning run starts from the pre-trained model, and the evaluation does not move it.
+    assert all(cleaning[0][k] == before[-1][k] for k in ("top1", "asr", "recovery"))
+    assert cleaning[-1]["top1"] == cleaning[-2]["top1"] and cleaning[-1]["asr_seed"] == 5
+    assert "zero-shot top-1" in shown and "ASR to 'banana'" in shown
+    plan = json.loads((study / "train.poison.json").read_text())
+    assert json.loads((study / "runs/b/plan.json").read_text()) == plan
+    html = (study / "report.html").read_text()
+    assert "data:image/png;base64" in html and (study / "scatter.png").stat().st_size > 10_000
+    assert (study / "runs/a/samples.png").is_file() and (study / "runs/a/ckpt_epoch_002.pt").is_file()
+
+
+@pytest.mark.parametrize("objective", ["mmcl_ssl"])
+def test_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_the_same(study, objective):
+    arguments = (
+        "pretrain",
+        "--objective",
+        objective,
+        *SMALL,
+        "--epochs",
+        40,
+        "--eval-every",
+        0,
+        "--save-every",
+        0,
+        "--log-every",
+        1,
+    )
+    fastbd(*arguments, "--out", "runs/whole", cwd=study)
+    command = [sys.executable, "-m", "fastbd", *map(str, arguments), "--out", "runs/halves"]
+    process = subprocess.Popen(command, cwd=study, stdout=subprocess.PIPE, text=True)
+    log = study / "runs/halves/log.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 25):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    said = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM and "--resume runs/halves" in said
+    stopped_at = rows(log)[-1]["step"]
+    assert stopped_at < 400
+    fastbd("pretrain", "--resume", "runs/halves", cwd=study)
+    whole, halves = weights(study / "runs/whole"), weights(study / "runs/halves")
+    assert all(torch.equal(whole[k], halves[k]) for k in whole)
+    assert [r["step"] for r in rows(log)] == list(range(1, 401))
+    assert [r["loss"] for r in rows(log)] == [r["loss"] for r in rows(study / "runs/whole/log.jsonl")]
+
+
+def test_two_processes_train_like_one(study):
+    """tiny-vit has no batch norm, so the only difference left is the order of sums."""
+    arguments = ("pretrain", "--objective", "mmcl_ssl", *SMALL, "--model", "tiny-vit", "--epochs", 2, "--eval-every", 0)
+    fastbd(*arguments, "--out", "runs/one", cwd=study)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    fastbd(*arguments, "--out", "runs/two", cwd=study, launcher=launcher)
+    one, two = weights(study / "runs/one"), weights(study / "runs/two")
+    start = max(float((one[k] - two[k]).abs().max()) for k in one)
+    assert start < 1e-4
+    assert [r["loss"] for r in rows(study / "runs/one/log.jsonl")] == pytest.approx(
+        [r["loss"] for r in rows(study / "runs/two/log.jsonl")], rel=1e-4
+    )
+
+
+def test_finetuning_keeps_the_optimizer_when_asked(study):
+    if not (study / "runs/a").exists():
+        fastbd("pretrain", "--objective", "mmcl", *SMALL, "--epochs", 1, "--out", "runs/a", cwd=study)
+    arguments = (
+        "clean",
+        "--run",
+        "runs/a",
+        "--method",
+        "finetune",
+        "--objective",
+        "mmcl",
+        "--epochs",
+        1,
+        "--batch-size",
+        24,
+    )
+    fastbd(*arguments, "--weight-decay", 0.7, "--out", "runs/fresh", cwd=study)
+    fastbd(*arguments, "--weight-decay", 0.7, "--keep-optimizer", "--out", "runs/kept", cwd=study)
+    states = [
+        torch.load(study / "runs" / name / "ckpt_last.pt", weights_only=True)["optimizer"] for name in ("fresh", "kept")
+    ]
+    # As published, the checkpoint's weight decay silently wins over the one given.
+    assert [s["param_groups"][0]["weight_decay"] for s in states] == [0.7, 0.1]
+    steps = [int(next(iter(s["state"].values()))["step"]) for s in states]
+    assert steps[1] > steps[0] == 9

@@ -1,0 +1,77 @@
+import math
+
+import pytest
+import torch
+
+from fastbd.config import TrainConfig
+from fastbd.errors import UserError
+from fastbd.objectives import Objective, make_objective
+
+
+def embeddings(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).float().requires_grad_()
+
+
+def direct_cross_entropy(rows, columns, scale):
+    """The formula written out with loops, in float64."""
+    total = 0.0
+    for i, row in enumerate(rows.detach().double()):
+        scores = [scale * (row @ column).item() / (row.norm() * column.norm()).item() for column in columns.detach().double()]
+        total += math.log(sum(math.exp(s) for s in scores)) - scores[i]
+    return total / len(rows)
+
+
+def test_mmcl_ssl_is_the_formula_of_the_paper():
+    image, text, image_aug, text_aug = (embeddings(5, 7, seed=k) for k in range(4))
+    log_scale = torch.tensor(1.3)
+    loss, parts = Objective(mmcl_weight=0.5, ssl_weight=2.0)(image, text, image_aug, text_aug, log_scale)
+    s = math.exp(1.3)
+    mmcl = (direct_cross_entropy(image, text, s) + direct_cross_entropy(text, image, s)) / 2
+    ssl_image, ssl_text = direct_cross_entropy(image, image_aug, s), direct_cross_entropy(text, text_aug, s)
+    assert float(parts["mmcl"]) == pytest.approx(mmcl, rel=1e-5)
+    assert float(parts["ssl_image"]) == pytest.approx(ssl_image, rel=1e-5)
+    assert float(parts["ssl_text"]) == pytest.approx(ssl_text, rel=1e-5)
+    assert float(loss) == pytest.approx(0.5 * mmcl + 2.0 * (ssl_image + ssl_text) / 2, rel=1e-5)
+
+
+def test_ssl_is_one_directional_as_published_and_symmetric_on_request():
+    image, aug = embeddings(4, 6, seed=1), embeddings(4, 6, seed=2)
+    log_scale = torch.tensor(0.7)
+    s = math.exp(0.7)
+    forward, backward = direct_cross_entropy(image, aug, s), direct_cross_entropy(aug, image, s)
+    assert abs(forward - backward) > 1e-3
+    one_way = Objective(0.0, 1.0, ssl_text=False)(image, image, aug, None, log_scale)[0]
+    both_ways = Objective(0.0, 1.0, ssl_text=False, ssl_symmetric=True)(image, image, aug, None, log_scale)[0]
+    assert float(one_way) == pytest.approx(forward, rel=1e-5)
+    assert float(both_ways) == pytest.approx((forward + backward) / 2, rel=1e-5)
+
+
+def test_aligned_pairs_lose_what_theory_says():
+    """n orthonormal pairs at scale s: log(1 + (n - 1) exp(-s))."""
+    n, s = 8, 5.0
+    loss, _ = Objective()(torch.eye(n) * 3, torch.eye(n) * 0.2, None, None, torch.tensor(math.log(s)))
+    assert float(loss) == pytest.approx(math.log(1 + (n - 1) * math.exp(-s)), rel=1e-5)
+
+
+def test_gradient_reaches_temperature_and_every_view():
+    views = [embeddings(4, 6, seed=k) for k in range(4)]
+    log_scale = torch.tensor(1.0, requires_grad=True)
+    Objective(1.0, 1.0)(*views, log_scale)[0].backward()
+    assert all(v.grad.abs().sum() > 0 for v in views) and log_scale.grad.abs() > 0
+
+
+def test_names_pick_terms_and_config_weights():
+    config = TrainConfig(mmcl_weight=3.0, ssl_weight=4.0, ssl_text=False)
+    assert make_objective("mmcl", config) == Objective(3.0, 0.0, ssl_text=False)
+    assert make_objective("ssl", config).mmcl_weight == 0
+    assert make_objective("mmcl_ssl", config).augments and not make_objective("mmcl", config).augments
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [({"ssl_image": False, "ssl_text": False}, "--no-ssl"), ({"mmcl_weight": 0.0, "ssl_weight": 0.0}, "weight")],
+)
+def test_an_objective_without_any_term_is_refused(change, word):
+    with pytest.raises(UserError, match=word):
+        make_objective("mmcl_ssl", TrainConfig(**change))
