@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import errno
 import importlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from fastbd import config
 from fastbd.errors import UserError
+from fastbd.study.runs import read_config
 
 
 class Verb(NamedTuple):
@@ -102,25 +102,14 @@ def _value(flags: list[str], name: str) -> str | None:
 def _preset_of_run(folder: str | None) -> str:
     """The preset that a run was made with, so that cleaning starts from the same one."""
     if folder and (Path(folder) / "config.json").is_file():
-        return read_run_config(Path(folder))["config"].get("preset", "demo")
+        return read_config(Path(folder))["config"].get("preset", "demo")
     return "demo"
-
-
-def read_run_config(folder: Path) -> dict:
-    """config.json of a run folder."""
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no run folder: it has no config.json.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); the run cannot be read.") from None
 
 
 def _resumed(kind: type, folder: Path, flags: list[str]):
     if len([f for f in flags if f.startswith("--")]) > 1:
         raise UserError("--resume takes every setting from the run folder; leave the other flags out.")
-    recorded = read_run_config(folder)
+    recorded = read_config(folder)
     verb = {config.PretrainConfig: "pretrain", config.CleanConfig: "clean"}[kind]
     if recorded["verb"] != verb:
         raise UserError(

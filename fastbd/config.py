@@ -263,8 +263,8 @@ def demo() -> Settings:
     """
     common = dict(preset="demo", batch_size=64, beta2=0.98, warmup=50, templates="demo")
     return Settings(
-        PretrainConfig(**common, epochs=12, lr=2e-3, eval_every=3.0, save_every=0),
-        CleanConfig(**common, epochs=6, lr=1e-3, rows=2_000, save_every=0),
+        PretrainConfig(**common, epochs=10, lr=2e-3, eval_every=2.5, save_every=0),
+        CleanConfig(**common, epochs=4, lr=1e-3, rows=2_000, save_every=0),
     )
 
 

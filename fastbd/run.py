@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from fastbd import __version__, checkpoint, log
+from fastbd import __version__, checkpoint, dist, log
 from fastbd.config import CleanConfig, PretrainConfig, to_dict
 from fastbd.data import eda, sheet
 from fastbd.data.beton import Beton
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import Pairs, batches
+from fastbd.data.loader import Batch, Pairs, batches
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.evals.zeroshot import EvalSet, evaluate, open_set
-from fastbd.loop import Timetable, every, train
+from fastbd.evals.zeroshot import evaluate, open_set
+from fastbd.loop import Stopped, Timetable, every, train
 from fastbd.models import CLIP
 from fastbd.objectives import Objective
 from fastbd.optim import learning_rate, make_optimizer
@@ -29,21 +29,207 @@ from fastbd.poison.plan import Plan
 from fastbd.precision import set_precision
 from fastbd.step import make_step
 
+Config = PretrainConfig | CleanConfig
 
-@dataclass(frozen=True)
-class Start:
-    """Where training begins: the model, what it is trained with, and, when resuming or keeping, the saved state."""
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained, with what, on what."""
+
+    name: str
+    """Name of the run folder when --out gives none."""
     model: CLIP
+    model_name: str
     objective: Objective
+    objective_name: str
     data: Path
-    plan: Plan | None
-    eval_data: Path | None
     rows: np.ndarray
-    poisoned: bool = True
-    """Whether the plan's triggers and captions are in the data; in any case it is what evaluation attacks with."""
+    """Places in `data` to train on, int64 [N]."""
+    plan: Plan | None
+    """The backdoor that evaluation attacks with."""
+    poisoned: bool
+    """Whether the plan's triggers and captions are in the training data."""
+    eval_data: Path | None
+    pretrain_objective: str
+    method: str | None = None
+    start: Path | None = None
+    """The run that is cleaned."""
     optimizer: dict | None = None
-    resumed: dict | None = None
+    """Optimizer state to begin with; its weight decay wins over the config's, as in the published program."""
+
+    def about(self, verb: str) -> dict:
+        """What config.json says of the run beside the flags."""
+        return {
+            "verb": verb,
+            "method": self.method,
+            "objective": self.objective_name,
+            "pretrain_objective": self.pretrain_objective,
+            "start": self.start and str(self.start.absolute()),
+            "model": self.model_name,
+            "data": str(self.data.absolute()),
+            "eval_data": self.eval_data and str(self.eval_data.absolute()),
+        }
+
+
+def execute(config: Config, make_task: Callable[[World], Task]) -> int:
+    """Do the task that make_task gives in a run folder; exit code 0, or 128 + signal when stopped (and saved)."""
+    world = dist.join(config.device)
+    try:
+        run = Run(config, make_task(world), world)
+        run.train()
+        return 0
+    except Stopped as stopped:
+        if world.main:
+            log.console.print(f"stopped and saved; go on with: python -m fastbd {run.verb} --resume {run.folder}")
+        return stopped.exit_code
+    finally:
+        dist.leave()
+
+
+class Run:
+    """One training: everything is opened and checked before the folder is made."""
+
+    def __init__(self, config: Config, task: Task, world: World):
+        self.config, self.task, self.world = config, task, world
+        self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
+        self.precision = set_precision(config.precision, world.device)
+        self.steps_per_epoch = steps_per_epoch(config.batch_size, len(task.rows), world)
+        self.total = config.epochs * self.steps_per_epoch
+        resumed = checkpoint.load(config.resume / "ckpt_last.pt") if config.resume else None
+
+        self.pairs = self._open_pairs()
+        self.evaluation = self._open_evaluation()
+        self.model = task.model
+        if resumed:
+            self.model.load_state_dict(resumed["model"])
+        self.model.to(world.device, memory_format=torch.channels_last).train()
+        betas = (config.beta1, config.beta2)
+        self.optimizer = make_optimizer(
+            self.model, lr=config.lr, weight_decay=config.weight_decay, betas=betas, eps=config.eps
+        )
+        if state := resumed["optimizer"] if resumed else task.optimizer:
+            self.optimizer.load_state_dict(state)
+        self.done = resumed["step"] if resumed else 0
+        if resumed:
+            checkpoint.set_random_state(resumed["random"])
+        self.folder = config.resume or self._make_folder()
+
+    def _open_pairs(self) -> Pairs:
+        """The training pairs, decoded into memory where --resident says so or they fit."""
+        config, task = self.config, self.task
+        beton = Beton(task.data)
+        if task.objective.augments and task.objective.ssl_text and beton.num_text_views == 0:
+            raise UserError(
+                f"{task.data} holds no second text views: build it with --text-views 1, or train with --no-ssl-text."
+            )
+        decoder = open_decoder(config.decode, config.workers, self.world.device.type)
+        pairs = Pairs(beton, decoder, task.model.image_size, task.plan if task.poisoned else None)
+        if config.resident == "ram" or (config.resident == "auto" and pairs.fits_in_memory(len(task.rows))):
+            pairs.keep_in_memory(task.rows, quiet=not self.world.main)
+        return pairs
+
+    def _open_evaluation(self):
+        """The evaluation set on the main rank, if there is one."""
+        config, task = self.config, self.task
+        if task.eval_data is None or not self.world.main:
+            return None
+        decoder = open_decoder(config.decode, config.workers, self.world.device.type)
+        return open_set(
+            task.eval_data, decoder, task.model.image_size,
+            classes=config.classes, templates=config.templates, plan=task.plan, subset=config.eval_subset,
+            seed=config.seed,
+        )  # fmt: skip
+
+    def _make_folder(self) -> Path:
+        """--out, which must be new, or the first free runs/NAME; with config.json, env.json, plan.json, samples.png."""
+        config, task = self.config, self.task
+        if config.out and config.out.exists():
+            raise UserError(f"{config.out} exists already: choose another --out, or go on with --resume {config.out}.")
+        folder = config.out or free_folder(Path("runs") / task.name)
+        self.world.barrier()  # every rank has looked before one makes it
+        if self.world.main:
+            folder.mkdir(parents=True)
+            about = {"name": folder.name, "fastbd": __version__, **task.about(self.verb), "config": to_dict(config)}
+            log.write_json(folder / "config.json", about)
+            log.write_json(folder / "env.json", {**log.environment(), "eda_synonyms": eda.synonyms_source()})
+            if task.plan:
+                task.plan.save(folder / "plan.json")
+            sheet.samples(self.pairs, task.rows, config.seed).save(folder / "samples.png")
+        return folder
+
+    def train(self) -> None:
+        """From where the run stands to its end."""
+        config, task = self.config, self.task
+        self._say(
+            f"[bold]{self.folder}[/]: {task.method or 'pre-training'} of {task.model_name} with {task.objective_name}, "
+            f"{len(task.rows):,} pairs of {task.data}, {self.total:,} steps"
+        )
+        if self.verb == "clean" and self.done == 0:
+            self.measure(0)
+        warmup = min(config.warmup, self.total // 10)
+        schedule = partial(learning_rate, peak=config.lr, warmup=warmup, total=self.total)
+        step = make_step(
+            self.model, task.objective, self.optimizer, schedule, precision=self.precision, world=self.world
+        )
+        table = Timetable(
+            self.steps_per_epoch,
+            self.total,
+            every(config.eval_every, self.steps_per_epoch, self.total),
+            every(config.save_every, self.steps_per_epoch, self.total),
+            config.log_every,
+        )
+        began = time.perf_counter()
+        train(
+            step, self.batches, table, start=self.done, label=self.folder.name, world=self.world,
+            evaluate=self.measure, save=self.save, record=self.record,
+        )  # fmt: skip
+        steps, seconds = self.total - self.done, time.perf_counter() - began
+        self._say(f"[green]done[/]: {steps:,} steps in {seconds:.0f} s, evaluations included; {self.folder}")
+
+    def batches(self, epoch: int, offset: int) -> Iterator[Batch]:
+        """This rank's batches of an epoch, from its step `offset` on."""
+        return batches(
+            self.pairs, self.task.rows, self.config.batch_size, seed=self.config.seed,
+            augmented=self.task.objective.augments, world=self.world, epoch=epoch, start=offset,
+        )  # fmt: skip
+
+    def measure(self, step: int) -> None:
+        """Evaluate, and add a line to metrics.jsonl."""
+        if self.evaluation:
+            row = evaluate(self.model, self.evaluation, precision=self.precision, device=self.world.device)
+            row = {"step": step, "epoch": step / self.steps_per_epoch, **row}
+            log.append(self.folder / "metrics.jsonl", row)
+            self._say(result_line(row))
+        self.world.barrier()
+
+    def save(self, step: int) -> None:
+        """Write ckpt_last.pt, and the checkpoint to be kept where --save-every ends an epoch."""
+        if self.world.main:
+            state = {
+                "fastbd": __version__,
+                "about": self.task.about(self.verb),
+                "config": to_dict(self.config),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": step,
+                "epoch": step / self.steps_per_epoch,
+                "random": checkpoint.random_state(),
+                "plan": self.task.plan and self.task.plan.to_dict(),
+                "decode": self.pairs.decoder.name,
+            }
+            checkpoint.save(checkpoint.path_of(self.folder, "last"), state)
+            if self.config.save_every and step % (self.config.save_every * self.steps_per_epoch) == 0:
+                checkpoint.save(checkpoint.path_of(self.folder, str(step // self.steps_per_epoch)), state)
+        self.world.barrier()
+
+    def record(self, row: dict) -> None:
+        """Add a line to log.jsonl."""
+        if self.world.main:
+            log.append(self.folder / "log.jsonl", row)
+
+    def _say(self, line: str) -> None:
+        if self.world.main:
+            log.console.print(line)
 
 
 def free_folder(path: Path) -> Path:
@@ -52,152 +238,13 @@ def free_folder(path: Path) -> Path:
     return next(p for p in candidates if not p.exists())
 
 
-def make_folder(config: PretrainConfig | CleanConfig, name: str, world: World) -> Path:
-    """The run's folder: the resumed one, --out (which must be new), or the first free runs/NAME."""
-    if config.resume:
-        return config.resume
-    if config.out and config.out.exists():
-        raise UserError(f"{config.out} exists already; choose another --out, or go on with --resume {config.out}.")
-    folder = config.out or free_folder(Path("runs") / name)
-    world.barrier()  # every rank has looked before one makes it
-    if world.main:
-        folder.mkdir(parents=True)
-    return folder
-
-
-def describe(folder: Path, config: PretrainConfig | CleanConfig, plan: Plan | None, **about) -> None:
-    """Write config.json, env.json and plan.json."""
-    log.write_json(
-        folder / "config.json", {"name": folder.name, "fastbd": __version__, **about, "config": to_dict(config)}
-    )
-    log.write_json(folder / "env.json", {**log.environment(), "eda_synonyms": eda.synonyms_source()})
-    if plan:
-        plan.save(folder / "plan.json")
-
-
-def open_pairs(beton: Beton, start: Start, config: PretrainConfig | CleanConfig, world: World) -> Pairs:
-    """The training pairs, decoded into memory where --resident says so or they fit."""
-    if start.objective.augments and start.objective.ssl_text and beton.num_text_views == 0:
-        raise UserError(
-            f"{start.data} holds no second text views; build it with --text-views 1, or train with --no-ssl-text."
-        )
-    decoder = open_decoder(config.decode, config.workers or os.cpu_count(), world.device.type)
-    pairs = Pairs(beton, decoder, start.model.image_size, start.plan if start.poisoned else None)
-    if config.resident == "ram" or (config.resident == "auto" and pairs.fits_in_memory(len(start.rows))):
-        pairs.keep_in_memory(start.rows, quiet=not world.main)
-    return pairs
-
-
-def open_evaluation(start: Start, config: PretrainConfig | CleanConfig, world: World) -> EvalSet | None:
-    """The evaluation set on the main rank, if there is one."""
-    if start.eval_data is None or not world.main:
-        return None
-    decoder = open_decoder(config.decode, config.workers or os.cpu_count(), world.device.type)
-    return open_set(
-        start.eval_data,
-        decoder,
-        start.model.image_size,
-        classes=config.classes,
-        templates=config.templates,
-        plan=start.plan,
-        subset=config.eval_subset,
-        seed=config.seed,
-    )
-
-
-def train_in(folder: Path, start: Start, config: PretrainConfig | CleanConfig, world: World, about: dict) -> None:
-    """Train as configured, writing everything into `folder`."""
-    if config.batch_size % world.size:
-        raise UserError(
-            f"--batch-size {config.batch_size} does not divide by the {world.size} processes; choose a multiple."
-        )
-    steps_per_epoch = len(start.rows) // config.batch_size
-    if steps_per_epoch == 0:
-        raise UserError(
-            f"--batch-size {config.batch_size} is larger than the {len(start.rows)} pairs there are; make it smaller."
-        )
-    precision = set_precision(config.precision, world.device)
-    total = round(config.epochs * steps_per_epoch)
-    model = start.model.to(world.device, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer(
-        model, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2), eps=config.eps
-    )
-    if start.optimizer:
-        optimizer.load_state_dict(start.optimizer)
-    schedule = partial(learning_rate, peak=config.lr, warmup=min(config.warmup, total // 10), total=total)
-    at = 0
-    if start.resumed:
-        at = start.resumed["step"]
-        checkpoint.set_random_state(start.resumed["random"])
-    beton = Beton(start.data)
-    pairs = open_pairs(beton, start, config, world)
-    evaluation = open_evaluation(start, config, world)
-
-    def measure(step: int) -> None:
-        if evaluation:
-            row = evaluate(model, evaluation, precision=precision, device=world.device)
-            row = {"step": step, "epoch": step / steps_per_epoch, **row}
-            log.append(folder / "metrics.jsonl", row)
-            log.console.print(result_line(row))
-        world.barrier()
-
-    def save(step: int) -> None:
-        if world.main:
-            state = {
-                "fastbd": __version__,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "epoch": step / steps_per_epoch,
-                "random": checkpoint.random_state(),
-                "precision": precision,
-                "decode": pairs.decoder.name,
-                "plan": start.plan.to_dict() if start.plan else None,
-                "config": to_dict(config),
-                "about": about,
-            }
-            checkpoint.save(folder / "ckpt_last.pt", state)
-            if config.save_every and step % (config.save_every * steps_per_epoch) == 0:
-                keep = folder / f"ckpt_epoch_{step // steps_per_epoch:03d}.pt"
-                keep.unlink(missing_ok=True)
-                os.link(folder / "ckpt_last.pt", keep)
-        world.barrier()
-
-    def make_batches(epoch: int, offset: int):
-        return batches(
-            pairs,
-            start.rows,
-            config.batch_size,
-            seed=config.seed,
-            augmented=start.objective.augments,
-            world=world,
-            epoch=epoch,
-            start=offset,
-        )
-
-    if world.main and at == 0:
-        sheet.samples(pairs, start.rows, config.seed).save(folder / "samples.png")
-    if about["verb"] == "clean" and at == 0:
-        measure(0)
-    evaluate_at = every(config.eval_every, steps_per_epoch, total) if start.eval_data else set()
-    table = Timetable(
-        steps_per_epoch, total, evaluate_at, every(config.save_every, steps_per_epoch, total), config.log_every
-    )
-    step = make_step(model, start.objective, optimizer, schedule, precision=precision, world=world)
-    began = time.perf_counter()
-    train(
-        step,
-        make_batches,
-        table,
-        start=at,
-        label=folder.name,
-        world=world,
-        evaluate=measure,
-        save=save,
-        record=partial(log.append, folder / "log.jsonl") if world.main else lambda row: None,
-    )
-    if world.main:
-        log.console.print(f"[green]done[/] {folder}  {total - at} steps in {time.perf_counter() - began:.0f} s")
+def steps_per_epoch(batch_size: int, rows: int, world: World) -> int:
+    """Whole batches in an epoch; UserError when there is none, or it cannot be shared out."""
+    if batch_size < 1 or batch_size % world.size:
+        raise UserError(f"--batch-size {batch_size} is no multiple of the {world.size} processes: choose one that is.")
+    if rows < batch_size:
+        raise UserError(f"--batch-size {batch_size} is larger than the {rows} pairs there are: make it smaller.")
+    return rows // batch_size
 
 
 def result_line(row: dict) -> str:
@@ -210,21 +257,19 @@ def result_line(row: dict) -> str:
 
 def result_table(folder: Path, row: dict) -> Table:
     """One evaluation as a table with intervals."""
-    table = Table(
-        "measure", "share", "95 % interval", "images", title=f"{folder} at epoch {row['epoch']:g} on {row['set']}"
-    )
     names = {
         "top1": "zero-shot top-1",
-        "top5": "top-5",
-        "top10": "top-10",
+        "top5": "zero-shot top-5",
+        "top10": "zero-shot top-10",
         "asr": f"ASR to '{row.get('target')}'",
         "asr_all": "ASR, target-class images too",
         "recovery": "triggered, true class found",
     }
-    for key, name in names.items():
-        if key in row:
-            interval = f"{row[f'{key}_low']:.1%} - {row[f'{key}_high']:.1%}" if f"{key}_low" in row else ""
-            table.add_row(
-                name, f"{row[key]:.2%}", interval, str(row["n_asr"] if key in ("asr", "recovery") else row["n"])
-            )
+    table = Table(title=f"{folder} at epoch {row['epoch']:g} on {row['set']}")
+    for column in ("measure", "share", "95 % interval", "images"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
+    for key in (key for key in names if key in row):
+        interval = f"{row[f'{key}_low']:.1%} - {row[f'{key}_high']:.1%}" if f"{key}_low" in row else ""
+        images = row["n_asr"] if key in ("asr", "recovery") else row["n"]
+        table.add_row(names[key], f"{row[key]:.1%}", interval, f"{images:,}")
     return table

@@ -1,4 +1,4 @@
-"""A small study that several tests share: the demo's pictures, few of them, at 32 px."""
+"""A small study that several tests share: the demo's pictures, few of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from fastbd.data.demo import write_demo_set
 
 
-def fastbd(*arguments, cwd: Path, code: int = 0, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def _fastbd(*arguments, cwd: Path, code: int = 0, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     """Run the real command line in a process of its own and check its exit code."""
     command = [sys.executable, *launcher, "-m", "fastbd", *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
@@ -21,17 +21,16 @@ def fastbd(*arguments, cwd: Path, code: int = 0, launcher: tuple[str, ...] = ())
 
 
 @pytest.fixture(scope="session")
+def fastbd():
+    return _fastbd
+
+
+@pytest.fixture(scope="session")
 def study(tmp_path_factory) -> Path:
-    """A folder with train.beton (240 pairs), train.poison.json, val.beton (60 labelled images)."""
+    """A folder with train.beton (240 pairs), train.poison.json (24 of them), val.beton (60 labelled images)."""
     folder = tmp_path_factory.mktemp("study")
     list(write_demo_set(folder, 240, 60, seed=1))
-    fastbd("build", "--source", "train.csv", "--out", "train.beton", cwd=folder)
-    fastbd("build", "--source", "val.csv", "--out", "val.beton", "--class-key", "class", "--text-views", 0, cwd=folder)
-    fastbd("poison", "--data", "train.beton", "--patch-size", 6, "--rate", 0.1, cwd=folder)
+    _fastbd("build", "--source", "train.csv", "--out", "train.beton", cwd=folder)
+    _fastbd("build", "--source", "val.csv", "--out", "val.beton", "--class-key", "class", "--text-views", 0, cwd=folder)
+    _fastbd("poison", "--data", "train.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo", cwd=folder)
     return folder
-
-
-SMALL = (
-    "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model", "tiny-rn",
-    "--batch-size", 24, "--warmup", 5, "--device", "cpu",
-)  # fmt: skip

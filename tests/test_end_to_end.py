@@ -11,7 +11,13 @@ import time
 
 import pytest
 import torch
-from conftest import SMALL, fastbd
+
+from fastbd.models import create
+
+SMALL = (
+    "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model", "tiny-rn",
+    "--batch-size", 24, "--warmup", 5, "--device", "cpu", "--templates", "demo",
+)  # fmt: skip
 
 
 def rows(path):
@@ -22,8 +28,10 @@ def weights(run):
     return torch.load(run / "ckpt_last.pt", weights_only=True)["model"]
 
 
-def test_build_poison_pretrain_clean_evaluate_report(study):
-    fastbd("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 3, "--out", "runs/a", cwd=study)
+def test_build_poison_pretrain_clean_evaluate_report(study, fastbd):
+    fastbd(
+        "pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 3, "--save-every", 2, "--out", "runs/a", cwd=study
+    )
     fastbd(
         "clean", "--run", "runs/a", "--epochs", 2, "--batch-size", 24, "--eval-every", 0.5, "--out", "runs/b", cwd=study
     )
@@ -42,15 +50,15 @@ def test_build_poison_pretrain_clean_evaluate_report(study):
     assert json.loads((study / "runs/b/plan.json").read_text()) == plan
     html = (study / "report.html").read_text()
     assert "data:image/png;base64" in html and (study / "scatter.png").stat().st_size > 10_000
-    assert (study / "runs/a/samples.png").is_file() and (study / "runs/a/ckpt_epoch_002.pt").is_file()
+    assert (study / "runs/a/samples.png").is_file()
+    assert sorted(p.name for p in (study / "runs/a").glob("*.pt")) == ["ckpt_epoch_002.pt", "ckpt_last.pt"]
 
 
-@pytest.mark.parametrize("objective", ["mmcl_ssl"])
-def test_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_the_same(study, objective):
+def test_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_the_same(study, fastbd):
     arguments = (
         "pretrain",
         "--objective",
-        objective,
+        "mmcl_ssl",
         *SMALL,
         "--epochs",
         40,
@@ -79,21 +87,38 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_the_same(study, obje
     assert [r["loss"] for r in rows(log)] == [r["loss"] for r in rows(study / "runs/whole/log.jsonl")]
 
 
-def test_two_processes_train_like_one(study):
-    """tiny-vit has no batch norm, so the only difference left is the order of sums."""
-    arguments = ("pretrain", "--objective", "mmcl_ssl", *SMALL, "--model", "tiny-vit", "--epochs", 2, "--eval-every", 0)
+def test_two_processes_train_like_one(study, fastbd):
+    """tiny-vit has no batch norm, so the only difference left is the order of sums.
+
+    Plain Adam would hide a wrong gradient scale and blow up rounding; a large eps makes its steps follow the gradient.
+    """
+    arguments = (
+        "pretrain",
+        "--objective",
+        "mmcl_ssl",
+        *SMALL,
+        "--model",
+        "tiny-vit",
+        "--epochs",
+        2,
+        "--eval-every",
+        0,
+        "--eps",
+        0.01,
+    )
     fastbd(*arguments, "--out", "runs/one", cwd=study)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     fastbd(*arguments, "--out", "runs/two", cwd=study, launcher=launcher)
     one, two = weights(study / "runs/one"), weights(study / "runs/two")
-    start = max(float((one[k] - two[k]).abs().max()) for k in one)
-    assert start < 1e-4
+    start = create("tiny-vit", 0).state_dict()
+    assert max(float((one[k] - start[k]).abs().max()) for k in one) > 1e-2
+    assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-5
     assert [r["loss"] for r in rows(study / "runs/one/log.jsonl")] == pytest.approx(
         [r["loss"] for r in rows(study / "runs/two/log.jsonl")], rel=1e-4
     )
 
 
-def test_finetuning_keeps_the_optimizer_when_asked(study):
+def test_finetuning_keeps_the_optimizer_when_asked(study, fastbd):
     if not (study / "runs/a").exists():
         fastbd("pretrain", "--objective", "mmcl", *SMALL, "--epochs", 1, "--out", "runs/a", cwd=study)
     arguments = (

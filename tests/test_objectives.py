@@ -17,7 +17,9 @@ def direct_cross_entropy(rows, columns, scale):
     """The formula written out with loops, in float64."""
     total = 0.0
     for i, row in enumerate(rows.detach().double()):
-        scores = [scale * (row @ column).item() / (row.norm() * column.norm()).item() for column in columns.detach().double()]
+        scores = [
+            scale * (row @ column).item() / (row.norm() * column.norm()).item() for column in columns.detach().double()
+        ]
         total += math.log(sum(math.exp(s) for s in scores)) - scores[i]
     return total / len(rows)
 

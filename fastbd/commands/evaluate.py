@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from fastbd import checkpoint, dist, log
-from fastbd.cli import read_run_config
 from fastbd.config import EvaluateConfig
 from fastbd.data.decode import open_decoder
 from fastbd.errors import UserError
@@ -17,12 +15,13 @@ from fastbd.models import create
 from fastbd.poison.plan import Plan
 from fastbd.precision import set_precision
 from fastbd.run import result_table
+from fastbd.study.runs import read_config
 
 
 def run(config: EvaluateConfig) -> int:
     """Evaluate a checkpoint, print the table, add a line to the run's metrics.jsonl."""
     world = dist.join(config.device)
-    recorded = read_run_config(config.run)
+    recorded = read_config(config.run)
     state = checkpoint.load(checkpoint.path_of(config.run, config.checkpoint))
     data = config.eval_data or (recorded["eval_data"] and Path(recorded["eval_data"]))
     if data is None:
@@ -35,7 +34,7 @@ def run(config: EvaluateConfig) -> int:
     precision = set_precision(config.precision, world.device)
     evaluation = open_set(
         data,
-        open_decoder("auto", os.cpu_count(), world.device.type),
+        open_decoder("auto", 0, world.device.type),
         model.image_size,
         classes=config.classes or recorded["config"]["classes"],
         templates=config.templates or recorded["config"]["templates"],

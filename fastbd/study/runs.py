@@ -51,7 +51,7 @@ class Run:
 
 def read(path: Path) -> Run:
     """The run in folder `path`. UserError where there is none, or where a file is damaged before its last line."""
-    recorded = _json(path / "config.json")
+    recorded = read_config(path)
     try:
         return Run(
             path=path,
@@ -68,6 +68,11 @@ def read(path: Path) -> Run:
         )
     except KeyError as error:
         raise UserError(f"{path / 'config.json'} has no {error}, so it is not a run's; name another folder.") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of the run folder `path`: how it was made, and under "config" with what flags."""
+    return _json(path / "config.json")
 
 
 def find(paths: Iterable[Path]) -> list[Run]:

@@ -93,7 +93,10 @@ def test_initial_statistics():
         (block.attn.out_proj.weight, (2 * width * layers) ** -0.5),
         (block.mlp.c_fc.weight, (2 * width) ** -0.5),
         (block.mlp.c_proj.weight, (2 * width * layers) ** -0.5),
-        *((projection.weight, pool.q_proj.in_features**-0.5) for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj)),
+        *(
+            (projection.weight, pool.q_proj.in_features**-0.5)
+            for projection in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj)
+        ),
     ]:
         assert tensor.std().item() == pytest.approx(std, rel=0.05)
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
