@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         print(
             f"error: the disk is full: {error.filename or 'a file'} could not be written; free some space.",
@@ -87,7 +87,16 @@ def parse(verb: str, flags: list[str]):
             preset = config.PRESETS[name]
             default = getattr(preset(), verb)
             description = f"{kind.__doc__}\n\nPreset {name}: {preset.__doc__}"
-    return tyro.cli(kind, args=flags, default=default, prog=f"python -m fastbd {verb}", description=description)
+    settings = tyro.cli(kind, args=flags, default=default, prog=f"python -m fastbd {verb}", description=description)
+    _check_numbers(settings)
+    return settings
+
+
+def _check_numbers(settings) -> None:
+    for name, least in config.LEAST.items():
+        value = getattr(settings, name, None)
+        if value is not None and not value >= least:  # so that not-a-number is refused too
+            raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least {least}.")
 
 
 def _value(flags: list[str], name: str) -> str | None:

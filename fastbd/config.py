@@ -259,11 +259,11 @@ def demo() -> Settings:
     python -m fastbd pretrain --objective mmcl_ssl
     python -m fastbd clean --run runs/mmcl_ssl --method cleanclip
 
-    5 % of 4,000 pairs carry the backdoor: small data needs a higher rate than the published 0.05 % to learn one.
+    8 % of 4,000 pairs carry the backdoor: small data needs a higher rate than the published 0.05 % to learn one.
     """
     common = dict(preset="demo", batch_size=64, beta2=0.98, warmup=50, templates="demo")
     return Settings(
-        PretrainConfig(**common, epochs=10, lr=2e-3, eval_every=2.5, save_every=0),
+        PretrainConfig(**common, epochs=12, lr=2e-3, eval_every=3.0, save_every=0),
         CleanConfig(**common, epochs=4, lr=1e-3, rows=2_000, save_every=0),
     )
 
@@ -306,10 +306,22 @@ def paper_cc6m() -> Settings:
 PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 
+LEAST = dict(
+    batch_size=1, epochs=1, eval_every=0, eval_subset=0, log_every=1, max_pixels=1, rows=1, save_every=0, text_views=0,
+    warmup=0, workers=0,
+)  # fmt: skip
+"""The smallest value of flags that a negative number, or zero, would make no sense for."""
+
+
 def to_dict(config) -> dict:
-    """The config as JSON values; paths are made absolute, so that a run folder can be used from anywhere."""
-    values = dataclasses.asdict(config)
-    return {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in values.items()}
+    """The config as JSON values; files are named by absolute paths, so that a run folder can be used from anywhere."""
+    return {k: _absolute(v) for k, v in dataclasses.asdict(config).items()}
+
+
+def _absolute(value):
+    """Some flags take a file or the name of something built in: those names have no suffix."""
+    is_file = isinstance(value, str) and Path(value).suffix and Path(value).is_file()
+    return str(Path(value).absolute()) if is_file or isinstance(value, Path) else value
 
 
 def from_dict(kind: type, values: dict):

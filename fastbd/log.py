@@ -25,8 +25,11 @@ def append(path: Path, row: dict) -> None:
 def write_json(path: Path, value: dict) -> None:
     """Write a .json file atomically."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def environment() -> dict:

@@ -146,6 +146,7 @@ class Run:
         if config.out and config.out.exists():
             raise UserError(f"{config.out} exists already: choose another --out, or go on with --resume {config.out}.")
         folder = config.out or free_folder(Path("runs") / task.name)
+        samples = sheet.samples(self.pairs, task.rows, config.seed)
         self.world.barrier()  # every rank has looked before one makes it
         if self.world.main:
             folder.mkdir(parents=True)
@@ -154,7 +155,7 @@ class Run:
             log.write_json(folder / "env.json", {**log.environment(), "eda_synonyms": eda.synonyms_source()})
             if task.plan:
                 task.plan.save(folder / "plan.json")
-            sheet.samples(self.pairs, task.rows, config.seed).save(folder / "samples.png")
+            samples.save(folder / "samples.png")
         return folder
 
     def train(self) -> None:

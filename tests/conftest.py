@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; read when torch is loaded
+
+
 from fastbd.data.demo import write_demo_set
 
 

@@ -30,7 +30,7 @@ def demo_set() -> tuple[Path, Path, Path]:
         build.run(BuildConfig(source=FOLDER / "train.csv", out=train, seed=SEED))
         build.run(BuildConfig(source=FOLDER / "val.csv", out=val, class_key="class", text_views=0, seed=SEED))
     if not plan.is_file():
-        poison.run(PoisonConfig(data=train, target=TARGET, rate=0.05, templates="demo", seed=SEED))
+        poison.run(PoisonConfig(data=train, target=TARGET, rate=0.08, templates="demo", seed=SEED))
     return train, val, plan
 
 

@@ -17,7 +17,7 @@ from fastbd.data import sampler
 from fastbd.data.beton import Beton
 from fastbd.data.decode import BadImage, Decoder
 from fastbd.data.eda import N_DRAWS, eda
-from fastbd.data.tokenizer import tokenize
+from fastbd.data.tokenizer import longest, tokenize
 from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.kernels import augment
@@ -127,8 +127,8 @@ def batches(
 
 def _trim(*tokens: np.ndarray) -> list[Tensor]:
     """int64, cut to the longest caption among them: exact, as the text tower is causal and reads the end token."""
-    longest = max(int((t != 0).sum(1).max()) for t in tokens)
-    return [torch.from_numpy(t[:, :longest].astype(np.int64)) for t in tokens]
+    length = max(map(longest, tokens))
+    return [torch.from_numpy(t[:, :length].astype(np.int64)) for t in tokens]
 
 
 def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:

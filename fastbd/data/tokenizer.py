@@ -32,3 +32,11 @@ def tokenize(texts: Sequence[str], context: int = CONTEXT) -> np.ndarray:
     if not texts:
         return np.zeros((0, context), np.uint16)
     return _tokenizer().tokenize_batch(list(texts), context_length=context)
+
+
+def longest(tokens: np.ndarray) -> int:
+    """Length of the longest text in tokens [B, L], its end token included.
+
+    The end token has the highest id of all. Zeros do not tell padding from text: token 0 is "!".
+    """
+    return int(tokens.argmax(1).max()) + 1

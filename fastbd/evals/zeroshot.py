@@ -14,7 +14,7 @@ from fastbd import draws
 from fastbd.data.beton import Beton
 from fastbd.data.decode import Decoder
 from fastbd.data.loader import Pairs
-from fastbd.data.tokenizer import tokenize
+from fastbd.data.tokenizer import longest, tokenize
 from fastbd.errors import UserError
 from fastbd.evals.metrics import accuracy, attack, mean_by_class
 from fastbd.kernels.augment import normalise
@@ -52,7 +52,7 @@ def open_set(
 ) -> EvalSet:
     """Read a labelled .beton; `subset` images drawn from `seed`, all when 0."""
     beton = Beton(path)
-    if beton.labels is None:
+    if beton.class_names is None:
         raise UserError(
             f"{path} has no classes and cannot be evaluated; build it from class folders or with --class-key."
         )
@@ -67,6 +67,7 @@ def open_set(
     clean, attacked = _decode(pairs, ids, squash=False), None
     if plan:
         attacked = _decode(pairs, ids, squash=True) if plan.geometry == "squash" else clean
+        stamp(attacked[:1], plan.trigger, seed=0, ids=ids[:1])  # a patch that does not fit shows here, not epochs later
     return EvalSet(Path(path).stem, ids, clean, torch.from_numpy(labels[ids]), names, prompts, plan, attacked, target)
 
 
@@ -102,8 +103,7 @@ def evaluate(
 
 def text_classifier(model: nn.Module, prompts: np.ndarray, classes: int, device: torch.device, batch: int) -> Tensor:
     """[C, D]: the mean of each class's normalised prompt embeddings, normalised."""
-    length = int((prompts != 0).sum(1).max())
-    tokens = torch.from_numpy(prompts[:, :length].astype(np.int64))
+    tokens = torch.from_numpy(prompts[:, : longest(prompts)].astype(np.int64))
     return mean_by_class(
         torch.cat([model.encode_text(part.to(device)).float() for part in tokens.split(batch)]), classes
     )
