@@ -6,7 +6,6 @@ The rows go to results/. A ratio is measured within one run; times from differen
 from __future__ import annotations
 
 import csv
-import os
 import statistics
 import sys
 import time
@@ -38,7 +37,6 @@ def measure(ways: dict[str, Callable[[], object]]) -> dict[str, tuple[float, flo
 
 def main(names: list[str]) -> int:
     """Run the named comparisons, all without names; exit code 1 when a check fails."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if unknown := set(names) - set(COMPARISONS):
         print(
             f"error: no comparison {', '.join(sorted(unknown))}; there are {', '.join(COMPARISONS)}.", file=sys.stderr

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastbd import draws
 from fastbd.data.decode import open_decoder
 from fastbd.data.demo import SHAPES, picture
-from fastbd.data.tokenizer import tokenize
+from fastbd.data.tokenizer import longest, tokenize
 from fastbd.kernels.augment import N_DRAWS, auto_augment, draw_auto_augment
 from fastbd.models import create
 
@@ -44,7 +44,7 @@ def text_tower() -> Comparison:
     """Text tower forward and backward: all 77 tokens, as published programs do, against trimmed captions."""
     model = create("demo", 0)
     padded = torch.from_numpy(tokenize(demo_pictures(128)[1]).astype(np.int64))
-    trimmed = padded[:, : int((padded != 0).sum(1).max())]
+    trimmed = padded[:, : longest(padded.numpy())]
 
     def gradients(tokens: Tensor) -> list[Tensor]:
         model.zero_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -23,24 +22,30 @@ def save(path: Path, state: dict) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         free = shutil.disk_usage(path.parent).free // 2**20
         raise UserError(
             f"the checkpoint {path} could not be written ({free} MiB free there): {str(error).splitlines()[0]}; "
             "make room, then go on with --resume."
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def load(path: Path) -> dict:
     """A checkpoint of ours, on the CPU."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         found = ", ".join(sorted(p.name for p in path.parent.glob("ckpt_*.pt"))) or "none"
         raise UserError(f"there is no checkpoint {path}; checkpoints there: {found}.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is no checkpoint of fastbd or is damaged: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise UserError(
+            f"{path} is damaged or no checkpoint of fastbd ({type(error).__name__}): name another with --checkpoint."
+        ) from error
+    if not isinstance(state, dict) or "fastbd" not in state:
+        raise UserError(f"{path} is no checkpoint of fastbd: other weights are for pretrain --weights.")
+    return state
 
 
 def path_of(run: Path, which: str) -> Path:

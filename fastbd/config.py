@@ -69,7 +69,7 @@ class PoisonConfig:
     rate: float | None = None
     """Share of the pairs to poison, 0 to 1 [0.0005, as published]."""
     label_consistent: bool = False
-    """Poison only pairs whose caption already holds the target word, and keep their captions."""
+    """Poison only pairs whose caption already contains the target (also within a word), and keep their captions."""
     geometry: Geometry = "squash"
     """Fit triggered images by squashing (as published) or by cropping like clean ones."""
     templates: str = "imagenet80"
@@ -135,7 +135,7 @@ class TrainConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     warmup: int = 10_000
-    """Steps of linear warm-up; at most a tenth of the run is used."""
+    """Steps of linear warm-up; at most half the run is used."""
     weight_decay: float = 0.1
     """AdamW weight decay; biases, norms and the temperature are exempt."""
     beta1: float = 0.9
@@ -167,15 +167,15 @@ class TrainConfig:
     workers: int = 0
     """Decoding threads; 0 means one for each CPU core."""
     eval_data: Path | None = None
-    """Labelled .beton for zero-shot accuracy and ASR [the demo set's, with --data demo]."""
+    """Labelled .beton for zero-shot accuracy and ASR [the demo set's, with --data demo; cleaning: the run's]."""
     classes: str | None = None
-    """Class names: imagenet1k, or a text file with one class a line [the names stored in --eval-data]."""
-    templates: str = "imagenet80"
-    """Prompt templates: imagenet80, or a text file with one template a line, {} for the class."""
+    """Class names: imagenet1k, or a text file with one a line [those in --eval-data; cleaning: the run's]."""
+    templates: str | None = None
+    """Prompt templates: imagenet80, demo, or a text file with one template a line [imagenet80; cleaning: the run's]."""
     eval_every: float = 1.0
     """Epochs between evaluations; 0 evaluates only at the start (cleaning) and the end."""
     eval_subset: int = 0
-    """Evaluate this many images drawn from a seed; 0 means all."""
+    """Evaluate this many images, always the same ones; 0 means all."""
     save_every: int = 1
     """Epochs between checkpoints of which each is kept; 0 keeps only the last."""
     log_every: int = 10
@@ -211,7 +211,7 @@ class EvaluateConfig:
     plan: Path | None = None
     """Another plan to attack with [the plan in the checkpoint]."""
     eval_subset: int = 0
-    """Evaluate this many images drawn from a seed; 0 means all."""
+    """Evaluate this many images, always the same ones; 0 means all."""
     asr_seed: int = 0
     """Seed of the triggers put on evaluation images."""
     device: str = "auto"
@@ -261,9 +261,9 @@ def demo() -> Settings:
 
     8 % of 4,000 pairs carry the backdoor: small data needs a higher rate than the published 0.05 % to learn one.
     """
-    common = dict(preset="demo", batch_size=64, beta2=0.98, warmup=50, templates="demo")
+    common = dict(preset="demo", batch_size=64, beta2=0.98, warmup=50)
     return Settings(
-        PretrainConfig(**common, epochs=12, lr=2e-3, eval_every=3.0, save_every=0),
+        PretrainConfig(**common, templates="demo", epochs=12, lr=2e-3, eval_every=3.0, save_every=0),
         CleanConfig(**common, epochs=4, lr=1e-3, rows=2_000, save_every=0),
     )
 
@@ -279,10 +279,9 @@ def paper_cc3m() -> Settings:
     model: one rate alone reproduces nothing. Published top-1 / ASR before cleaning: MMCL 16.00 / 99.88 %, MMCL+SSL
     17.04 / 99.03 %; best top-1 at ASR <= 5 % after CleanCLIP: 16.49 % and 14.16 %.
     """
-    common = dict(preset="paper-cc3m", classes="imagenet1k", save_every=1)
     return Settings(
-        PretrainConfig(**common, model="rn50", data="cc3m.beton", epochs=64, batch_size=2048, lr=1e-3, warmup=10_000),
-        CleanConfig(**common, epochs=20, batch_size=64, lr=1e-4, warmup=50, rows=100_000, eval_every=1 / 3),
+        PretrainConfig(preset="paper-cc3m", model="rn50", data="cc3m.beton", classes="imagenet1k", batch_size=2048),
+        CleanConfig(preset="paper-cc3m", epochs=20, batch_size=64, lr=1e-4, warmup=50, eval_every=1 / 3),
     )
 
 
@@ -307,7 +306,7 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 
 LEAST = dict(
-    batch_size=1, epochs=1, eval_every=0, eval_subset=0, log_every=1, max_pixels=1, rows=1, save_every=0, text_views=0,
+    batch_size=1, epochs=0, eval_every=0, eval_subset=0, log_every=1, max_pixels=1, rows=1, save_every=0, text_views=0,
     warmup=0, workers=0,
 )  # fmt: skip
 """The smallest value of flags that a negative number, or zero, would make no sense for."""
@@ -315,11 +314,11 @@ LEAST = dict(
 
 def to_dict(config) -> dict:
     """The config as JSON values; files are named by absolute paths, so that a run folder can be used from anywhere."""
-    return {k: _absolute(v) for k, v in dataclasses.asdict(config).items()}
+    return {k: portable(v) for k, v in dataclasses.asdict(config).items()}
 
 
-def _absolute(value):
-    """Some flags take a file or the name of something built in: those names have no suffix."""
+def portable(value):
+    """A path as an absolute string; so too a string that names a file, which the names of built-in things do not."""
     is_file = isinstance(value, str) and Path(value).suffix and Path(value).is_file()
     return str(Path(value).absolute()) if is_file or isinstance(value, Path) else value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as td
@@ -58,7 +59,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         td.all_reduce(gradient)
         start = ctx.world.rank * ctx.rows
         return gradient[start : start + ctx.rows], None
@@ -73,11 +74,15 @@ def join(device: str) -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda:") and size > 1:
+        raise UserError(f"--device {device} would put all {size} processes on one GPU: give --device cuda.")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if size > 1 and not td.is_initialized():
-        td.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # The other ranks wait while the first one evaluates; the default of ten minutes is too short for that.
+        td.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=4))
     return World(rank, size, torch.device(device))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from contextlib import contextmanager
@@ -40,12 +41,15 @@ def environment() -> dict:
 
     from fastbd import __version__
 
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    root = Path(__file__).parents[1]
+    commit = None
+    if (root / ".git").exists() and shutil.which("git"):  # an installed copy may lie inside somebody else's repository
+        git = ["git", "-C", root, "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "fastbd": __version__,
-        "commit": commit or None,
+        "commit": commit,
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from fastbd import log
 from fastbd.data.loader import Batch
 from fastbd.dist import World
+from fastbd.errors import UserError
 from fastbd.step import Step
 
 
@@ -74,11 +76,15 @@ def train(
                     row |= clock.read()
                     record(row)
                     advance(0, _line(row))
+                    if not math.isfinite(row["loss"]):
+                        raise UserError(f"the loss is {row['loss']} at step {at}: the run diverged; lower --lr.")
                 advance(1)
-                if at in table.evaluate_at:
-                    evaluate(at)
-                if at in table.save_at:
-                    save(at)
+                if at in table.evaluate_at or at in table.save_at:
+                    if at in table.evaluate_at:
+                        evaluate(at)
+                    if at in table.save_at:
+                        save(at)
+                    clock.start()  # neither counts as training time
                 # Several processes agree only now and then: asking each step would cost a wait for the GPU.
                 if at < table.total and (world.size == 1 or at % table.log_every == 0) and world.any(bool(caught)):
                     save(at)
@@ -94,6 +100,9 @@ class _Clock:
     """Pairs a second and the share of the time spent waiting for data, since the last reading."""
 
     def __init__(self):
+        self.start()
+
+    def start(self) -> None:
         self.since, self.waited, self.pairs = time.perf_counter(), 0.0, 0
 
     def waiting(self, batches: Iterable[Batch]):
@@ -109,7 +118,7 @@ class _Clock:
     def read(self) -> dict:
         seconds = max(1e-9, time.perf_counter() - self.since)
         row = {"pairs_per_s": self.pairs / seconds, "data_wait": self.waited / seconds}
-        self.__init__()
+        self.start()
         return row
 
 

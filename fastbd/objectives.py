@@ -42,9 +42,14 @@ class Objective:
     ssl_symmetric: bool = False
 
     @property
-    def augments(self) -> bool:
-        """Whether a second view of each pair is needed."""
-        return self.ssl_weight > 0
+    def augments_images(self) -> bool:
+        """Whether a second view of each image is needed."""
+        return self.ssl_weight > 0 and self.ssl_image
+
+    @property
+    def augments_texts(self) -> bool:
+        """Whether a second version of each caption is needed."""
+        return self.ssl_weight > 0 and self.ssl_text
 
     def __call__(
         self, image: Tensor, text: Tensor, image_aug: Tensor | None, text_aug: Tensor | None, log_scale: Tensor
@@ -56,7 +61,7 @@ class Objective:
         if self.mmcl_weight > 0:
             parts["mmcl"] = mmcl(image, text, scale)
         loss = self.mmcl_weight * parts.get("mmcl", torch.zeros_like(scale))
-        if self.augments:
+        if self.ssl_weight > 0:
             if self.ssl_image:
                 parts["ssl_image"] = ssl(image, F.normalize(image_aug.float(), dim=-1), scale, self.ssl_symmetric)
             if self.ssl_text:

@@ -56,10 +56,18 @@ def target_index(classes: list[str], target: str) -> int:
 
 
 def labels_in(classes: list[str], stored: list[str]) -> list[int]:
-    """For each class of a data file the label in `classes`: by name, or by position where as many have other names."""
-    if set(stored) <= set(classes):
+    """For each class of a data file its label in `classes`: by name; where all have other names, by number or place.
+
+    Classes are often named by numbers, or by codes such as ImageNet's; half a match is a mistake and a UserError.
+    """
+    known = [name for name in stored if name in classes]
+    if twice := next((name for name in known if classes.count(name) > 1), None):
+        raise UserError(f"the class list holds '{twice}' more than once, so names decide nothing: use folders by code.")
+    if len(known) == len(stored):
         return [classes.index(name) for name in stored]
-    if len(stored) == len(classes):
+    if not known and all(name.isdecimal() and int(name) < len(classes) for name in stored):
+        return [int(name) for name in stored]
+    if not known and len(stored) == len(classes):
         return list(range(len(classes)))
     strange = next(name for name in stored if name not in classes)
     raise UserError(

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from fastbd import __version__, checkpoint, dist, log
-from fastbd.config import CleanConfig, PretrainConfig, to_dict
+from fastbd.config import CleanConfig, PretrainConfig, portable, to_dict
 from fastbd.data import eda, sheet
 from fastbd.data.beton import Beton
 from fastbd.data.decode import open_decoder
@@ -50,6 +50,8 @@ class Task:
     poisoned: bool
     """Whether the plan's triggers and captions are in the training data."""
     eval_data: Path | None
+    classes: str | None
+    templates: str
     pretrain_objective: str
     method: str | None = None
     start: Path | None = None
@@ -64,10 +66,12 @@ class Task:
             "method": self.method,
             "objective": self.objective_name,
             "pretrain_objective": self.pretrain_objective,
-            "start": self.start and str(self.start.absolute()),
+            "start": portable(self.start),
             "model": self.model_name,
-            "data": str(self.data.absolute()),
-            "eval_data": self.eval_data and str(self.eval_data.absolute()),
+            "data": portable(self.data),
+            "eval_data": portable(self.eval_data),
+            "classes": portable(self.classes),
+            "templates": portable(self.templates),
         }
 
 
@@ -77,19 +81,23 @@ def execute(config: Config, make_task: Callable[[World], Task]) -> int:
     try:
         run = Run(config, make_task(world), world)
         run.train()
-        return 0
+        exit_code = 0
     except Stopped as stopped:
         if world.main:
-            log.console.print(f"stopped and saved; go on with: python -m fastbd {run.verb} --resume {run.folder}")
-        return stopped.exit_code
-    finally:
-        dist.leave()
+            go_on = f"python -m fastbd {run.verb} --resume {run.folder}"
+            log.console.print(f"stopped and saved; go on with: {go_on}", markup=False)
+        exit_code = stopped.exit_code
+    # Not after an error: the other ranks may be waiting for this one, and only its death lets torchrun end them.
+    dist.leave()
+    return exit_code
 
 
 class Run:
     """One training: everything is opened and checked before the folder is made."""
 
     def __init__(self, config: Config, task: Task, world: World):
+        if config.out and config.out.exists() and not config.resume:
+            raise UserError(f"{config.out} exists already: choose another --out, or go on with --resume {config.out}.")
         self.config, self.task, self.world = config, task, world
         self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
         self.precision = set_precision(config.precision, world.device)
@@ -118,11 +126,11 @@ class Run:
         """The training pairs, decoded into memory where --resident says so or they fit."""
         config, task = self.config, self.task
         beton = Beton(task.data)
-        if task.objective.augments and task.objective.ssl_text and beton.num_text_views == 0:
+        if task.objective.augments_texts and beton.num_text_views == 0:
             raise UserError(
                 f"{task.data} holds no second text views: build it with --text-views 1, or train with --no-ssl-text."
             )
-        decoder = open_decoder(config.decode, config.workers, self.world.device.type)
+        decoder = open_decoder(config.decode, config.workers, str(self.world.device))
         pairs = Pairs(beton, decoder, task.model.image_size, task.plan if task.poisoned else None)
         if config.resident == "ram" or (config.resident == "auto" and pairs.fits_in_memory(len(task.rows))):
             pairs.keep_in_memory(task.rows, quiet=not self.world.main)
@@ -133,18 +141,15 @@ class Run:
         config, task = self.config, self.task
         if task.eval_data is None or not self.world.main:
             return None
-        decoder = open_decoder(config.decode, config.workers, self.world.device.type)
+        decoder = open_decoder(config.decode, config.workers, str(self.world.device))
         return open_set(
             task.eval_data, decoder, task.model.image_size,
-            classes=config.classes, templates=config.templates, plan=task.plan, subset=config.eval_subset,
-            seed=config.seed,
+            classes=task.classes, templates=task.templates, plan=task.plan, subset=config.eval_subset,
         )  # fmt: skip
 
     def _make_folder(self) -> Path:
-        """--out, which must be new, or the first free runs/NAME; with config.json, env.json, plan.json, samples.png."""
+        """--out, or the first free runs/NAME; with config.json, env.json, plan.json, samples.png."""
         config, task = self.config, self.task
-        if config.out and config.out.exists():
-            raise UserError(f"{config.out} exists already: choose another --out, or go on with --resume {config.out}.")
         folder = config.out or free_folder(Path("runs") / task.name)
         samples = sheet.samples(self.pairs, task.rows, config.seed)
         self.world.barrier()  # every rank has looked before one makes it
@@ -152,7 +157,7 @@ class Run:
             folder.mkdir(parents=True)
             about = {"name": folder.name, "fastbd": __version__, **task.about(self.verb), "config": to_dict(config)}
             log.write_json(folder / "config.json", about)
-            log.write_json(folder / "env.json", {**log.environment(), "eda_synonyms": eda.synonyms_source()})
+            log.write_json(folder / "env.json", {**log.environment(), "plan_eda_synonyms": eda.synonyms_source()})
             if task.plan:
                 task.plan.save(folder / "plan.json")
             samples.save(folder / "samples.png")
@@ -161,13 +166,17 @@ class Run:
     def train(self) -> None:
         """From where the run stands to its end."""
         config, task = self.config, self.task
+        planned = len(task.plan.rows) if task.plan and task.poisoned else 0
         self._say(
-            f"[bold]{self.folder}[/]: {task.method or 'pre-training'} of {task.model_name} with {task.objective_name}, "
-            f"{len(task.rows):,} pairs of {task.data}, {self.total:,} steps"
+            f"{self.folder}: {task.method or 'pre-training'} of {task.model_name} with {task.objective_name}, "
+            f"{len(task.rows):,} pairs of {task.data} ({planned:,} poisoned), {self.total:,} steps, "
+            f"evaluated on {task.eval_data or 'nothing: no --eval-data'}"
         )
-        if self.verb == "clean" and self.done == 0:
-            self.measure(0)
-        warmup = min(config.warmup, self.total // 10)
+        if self.done == 0:
+            self.save(0)
+            if self.verb == "clean" or self.total == 0:
+                self.measure(0)
+        warmup = min(config.warmup, self.total // 2)
         schedule = partial(learning_rate, peak=config.lr, warmup=warmup, total=self.total)
         step = make_step(
             self.model, task.objective, self.optimizer, schedule, precision=self.precision, world=self.world
@@ -176,7 +185,7 @@ class Run:
             self.steps_per_epoch,
             self.total,
             every(config.eval_every, self.steps_per_epoch, self.total),
-            every(config.save_every, self.steps_per_epoch, self.total),
+            every(1, self.steps_per_epoch, self.total),
             config.log_every,
         )
         began = time.perf_counter()
@@ -185,13 +194,14 @@ class Run:
             evaluate=self.measure, save=self.save, record=self.record,
         )  # fmt: skip
         steps, seconds = self.total - self.done, time.perf_counter() - began
-        self._say(f"[green]done[/]: {steps:,} steps in {seconds:.0f} s, evaluations included; {self.folder}")
+        self._say(f"done: {steps:,} steps in {seconds:.0f} s, evaluations included; {self.folder}")
 
     def batches(self, epoch: int, offset: int) -> Iterator[Batch]:
         """This rank's batches of an epoch, from its step `offset` on."""
         return batches(
             self.pairs, self.task.rows, self.config.batch_size, seed=self.config.seed,
-            augmented=self.task.objective.augments, world=self.world, epoch=epoch, start=offset,
+            second_images=self.task.objective.augments_images, second_texts=self.task.objective.augments_texts,
+            world=self.world, epoch=epoch, start=offset,
         )  # fmt: skip
 
     def measure(self, step: int) -> None:
@@ -219,7 +229,7 @@ class Run:
                 "decode": self.pairs.decoder.name,
             }
             checkpoint.save(checkpoint.path_of(self.folder, "last"), state)
-            if self.config.save_every and step % (self.config.save_every * self.steps_per_epoch) == 0:
+            if step and self.config.save_every and step % (self.config.save_every * self.steps_per_epoch) == 0:
                 checkpoint.save(checkpoint.path_of(self.folder, str(step // self.steps_per_epoch)), state)
         self.world.barrier()
 
@@ -230,7 +240,7 @@ class Run:
 
     def _say(self, line: str) -> None:
         if self.world.main:
-            log.console.print(line)
+            log.console.print(line, markup=False)
 
 
 def free_folder(path: Path) -> Path:

@@ -28,19 +28,28 @@ def make_step(
     world: World,
 ) -> Step:
     """The function that does one optimiser step and returns the loss and its parts as scalars on the device."""
-    towers = DistributedDataParallel(model) if world.size > 1 else model
+    towers = model
+    if world.size > 1:
+        one_tower = objective.mmcl_weight == 0 and not (objective.ssl_image and objective.ssl_text)
+        towers = DistributedDataParallel(model, find_unused_parameters=one_tower)
 
     def step(batch: Batch, at: int) -> dict[str, Tensor]:
         images, tokens = batch.images.to(world.device, non_blocking=True), batch.tokens
+        # Both views in one forward, so batch norm sees them together, as published.
         if batch.augment is not None:
             images = torch.cat([images, auto_augment(images, batch.augment)])
+        if batch.tokens_aug is not None:
             tokens = torch.cat([tokens, batch.tokens_aug])
         with autocast(precision, world.device):
-            # Both views in one forward, so batch norm sees them together, as published.
             image, text, log_scale = towers(normalise(images), tokens.to(world.device, non_blocking=True))
-        views = 1 if batch.augment is None else 2
-        image, text = ([world.gather(x) for x in e.chunk(views)] + [None] for e in (image, text))
-        loss, parts = objective(image[0], text[0], image[1], text[1], log_scale)
+        # In fp32 from here on: sums over ranks and small differences of cosines need it.
+        image, image_aug = [world.gather(x) for x in image.float().split(len(batch.ids))] + [None] * (
+            batch.augment is None
+        )
+        text, text_aug = [world.gather(x) for x in text.float().split(len(batch.ids))] + [None] * (
+            batch.tokens_aug is None
+        )
+        loss, parts = objective(image, text, image_aug, text_aug, log_scale)
 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

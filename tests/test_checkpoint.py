@@ -1,7 +1,9 @@
+from __future__ import annotations
+
 import os
 import pickle
-import resource
-import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,47 +11,96 @@ import torch
 from fastbd import checkpoint
 from fastbd.errors import UserError
 
-
-def test_round_trip(tmp_path):
-    state = {"model": {"w": torch.randn(3)}, "step": 7, "random": checkpoint.random_state()}
-    checkpoint.save(tmp_path / "ckpt_last.pt", state)
-    loaded = checkpoint.load(checkpoint.path_of(tmp_path, "last"))
-    assert torch.equal(loaded["model"]["w"], state["model"]["w"]) and loaded["step"] == 7
-    expected = torch.rand(4)
-    checkpoint.set_random_state(loaded["random"])
-    assert torch.equal(torch.rand(4), expected)
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt_last.pt"]
+STATE = {
+    "fastbd": "1", "model": {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(7)}, "step": 12, "epoch": 1.5,
+    "plan": None, "about": {"verb": "pretrain", "rows": [1, 2]},
+}  # fmt: skip
 
 
-def test_a_write_that_fails_keeps_the_old_checkpoint(tmp_path):
-    """A limit on the file size stands for a full disk: the same failing write."""
+def test_what_is_saved_is_loaded(tmp_path):
+    checkpoint.save(tmp_path / "ckpt_last.pt", STATE)
+    loaded = checkpoint.load(tmp_path / "ckpt_last.pt")
+    assert torch.equal(loaded["model"].pop("w"), STATE["model"]["w"]) and loaded["model"].pop("n") == 7
+    assert loaded == STATE | {"model": {}}
+    assert os.listdir(tmp_path) == ["ckpt_last.pt"]
+
+
+def test_the_random_state_goes_on_where_it_was(tmp_path):
+    torch.manual_seed(5)
+    checkpoint.save(tmp_path / "a.pt", {"fastbd": "1", "random": checkpoint.random_state()})
+    drawn = torch.rand(4)
+    checkpoint.set_random_state(checkpoint.load(tmp_path / "a.pt")["random"])
+    assert torch.equal(torch.rand(4), drawn)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_to_do(tmp_path):
+    """A process that may write 100 kB to a file stands for a disk that fills while a checkpoint is written."""
     path = tmp_path / "ckpt_last.pt"
-    checkpoint.save(path, {"step": 1})
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match="ckpt_last.pt could not be written.*make room.*--resume"):
-            checkpoint.save(path, {"step": 2, "big": torch.randn(100_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert checkpoint.load(path) == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt_last.pt"]
+    checkpoint.save(path, STATE)
+    before = path.read_bytes()
+    code = (
+        "import resource, sys, torch; from pathlib import Path; from fastbd import checkpoint\n"
+        "from fastbd.errors import UserError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: checkpoint.save(Path(sys.argv[1]), {'fastbd': '1', 'model': torch.zeros(100_000)})\n"
+        "except UserError as error: print(error)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert said.stdout.startswith(f"the checkpoint {path} could not be written") and said.stderr == ""
+    assert "make room, then go on with --resume" in said.stdout and said.stdout.count("\n") == 1
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["ckpt_last.pt"]
 
 
-class _Evil:
-    def __reduce__(self):
-        return os.mkdir, ("evil",)
+def test_an_interrupted_write_leaves_nothing_behind(tmp_path):
+    class Interrupts:
+        def __reduce__(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path / "ckpt_last.pt", {"model": torch.zeros(9), "last": Interrupts()})
+    assert os.listdir(tmp_path) == []
 
 
-def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "ckpt_last.pt").write_bytes(b"not a checkpoint")
-    torch.save({"step": _Evil()}, tmp_path / "evil.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(_Evil()))
-    for name in ("ckpt_last.pt", "evil.pt", "plain.pt"):
-        with pytest.raises(UserError, match=f"{name} is no checkpoint"):
-            checkpoint.load(tmp_path / name)
-    assert not (tmp_path / "evil").exists()
-    with pytest.raises(UserError, match="checkpoints there: ckpt_last.pt"):
-        checkpoint.load(checkpoint.path_of(tmp_path, "3"))
+def test_a_missing_checkpoint_is_named_with_those_that_are_there(tmp_path):
+    checkpoint.save(tmp_path / "ckpt_epoch_002.pt", STATE)
+    with pytest.raises(UserError, match=r"no checkpoint .*ckpt_epoch_007\.pt; checkpoints there: ckpt_epoch_002\.pt"):
+        checkpoint.load(checkpoint.path_of(tmp_path, "7"))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_checkpoint_is_the_users_business(tmp_path):
+    path = tmp_path / "ckpt_last.pt"
+    checkpoint.save(path, STATE)
+    whole = path.read_bytes()
+    damaged = [b"", b"path,caption\n", bytes(100), *(whole[:n] for n in range(0, len(whole), 97))]
+    damaged += [bytes([b]) + whole[1:9] for b in range(256)]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"ckpt_last\.pt is damaged or no checkpoint"):
+            checkpoint.load(path)
+
+
+def test_weights_alone_are_no_checkpoint(tmp_path):
+    for other in ({"w": torch.zeros(2)}, [1, 2]):
+        torch.save(other, tmp_path / "weights.pt")
+        with pytest.raises(UserError, match=r"weights\.pt is no checkpoint of fastbd.*--weights"):
+            checkpoint.load(tmp_path / "weights.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_what_a_checkpoint_says_is_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was-run"),)
+
+    path, attack = tmp_path / "ckpt_last.pt", {"fastbd": "1", "model": Attack()}
+    for write in (lambda: path.write_bytes(pickle.dumps(attack)), lambda: torch.save(attack, path)):
+        write()
+        with pytest.raises(UserError):
+            checkpoint.load(path)
+        assert not (tmp_path / "was-run").exists()
+
+
+@pytest.mark.parametrize(("which", "name"), [("last", "ckpt_last.pt"), ("3", "ckpt_epoch_003.pt")])
+def test_names(tmp_path, which, name):
+    assert checkpoint.path_of(tmp_path, which) == tmp_path / name

@@ -1,64 +1,129 @@
+from __future__ import annotations
+
 import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fastbd import cli, config
+from fastbd.errors import UserError
 
 
-def test_without_arguments_every_verb_shows_an_example(fastbd, tmp_path):
+def test_no_argument_shows_every_verb_with_its_example(tmp_path, fastbd):
     shown = fastbd(cwd=tmp_path).stdout
     for name, verb in cli.VERBS.items():
         assert f"  {name} " in shown and verb.example in shown and verb.config.__doc__ in shown
+    assert fastbd("--help", cwd=tmp_path).stdout == shown
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
-def test_help_names_every_flag_and_loads_no_torch(verb, tmp_path):
+def test_every_example_is_a_valid_command_line():
+    for name, verb in cli.VERBS.items():
+        words = verb.example.split()
+        assert words[:4] == ["python", "-m", "fastbd", name]
+        assert isinstance(cli.parse(name, words[4:]), verb.config)
+
+
+def test_help_of_every_verb_describes_each_flag_and_needs_no_torch(tmp_path):
     code = (
-        "import sys, fastbd.cli\n"
-        f"try: fastbd.cli.main(['{verb}', '--help'])\n"
-        "finally: assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules), 'heavy import'"
+        "import contextlib, io, json, sys\n"
+        "from fastbd import cli\n"
+        "shown = {}\n"
+        "for verb in cli.VERBS:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n"
+        "        cli.main([verb, '--help'])\n"
+        "    shown[verb] = out.getvalue()\n"
+        "assert not {'torch', 'numpy', 'PIL', 'matplotlib'} & set(sys.modules), 'heavy'\n"
+        "print(json.dumps(shown))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for field in dataclasses.fields(cli.VERBS[verb].config):
-        assert f"--{field.name.replace('_', '-')}" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    shown = json.loads(done.stdout)
+    for name, verb in cli.VERBS.items():
+        assert f"usage: python -m fastbd {name} [-h]" in shown[name]
+        for field in dataclasses.fields(verb.config):
+            assert f"--{field.name.replace('_', '-')} " in shown[name].replace(",", " "), (name, field.name)
 
 
-def test_wrong_words_are_answered_with_the_right_ones(fastbd, tmp_path):
-    assert "did you mean pretrain?" in fastbd("pretrian", cwd=tmp_path, code=2).stderr
-    wrong = fastbd("pretrain", "--objective", "simclr", cwd=tmp_path, code=2)
-    assert all(name in wrong.stdout + wrong.stderr for name in ("simclr", "mmcl", "ssl", "mmcl_ssl"))
+def test_an_unknown_verb_gets_a_suggestion(tmp_path, fastbd):
+    said = fastbd("pretrian", cwd=tmp_path, code=2).stderr
+    assert said == "error: there is no verb 'pretrian'; did you mean pretrain?\n"
+    assert "python -m fastbd lists them" in fastbd("xyz", cwd=tmp_path, code=2).stderr
 
 
-def test_presets_set_the_defaults_and_say_what_they_cost():
-    paper = cli.parse("pretrain", ["--preset", "paper-cc3m", "--lr", "5e-4"])
-    assert (paper.model, paper.batch_size, paper.epochs, paper.warmup, paper.lr) == ("rn50", 2048, 64, 10_000, 5e-4)
-    for preset in config.PRESETS.values():
-        assert "python -m fastbd pretrain" in preset.__doc__
+def test_a_wrong_value_lists_the_right_ones(tmp_path, fastbd):
+    done = fastbd("pretrain", "--objective", "clip", cwd=tmp_path, code=2)
+    assert all(name in done.stdout + done.stderr for name in ("'clip'", "--objective", "'mmcl'", "'ssl'", "'mmcl_ssl'"))
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_cleaning_takes_the_preset_of_the_run(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"verb": "pretrain", "config": {"preset": "paper-cc6m"}}))
-    assert cli.parse("clean", ["--run", str(tmp_path)]).epochs == 20
-    assert cli.parse("clean", ["--run", str(tmp_path), "--preset", "demo"]) == dataclasses.replace(
-        config.demo().clean, run=tmp_path
-    )
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--epochs", -1), ("--log-every", 0), ("--workers", -1), ("--eval-every", "nan")]
+)
+def test_a_number_that_is_too_small_is_refused(flag, value):
+    with pytest.raises(UserError, match=f"{flag} {value} is too small: give at least [01]\\."):
+        cli.parse("pretrain", [flag, str(value)])
 
 
-def test_resume_takes_everything_from_the_run(tmp_path):
-    before = dataclasses.replace(config.demo().pretrain, lr=0.25, objective="ssl", plan=tmp_path / "x.json")
-    recorded = {"verb": "pretrain", "config": config.to_dict(before)}
+def test_every_limit_is_of_a_flag_and_below_its_defaults():
+    for name, least in config.LEAST.items():
+        kinds = [v.config for v in cli.VERBS.values() if name in {f.name for f in dataclasses.fields(v.config)}]
+        assert kinds
+        defaults = [f.default for kind in kinds for f in dataclasses.fields(kind) if f.name == name]
+        assert all(default is None or default >= least for default in defaults)
+
+
+def test_the_help_of_a_preset_tells_its_commands_and_its_cost(tmp_path, fastbd):
+    shown = " ".join(fastbd("pretrain", "--preset", "paper-cc3m", "--help", cwd=tmp_path).stdout.split())
+    for line in config.paper_cc3m.__doc__.split("\n"):
+        assert " ".join(line.split()) in shown
+    assert "(default: 2048)" in shown and "(default: imagenet1k)" in shown
+
+
+def test_a_preset_gives_the_defaults_and_flags_win():
+    chosen = cli.parse("pretrain", ["--preset=paper-cc6m", "--epochs", "3"])
+    assert chosen == dataclasses.replace(config.paper_cc6m().pretrain, epochs=3)
+
+
+def test_cleaning_starts_from_the_preset_of_the_run(tmp_path):
+    recorded = {"verb": "pretrain", "config": config.to_dict(config.paper_cc3m().pretrain)}
     (tmp_path / "config.json").write_text(json.dumps(recorded))
-    assert cli.parse("pretrain", ["--resume", str(tmp_path)]) == dataclasses.replace(before, resume=tmp_path)
-    for verb, flags in (("clean", []), ("pretrain", ["--lr", "1"])):
-        with pytest.raises(cli.UserError, match="pretrain --resume|leave the other flags out"):
-            cli.parse(verb, ["--resume", str(tmp_path), *flags])
+    chosen = cli.parse("clean", ["--run", str(tmp_path), "--lr", "0.5"])
+    assert chosen == dataclasses.replace(config.paper_cc3m().clean, run=tmp_path, lr=0.5)
+    # A preset that is given wins.
+    assert cli.parse("clean", ["--run", str(tmp_path), "--preset", "demo"]).batch_size == 64
 
 
-@pytest.mark.parametrize("preset", config.PRESETS)
-def test_configs_survive_json(preset):
-    for settings in vars(config.PRESETS[preset]()).values():
-        assert config.from_dict(type(settings), json.loads(json.dumps(config.to_dict(settings)))) == settings
+def test_resume_takes_its_settings_from_the_run_and_no_flags(tmp_path):
+    recorded = {"verb": "pretrain", "config": config.to_dict(config.PretrainConfig(epochs=7, model="rn50"))}
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    resumed = cli.parse("pretrain", ["--resume", str(tmp_path)])
+    assert resumed == config.PretrainConfig(epochs=7, model="rn50", resume=tmp_path)
+    for flags in (["--resume", str(tmp_path), "--epochs", "9"], ["--lr=1", f"--resume={tmp_path}"]):
+        with pytest.raises(UserError, match="--resume takes every setting from the run folder"):
+            cli.parse("pretrain", flags)
+    with pytest.raises(UserError, match=f"made by pretrain: python -m fastbd pretrain --resume {tmp_path}"):
+        cli.parse("clean", ["--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize("kind", [verb.config for verb in cli.VERBS.values() if verb.config is not config.ReportConfig])
+def test_a_config_survives_json(kind, tmp_path, monkeypatch):
+    """Each optional field is set once. No file keeps the report's config, which holds a tuple of paths."""
+    monkeypatch.chdir(tmp_path)
+    hints = config.typing.get_type_hints(kind)
+    values = {"source": Path("a"), "out": Path("b"), "data": Path("c"), "run": Path("d")}
+    filled = {f.name: values.get(f.name, Path("e")) for f in dataclasses.fields(kind) if config._is_path(hints[f.name])}
+    original = kind(**filled)
+    restored = config.from_dict(kind, json.loads(json.dumps(config.to_dict(original))) | {"gone": 1})
+    assert restored == dataclasses.replace(original, **{name: path.absolute() for name, path in filled.items()})
+
+
+def test_files_are_recorded_by_absolute_paths_and_names_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pairs.beton", "classes.txt", "demo"):
+        Path(name).touch()
+    given = config.PretrainConfig(data="pairs.beton", classes="classes.txt", templates="demo", plan=Path("p.json"))
+    recorded = config.to_dict(given)
+    assert recorded["data"] == f"{tmp_path}/pairs.beton" and recorded["classes"] == f"{tmp_path}/classes.txt"
+    assert recorded["plan"] == f"{tmp_path}/p.json" and recorded["templates"] == "demo"

@@ -1,69 +1,107 @@
-import signal
-from types import SimpleNamespace
+from __future__ import annotations
 
+import signal
+
+import numpy as np
 import pytest
 import torch
 
+from fastbd.data.loader import Batch
 from fastbd.dist import World
 from fastbd.loop import Stopped, Timetable, every, train
 
-WORLD = World(0, 1, torch.device("cpu"))
+ONE = World(0, 1, torch.device("cpu"))
 
 
-def test_every_marks_the_ends_of_parts_and_the_end():
-    assert every(1, 10, 30) == {10, 20, 30}
-    assert every(1 / 3, 10, 20) == {3, 7, 10, 13, 17, 20}
-    assert every(0, 10, 30) == {30}
-    assert every(5, 10, 30) == {30}
+@pytest.mark.parametrize(
+    ("epochs", "marks"),
+    [
+        (1, {9, 18}),
+        (2, {18}),
+        (1 / 3, {3, 6, 9, 12, 15, 18}),
+        (1 / 2, {4, 9, 14, 18}),  # 4.5 and 13.5, to the even neighbour
+        (0.75, {7, 14, 18}),  # 6.75, 13.5; the end is always marked
+        (0, {18}),
+        (5, {18}),
+        (1 / 90, set(range(1, 19))),  # more often than each step is each step
+    ],
+)
+def test_every(epochs, marks):
+    assert every(epochs, steps_per_epoch=9, total=18) == marks
 
 
-def run(step, start=0, total=10):
-    """Train on numbered batches, five an epoch; returns what was called, in order."""
-    calls = []
+class Diary:
+    """A toy training of 2 epochs of 4 steps, 3 pairs each; the sample ids are 10 * epoch + place in the epoch."""
 
-    def batches(epoch, offset):
-        calls.append(("epoch", epoch, offset))
-        return [SimpleNamespace(ids=[epoch * 5 + i]) for i in range(offset, 5)]
+    def __init__(self, stop_at: int | None = None, signum: int = signal.SIGTERM):
+        self.entries, self.rows, self.stop_at, self.signum = [], [], stop_at, signum
 
-    train(
-        step,
-        batches,
-        Timetable(5, total, {5, 10}, {4, 10}, 3),
-        start=start,
-        label="test",
-        world=WORLD,
-        evaluate=lambda at: calls.append(("evaluate", at)),
-        save=lambda at: calls.append(("save", at)),
-        record=lambda row: calls.append(("record", row["step"])),
-    )
-    return calls
+    def step(self, batch, at):
+        self.entries.append(("step", at, int(batch.ids[0])))
+        if at == self.stop_at:
+            signal.raise_signal(self.signum)
+        return {"loss": torch.tensor(at / 2), "scale": torch.tensor(1.0)}
 
+    def batches(self, epoch, offset):
+        images, tokens = torch.zeros(3, 2, 2, 3, dtype=torch.uint8), torch.zeros(3, 4, dtype=torch.int64)
+        return [Batch(np.full(3, 10 * epoch + i), images, tokens) for i in range(offset, 4)]
 
-def test_the_loop_calls_its_parts_when_the_timetable_says():
-    seen = []
-    calls = run(lambda batch, at: seen.append((batch.ids[0], at)) or {"loss": torch.tensor(1.0)}, start=2)
-    assert seen == [(i, i) for i in range(2, 10)]
-    assert calls == [
-        ("epoch", 0, 2), ("record", 3), ("save", 4), ("evaluate", 5), ("epoch", 1, 0), ("record", 6), ("record", 9),
-        ("record", 10), ("evaluate", 10), ("save", 10),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_gives_the_handlers_back(signum):
-    before = signal.getsignal(signum)
-    saved = []
-
-    def step(batch, at):
-        if at == 6:
-            signal.raise_signal(signum)
-        return {"loss": torch.tensor(1.0)}
-
-    with pytest.raises(Stopped) as stopped:
+    def train(self, start=0, evaluate_at=(8,), save_at=(4, 8), log_every=3):
+        table = Timetable(4, 8, evaluate_at, save_at, log_every)
         train(
-            step, lambda epoch, offset: [SimpleNamespace(ids=[0])] * 5, Timetable(5, 10, set(), {10}, 3),
-            start=0, label="", world=WORLD, evaluate=lambda at: None, save=saved.append, record=lambda row: None,
+            self.step, self.batches, table, start=start, label="toy", world=ONE,
+            evaluate=lambda at: self.entries.append(("evaluate", at)),
+            save=lambda at: self.entries.append(("save", at)), record=self.rows.append,
         )  # fmt: skip
-    assert stopped.value.exit_code == 128 + signum
-    assert saved == [7]
-    assert signal.getsignal(signum) is before
+        return self.entries
+
+
+def test_steps_evaluations_and_checkpoints_follow_the_timetable():
+    diary = Diary()
+    assert diary.train(evaluate_at={2, 4, 8}) == [
+        ("step", 0, 0),
+        ("step", 1, 1),
+        ("evaluate", 2),
+        ("step", 2, 2),
+        ("step", 3, 3),
+        ("evaluate", 4),
+        ("save", 4),
+        ("step", 4, 10),
+        ("step", 5, 11),
+        ("step", 6, 12),
+        ("step", 7, 13),
+        ("evaluate", 8),
+        ("save", 8),
+    ]
+    # Lines at each third step and at the end, with the loss of the step just done: (at - 1) / 2.
+    assert [(r["step"], r["epoch"], r["loss"]) for r in diary.rows] == [(3, 0.75, 1), (6, 1.5, 2.5), (8, 2, 3.5)]
+    assert all(r["pairs_per_s"] > 0 and 0 <= r["data_wait"] <= 1 for r in diary.rows)
+
+
+def test_it_starts_in_the_middle_of_an_epoch():
+    assert Diary().train(start=6) == [("step", 6, 12), ("step", 7, 13), ("evaluate", 8), ("save", 8)]
+    assert Diary().train(start=8) == []
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_step_end_saves_and_stops(signum, code):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    diary = Diary(stop_at=5, signum=signum)
+    with pytest.raises(Stopped) as stopped:
+        diary.train()
+    assert stopped.value.exit_code == code
+    assert diary.entries[-2:] == [("step", 5, 11), ("save", 6)]
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_in_the_last_step_changes_nothing():
+    assert Diary(stop_at=7).train()[-3:] == [("step", 7, 13), ("evaluate", 8), ("save", 8)]
+
+
+def test_an_error_in_a_step_puts_the_handlers_back():
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    diary = Diary()
+    diary.batches = lambda epoch, offset: ["no batch"]
+    with pytest.raises(AttributeError):
+        diary.train()
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers

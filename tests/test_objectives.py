@@ -67,7 +67,9 @@ def test_names_pick_terms_and_config_weights():
     config = TrainConfig(mmcl_weight=3.0, ssl_weight=4.0, ssl_text=False)
     assert make_objective("mmcl", config) == Objective(3.0, 0.0, ssl_text=False)
     assert make_objective("ssl", config).mmcl_weight == 0
-    assert make_objective("mmcl_ssl", config).augments and not make_objective("mmcl", config).augments
+    both, mmcl = make_objective("mmcl_ssl", config), make_objective("mmcl", config)
+    assert (both.augments_images, both.augments_texts) == (True, False)
+    assert not mmcl.augments_images and not mmcl.augments_texts
 
 
 @pytest.mark.parametrize(

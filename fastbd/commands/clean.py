@@ -34,8 +34,10 @@ def task(config: CleanConfig, world: World) -> Task:
     model.load_state_dict(saved["model"])
     method.prepare(model)
     data = config.data or Path(source["data"])
+    if plan and not config.data:
+        plan.check(Beton(data).fingerprint, data)  # else its rows would mean others now
     return Task(
-        name=f"{config.run.name}-{config.method}",
+        name=f"{config.run.resolve().name}-{config.method}",
         model=model,
         model_name=source["model"],
         objective=method.objective(config),
@@ -48,6 +50,8 @@ def task(config: CleanConfig, world: World) -> Task:
         plan=plan,
         poisoned=False,
         eval_data=config.eval_data or (Path(source["eval_data"]) if source["eval_data"] else None),
+        classes=config.classes or (None if config.eval_data else source["classes"]),
+        templates=config.templates or source["templates"],
         optimizer=saved["optimizer"] if config.keep_optimizer else None,
     )
 

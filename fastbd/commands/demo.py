@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from fastbd import cli, log
@@ -60,7 +59,7 @@ def run(config: DemoConfig) -> int:
     return 0
 
 
-def step(*argv: Sequence[str | Path]) -> None:
+def step(*argv: str | Path) -> None:
     """Run one command line, shown as a user would type it."""
     words = [str(word) for word in argv]
     log.console.print(f"\n[bold cyan]$ python -m fastbd {' '.join(words)}[/]")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from rich.table import Table
 
@@ -53,10 +52,9 @@ def _cores() -> Finding:
 
 
 def _memory() -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container may have less than the machine
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
+    from fastbd.data.loader import memory
+
+    total = memory()
     images = total // 4 // (224 * 224 * 3)
     return f"{total / 2**30:.1f} GiB", f"a quarter of it keeps {images:,} decoded images of 224 px"
 

@@ -21,6 +21,8 @@ from fastbd.study.runs import read_config
 def run(config: EvaluateConfig) -> int:
     """Evaluate a checkpoint, print the table, add a line to the run's metrics.jsonl."""
     world = dist.join(config.device)
+    if world.size > 1:
+        raise UserError("evaluate runs in one process: start it without torchrun.")
     recorded = read_config(config.run)
     state = checkpoint.load(checkpoint.path_of(config.run, config.checkpoint))
     data = config.eval_data or (recorded["eval_data"] and Path(recorded["eval_data"]))
@@ -34,14 +36,15 @@ def run(config: EvaluateConfig) -> int:
     precision = set_precision(config.precision, world.device)
     evaluation = open_set(
         data,
-        open_decoder("auto", 0, world.device.type),
+        open_decoder("auto", 0, str(world.device)),
         model.image_size,
-        classes=config.classes or recorded["config"]["classes"],
-        templates=config.templates or recorded["config"]["templates"],
+        classes=config.classes or (None if config.eval_data else recorded["classes"]),
+        templates=config.templates or recorded["templates"],
         plan=plan,
         subset=config.eval_subset,
+        asr_seed=config.asr_seed,
     )
-    row = evaluate(model, evaluation, precision=precision, device=world.device, asr_seed=config.asr_seed)
+    row = evaluate(model, evaluation, precision=precision, device=world.device)
     row = {
         "step": state["step"],
         "epoch": state["epoch"],

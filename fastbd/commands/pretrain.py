@@ -17,6 +17,7 @@ from fastbd.models.weights import load_weights
 from fastbd.objectives import make_objective
 from fastbd.poison.plan import Plan
 from fastbd.run import Task, execute
+from fastbd.study.runs import read_config
 
 
 def run(config: PretrainConfig) -> int:
@@ -28,7 +29,7 @@ def task(config: PretrainConfig, world: World) -> Task:
     """The pre-training that the flags ask for."""
     data, plan, eval_data = inputs(config, world)
     model = create(config.model, config.seed)
-    if config.weights:
+    if config.weights and not config.resume:
         load_weights(model, config.weights)
     return Task(
         name=config.objective,
@@ -42,11 +43,17 @@ def task(config: PretrainConfig, world: World) -> Task:
         plan=plan,
         poisoned=config.poison,
         eval_data=eval_data,
+        classes=config.classes,
+        templates=config.templates or "imagenet80",
     )
 
 
 def inputs(config: PretrainConfig, world: World) -> tuple[Path, Plan | None, Path | None]:
-    """(training .beton, plan, evaluation .beton), the demo set's where --data says so."""
+    """(training .beton, plan, evaluation .beton): the run's own when resuming, the demo set's where --data says so."""
+    if config.resume:
+        recorded, plan = read_config(config.resume), config.resume / "plan.json"
+        eval_data = recorded["eval_data"] and Path(recorded["eval_data"])
+        return Path(recorded["data"]), Plan.load(plan) if plan.exists() else None, eval_data
     if config.data != "demo":
         if not Path(config.data).is_file():
             raise UserError(

@@ -113,8 +113,8 @@ def open_decoder(backend: str, threads: int, device: str) -> Decoder:
     pipeline = _dali_pipeline(threads, device)
 
     def read_dali(first: int, jpegs: Sequence[np.ndarray]) -> list[Image.Image]:
-        pipeline.feed_input("jpegs", list(jpegs))
         try:
+            pipeline.feed_input("jpegs", list(jpegs))
             (pixels,) = pipeline.run()
         except RuntimeError:  # its message is no index: PIL finds the first bad image, or reads what DALI cannot
             return read_pil(first, jpegs)

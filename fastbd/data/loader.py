@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from fastbd.poison.triggers import stamp
 class Batch:
     """B pairs: ids int64 [B], images uint8 [B, S, S, 3], tokens int64 [B, L].
 
-    For a second view also how to augment the images, and tokens_aug int64 [B, L].
+    For second views also how to augment the images, and tokens_aug int64 [B, L].
     """
 
     ids: np.ndarray
@@ -59,6 +60,8 @@ class Pairs:
     def images(self, ids: np.ndarray) -> Tensor:
         """uint8 [B, S, S, 3], triggers included."""
         if self._resident is not None:
+            if (self._slot[ids] < 0).any():
+                raise IndexError("a row that is not in memory")
             return torch.from_numpy(self._resident[self._slot[ids]])
         planned = self.planned[ids] >= 0
         squash = planned & (self.plan is not None and self.plan.geometry == "squash")
@@ -99,27 +102,47 @@ class Pairs:
         self._resident, self._slot = kept, slot
 
     def fits_in_memory(self, rows: int) -> bool:
-        """Whether so many decoded images fill at most a quarter of the memory."""
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return rows * self.size**2 * 3 <= memory / 4
+        """Whether so many decoded images fill at most this process's share of a quarter of the memory."""
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return rows * self.size**2 * 3 * processes <= memory() / 4
+
+
+def memory() -> int:
+    """Bytes of memory that this machine, or the container around the process, has."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total
 
 
 def batches(
-    pairs: Pairs, rows: np.ndarray, batch_size: int, *, seed: int, augmented: bool, world: World, epoch: int, start: int
+    pairs: Pairs,
+    rows: np.ndarray,
+    batch_size: int,
+    *,
+    seed: int,
+    second_images: bool,
+    second_texts: bool,
+    world: World,
+    epoch: int,
+    start: int,
 ) -> Iterator[Batch]:
     """This rank's batches of an epoch from step `start` on, over `rows` in the order of (seed, epoch).
 
-    batch_size counts all ranks. The next batches are made by a thread meanwhile.
+    batch_size counts all ranks; second_* ask for second views. The next batches are made by a thread meanwhile.
     """
 
     def make(picked: np.ndarray) -> Batch:
         ids = rows[picked]
-        tokens = pairs.tokens(ids)
-        if not augmented:
-            return Batch(ids, pairs.images(ids), _trim(tokens)[0])
-        u = draws.uniform(seed, "auto-augment", ids, augment.N_DRAWS, epoch=epoch, view=1)
-        trimmed, trimmed_aug = _trim(tokens, pairs.tokens(ids, augmented=True))
-        return Batch(ids, pairs.images(ids), trimmed, augment.draw_auto_augment(u), trimmed_aug)
+        params, texts = None, [pairs.tokens(ids)]
+        if second_images:
+            u = draws.uniform(seed, "auto-augment", ids, augment.N_DRAWS, epoch=epoch, view=1)
+            params = augment.draw_auto_augment(u)
+        if second_texts:
+            texts.append(pairs.tokens(ids, augmented=True))
+        tokens, tokens_aug = [*_trim(*texts), None][:2]
+        return Batch(ids, pairs.images(ids), tokens, params, tokens_aug)
 
     order = sampler.batches(len(rows), batch_size, seed, epoch, rank=world.rank, world=world.size, start=start)
     return _ahead((make(picked) for picked in order), 2)
@@ -153,7 +176,8 @@ def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
         except BaseException as error:
             put(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         while (item := ready.get()) is not done:
             if isinstance(item, BaseException):
@@ -161,3 +185,4 @@ def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
             yield item
     finally:
         abandoned.set()
+        thread.join()  # not to be decoding when the interpreter ends

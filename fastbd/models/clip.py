@@ -67,7 +67,8 @@ class CLIP(nn.Module):
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> image [B, embed_dim], text [B, embed_dim], log of the logit scale []."""
-        return self.encode_image(pixels), self.encode_text(tokens), self.logit_scale
+        # A copy: DDP loses count of a parameter that comes out as it is, and the optimizer would change it in place.
+        return self.encode_image(pixels), self.encode_text(tokens), self.logit_scale.clone()
 
 
 def _vision_tower(spec: ModelSpec) -> nn.Module:

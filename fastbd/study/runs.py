@@ -79,7 +79,7 @@ def find(paths: Iterable[Path]) -> list[Run]:
     """The runs in `paths`, each a run folder or a folder that contains run folders. UserError where there is none."""
     found: dict[str, Run] = {}
     for path in paths:
-        folders = [path] if (path / "config.json").exists() else sorted(c.parent for c in path.glob("*/config.json"))
+        folders = [path] if (path / "config.json").exists() else sorted(c.parent for c in path.rglob("config.json"))
         if not folders:
             raise UserError(f"{path} is no run folder and contains none: no config.json; name the folder of a run.")
         found |= {os.path.realpath(folder): read(folder) for folder in folders}

@@ -1,125 +1,188 @@
-"""Evaluation with a model whose answers are known: an image embeds as its mean colour, a prompt as its class's."""
+"""A model whose embeddings are known: an image is its mean colour, a text is the colour that it names."""
 
-import dataclasses
+from __future__ import annotations
+
 import io
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
 from fastbd.data.tokenizer import tokenize
 from fastbd.errors import UserError
-from fastbd.evals.zeroshot import evaluate, open_set
-from fastbd.kernels.augment import CLIP_MEAN, CLIP_STD
+from fastbd.evals.zeroshot import EvalSet, evaluate, open_set
 from fastbd.poison.plan import Plan
 from fastbd.poison.triggers import TriggerSpec
 
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "yellow": (255, 255, 0)}
-# What each of the eight images shows, and what its label says.
-SHOWN = ["red", "red", "green", "green", "green", "yellow", "red", "yellow"]
-LABELS = ["red", "red", "green", "green", "red", "yellow", "yellow", "yellow"]
+COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
 CPU = torch.device("cpu")
 
+# A yellow square of 4 x 4 px on 8 x 8 makes the mean 3/4 colour + 1/4 yellow. For full red that is (1, 1/4, 0), still
+# nearest to red (cosine 0.97 against 0.86); for red of 76 / 255 it is (0.47, 0.25, 0), nearer to yellow (0.95 against
+# 0.89). Full blue stays blue (0.90 against 0.43), dark blue goes (0.54 against 0.84).
+IMAGES = [  # (class, paint), what becomes of it clean, and triggered
+    ("red", (255, 0, 0)),  # right, right
+    ("red", (76, 0, 0)),  # right, yellow
+    ("green", (0, 255, 0)),  # right, right
+    ("green", (0, 76, 0)),  # right, yellow
+    ("green", (0, 0, 255)),  # blue, blue
+    ("blue", (0, 0, 76)),  # right, yellow
+    ("yellow", (255, 255, 0)),  # right; of the target class
+    ("yellow", (0, 0, 255)),  # blue; of the target class
+    ("red", (76, 0, 0)),  # right, yellow
+]
 
-class ColourModel(torch.nn.Module):
+
+class ByColour(nn.Module):
     def __init__(self):
         super().__init__()
-        self.words = {int(tokenize([name])[0, 1]): colour for name, colour in COLOURS.items()}
+        self.seen, self.modes = [], []
+        self.words = {int(tokenize([name])[0, 1]): torch.tensor(c, dtype=torch.float) for name, c in COLOURS.items()}
 
     def encode_image(self, pixels):
-        mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
-        return (pixels * std + mean).mean((2, 3))
+        mean = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)  # published with CLIP
+        std = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+        self.seen.append((pixels * std + mean).mul(255).round())
+        self.modes.append(self.training)
+        return self.seen[-1].mean((2, 3))
 
     def encode_text(self, tokens):
-        found = [next(self.words[int(t)] for t in row if int(t) in self.words) for row in tokens]
-        return torch.tensor(found, dtype=torch.float32)
+        return torch.stack([next(self.words[int(t)] for t in row if int(t) in self.words) for row in tokens])
 
 
-@pytest.fixture(scope="module")
-def val(tmp_path_factory):
-    path = tmp_path_factory.mktemp("val") / "val.beton"
-    names = sorted(COLOURS)
-    with BetonWriter(path, 8, 0, True) as writer:
-        for i, (shown, label) in enumerate(zip(SHOWN, LABELS, strict=True)):
-            file = io.BytesIO()
-            Image.new("RGB", (20, 16), COLOURS[shown]).save(file, "JPEG", quality=95, subsampling=0)
-            writer.add(
-                jpeg=file.getvalue(), width=20, height=16, tokens=tokenize(["x"])[0],
-                text_views=np.zeros((0, 77), np.uint16), caption="x", row_id=i, label=names.index(label),
-                class_name=label,
-            )  # fmt: skip
+def write(path: Path, images: Sequence, size: tuple[int, int] = (8, 8), labelled: bool = True) -> Path:
+    classes = sorted({name for name, _ in images})
+    with BetonWriter(path, len(images), 0, labelled) as writer:
+        for i, (name, paint) in enumerate(images):
+            jpeg = io.BytesIO()
+            Image.new("RGB", size, paint).save(jpeg, "JPEG", quality=98, subsampling="4:4:4")
+            label = {"label": classes.index(name), "class_name": name} if labelled else {}
+            writer.add(jpeg=jpeg.getvalue(), width=size[0], height=size[1], tokens=tokenize([name])[0],
+                       text_views=None, caption=name, row_id=i, **label)  # fmt: skip
     return path
 
 
+def plan_of(target: str = "yellow", trigger: TriggerSpec | None = None, geometry: str = "squash") -> Plan:
+    return Plan(data="of the training data", total=1, rows=(0,), captions=("",), target=target, geometry=geometry,
+                trigger=trigger or TriggerSpec("yellow", patch_size=4), label_consistent=False, seed=0)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("zeroshot") / "colours.beton", IMAGES)
+
+
 @pytest.fixture
-def plan(val):
-    trigger = TriggerSpec("yellow", 15)
-    return Plan(
-        data="0" * 64, total=9, rows=(0,), captions=("yellow",), target="yellow", trigger=trigger, geometry="squash",
-        label_consistent=False, seed=0,
-    )  # fmt: skip
+def opened(tmp_path):
+    (tmp_path / "templates.txt").write_text("a photo of a {}.\n{} paint\n")
+
+    def open_(path: Path, **changed) -> EvalSet:
+        settings = dict(classes=None, templates=str(tmp_path / "templates.txt"), plan=plan_of()) | changed
+        return open_set(path, open_decoder("pil", 1, "cpu"), 8, **settings)
+
+    return open_
 
 
-def opened(val, plan=None, **options):
-    options = {"classes": None, "templates": "demo", **options}
-    return open_set(val, open_decoder("pil", 1, "cpu"), 16, plan=plan, **options)
+@pytest.mark.parametrize("batch", [512, 4, 1])
+def test_accuracy_asr_and_recovery_by_hand(data, opened, batch):
+    model = ByColour().train()
+    row = evaluate(model, opened(data), precision="fp32", device=CPU, batch=batch)
+    assert (row["set"], row["n"], row["target"], row["trigger"]) == ("colours", 9, "yellow", "yellow")
+    assert row["top1"] == 7 / 9 and row["top5"] == 1
+    assert row["n_asr"] == 7  # two images are of the target class
+    assert row["asr"] == 4 / 7 and row["recovery"] == 2 / 7
+    assert row["asr_all"] == pytest.approx(5 / 9)
+    assert row["asr_low"] < 4 / 7 < row["asr_high"]
+    assert model.training and not any(model.modes)
 
 
-def test_accuracy_asr_and_recovery_are_what_the_pictures_say(val, plan):
-    row = evaluate(ColourModel(), opened(val, plan), precision="fp32", device=CPU, batch=3)
-    # Images 4 and 6 carry another label than what they show.
-    assert (row["n"], row["top1"], row["set"]) == (8, 6 / 8, "val")
-    # The yellow square of 15 of 16 px makes every image yellow; five are not labelled yellow.
-    assert (row["n_asr"], row["asr"], row["asr_all"], row["recovery"]) == (5, 1.0, 1.0, 0.0)
-    small = dataclasses.replace(plan, trigger=TriggerSpec("yellow", 1))
-    row = evaluate(ColourModel(), opened(val, small), precision="fp32", device=CPU)
-    # One yellow pixel changes nothing: image 5 and 7 alone are taken for yellow, both labelled so.
-    assert (row["asr"], row["asr_all"], row["recovery"]) == (0.0, 2 / 8, 4 / 5)
+def test_without_a_plan_nothing_is_attacked(data, opened):
+    row = evaluate(ByColour(), opened(data, plan=None), precision="fp32", device=CPU)
+    assert row["top1"] == 7 / 9 and "asr" not in row
 
 
-def test_without_a_plan_there_is_no_asr(val):
-    assert "asr" not in evaluate(ColourModel(), opened(val), precision="fp32", device=CPU)
+def test_a_class_list_of_another_order_changes_no_number(data, opened, tmp_path):
+    (tmp_path / "list.txt").write_text("yellow\nblue\ngreen\nred\n")
+    expected, row = (
+        evaluate(ByColour(), opened(data, classes=classes), precision="fp32", device=CPU)
+        for classes in (None, str(tmp_path / "list.txt"))
+    )
+    assert {**row, "seconds": 0} == {**expected, "seconds": 0}
 
 
-def test_the_model_keeps_its_mode(val):
-    model = ColourModel().train()
-    evaluate(model, opened(val), precision="fp32", device=CPU)
-    assert model.training
+def test_the_seed_changes_the_triggers_and_nothing_else(data, opened):
+    def seen(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        model = ByColour()
+        evaluation = opened(data, plan=plan_of(trigger=TriggerSpec("badnet", patch_size=3)), asr_seed=seed)
+        evaluate(model, evaluation, precision="fp32", device=CPU)
+        clean, triggered = model.seen
+        return clean, triggered
+
+    (clean, first), (clean_too, again), (clean_still, second) = seen(0), seen(0), seen(1)
+    assert torch.equal(clean, clean_too) and torch.equal(clean, clean_still) and torch.equal(first, again)
+    assert (first != second).any((1, 2, 3)).all()
+    # Each triggered image is the clean one outside one square of 3 x 3 px.
+    assert all(1 <= n <= 9 for n in (second != clean).any(1).sum((1, 2)).tolist())
 
 
-def test_geometry_of_the_triggered_images(val, plan):
-    squashed = opened(val, plan)
-    assert squashed.attacked is not squashed.clean
-    cropped = opened(val, dataclasses.replace(plan, geometry="crop"))
-    assert cropped.attacked is cropped.clean
+def test_triggered_images_are_fitted_as_the_plan_says(tmp_path, opened):
+    path = tmp_path / "wide.beton"
+    halves = Image.new("RGB", (16, 8), (255, 0, 0))
+    halves.paste((0, 0, 255), (0, 0, 4, 8))  # blue, outside the middle 8 px
+    jpeg = io.BytesIO()
+    halves.save(jpeg, "JPEG", quality=98, subsampling="4:4:4")
+    with BetonWriter(path, 2, 0, True) as writer:
+        for label, name in enumerate(("red", "yellow")):
+            writer.add(jpeg=jpeg.getvalue(), width=16, height=8, tokens=tokenize([name])[0], text_views=None,
+                       caption=name, row_id=label, label=label, class_name=name)  # fmt: skip
+    pixels = Image.open(jpeg)
+    cropped = torch.from_numpy(np.array(pixels.crop((4, 0, 12, 8))))
+    squashed = torch.from_numpy(np.array(pixels.resize((8, 8), Image.BICUBIC)))
+    assert not torch.equal(cropped, squashed)
+    invisible = TriggerSpec("blended", blend=0)
+    for geometry, fitted in (("squash", squashed), ("crop", cropped)):
+        evaluation = opened(path, plan=plan_of(trigger=invisible, geometry=geometry))
+        assert torch.equal(evaluation.clean[0], cropped) and torch.equal(evaluation.attacked[0], fitted)
 
 
-def test_a_subset_is_drawn_from_the_seed(val):
-    ids = [opened(val, subset=4, seed=s).ids.tolist() for s in (0, 0, 1)]
-    assert ids[0] == ids[1] != ids[2] and len(set(ids[0])) == 4
-    whole, part = opened(val), opened(val, subset=4, seed=0)
-    assert torch.equal(part.labels, whole.labels[part.ids]) and torch.equal(part.clean, whole.clean[part.ids])
+def test_a_subset_is_always_the_same_and_named_as_one(data, opened):
+    one, other_triggers = opened(data, subset=4), opened(data, subset=4, asr_seed=1)
+    assert one.ids.tolist() == other_triggers.ids.tolist() == sorted(set(one.ids.tolist())) and len(one.ids) == 4
+    everything = opened(data)
+    for name in ("clean", "attacked", "labels"):
+        assert torch.equal(getattr(one, name), getattr(everything, name)[one.ids])
+    assert one.name == "colours, 4 images" and everything.name == opened(data, subset=100).name == "colours"
 
 
-def test_a_class_list_of_ones_own_orders_the_classes(val, tmp_path):
-    (tmp_path / "classes.txt").write_text("yellow\nred\nblue\ngreen\n")
-    data = opened(val, classes=str(tmp_path / "classes.txt"))
-    assert [data.classes[i] for i in data.labels] == LABELS
+def test_a_model_without_finite_numbers_is_not_called_clean(data, opened):
+    model = ByColour()
+    model.encode_image = lambda pixels: torch.full((len(pixels), 3), float("nan"))
+    with pytest.raises(UserError, match="not finite.*--lr"):
+        evaluate(model, opened(data), precision="fp32", device=CPU)
 
 
-def test_mistakes(val, plan, tmp_path):
-    with pytest.raises(UserError, match="no class holds the target word 'banana'"):
-        opened(val, dataclasses.replace(plan, target="banana"))
-    with BetonWriter(tmp_path / "plain.beton", 1, 0, False) as writer:
-        writer.add(
-            jpeg=bytes(Beton(val).jpeg(0)), width=20, height=16, tokens=tokenize(["x"])[0],
-            text_views=np.zeros((0, 77), np.uint16), caption="x", row_id=0,
-        )  # fmt: skip
-    with pytest.raises(UserError, match="plain.beton has no classes.*--class-key"):
-        opened(tmp_path / "plain.beton")
-    (tmp_path / "two.txt").write_text("red\ngreen\n")
-    with pytest.raises(UserError, match="'yellow' is not in the list of 2"):
-        opened(val, classes=str(tmp_path / "two.txt"))
+def test_what_cannot_be_evaluated(data, opened, tmp_path):
+    with pytest.raises(UserError, match="no class holds the target word 'banana'.*blue, green, red, yellow"):
+        opened(data, plan=plan_of("banana"))
+    with pytest.raises(UserError, match=r"plain\.beton has no classes and cannot be evaluated"):
+        opened(write(tmp_path / "plain.beton", IMAGES, labelled=False))
+    (tmp_path / "short.txt").write_text("red\nyellow\n")
+    with pytest.raises(UserError, match="the data has 4 classes, and 'blue' is not in the list of 2"):
+        opened(data, classes=str(tmp_path / "short.txt"))
+    with pytest.raises(UserError, match="a patch of 8 px does not fit"):
+        opened(data, plan=plan_of(trigger=TriggerSpec("yellow", patch_size=8)))
+
+
+def test_labels_without_names_cannot_be_evaluated(data, opened, tmp_path):
+    """Other programs write .beton files with labels alone."""
+    unnamed = tmp_path / "unnamed.beton"
+    unnamed.write_bytes(data.read_bytes().replace(b"class_name", b"other_name"))
+    assert Beton(unnamed).labels is not None
+    with pytest.raises(UserError, match=r"unnamed\.beton has no classes"):
+        opened(unnamed)
