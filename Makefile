@@ -1,5 +1,6 @@
-# Everything runs in .venv, which `make install` makes. PYTHON picks the interpreter (3.11 or 3.12).
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# Everything runs in .venv, which `make install` makes. PYTHON picks the interpreter.
+FITS := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
 help:              ## show this list
@@ -8,7 +9,7 @@ help:              ## show this list
 install: .venv/installed  ## make .venv and install fastbd into it
 
 .venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit("fastbd needs Python 3.11 or 3.12; this is %d.%d. Try: make PYTHON=python3.12" % v)'
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || { echo "fastbd needs Python 3.11 or 3.12; name one: make PYTHON=/path/to/python3.12"; exit 2; }
 	@echo "installing into .venv (PyTorch and DALI are large: a few minutes)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
