@@ -66,7 +66,7 @@ def train(
     with _signals() as caught, log.progress(label, table.total, start, quiet=not world.main) as advance:
         while at < table.total:
             epoch, offset = divmod(at, table.steps_per_epoch)
-            clock = _Clock()
+            clock, before = _Clock(), at
             for batch in clock.waiting(batches(epoch, offset)):
                 parts = step(batch, at)
                 at += 1
@@ -89,6 +89,8 @@ def train(
                 if at < table.total and (world.size == 1 or at % table.log_every == 0) and world.any(bool(caught)):
                     save(at)
                     raise Stopped(caught[0] if caught else signal.SIGTERM)
+            if at == before:
+                raise RuntimeError(f"epoch {epoch} has no batch from step {offset} on")
 
 
 def _line(row: dict) -> str:

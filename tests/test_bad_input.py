@@ -137,3 +137,11 @@ def test_a_plan_is_not_half_written(fastbd, place):
                   launcher=launcher)  # fmt: skip
     assert done.stderr.startswith("error: the disk is full") and done.stderr.count("\n") == 1
     assert list(place.glob("new*")) == []
+
+
+def test_a_checkpoint_that_is_not_there(refused, place, study, fastbd):
+    fastbd("pretrain", "--objective", "mmcl", *TRAIN[1:], cwd=place)
+    before = sorted(place.rglob("*"))
+    said = fastbd("clean", "--run", "run", "--checkpoint", 7, "--out", "cleaned", cwd=place, code=2).stderr
+    assert "there is no checkpoint run/ckpt_epoch_007.pt; checkpoints there: ckpt_last.pt" in said
+    assert sorted(place.rglob("*")) == before
