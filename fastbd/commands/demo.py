@@ -41,7 +41,7 @@ def run(config: DemoConfig) -> int:
         raise UserError(f"{out} exists already; choose another --out.")
     log.console.print(
         f"The study in small: a backdoor for '{TARGET}' in {PAIRS:,} image-caption pairs, a tiny CLIP pre-trained\n"
-        "with two objectives, both cleaned with CleanCLIP, a report. About 6 and a half minutes on 2 CPU cores; everything goes\n"
+        "with two objectives, both cleaned with CleanCLIP, a report. About 7 minutes on 2 CPU cores; everything goes\n"
         f"to {out}."
     )
     epochs = ["--epochs", str(config.epochs)] if config.epochs else []
