@@ -143,3 +143,16 @@ def test_finetuning_keeps_the_optimizer_when_asked(study, fastbd):
     assert [s["param_groups"][0]["weight_decay"] for s in states] == [0.7, 0.1]
     steps = [int(next(iter(s["state"].values()))["step"]) for s in states]
     assert steps[1] > steps[0] == 9
+
+
+def test_weights_become_a_run_without_training(study, fastbd):
+    """How a published poisoned checkpoint gets into the study: --weights and --epochs 0."""
+    if not (study / "runs/a").exists():
+        fastbd("pretrain", "--objective", "mmcl", *SMALL, "--epochs", 1, "--out", "runs/a", cwd=study)
+    given = ("--weights", "runs/a/ckpt_last.pt", "--epochs", 0)
+    fastbd("pretrain", "--objective", "mmcl", *SMALL, *given, "--out", "runs/imported", cwd=study)
+    before, imported = weights(study / "runs/a"), weights(study / "runs/imported")
+    assert all(torch.equal(before[k], imported[k]) for k in before)
+    (row,) = rows(study / "runs/imported/metrics.jsonl")
+    trained = rows(study / "runs/a/metrics.jsonl")[-1]
+    assert row["step"] == 0 and all(row[k] == trained[k] for k in ("top1", "asr", "recovery"))
