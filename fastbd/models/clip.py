@@ -94,7 +94,6 @@ def create(name: str, seed: int | None) -> CLIP:
 
 MODELS = {
     "demo": ModelSpec(64, 128, 16, (1, 1, 1, 1), None, 64, 2, 2),
-    "small": ModelSpec(64, 128, 16, (1, 1, 1, 1), None, 128, 2, 2),
     "rn50": ModelSpec(224, 1024, 64, (3, 4, 6, 3), None, 512, 12, 8),
     "rn101": ModelSpec(224, 512, 64, (3, 4, 23, 3), None, 512, 12, 8),
     "rn50x4": ModelSpec(288, 640, 80, (4, 6, 10, 6), None, 640, 12, 10),
