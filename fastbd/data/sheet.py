@@ -13,9 +13,8 @@ COLUMNS = 8
 
 
 def samples(pairs: Pairs, rows: np.ndarray, seed: int) -> Image.Image:
-    """Clean and augmented training images of `rows`; with a plan, poisoned ones and their augmented views too."""
-    clean = rows[pairs.planned[rows] < 0][:COLUMNS]
-    poisoned = rows[pairs.planned[rows] >= 0][:COLUMNS]
+    """Some clean and augmented training images of `rows`; with a plan, poisoned ones and their augmented views too."""
+    clean, poisoned = _spread(rows[pairs.planned[rows] < 0]), _spread(rows[pairs.planned[rows] >= 0])
     strips = {}
     for name, ids in (("clean", clean), ("poisoned", poisoned)):
         if len(ids):
@@ -24,6 +23,11 @@ def samples(pairs: Pairs, rows: np.ndarray, seed: int) -> Image.Image:
             strips[name] = images.numpy()
             strips[f"{name}, augmented"] = auto_augment(images, draw_auto_augment(u)).numpy()
     return contact_sheet(strips)
+
+
+def _spread(rows: np.ndarray) -> np.ndarray:
+    """COLUMNS rows from all over: neighbours are often the same image with another caption."""
+    return rows[np.linspace(0, len(rows) - 1, min(COLUMNS, len(rows))).astype(int)]
 
 
 def contact_sheet(strips: dict[str, np.ndarray]) -> Image.Image:
