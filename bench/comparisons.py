@@ -54,7 +54,8 @@ def text_tower() -> Comparison:
 
     def equal() -> bool:
         ways = [[t.clone() for t in gradients(tokens)] for tokens in (padded, trimmed)]
-        return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*ways, strict=True))
+        # Another order of sums: a rounding of the largest value is allowed anywhere.
+        return all((a - b).abs().max() <= 1e-5 * a.abs().max() for a, b in zip(*ways, strict=True))
 
     ways = {"77 tokens": lambda: gradients(padded), "trimmed": lambda: gradients(trimmed)}
     return Comparison("captions/s", len(padded), ways, equal)
