@@ -11,7 +11,9 @@ from typing import Literal
 
 Objective = Literal["mmcl", "ssl", "mmcl_ssl"]
 Method = Literal["finetune", "cleanclip"]
-Model = Literal["demo", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "tiny-rn", "tiny-vit"]
+Model = Literal[
+    "demo", "small-rn10", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "tiny-rn", "tiny-vit"
+]
 Trigger = Literal["badnet", "blended", "yellow"]
 Location = Literal["random", "four_corners"]
 Geometry = Literal["squash", "crop"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbd.errors import UserError
-from fastbd.models.resnet import ModifiedResNet
+from fastbd.models.resnet import ModifiedResNet, SmallResNet
 from fastbd.models.text import Transformer, init_text_transformer
 from fastbd.models.vit import VisionTransformer
 
@@ -20,7 +20,10 @@ VOCABULARY = 49_408
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes of a dual encoder; a ResNet has no `patch`, and its `vision_layers` are the blocks of its four stages."""
+    """Sizes of a dual encoder.
+
+    A ResNet has no `patch`, and its `vision_layers` are the blocks of its four stages; `small`: that for small images.
+    """
 
     image_size: int
     embed_dim: int
@@ -30,6 +33,7 @@ class ModelSpec:
     text_width: int
     text_layers: int
     text_heads: int
+    small: bool = False
 
 
 class CLIP(nn.Module):
@@ -72,6 +76,8 @@ class CLIP(nn.Module):
 
 
 def _vision_tower(spec: ModelSpec) -> nn.Module:
+    if spec.small:
+        return SmallResNet(spec.vision_layers, spec.vision_width, spec.embed_dim)
     if spec.patch is None:
         return ModifiedResNet(spec.image_size, spec.vision_layers, spec.vision_width, spec.embed_dim)
     (layers,) = spec.vision_layers
@@ -94,6 +100,7 @@ def create(name: str, seed: int | None) -> CLIP:
 
 MODELS = {
     "demo": ModelSpec(64, 128, 16, (1, 1, 1, 1), None, 64, 2, 2),
+    "small-rn10": ModelSpec(32, 128, 32, (1, 1, 1, 1), None, 64, 2, 2, small=True),
     "rn50": ModelSpec(224, 1024, 64, (3, 4, 6, 3), None, 512, 12, 8),
     "rn101": ModelSpec(224, 512, 64, (3, 4, 23, 3), None, 512, 12, 8),
     "rn50x4": ModelSpec(288, 640, 80, (4, 6, 10, 6), None, 640, 12, 10),

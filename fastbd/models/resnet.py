@@ -1,4 +1,7 @@
-"""CLIP's modified ResNet (Radford et al. 2021, section 2.4): three-conv stem, pooled strides, attention pool."""
+"""CLIP's modified ResNet (Radford et al. 2021, section 2.4): three-conv stem, pooled strides, attention pool.
+
+And a ResNet for small images, whose first stages still see them: the modified one has 8 x 8 positions left of 32 px.
+"""
 
 from __future__ import annotations
 
@@ -85,3 +88,48 @@ class ModifiedResNet(nn.Module):
         x = self.avgpool(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.attnpool(x)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions (He et al. 2016, arXiv 1512.03385, section 3.3); the shortcut is pooled where it shrinks."""
+
+    def __init__(self, inputs: int, planes: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = None
+        if stride > 1 or inputs != planes:
+            convolution = nn.Conv2d(inputs, planes, 1, bias=False)
+            self.downsample = nn.Sequential(nn.AvgPool2d(stride), convolution, nn.BatchNorm2d(planes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + shortcut)
+
+
+class SmallResNet(nn.Module):
+    """Pixels [B, 3, H, W] -> embeddings [B, embed_dim]: a stem that keeps the size, `layers` blocks a stage, mean.
+
+    Every stage but the last halves the size; every stage but the first doubles the width.
+    """
+
+    def __init__(self, layers: tuple[int, ...], width: int, embed_dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.stages = nn.Sequential()
+        inputs = width
+        for stage, blocks in enumerate(layers):
+            planes = width << stage
+            for block in range(blocks):
+                stride = 2 if block == 0 and stage < len(layers) - 1 else 1
+                self.stages.append(BasicBlock(inputs, planes, stride))
+                inputs = planes
+        self.projection = nn.Linear(inputs, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(F.relu(self.bn1(self.conv1(x))))
+        return self.projection(x.mean((2, 3)))
