@@ -1,23 +1,269 @@
+from __future__ import annotations
+
 import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from bench.__main__ import measure, write
-from bench.comparisons import COMPARISONS
+from bench import gpu_check, loss, records
+from bench.case import Case, Provider, Unavailable, errors, objection
+from bench.limits import Limits
+from bench.measure import LEAST, measure, most_in_use, peak_bytes, spread
+from bench.peers import autocast, one_matrix, two_matrices
+from bench.run import Outcome, prepare, run
+
+ROOT = Path(__file__).parents[1]
+LIMITS = Limits("cpu", {"fp32": 1e9, "bf16": 1e9, "fp64": 1e9}, 1e9)
 
 
-@pytest.mark.parametrize("name", COMPARISONS)
-def test_the_ways_of_a_comparison_do_the_same(name):
-    comparison = COMPARISONS[name]()
-    assert len(comparison.ways) >= 2 and comparison.equal()
+def bench(*words, module="bench", **settings) -> subprocess.CompletedProcess:
+    """The real command, in a process of its own."""
+    command = [sys.executable, "-m", module, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | settings)
 
 
-def test_ways_are_called_in_turn_and_rows_are_added(tmp_path):
+def test_calls_are_timed_in_turn_after_a_warm_up():
+    called, ticks = [], []
+
+    def clock(call) -> float:
+        call()
+        ticks.append(called[-1])
+        return {"a": 1.0, "b": 3.0}[called[-1]]
+
+    times = measure({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, clock, seconds=0)
+    assert ticks == ["a", "b"] * (1 + LEAST) and called == ["a", "b"] + ticks
+    assert (times["a"].median, times["b"].median) == (1.0, 3.0)
+    measure({"a": lambda: called.append("a")}, clock, seconds=20)
+    assert len(ticks) == 2 * (1 + LEAST) + 1 + 20
+
+
+def test_quantiles_of_values_done_by_hand():
+    times = spread([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    assert (times.median, times.low, times.high) == (3.5, 2.0, 5.0)
+
+
+def test_peak_bytes_of_a_call_done_by_hand():
+    def call():
+        a = torch.empty(1_000_000)
+        b = torch.empty(500_000)
+        del a
+        c = torch.empty(250_000)
+        return b, c
+
+    assert peak_bytes(call, "cpu") == 6_000_000
+    assert peak_bytes(call, "cpu") == 6_000_000
+
+
+def test_what_was_there_before_is_no_release_of_the_call():
+    events = [(3, 8, 100), (1, 7, -50), (2, 9, 10), (4, 9, -10), (5, 6, 20)]  # time, address, bytes
+    assert most_in_use([{"ts": ts, "args": {"Addr": addr, "Bytes": size}} for ts, addr, size in events]) == 120
+
+
+def work(value: float, calls: list | None = None):
+    def call():
+        if calls is not None:
+            calls.append(value)
+        return {"x": torch.full((4,), value)}
+
+    return Provider(lambda: call, {"": 1e-3}, ours=True)
+
+
+def missing(error: Exception, ours: bool = True) -> Provider:
+    def build():
+        raise error
+
+    return Provider(build, {"": 1e-3}, ours=ours)
+
+
+def test_the_gate_times_no_provider_that_is_wrong_or_missing():
     calls = []
-    seconds = measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
-    assert calls == ["a", "b"] * 16
-    assert all(low <= median <= high for median, low, high in seconds.values())
-    for rate in (1, 2):
-        write(tmp_path / "cpu.csv", [{"way": "a", "rate": rate}])
-    with open(tmp_path / "cpu.csv") as file:
-        assert [row["rate"] for row in csv.DictReader(file)] == ["1", "2"]
+    providers = {
+        "right": work(1.0001),
+        "wrong": work(1.1, calls),
+        "nan": work(math.nan),
+        "absent": missing(Unavailable("needs a GPU")),
+        "no package": missing(ImportError("No module named 'x'")),
+        "huge": missing(torch.OutOfMemoryError("tried to allocate")),
+        "broken peer": missing(RuntimeError("no compiler\nmore"), ours=False),
+        "broken": missing(RuntimeError("no such kernel")),
+    }
+    case = Case("sum", "x/s", 4, "cpu", providers, truth=lambda: {"x": torch.ones(4, dtype=torch.float64)}, flops=1e6)
+    outcome = run(case, LIMITS, seconds=0)
+    assert [row["provider"] for row in outcome.rows] == ["right"] and calls == [1.1]
+    assert outcome.rows[0]["limit_share"] == pytest.approx(1e-3 / outcome.rows[0]["seconds"])
+    assert set(outcome.refused) == {"wrong", "nan", "broken"}
+    assert outcome.refused["wrong"] == "x is off by 1.0e-01; 1e-03 is allowed"
+    assert outcome.skipped == {
+        "absent": "needs a GPU",
+        "no package": "ImportError: No module named 'x'",
+        "huge": "does not fit in memory",
+        "broken peer": "RuntimeError: no compiler",
+    }
+
+
+def test_without_a_truth_the_first_provider_is_it():
+    case = Case("sum", "x/s", 4, "cpu", {"first": work(2.0), "second": work(2.5), "third": work(2.0)})
+    outcome = run(case, LIMITS, seconds=0)
+    assert [row["provider"] for row in outcome.rows] == ["first", "third"] and list(outcome.refused) == ["second"]
+    assert outcome.rows[0]["ratio"] == 1 and outcome.rows[0]["limit_share"] is None
+    slow = Case("sum", "x/s", 4, "cpu", {"first": work(2.0)}, truth=missing(AssertionError()).build, truth_flops=1e12)
+    assert len(run(slow, LIMITS, seconds=0).rows) == 1  # float64 would take 1000 s here
+
+
+@pytest.mark.parametrize("name", ["text_tower", "two_views"])
+def test_the_ways_of_a_bench_do_the_same(name):
+    (case,) = import_module(f"bench.{name}").cases("cpu", quick=True)
+    outcome = Outcome()
+    calls, _ = prepare(case, LIMITS, outcome)
+    assert list(calls) == list(case.providers) and len(calls) >= 2 and not outcome.refused
+
+
+def test_errors_are_relative_and_a_rival_bounds_them():
+    one = {"x": torch.tensor(3.0)}
+    assert errors(one, {"x": torch.tensor(2.0)}, {}) == {"x": 0.5}
+    assert errors(one, {"x": torch.tensor(2.0)}, {"x": 10.0}) == {"x": 0.1}
+    with pytest.raises(ValueError, match="'x'.*'y'"):
+        errors(one, {"y": torch.tensor(2.0)}, {})
+    assert objection({"x": 0.4, "y": 0.1}, {"": 0.2, "x": 0.5}) == ""
+    assert "more than the plain formula's 1.0e-01" in objection({"x": 0.3}, {"": 0.5}, {"x": 0.1})
+
+
+@pytest.mark.parametrize("terms", loss.TOWERS)
+def test_the_float64_truth_of_the_loss_is_what_autograd_gives(terms):
+    towers, log_scale = loss.embeddings(loss.Size(13, 8, terms, "fp32"), "cpu")
+    towers = {name: tower.detach().double().requires_grad_() for name, tower in towers.items()}
+    unit = {name: F.normalize(tower, dim=-1) for name, tower in towers.items()}
+
+    def rows(a: str, b: str):
+        return F.cross_entropy(log_scale.double().exp() * unit[a] @ unit[b].T, torch.arange(13))
+
+    value = (rows("image", "text") + rows("text", "image")) / 2
+    if terms == "mmcl_ssl":
+        value = value + (rows("image", "image_aug") + rows("text", "text_aug")) / 2
+    value.backward()
+    want = {"loss": value, "log_scale": log_scale.grad, **{name: tower.grad for name, tower in towers.items()}}
+    assert max(errors(loss.truth(towers, log_scale), want, {}).values()) < 1e-6  # log_scale is a float32
+    blocks = loss.pair_truth(unit["image"], unit["text"], log_scale.double().exp(), True, block=5)
+    whole = loss.pair_truth(unit["image"], unit["text"], log_scale.double().exp(), True)
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(blocks, whole, strict=True))
+
+
+@pytest.mark.parametrize("terms", loss.TOWERS)
+def test_the_peers_compute_the_loss(terms):
+    towers, log_scale = loss.embeddings(loss.Size(96, 64, terms, "fp32"), "cpu")
+    want = loss.truth(towers, log_scale)
+    for form, tolerance in ((two_matrices, "fp32"), (one_matrix, "fp32"), (autocast(two_matrices), "autocast")):
+        found = errors(loss.gradients(form, towers, log_scale)(), want, {})
+        assert objection(found, loss.TOLERANCE[tolerance]) == ""
+
+
+INTERPRETED = """
+import torch
+from bench import fixed_maximum, loss, online_rows
+from bench.case import errors
+from bench.peers import of_pairs
+fixed_maximum.DTYPE = torch.float32  # the interpreter multiplies no bf16
+towers, log_scale = loss.embeddings(loss.Size(150, 64, "mmcl_ssl", "fp32"), "cpu")
+want = loss.truth(towers, log_scale)
+for module in (fixed_maximum, online_rows):
+    found = errors(loss.gradients(of_pairs(module.pair_loss), towers, log_scale)(), want, {})
+    assert max(found.values()) < 1e-5, (module.__name__, found)
+"""
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
+def test_the_peers_in_triton_compute_the_loss():
+    settings = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, capture_output=True, text=True, env=settings)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_new_column_leaves_old_rows_whole(tmp_path):
+    path = tmp_path / "results" / "cpu.csv"
+    records.append(path, [{"provider": "a, b", "rate": 1}])
+    records.append(path, [{"provider": "c", "rate": 2}])
+    before = path.read_bytes()
+    records.append(path, [])
+    assert path.read_bytes() == before
+    records.append(path, [{"error": 0.5, "provider": "d", "rate": 3}, {"provider": "e"}])
+    records.append(path, [{"rate": 4, "provider": "f"}])
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["provider", "rate", "error"]
+    assert [tuple(row.values()) for row in rows] == [
+        ("a, b", "1", ""), ("c", "2", ""), ("d", "3", "0.5"), ("e", "", ""), ("f", "4", ""),
+    ]  # fmt: skip
+
+
+def test_the_rows_in_the_repository_are_whole():
+    for path in records.RESULTS.glob("*.csv"):
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                assert None not in row and None not in row.values()
+                assert row["name"] and row["provider"] and float(row["rate"]) > 0 and row["date"] and row["torch"]
+
+
+def test_the_command_ends_with_one_json_object(tmp_path):
+    done = bench("loss", "--quick", "--out", tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["rows"] and not result["refused"]
+    for row in result["rows"]:
+        assert {"name", "provider", "rate", "unit", "ratio", "limit_share", "device"} <= set(row)
+        assert row["rate"] > 0 and row["limit_share"] > 0 and row["peak_bytes"] > 0
+    ways = {row["provider"] for row in result["rows"]}
+    assert {"open_clip form, autocast", "CleanCLIP form, float32", "fastbd reference"} <= ways
+    assert "needs a GPU" in done.stdout and result["skipped"]["loss B=128 D=1024 mmcl fp32: fastbd tile"]
+    with open(tmp_path / "cpu.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(result["rows"]) and all(row["device"] and row["fp32_tflops"] for row in rows)
+
+
+def test_what_there_is_no_time_for_is_skipped_by_name(tmp_path):
+    done = bench("loss", "--quick", "--json", "--seconds", 0, "--out", tmp_path, CUDA_VISIBLE_DEVICES="")
+    (line,) = done.stdout.splitlines()
+    assert done.returncode == 0 and json.loads(line)["rows"] == [] and len(json.loads(line)["skipped"]) == 2
+
+
+def test_an_unknown_name_is_answered_with_the_names_there_are(capsys):
+    from bench.__main__ import main
+
+    assert main(["loss", "los"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: no bench los; there are loss, text_tower, two_views.\n" and not captured.out
+
+
+def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
+    done = bench(tmp_path / "out", module="bench.gpu_check", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and "needs a GPU" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_check_goes_on_after_a_stage_that_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "no_gpu", lambda: "")
+    monkeypatch.setattr(gpu_check, "circumstances", lambda: ["a GPU"])
+    imported = "import fastbd.kernels.augment as a, os, bench; print(a.__file__, os.environ['TRITON_INTERPRET'])"
+    monkeypatch.setattr(gpu_check, "STAGES", (
+        ("tests", ("-c", "raise SystemExit(3)"), 20),
+        ("slow", ("-c", "import time; time.sleep(60)"), 0.5),
+        ("bench", ("-c", imported + "; open('{out}/gpu.csv', 'w').close()"), 20),
+    ))  # fmt: skip
+    assert gpu_check.main(tmp_path / "out") == 1
+    summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert summary[0] == "a GPU" and summary[1].startswith("tests: FAILED with exit code 3")
+    assert summary[2].startswith("slow: stopped after 0.5 s") and summary[3].startswith("bench: passed")
+    used, interpreted = (tmp_path / "out" / "bench.log").read_text().split()
+    assert used.endswith("fastbd/kernels/augment.py") and not used.startswith(str(ROOT)) and interpreted == "0"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "bench.log", "gpu.csv", "slow.log", "summary.txt", "tests.log",
+    ]  # fmt: skip
+    assert summary[-1] in capsys.readouterr().out

@@ -1,0 +1,80 @@
+"""What a benchmark is made of: a case is one piece of work, a provider one way to do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+Output = dict[str, Tensor]
+Call = Callable[[], Output]
+
+
+class Unavailable(Exception):
+    """A provider that cannot run here, and why."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the work of a case.
+
+    `build` returns the call that is timed, or raises Unavailable. `tolerance` bounds the relative error of each
+    output, by name, "" standing for the rest. `no_worse_than` names a provider whose error bounds this one's too.
+    """
+
+    build: Callable[[], Call]
+    tolerance: dict[str, float]
+    no_worse_than: str | None = None
+    ours: bool = False
+    rate: str = ""  # number format whose matmul rate limits it; the case's when empty
+    own_memory: bool = True  # False where a captured graph holds the memory, out of a counter's sight
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Providers that do the same `units` of work; the first one is what ratios refer to.
+
+    `truth` computes the outputs in float64 for the gate; without it the first provider is the truth. `flops` and
+    `bytes` are the fewest that the work needs; 0 means not counted. `sizes` says below which norm an output's error
+    is not taken relative to the output itself.
+    """
+
+    name: str
+    unit: str
+    units: int
+    device: str
+    providers: dict[str, Provider]
+    truth: Callable[[], Output] | None = None
+    truth_flops: float = 0.0
+    flops: float = 0.0
+    bytes: float = 0.0
+    rate: str = "fp32"
+    sizes: dict[str, float] = field(default_factory=dict)
+
+
+Cases = Iterable[Case]
+
+
+def errors(output: Output, truth: Output, sizes: dict[str, float]) -> dict[str, float]:
+    """Relative L2 error of each output; NaN where either has NaN. ValueError when the names differ."""
+    if output.keys() != truth.keys():
+        raise ValueError(f"outputs {sorted(output)} instead of {sorted(truth)}")
+    found = {}
+    for name, want in truth.items():
+        difference = (output[name].double() - want.double()).norm().item()
+        size = max(want.double().norm().item(), sizes.get(name, 0.0))
+        found[name] = difference / size if difference else 0.0
+    return found
+
+
+def objection(found: dict[str, float], tolerance: dict[str, float], rival: dict[str, float] | None = None) -> str:
+    """Why these errors are too large, "" when they are not. A rival's errors bound them too, a rounding aside."""
+    for name, error in found.items():
+        limit = tolerance.get(name, tolerance[""])
+        if not error <= limit:  # NaN too
+            return f"{name} is off by {error:.1e}; {limit:.0e} is allowed"
+        if rival and error > rival[name] + limit / 10:
+            return f"{name} is off by {error:.1e}, more than the plain formula's {rival[name]:.1e}"
+    return ""
