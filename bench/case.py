@@ -20,7 +20,7 @@ class Provider:
     """One way to do the work of a case.
 
     `build` returns the call that is timed, or raises Unavailable. `tolerance` bounds the relative error of each
-    output, by name, "" standing for the rest. `no_worse_than` names a provider whose error bounds this one's too.
+    output, by name, "" standing for the rest. `no_worse_than` names a provider whose largest error bounds this one's.
     """
 
     build: Callable[[], Call]
@@ -70,11 +70,12 @@ def errors(output: Output, truth: Output, sizes: dict[str, float]) -> dict[str, 
 
 
 def objection(found: dict[str, float], tolerance: dict[str, float], rival: dict[str, float] | None = None) -> str:
-    """Why these errors are too large, "" when they are not. A rival's errors bound them too, a rounding aside."""
+    """Why these errors are too large, "" when they are not. The largest of a rival's bounds the largest of these."""
     for name, error in found.items():
         limit = tolerance.get(name, tolerance[""])
         if not error <= limit:  # NaN too
             return f"{name} is off by {error:.1e}; {limit:.0e} is allowed"
-        if rival and error > rival[name] + limit / 10:
-            return f"{name} is off by {error:.1e}, more than the plain formula's {rival[name]:.1e}"
+    worst = max(found, key=found.get)
+    if rival and found[worst] > max(rival.values()):
+        return f"{worst} is off by {found[worst]:.1e}, more than the plain formula's {max(rival.values()):.1e}"
     return ""

@@ -21,7 +21,7 @@ FORMATS = {
         "fp64": (torch.float64, 4096),
     },
 }
-COPIED = {"cpu": 256 << 20, "cuda": 4 << 30}  # bytes: far more than a cache holds
+COPIED = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes: far more than a cache holds
 TRIES = 6
 
 
@@ -47,7 +47,7 @@ def measure_limits(device: str) -> Limits:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         with float32_precision("high" if name == "tf32" else "highest"):
             matmul[name] = 2 * side**3 / best(clock, lambda a=a, b=b: a @ b)
-    source = torch.randint(0, 100, (COPIED[device],), dtype=torch.int8, device=device)
+    source = torch.full((COPIED[device],), 7, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return Limits(device, matmul, 2 * source.numel() / best(clock, lambda: target.copy_(source)))
 

@@ -51,7 +51,9 @@ def prepare(case: Case, limits: Limits, outcome: Outcome) -> tuple[dict[str, Cal
         except Exception as error:
             expected = not provider.ours or isinstance(error, (Unavailable, ImportError, torch.OutOfMemoryError))
             (outcome.skipped if expected else outcome.refused)[name] = reason(error)
-            release(case.device)
+            output = None
+        if output is None:
+            release(case.device)  # only here, where the exception no longer holds what it passed through
             continue
         truth = truth or output
         found[name] = errors(output, truth, case.sizes)
