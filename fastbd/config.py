@@ -156,6 +156,8 @@ class TrainConfig:
     """Use the text half of the self-supervised loss."""
     ssl_symmetric: bool = False
     """Add the augmented-to-plain direction to the self-supervised loss (published: plain-to-augmented only)."""
+    gather: Literal["exact", "local-grad"] = "exact"
+    """Several GPUs: the loss's gradient; local-grad: its embeddings' part divided by their number, as published."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"

@@ -1,4 +1,4 @@
-"""One process or several (started by torchrun): who am I, and gathering with gradients."""
+"""One process or several (started by torchrun): who am I, and who are the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as td
-from torch import Tensor
 
 from fastbd.errors import UserError
 
@@ -26,9 +25,10 @@ class World:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[B, D] of every rank, joined to [size * B, D] in rank order; differentiable."""
-        return _Gather.apply(x, self) if self.size > 1 else x
+    @property
+    def group(self) -> td.ProcessGroup | None:
+        """All processes, where there are several."""
+        return td.group.WORLD if self.size > 1 else None
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
@@ -42,27 +42,6 @@ class World:
         """Wait for the other ranks."""
         if self.size > 1:
             td.barrier()
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather whose backward sums the gradients that all ranks have for the local rows.
-
-    Every rank computes the whole loss, so the sum is `size` times the true gradient, and DDP's mean makes it exact.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, world: World) -> Tensor:
-        ctx.world, ctx.rows = world, len(x)
-        out = [torch.empty_like(x) for _ in range(world.size)]
-        td.all_gather(out, x.contiguous())
-        return torch.cat(out)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        td.all_reduce(gradient)
-        start = ctx.world.rank * ctx.rows
-        return gradient[start : start + ctx.rows], None
 
 
 def join(device: str) -> World:

@@ -1,34 +1,14 @@
-"""Training objectives: (embeddings of a batch) -> (loss, named parts). Plain PyTorch.
-
-Notation of CleanCLIP (arXiv 2303.03323): I, T are normalised plain embeddings, I', T' augmented ones, s the
-temperature.
-"""
+"""Training objectives: (embeddings of a batch) -> (loss, named parts)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
+import torch.distributed as td
 from torch import Tensor
 
 from fastbd.errors import UserError
-
-
-def cross_entropy(rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
-    """Mean cross-entropy of s * rows @ columns^T with the diagonal as target; rows, columns [B, D] normalised."""
-    return F.cross_entropy(scale * rows @ columns.T, torch.arange(len(rows), device=rows.device))
-
-
-def mmcl(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Multimodal contrastive loss, both directions averaged (Verma et al., arXiv 2311.14948, eq. 1)."""
-    return (cross_entropy(image, text, scale) + cross_entropy(text, image, scale)) / 2
-
-
-def ssl(plain: Tensor, augmented: Tensor, scale: Tensor, symmetric: bool) -> Tensor:
-    """Self-supervised loss of one modality; published: plain rows against augmented columns only."""
-    loss = cross_entropy(plain, augmented, scale)
-    return (loss + cross_entropy(augmented, plain, scale)) / 2 if symmetric else loss
+from fastbd.kernels.contrastive import contrastive_loss
 
 
 @dataclass(frozen=True)
@@ -40,6 +20,7 @@ class Objective:
     ssl_image: bool = True
     ssl_text: bool = True
     ssl_symmetric: bool = False
+    gather: str = "exact"
 
     @property
     def augments_images(self) -> bool:
@@ -52,23 +33,18 @@ class Objective:
         return self.ssl_weight > 0 and self.ssl_text
 
     def __call__(
-        self, image: Tensor, text: Tensor, image_aug: Tensor | None, text_aug: Tensor | None, log_scale: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Raw embeddings [B, D] (the augmented ones None without SSL) -> (loss, parts), all scalars."""
-        scale = log_scale.float().exp()
-        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        parts = {}
-        if self.mmcl_weight > 0:
-            parts["mmcl"] = mmcl(image, text, scale)
-        loss = self.mmcl_weight * parts.get("mmcl", torch.zeros_like(scale))
-        if self.ssl_weight > 0:
-            if self.ssl_image:
-                parts["ssl_image"] = ssl(image, F.normalize(image_aug.float(), dim=-1), scale, self.ssl_symmetric)
-            if self.ssl_text:
-                parts["ssl_text"] = ssl(text, F.normalize(text_aug.float(), dim=-1), scale, self.ssl_symmetric)
-            halves = [parts[name] for name in ("ssl_image", "ssl_text") if name in parts]
-            loss = loss + self.ssl_weight * sum(halves) / len(halves)
-        return loss, parts
+        self, image: Tensor, text: Tensor, image_aug: Tensor | None, text_aug: Tensor | None, log_scale: Tensor,
+        group: td.ProcessGroup | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Raw embeddings [B, D] of this process (the augmented ones None without SSL) -> (loss, parts), all scalars.
+
+        With a group, the batch is that of all its processes.
+        """
+        return contrastive_loss(
+            image, text, image_aug if self.augments_images else None, text_aug if self.augments_texts else None,
+            log_scale=log_scale, mmcl_weight=self.mmcl_weight, ssl_weight=self.ssl_weight,
+            ssl_symmetric=self.ssl_symmetric, gather=self.gather, group=group,
+        )  # fmt: skip
 
 
 # name -> (uses MMCL, uses SSL)
@@ -93,4 +69,5 @@ def make_objective(name: str, config) -> Objective:
         ssl_image=config.ssl_image,
         ssl_text=config.ssl_text,
         ssl_symmetric=config.ssl_symmetric,
+        gather=config.gather,
     )

@@ -42,14 +42,9 @@ def make_step(
             tokens = torch.cat([tokens, batch.tokens_aug])
         with autocast(precision, world.device):
             image, text, log_scale = towers(normalise(images), tokens.to(world.device, non_blocking=True))
-        # In fp32 from here on: sums over ranks and small differences of cosines need it.
-        image, image_aug = [world.gather(x) for x in image.float().split(len(batch.ids))] + [None] * (
-            batch.augment is None
-        )
-        text, text_aug = [world.gather(x) for x in text.float().split(len(batch.ids))] + [None] * (
-            batch.tokens_aug is None
-        )
-        loss, parts = objective(image, text, image_aug, text_aug, log_scale)
+        image, image_aug = (*image.split(len(batch.ids)), None)[:2]
+        text, text_aug = (*text.split(len(batch.ids)), None)[:2]
+        loss, parts = objective(image, text, image_aug, text_aug, log_scale, world.group)
 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -57,6 +52,6 @@ def make_step(
             group["lr"] = schedule(at)
         optimizer.step()
         clamp_log_scale(model.logit_scale)
-        return {"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}, "scale": log_scale.detach().exp()}
+        return {"loss": loss.detach(), **parts, "scale": log_scale.detach().exp()}
 
     return step

@@ -25,7 +25,7 @@ ARROWS = {
     "study": set(),
     "models": set(),
     "poison": set(),
-    "objectives": set(),
+    "objectives": {"kernels"},
     "optim": set(),
     "checkpoint": set(),
     "kernels": set(),

@@ -1,0 +1,96 @@
+"""The contrastive losses in plain PyTorch, a block of rows at a time: the CPU's way, the fallback, the kernels' truth.
+
+Same functions as contrastive_tile. Tensors: towers [b, D], the rows of this process; keys [N, D], those of all
+processes; `terms` are (query tower, key, both directions), the positive of row i being column offset + i.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Term = tuple[int, int, bool]
+ROWS = 512  # of the logits that exist at a time: memory grows with N, not with N^2
+
+
+def inverse_norms(towers: list[Tensor]) -> Tensor:
+    """1 / |x| of each row, [T, b]; 0 for a zero vector, which so gets logits 0 and gradient 0."""
+    norms = torch.stack([x.float().norm(dim=1) for x in towers])
+    return torch.where(norms > 1e-12, 1 / norms, 0)
+
+
+def sums(
+    towers: list[Tensor], keys: list[Tensor], rn: Tensor, key_rn: Tensor, scale: Tensor, bias: Tensor | None,
+    terms: list[Term], offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> positive [n, b], rows [n, b], columns [n, N], for each term.
+
+    Softmax (no bias): rows and columns are log sum exp of the logits of the negatives; columns over these b rows only.
+    Sigmoid: rows are sums of the losses of all pairs; columns [n, 1] the sum of their gradients.
+    """
+    rows, length = len(towers[0]), len(keys[0])
+    positive, of_rows = rn.new_empty(2, len(terms), rows)
+    of_columns = rn.new_full((len(terms), length), -torch.inf) if bias is None else rn.new_zeros(len(terms), 1)
+    for t, (q, k, both) in enumerate(terms):
+        for start in range(0, rows, ROWS):
+            here = slice(start, start + ROWS)
+            logits = _logits(towers[q][here], keys[k], rn[q, here], key_rn[k], scale)
+            own = logits.diagonal(offset + start)[: len(logits)]
+            positive[t, here] = own
+            if bias is None:
+                own.fill_(-torch.inf)
+                of_rows[t, here] = logits.logsumexp(1)
+                if both:
+                    of_columns[t] = torch.logaddexp(of_columns[t], logits.logsumexp(0))
+            else:
+                logits += bias
+                own.neg_()
+                of_rows[t, here] = F.softplus(logits).sum(1)
+                gradient = logits.sigmoid_()
+                own.neg_()
+                of_columns[t] += gradient.sum()
+    return positive, of_rows, of_columns
+
+
+def products(
+    towers: list[Tensor], keys: list[Tensor], rn: Tensor, key_rn: Tensor, scale: Tensor, bias: Tensor | None,
+    row_log: Tensor, column_log: Tensor, diagonal: Tensor, terms: list[Term], offset: int, v: Tensor, key_v: Tensor,
+) -> Tensor | None:  # fmt: skip
+    """Add to v [T, b, D] and key_v [K, N, D] the sums over j of r_i G_ij r_j y_j; returns the sum of G L, or None.
+
+    G is the gradient of the logits L: exp(L - row_log) + exp(L - column_log), for the sigmoid exp(-row_log) sigmoid(L
+    + bias), and -diagonal at the positives. r are inverse norms, y raw embeddings.
+    """
+    total = scale.new_zeros(())
+    for t, (q, k, both) in enumerate(terms):
+        for start in range(0, len(towers[0]), ROWS):
+            here = slice(start, start + ROWS)
+            logits = _logits(towers[q][here], keys[k], rn[q, here], key_rn[k], scale)
+            log = row_log[t, here, None]
+            if bias is None:
+                g = torch.exp(logits - log)
+                if both:
+                    g += torch.exp(logits - column_log[t])
+            else:
+                g = torch.sigmoid(logits + bias) * torch.exp(-log)
+            g.diagonal(offset + start)[: len(g)].copy_(-diagonal[t, here])
+            total += torch.vdot(g.flatten(), logits.flatten())
+            g.mul_(rn[q, here, None]).mul_(key_rn[k])
+            v[q, here] += g @ keys[k].float()
+            key_v[k] += g.T @ towers[q][here].float()
+    return total
+
+
+def normalise_backward(v: Tensor, towers: list[Tensor], rn: Tensor, factor: Tensor) -> tuple[list[Tensor], Tensor]:
+    """factor (v - (xh . v) xh), xh = x / |x|: gradients of the embeddings, in their dtype; and sum |x| xh . v."""
+    gradients, dots = [], v.new_zeros(())
+    for x, r, w in zip(towers, rn, v, strict=True):
+        unit = x.float() * r[:, None]
+        gradients.append((factor * (w - (unit * w).sum(1, keepdim=True) * unit)).to(x.dtype))
+        dots += torch.vdot(x.float().flatten(), w.flatten())
+    return gradients, dots
+
+
+def _logits(query: Tensor, key: Tensor, rq: Tensor, rk: Tensor, scale: Tensor) -> Tensor:
+    return (query.float() @ key.float().T).mul_((scale * rq)[:, None]).mul_(rk)

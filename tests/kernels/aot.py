@@ -1,0 +1,120 @@
+"""Compile every Triton kernel for GPUs that need not be here, and print what each one needs as .csv.
+
+    TRITON_INTERPRET=0 python tests/kernels/aot.py 80 90 > tests/kernels/aot.csv
+
+Columns: registers of a thread, shared memory in bytes, spills (local loads and stores), matrix instructions (HGMMA,
+HMMA).
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastbd.kernels import contrastive_small as small
+from fastbd.kernels import contrastive_tile as tile
+
+CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+COLUMNS = ["kernel", "case", "arch", "registers", "shared", "spills", "hgmma", "hmma", "f64"]
+INTS = {"M", "N", "D", "L", "NP", "offset", "m0", "rows", "pm0", "all_blocks_m", "blocks_m", "blocks_n", "parts",
+        "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch"}  # fmt: skip
+TABLES = {"TERMS", "DIRECTIONS"}
+ALIGNED = {"D", "NP", "pitch"}  # multiples of 16, as Triton sees them when they are launched
+EMBEDDINGS = re.compile(r"^[QKXG]\d?$")
+
+
+def tiles(shape: tile.Tile, dim: int, ip: str, stored: bool = False, sigmoid: bool = False, **more) -> dict:
+    return dict(D=dim, BM=shape.m, BN=shape.n, BK=shape.k, GROUP=shape.group, IP=ip, STORED=stored, SIGMOID=sigmoid,
+                num_warps=shape.warps, num_stages=shape.stages, **more)  # fmt: skip
+
+
+def cases(arch: int):
+    """(kernel, name of the case, type of the embeddings, compile-time arguments and options), as they are launched."""
+    sizes = tile.HOPPER if arch >= 90 else tile.AMPERE
+    bf16, fp32, sigmoid = sizes[torch.bfloat16], sizes[torch.float32], tile.SIGMOID[torch.bfloat16]
+    for kind in ("bf16", "fp32"):
+        yield tile.inverse_norms_kernel, kind, kind, dict(BR=4, DP=1024)
+        yield tile.normalise_backward_kernel, kind, kind, dict(BR=4, DP=1024)
+    for name, columns in (("rows", False), ("columns", True)):
+        yield tile.merge_kernel, name, "fp32", dict(BLOCK=128, B=128, PB=16, COLUMNS=columns)
+    for kernel in (tile.sums_kernel, tile.gradient_kernel):
+        more, exact = ({}, {}) if kernel is tile.sums_kernel else ({"WITH_TOTAL": False}, {"WITH_TOTAL": True})
+        for dim in (512, 1024):
+            yield kernel, f"bf16 {dim}", "bf16", tiles(bf16, dim, "tf32", **more)
+        yield kernel, "bf16 1024 sigmoid", "bf16", tiles(sigmoid, 1024, "tf32", sigmoid=True, **more)
+        yield kernel, "bf16 1024 stored", "bf16", tiles(tile.STORED_TILE, 1024, "tf32", stored=True, **more)
+        yield kernel, "fp32 1024 tf32", "fp32", tiles(fp32, 1024, "tf32", **exact)
+        yield kernel, "fp32 1024 ieee", "fp32", tiles(fp32, 1024, "ieee", **exact)
+    for columns in (128, 256, 512):
+        options = dict(num_warps=8 if columns > 128 else 4, num_stages=2 if columns > 256 else 3)
+        yield small.losses_kernel, f"bf16 {columns}", "bf16", dict(BM=16, NP=columns, BK=64, IP="tf32", **options)
+        if columns == 256:
+            yield small.losses_kernel, f"fp32 {columns}", "fp32", dict(BM=16, NP=columns, BK=32, IP="tf32", **options)
+    options = dict(BM=16, BD=128, NB=256, IP="tf32", num_warps=8, num_stages=3)
+    yield small.gradients_kernel, "bf16 256", "bf16", dict(BJ=64, **options)
+    yield small.gradients_kernel, "fp32 256", "fp32", dict(BJ=32, **options)
+
+
+def compile_one(kernel, kind: str, arguments: dict, arch: int):
+    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    constants = {name: value for name, value in arguments.items() if name not in options}
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        element = "i32" if name in TABLES else kind if EMBEDDINGS.match(name) else "fp32"
+        signature[name] = "i32" if name in INTS else f"*{element}"
+        if name not in INTS or name in ALIGNED:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options | {"enable_fp_fusion": True})
+
+
+def row(case, arch: int) -> dict:
+    kernel, name, kind, arguments = case
+    compiled = compile_one(kernel, kind, arguments, arch)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("--dump-resource-usage", "--dump-sass")
+        )
+
+    def count(pattern: str) -> int:
+        return len(re.findall(rf"\b(?:{pattern})\b", sass))
+
+    return dict(
+        kernel=kernel.__name__, case=name, arch=arch, registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        shared=compiled.metadata.shared, spills=count("LDL|STL"), hgmma=count("HGMMA"), hmma=count("HMMA"),
+        f64=compiled.asm["ptx"].count(".f64"),
+    )  # fmt: skip
+
+
+def main(archs: list[int]) -> None:
+    if tile.INTERPRETED:
+        sys.exit("set TRITON_INTERPRET=0: interpreted kernels cannot be compiled")
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(2) as pool:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        jobs = [(case, arch) for arch in archs for case in cases(arch)]
+        writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(pool.map(lambda job: row(*job), jobs))
+
+
+if __name__ == "__main__":
+    main([int(arch) for arch in sys.argv[1:]])
