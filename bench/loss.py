@@ -49,8 +49,8 @@ def sizes(device: str, quick: bool) -> list[Size]:
         batches = (128,) if quick else (128, 512, 2048)
         return [Size(batch, 1024, terms, "fp32") for batch in batches for terms in both]
     if quick:
-        return [Size(256, 1024, "mmcl_ssl", "bf16"), Size(2048, 1024, "mmcl_ssl", "bf16"),
-                Size(8192, 1024, "mmcl_ssl", "bf16"), Size(32768, 1024, "mmcl", "bf16")]  # fmt: skip
+        return [Size(256, 1024, "mmcl_ssl", "bf16"), Size(32768, 1024, "mmcl", "bf16"),
+                Size(8192, 1024, "mmcl_ssl", "bf16"), Size(2048, 1024, "mmcl_ssl", "bf16")]  # fmt: skip
     batches = (128, 256, 512, 1024, 2048, 4096, 8192, 32768, 131072)
     return [
         *(Size(batch, 1024, terms, "bf16") for batch in batches for terms in both),

@@ -44,7 +44,7 @@ def cuda_clock() -> Clock:
     The L2 cache is overwritten before each call: a training step would have done so. While that runs the host gets
     a head start of some 50 us; a call whose launches take longer is timed with the gaps between its kernels.
     """
-    cache = torch.cuda.get_device_properties().L2_cache_size
+    cache = getattr(torch.cuda.get_device_properties("cuda"), "L2_cache_size", 0)
     rubbish = torch.empty(max(256 << 20, 4 * cache), dtype=torch.int8, device="cuda")
 
     def clock(call: Callable[[], object]) -> float:
@@ -100,7 +100,7 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    return most_in_use([event for event in events if event["name"] == "[memory]"])
+    return most_in_use([event for event in events if event.get("name") == "[memory]"])
 
 
 def most_in_use(events: list[dict]) -> int:
