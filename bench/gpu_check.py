@@ -81,7 +81,8 @@ def lay_out(site: Path) -> None:
         shutil.copytree(ROOT / name, site / name, ignore=ignore)
     shutil.copytree(ROOT / "kernels", site / "fastbd" / "kernels", ignore=ignore)
     (site / "kernels").symlink_to(site / "fastbd" / "kernels")
-    shutil.copy(ROOT / "pyproject.toml", site)
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, site)
 
 
 def run(name: str, words: list[str], limit: float, site: Path, out: Path) -> int | None:

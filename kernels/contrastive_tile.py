@@ -110,7 +110,7 @@ def sums_kernel(Q0, Q1, Q2, Q3, K0, K1, K2, RQ, RK, TERMS, ROWS, COLUMNS, SHIFTS
     i0 = m0 + pm * BM
     i = i0 + tl.arange(0, BM)
     j = pn * BN + tl.arange(0, BN)
-    here = (i < M) & (i < m0 + rows)
+    here = i < M
     rq = tl.load(RQ + qi.to(tl.int64) * M + i, mask=here, other=0.0)
     rk = tl.load(RK + ki.to(tl.int64) * N + j, mask=j < N, other=0.0)
     s2 = tl.load(SCALE) * LOG2E
@@ -188,7 +188,7 @@ def gradient_kernel(Q0, Q1, Q2, Q3, K0, K1, K2, RQ, RK, TERMS, ROW_LOG, COLUMN_L
     i0 = m0 + pm * BM
     i = i0 + tl.arange(0, BM)
     j = pn * BN + tl.arange(0, BN)
-    here = (i < M) & (i < m0 + rows)
+    here = i < M
     rq = tl.load(RQ + qi.to(tl.int64) * M + i, mask=here, other=0.0)
     rk = tl.load(RK + ki.to(tl.int64) * N + j, mask=j < N, other=0.0)
     q = pick(qi, Q0, Q1, Q2, Q3)

@@ -25,33 +25,32 @@ def close(found: torch.Tensor, expected: torch.Tensor, what: str, limit: float =
 
 
 def check_losses(rank: int, size: int) -> None:
-    """Two terms of each kind; the mean of the processes' gradients is what data-parallel training uses."""
+    """The mean of the processes' gradients is what data-parallel training uses."""
     own = slice(rank * ROWS, (rank + 1) * ROWS)
     whole = embeddings(ROWS * size, DIM)
     for way in ("reference", "tile", "hybrid", "small"):
-        for gather in ("exact", "local-grad"):
-            for symmetric in (False, True):
-                truth = {name: x.double().requires_grad_() for name, x in whole.items()}
-                true_scale = torch.tensor(3.5, dtype=torch.float64, requires_grad=True)
-                expected = formula(truth, true_scale, 0.7, 1.3, symmetric)
-                expected.backward()
+        for gather, symmetric in (("exact", False), ("exact", True), ("local-grad", False)):
+            truth = {name: x.double().requires_grad_() for name, x in whole.items()}
+            true_scale = torch.tensor(3.5, dtype=torch.float64, requires_grad=True)
+            expected = formula(truth, true_scale, 0.7, 1.3, symmetric)
+            expected.backward()
 
-                towers = {name: x[own].clone().requires_grad_() for name, x in whole.items()}
-                scale = torch.tensor(3.5, requires_grad=True)
-                loss, _ = contrastive_loss(
-                    **towers, log_scale=scale, mmcl_weight=0.7, ssl_weight=1.3, ssl_symmetric=symmetric,
-                    gather=gather, group=td.group.WORLD, way=way,
-                )  # fmt: skip
-                loss.backward()
-                close(loss.detach(), expected.detach(), f"{way} loss", 1e-5)
-                # exact: `size` times the gradient, so that the mean over the processes is the whole one
-                factor = size if gather == "exact" else 1
-                for name in NAMES:
-                    close(towers[name].grad, factor * truth[name].grad[own], f"{way} {gather} {name}")
-                mean = scale.grad.clone()
-                td.all_reduce(mean)
-                close(mean / size, true_scale.grad, f"{way} {gather} scale")
-                print("equal", way, gather, "loss", loss.item().hex())
+            towers = {name: x[own].clone().requires_grad_() for name, x in whole.items()}
+            scale = torch.tensor(3.5, requires_grad=True)
+            loss, _ = contrastive_loss(
+                **towers, log_scale=scale, mmcl_weight=0.7, ssl_weight=1.3, ssl_symmetric=symmetric,
+                gather=gather, group=td.group.WORLD, way=way,
+            )  # fmt: skip
+            loss.backward()
+            close(loss.detach(), expected.detach(), f"{way} loss", 1e-5)
+            # exact: `size` times the gradient, so that the mean over the processes is the whole one
+            factor = size if gather == "exact" else 1
+            for name in NAMES:
+                close(towers[name].grad, factor * truth[name].grad[own], f"{way} {gather} {name}")
+            mean = scale.grad.clone()
+            td.all_reduce(mean)
+            close(mean / size, true_scale.grad, f"{way} {gather} scale")
+            print("equal", way, gather, "loss", loss.item().hex())
 
 
 def check_sigmoid(rank: int, size: int) -> None:
