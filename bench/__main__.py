@@ -46,6 +46,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     limits: dict[str, Limits] = field(default_factory=dict)  # by device, measured once
+    about: dict[str, dict] = field(default_factory=dict)  # likewise: writing rows changes the tree that a commit names
 
     def add(self, case: Case, outcome: Outcome, device: str) -> None:
         self.rows += [row | {"device": device} for row in outcome.rows]
@@ -82,8 +83,9 @@ def run_bench(name: str, options: argparse.Namespace, end: float, report: Report
             continue
         if case.device not in report.limits:
             report.limits[case.device] = measure_limits(case.device)
-        limits = report.limits[case.device]
-        outcome, about = run(case, limits, SECONDS_A_CASE[options.quick]), records.circumstances(limits)
+            report.about[case.device] = records.circumstances(report.limits[case.device])
+        limits, about = report.limits[case.device], report.about[case.device]
+        outcome = run(case, limits, SECONDS_A_CASE[options.quick])
         show(console, case, outcome, limits, about["device"])
         records.append(options.out / records.file_for(case.device), [rounded(row) | about for row in outcome.rows])
         report.add(case, outcome, about["device"])

@@ -170,8 +170,8 @@ def captured(make: Callable[[], Form], towers: dict[str, Tensor], log_scale: Ten
 
 def our_form(way: str, size: Size, device: str) -> Form:
     """fastbd's loss. Unavailable where this way does not apply."""
-    if device == "cpu" and way not in ("auto", "reference"):
-        raise Unavailable("needs a GPU")
+    if device == "cpu" and way != "reference":
+        raise Unavailable("reference is what it takes on a CPU" if way == "auto" else "needs a GPU")
     if way == "small" and size.batch > SMALL:
         raise Unavailable(f"for batches up to {SMALL}")
     loss = import_module("fastbd.kernels.contrastive").contrastive_loss

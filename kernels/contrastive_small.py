@@ -83,8 +83,11 @@ def _add_product(acc, P, by_row, by_column, RN, x, i, c, N, D, NP, BJ: tl.conste
     for j0 in range(0, N, BJ):
         j = j0 + tl.arange(0, BJ)
         m = (i[:, None] < N) & (j[None, :] < N)
-        p = tl.load(P + (by_row * N + i[:, None]) * NP + j[None, :], mask=m & (by_row >= 0), other=0.0)
-        p += tl.load(P + (by_column * N + j[None, :]) * NP + i[:, None], mask=m & (by_column >= 0), other=0.0)
+        p = tl.zeros((i.shape[0], BJ), tl.float32)
+        if by_row >= 0:
+            p += tl.load(P + (by_row * N + i[:, None]) * NP + j[None, :], mask=m, other=0.0)
+        if by_column >= 0:
+            p += tl.load(P + (by_column * N + j[None, :]) * NP + i[:, None], mask=m, other=0.0)
         p = p * tl.load(RN + j, mask=j < N, other=0.0)[None, :]
         y = tl.load(x + j[:, None] * D + c[None, :], mask=(j[:, None] < N) & (c[None, :] < D), other=0.0)
         acc = tl.dot(p.to(y.dtype), y, acc, input_precision=IP)
@@ -94,10 +97,11 @@ def _add_product(acc, P, by_row, by_column, RN, x, i, c, N, D, NP, BJ: tl.conste
 @triton.jit
 def _add_dots(dots, by_row, by_column, ROW_DOTS, COLUMN_DOTS, i, N, strips):
     """dots + those of the rows of one direction and the columns of another."""
-    dots += tl.load(ROW_DOTS + by_row * N + i, mask=(i < N) & (by_row >= 0), other=0.0)
-    for strip in range(0, strips):
-        at = (by_column * strips + strip) * N + i
-        dots += tl.load(COLUMN_DOTS + at, mask=(i < N) & (by_column >= 0), other=0.0)
+    if by_row >= 0:
+        dots += tl.load(ROW_DOTS + by_row * N + i, mask=i < N, other=0.0)
+    if by_column >= 0:
+        for strip in range(0, strips):
+            dots += tl.load(COLUMN_DOTS + (by_column * strips + strip) * N + i, mask=i < N, other=0.0)
     return dots
 
 
@@ -139,11 +143,12 @@ def gradients_kernel(X0, X1, X2, X3, G0, G1, G2, G3, TERMS, WEIGHTS, P, RN, ROW_
         for term in range(0, n_terms):
             for side in range(0, 2):
                 d = tl.load(TERMS + 4 * term + 2 + side)
-                there = (b < N) & (d >= 0)
-                part = tl.sum(tl.load(LOSSES + d * N + b, mask=there, other=0.0)) / N
+                part = 0.0
+                if d >= 0:
+                    part = tl.sum(tl.load(LOSSES + d * N + b, mask=b < N, other=0.0)) / N
+                    loss += part * tl.load(WEIGHTS + d)
+                    scale_gradient += s * tl.sum(tl.load(ROW_DOTS + d * N + b, mask=b < N, other=0.0))
                 tl.store(PARTS + 2 * term + side, part)
-                loss += part * tl.load(WEIGHTS + d, mask=d >= 0, other=0.0)
-                scale_gradient += s * tl.sum(tl.load(ROW_DOTS + d * N + b, mask=there, other=0.0))
         tl.store(LOSS, loss)
         tl.store(SCALE_GRADIENT, scale_gradient)
 
