@@ -82,9 +82,13 @@ def _loss(towers, terms, weights, log_scale, bias, gather, group, way) -> tuple[
         raise ValueError(f"gather is one of {GATHERS}, way one of {WAYS}; not {gather!r}, {way!r}")
     low = next((x.dtype for x in towers if x.dtype in (torch.bfloat16, torch.float16)), torch.float32)
     towers = [x.to(low) for x in towers]
-    processes = 1 if group is None else group.size()
+    columns = len(towers[0]) * (1 if group is None else group.size())
     if way == "auto":
-        way = _choose(towers[0], len(towers[0]) * processes, sigmoid=bias is not None)
+        way = _choose(towers[0], columns, sigmoid=bias is not None)
+    if way == "small" and (columns > SMALL or bias is not None):
+        raise ValueError(f"way small is for contrastive_loss of up to {SMALL} rows in all; there are {columns}")
+    if low == torch.float16 and way != "reference":
+        raise ValueError("the kernels take bf16 and fp32, for fp16 cannot hold small gradients: give way reference")
     name = "" if group is None else group.group_name
     flat = [int(x) for term in terms for x in term]
     arguments = (weights, flat, name, gather == "exact")

@@ -36,7 +36,7 @@ def test_mmcl_ssl_is_the_formula_of_the_paper():
     assert float(parts["mmcl"]) == pytest.approx(mmcl, rel=1e-5)
     assert float(parts["ssl_image"]) == pytest.approx(ssl_image, rel=1e-5)
     assert float(parts["ssl_text"]) == pytest.approx(ssl_text, rel=1e-5)
-    assert float(loss) == pytest.approx(0.5 * mmcl + 2.0 * (ssl_image + ssl_text) / 2, rel=1e-5)
+    assert loss.item() == pytest.approx(0.5 * mmcl + 2.0 * (ssl_image + ssl_text) / 2, rel=1e-5)
 
 
 def test_ssl_is_one_directional_as_published_and_symmetric_on_request():
@@ -47,15 +47,15 @@ def test_ssl_is_one_directional_as_published_and_symmetric_on_request():
     assert abs(forward - backward) > 1e-3
     one_way = Objective(0.0, 1.0, ssl_text=False)(image, image, aug, None, log_scale)[0]
     both_ways = Objective(0.0, 1.0, ssl_text=False, ssl_symmetric=True)(image, image, aug, None, log_scale)[0]
-    assert float(one_way) == pytest.approx(forward, rel=1e-5)
-    assert float(both_ways) == pytest.approx((forward + backward) / 2, rel=1e-5)
+    assert one_way.item() == pytest.approx(forward, rel=1e-5)
+    assert both_ways.item() == pytest.approx((forward + backward) / 2, rel=1e-5)
 
 
 def test_aligned_pairs_lose_what_theory_says():
     """n orthonormal pairs at scale s: log(1 + (n - 1) exp(-s))."""
     n, s = 8, 5.0
     loss, _ = Objective()(torch.eye(n) * 3, torch.eye(n) * 0.2, None, None, torch.tensor(math.log(s)))
-    assert float(loss) == pytest.approx(math.log(1 + (n - 1) * math.exp(-s)), rel=1e-5)
+    assert loss.item() == pytest.approx(math.log(1 + (n - 1) * math.exp(-s)), rel=1e-5)
 
 
 def test_gradient_reaches_temperature_and_every_view():

@@ -93,7 +93,7 @@ def check(towers, scale, way, loss=2e-5, gradient=None, **options):
     assert found.pop("loss") < loss and max(found.values()) < gradient, found
 
 
-@pytest.mark.parametrize("scale", [1.0, 100 / 7, 50.0, 100.0])
+@pytest.mark.parametrize("scale", [1.0, 100 / 7, 100.0])
 @pytest.mark.parametrize("rows, dim, count", [(2, 32, 2), (33, 48, 4), (70, 40, 2)])
 @pytest.mark.parametrize("way", WAYS)
 def test_equals_the_formula(way, rows, dim, count, scale):
@@ -157,7 +157,7 @@ def test_a_tiny_loss_is_right_relative_to_itself(way):
 
 
 @pytest.mark.parametrize("scale", [50.0, 79.0, 100.0])
-@pytest.mark.parametrize("spread", [0.05, 0.5, 0.8])
+@pytest.mark.parametrize("spread", [0.05, 0.8])
 @pytest.mark.parametrize("way", WAYS)
 def test_towers_that_point_apart(way, spread, scale):
     """Every cosine far below 0: a shift of the exponent that suits the largest possible logit would lose whole rows."""
@@ -206,14 +206,35 @@ def test_many_tiles_are_merged(columns):
     torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-6, atol=1e-5)
 
 
+def geometry(kind: str, rows: int, dim: int) -> dict[str, torch.Tensor]:
+    """bf16 pairs as training has them: untrained towers, trained ones (cosine 0.28, others 0.1), two views (0.96)."""
+    noise = torch.Generator().manual_seed(1)
+
+    def unit(count: int = rows) -> torch.Tensor:
+        return F.normalize(torch.randn(count, dim, generator=noise), dim=1)
+
+    shared, common, a, b = unit(), unit(1), unit(1), unit(1)
+    pairs = {
+        "untrained": lambda: (shared, unit()),
+        "trained": lambda: [0.62 * own + 0.3 * common + 0.42 * shared + 0.55 * unit() for own in (a, b)],
+        "views": lambda: (shared, shared + 0.3 * unit()),
+    }[kind]()
+    lengths = 3 + 7 * torch.rand(2, rows, 1, generator=noise)
+    return {
+        name: (length * F.normalize(x, dim=1)).to(DEVICE, torch.bfloat16)
+        for name, x, length in zip(NAMES, pairs, lengths, strict=False)
+    }
+
+
 @pytest.mark.parametrize("scale", [100 / 7, 100.0])
+@pytest.mark.parametrize("kind", ["untrained", "trained", "views"])
 @pytest.mark.parametrize("way", WAYS)
-def test_bf16_is_never_worse_than_autocast(way, scale):
-    towers = embeddings(64, 64, dtype=torch.bfloat16)
+def test_bf16_is_never_worse_than_autocast(way, kind, scale):
+    towers = geometry(kind, 64, 128)
     found = errors(towers, scale, way, dtype=torch.bfloat16)
     usual = errors(towers, scale, "autocast", dtype=torch.bfloat16)
     assert found["loss"] < 1e-3 and max(found.values()) < 5e-3, found
-    assert all(found[name] <= usual[name] + 1e-4 for name in ("loss", *NAMES)), (found, usual)
+    assert all(found[name] <= usual[name] + 1e-4 for name in ("loss", *towers)), (found, usual)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -294,6 +315,8 @@ def test_a_graph_replays_it(rows, way):
         ({"gather": "none"}, "gather is one of"),
         ({"mmcl_weight": 0, "image_aug": None, "text_aug": None}, "weight 0"),
         ({"text": torch.ones(5, 8)}, r"\(4, 8\), \(5, 8\)"),
+        ({name: torch.ones(513, 8) for name in NAMES} | {"way": "small"}, "up to 512"),
+        ({"text": torch.ones(4, 8).half(), "way": "tile"}, "fp16"),
     ],
 )
 def test_arguments_that_do_not_fit(bad, message):
