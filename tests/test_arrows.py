@@ -15,7 +15,7 @@ LEAVES = {"errors", "config", "draws", "dist", "log", "precision", "prompts"}
 ARROWS = {
     "cli": {"commands", "study"},
     "commands": {"run", "loop", "data", "models", "objectives", "cleaning", "evals", "poison", "study", "checkpoint",
-                 "cli"},
+                 "kernels", "cli"},
     "run": {"loop", "step", "optim", "checkpoint", "data", "models", "objectives", "evals", "poison"},
     "loop": {"step", "data"},
     "step": {"data", "objectives", "optim", "kernels"},

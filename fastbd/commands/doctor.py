@@ -129,7 +129,11 @@ def _augment() -> Finding:
 
 
 def _losses() -> Finding:
-    return f"PyTorch on {_device()}", "the whole similarity matrix, with gradient through all GPUs' rows"
+    from fastbd.kernels.contrastive import SMALL, TRITON
+
+    if _device() == "cuda" and TRITON:
+        return "Triton on cuda", f"in two launches up to {SMALL} pairs, by tiles above"
+    return f"PyTorch on {_device()}", "by blocks of rows; the kernels need a GPU and Triton"
 
 
 def _precision() -> Finding:
