@@ -23,7 +23,7 @@ def demo_pictures(n: int) -> tuple[list[np.ndarray], list[str]]:
 
 @cache
 def photographs(n: int) -> list[np.ndarray]:
-    """JPEG files (quality 90, 4:2:0), 256 px on the short side and 341 on the long one, as image downloaders store them.
+    """JPEG files (quality 90, 4:2:0) of 256 x 341 px, as image downloaders store them.
 
     Noise whose amplitude falls with the frequency, a little faster than in photographs as it has no flat parts, and
     faster still in its colours: 31 KB a file, where photographs of this size have 29.

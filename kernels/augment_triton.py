@@ -361,7 +361,7 @@ def render(images: Ragged, view: View, size: int, dtype: torch.dtype) -> Tensor:
         square = params.copy()
         square["flip"] = 0
         pixels = _resample(images, View(square, view.cubic), size, torch.uint8)
-        images = operate(Ragged.of(list(pixels)), params["after"])
+        images = operate(Ragged.of(pixels), params["after"])
         finish = views.plain(images.sizes, size).params
         for name in ("flip", "noise", "erase"):
             finish[name] = params[name]
@@ -384,7 +384,7 @@ def _resample(images: Ragged, view: View, size: int, dtype: torch.dtype) -> Tens
     weights_kernel[(batch, 2)](params, weights, first, shape, size, CUBIC=view.cubic, K=taps, BO=outputs, **FUSION)
     resample_kernel[(batch, triton.cdiv(size * size, BLOCK))](
         _upload(images.addresses, device), _upload(images.sizes[:, 1], device), params, weights, first, shape,
-        noise_levels(device), torch.cat(normalisation(device)), out,
+        noise_levels(device), normalisation(device), out,
         size, K=taps, NORMALISE=dtype != torch.uint8, BLOCK=BLOCK, **FUSION,
     )  # fmt: skip
     return out
