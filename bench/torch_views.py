@@ -94,7 +94,7 @@ OPERATIONS = {
 
 
 def two_views(images: Tensor, second: View, size: int, dtype: torch.dtype, compiled: bool):
-    """A call that gives both views [B, 3, S, S] of uint8 images [B, H, W, 3]; what is drawn is on the device already."""
+    """A call that gives both views [B, 3, S, S] of uint8 images [B, H, W, 3]; parameters are on the device already."""
     wrap = torch.compile if compiled else lambda f: f
     x = images.permute(0, 3, 1, 2).contiguous()
     groups = []
