@@ -95,7 +95,7 @@ def _whole_images(largest: int):
     """FFCV's operation that decodes into slots of `largest` bytes: (uint8 [B, largest], int32 [B], 0 where whole)."""
     from dataclasses import replace
 
-    from ffcv.libffcv import imdecode
+    from ffcv.libffcv import ctypes_imdecode as decode_jpeg
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.operation import Operation
@@ -106,7 +106,7 @@ def _whole_images(largest: int):
             return state, (AllocationQuery((largest,), np.dtype(np.uint8)), AllocationQuery((), np.dtype(np.int32)))
 
         def generate_code(self):
-            read, decode_jpeg, each = self.memory_read, Compiler.compile(imdecode), Compiler.get_iterator()
+            read, each = self.memory_read, Compiler.get_iterator()
 
             def decode(rows, memory, metadata, storage):
                 pixels, verdict = memory
@@ -114,7 +114,11 @@ def _whole_images(largest: int):
                     image = metadata[rows[i]]
                     jpeg = read(image["data_ptr"], storage)
                     height, width = np.uint32(image["height"]), np.uint32(image["width"])
-                    verdict[i] = decode_jpeg(jpeg, pixels[i], height, width, height, width, 0, 0, 1, 1, False, False)
+                    source, target = jpeg.ctypes.data, pixels[i].ctypes.data
+                    # all of the image (from 0, 0), at 1 / 1 of its size, neither cropped nor flipped
+                    verdict[i] = decode_jpeg(
+                        source, jpeg.size, height, width, target, height, width, 0, 0, 1, 1, False, False
+                    )
                 return pixels, verdict
 
             decode.is_parallel = True
