@@ -24,7 +24,8 @@ install: .venv/installed  ## make .venv and install fastbd into it
 ffcv: install      ## add FFCV for --decode ffcv, and the system libraries it is built with (Debian, Ubuntu)
 	@command -v apt-get >/dev/null || { echo "make ffcv needs apt-get; elsewhere install OpenCV 4, TurboJPEG, both with headers, and pkg-config, then: $(BIN)/pip install -c constraints.txt -e '.[ffcv]'"; exit 2; }
 	@dpkg --status $(FFCV_NEEDS) >/dev/null 2>&1 || { echo "installing $(FFCV_NEEDS)" && \
-		$(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq --yes --no-install-recommends $(FFCV_NEEDS); }
+		$(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq --yes --no-install-recommends $(FFCV_NEEDS); } || \
+		{ echo "make ffcv could not install its system libraries: let the administrator install $(FFCV_NEEDS)"; exit 2; }
 	$(PIP) numba opencv-python-headless tqdm
 	@dir=$$(mktemp -d) && trap 'rm -r "$$dir"' EXIT && mkdir $$dir/opencv2 && \
 		printf '#include <opencv2/%s.hpp>\n' core imgproc >$$dir/opencv2/opencv.hpp && \

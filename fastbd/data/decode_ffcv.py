@@ -30,9 +30,9 @@ def open_stream(beton: Beton, batches: Sequence[np.ndarray], threads: int) -> It
     """For each batch (int64 [B], row ids) its images, uint8 [H, W, 3], copies that stay valid.
 
     None stands for an image in which the decoder found damage; PIL can say what it is, or read it where it is slight.
-    The first stream over a file compiles FFCV's code, a few seconds; later ones reuse it. `threads` decode, at most
-    one for each core. Raises UserError where FFCV is missing, for a file that is not of `fastbd build`, for several
-    files at once, and for an image too large for FFCV's ring.
+    The first stream over a file compiles FFCV's code, a few seconds; later ones reuse it. `threads` 0 means one for
+    each core, and more are not used. Raises UserError where FFCV is missing, for a file that `fastbd build` did not
+    make, for several files at once, and for an image too large for FFCV's ring.
     """
     names = _check(beton)
     largest = int((beton.width.astype(np.int64) * beton.height).max(initial=0)) * 3

@@ -113,15 +113,25 @@ def test_any_number_of_threads_gives_the_same(beton):
 
 
 @needs_ffcv
-@pytest.mark.parametrize("taken", [0, 1, 5, 11])
+@pytest.mark.parametrize("taken", [0, 1, 5, 10, 11])
 def test_a_stream_left_early_leaves_no_thread(beton, taken):
-    batches = shuffled(beton, 37, 7)
     before = set(threading.enumerate())
-    with closing(open_stream(beton, batches, 2)) as stream:
+    with closing(open_stream(beton, shuffled(beton, 37, 7), 2)) as stream:
         for _ in range(taken):
             next(stream)
-        assert (set(threading.enumerate()) == before) == (not taken)
     assert set(threading.enumerate()) == before
+
+
+@needs_ffcv
+def test_a_stream_left_early_decodes_no_more(beton, monkeypatch):
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+    decoded, run_pipeline = [], EpochIterator.run_pipeline
+    monkeypatch.setattr(EpochIterator, "run_pipeline", lambda self, *a: (decoded.append(a), run_pipeline(self, *a))[1])
+    with closing(open_stream(beton, shuffled(beton, 37, 7) * 20, 2)) as stream:
+        next(stream)
+        assert threading.active_count() > 1
+    assert 1 <= len(decoded) <= 5 and threading.active_count() == 1
 
 
 @needs_ffcv
@@ -165,8 +175,8 @@ def test_a_damaged_image_is_none_and_never_another(tmp_path):
 
 @needs_ffcv
 def test_a_file_made_anew_under_the_same_name(tmp_path):
-    for seed, size in ((1, (30, 20)), (2, (40, 50))):
-        beton = write(tmp_path / "a.beton", [encoded(picture(10 * seed + i, *size)) for i in range(3)])
+    for seed in (1, 2):
+        beton = write(tmp_path / "a.beton", [encoded(picture(10 * seed + i, 40, 30)) for i in range(3)])
         os.utime(beton.path, (seed, seed))
         batches = [np.array([2, 0, 1])]
         assert_images(beton, batches, open_stream(beton, batches, 2))
@@ -185,6 +195,13 @@ def test_an_image_too_large_for_the_ring_is_refused(tmp_path):
     beton = write(tmp_path / "a.beton", [encoded(picture(0, 9, 9))], size=(65535, 12000))
     with pytest.raises(UserError, match="image of 786 million pixels.*--decode pil"):
         open_stream(beton, [np.array([0])], 1)
+
+
+def test_several_files_are_refused(beton):
+    one = Beton(beton.path)
+    one.path = beton.path.with_name("*.beton")  # as the reader of several files has it
+    with pytest.raises(UserError, match=r"reads a single \.beton file.*\*\.beton is several.*--decode pil"):
+        open_stream(one, [np.array([0])], 1)
 
 
 @needs_ffcv
