@@ -130,8 +130,7 @@ def test_a_stream_left_early_decodes_no_more(beton, monkeypatch):
     monkeypatch.setattr(EpochIterator, "run_pipeline", lambda self, *a: (decoded.append(a), run_pipeline(self, *a))[1])
     with closing(open_stream(beton, shuffled(beton, 37, 7) * 20, 2)) as stream:
         next(stream)
-        assert threading.active_count() > 1
-    assert 1 <= len(decoded) <= 5 and threading.active_count() == 1
+    assert 1 <= len(decoded) <= 5
 
 
 @needs_ffcv
