@@ -28,6 +28,9 @@ VERBS = {
     "pretrain": Verb(config.PretrainConfig, "python -m fastbd pretrain --objective mmcl_ssl"),
     "clean": Verb(config.CleanConfig, "python -m fastbd clean --run runs/mmcl_ssl --method cleanclip"),
     "evaluate": Verb(config.EvaluateConfig, "python -m fastbd evaluate --run runs/mmcl_ssl"),
+    "preview": Verb(
+        config.PreviewConfig, "python -m fastbd preview --data pairs.beton --plan pairs.poison.json --model rn50"
+    ),
     "report": Verb(config.ReportConfig, "python -m fastbd report --runs runs/mmcl runs/mmcl-cleanclip"),
     "doctor": Verb(config.DoctorConfig, "python -m fastbd doctor"),
 }

@@ -245,6 +245,30 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Draw what the model is given: views and captions of clean and of poisoned pairs, on one picture."""
+
+    data: str = "demo"
+    """A .beton file, or demo for the built-in set."""
+    plan: Path | None = None
+    """Poison plan for --data [the demo set's, with --data demo; else none]."""
+    model: Model = "demo"
+    """The architecture that it is for, which sets the size of the views."""
+    views: Views = "cleanclip"
+    """Which views: as for pretrain."""
+    epoch: int = 0
+    """Epoch of the random draws, from 0."""
+    seed: int = 0
+    """Seed of the random draws."""
+    count: int = 6
+    """Clean pairs to show, and pairs of each attack."""
+    decode: Decode = "auto"
+    """What decodes JPEG; auto is dali where it is installed."""
+    out: Path = Path("preview.png")
+    """The picture to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Say what this machine has, and which path each part of fastbd takes on it."""
 
@@ -310,7 +334,7 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 
 LEAST = dict(
-    batch_size=1, epochs=0, eval_every=0, eval_subset=0, log_every=1, max_pixels=1, rows=1, save_every=0, text_views=0,
+    batch_size=1, count=1, epoch=0, epochs=0, eval_every=0, eval_subset=0, log_every=1, max_pixels=1, rows=1, save_every=0, text_views=0,
     warmup=0, workers=0,
 )  # fmt: skip
 """The smallest value of flags that a negative number, or zero, would make no sense for."""

@@ -1,45 +1,104 @@
-"""Contact sheets: what the model is shown, to be looked at."""
+"""Contact sheets: what the model is given, to be looked at."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
 import numpy as np
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image, ImageDraw, ImageFont
 
-from fastbd import draws
-from fastbd.data.loader import Pairs
-from fastbd.kernels.augment import N_DRAWS, auto_augment, draw_auto_augment
+from fastbd.data.loader import Pairs, draw_views
+from fastbd.data.tokenizer import detokenize
+from fastbd.kernels.augment import render
+from fastbd.kernels.constants import normalisation
 
-COLUMNS = 8
-
-
-def samples(pairs: Pairs, rows: np.ndarray, seed: int) -> Image.Image:
-    """Some clean and augmented training images of `rows`; with a plan, poisoned ones and their augmented views too."""
-    clean, poisoned = _spread(rows[pairs.planned[rows] < 0]), _spread(rows[pairs.planned[rows] >= 0])
-    strips = {}
-    for name, ids in (("clean", clean), ("poisoned", poisoned)):
-        if len(ids):
-            images = pairs.images(ids)
-            u = draws.uniform(seed, "auto-augment", ids, N_DRAWS, view=1)
-            strips[name] = images.numpy()
-            strips[f"{name}, augmented"] = auto_augment(images, draw_auto_augment(u)).numpy()
-    return contact_sheet(strips)
+ACROSS, LEAST = 2, 96  # pairs in a line; smaller views are enlarged to so many px, each pixel a square
+GAP, TEXT, LINE = 4, 230, 15  # px: between views, width of a caption, height of a line of text
 
 
-def _spread(rows: np.ndarray) -> np.ndarray:
-    """COLUMNS rows from all over: neighbours are often the same image with another caption."""
-    return rows[np.linspace(0, len(rows) - 1, min(COLUMNS, len(rows))).astype(int)]
+def samples(
+    pairs: Pairs, rows: np.ndarray, policies: Sequence[str], *, seed: int, text_view: int | None, epoch: int = 0,
+    count: int = 6,
+) -> Image.Image:  # fmt: skip
+    """All views of some clean pairs among `rows` and some of each attack, and the captions, the second one in grey."""
+    attacks = pairs.plan.attacks if pairs.plan else ()
+    which = pairs.plan.attack_of[rows] if pairs.plan else np.full(len(rows), -1)
+    titles = ["clean", *(f"{attack.trigger.name} to {attack.target}" for attack in attacks)]
+    groups = {title: _spread(rows[which == k], count) for k, title in enumerate(titles, -1)}
+    tiles = {
+        title: _tiles(pairs, ids, policies, seed, epoch, text_view) for title, ids in groups.items() if len(ids)
+    }
+    return _arrange(tiles)
 
 
-def contact_sheet(strips: dict[str, np.ndarray]) -> Image.Image:
-    """One labelled row of images uint8 [n, S, S, 3] for each entry."""
-    size = max(96, next(iter(strips.values())).shape[1])
-    gap, label = 4, 16
-    sheet = Image.new("RGB", (COLUMNS * (size + gap) + gap, len(strips) * (size + gap + label) + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (name, images) in enumerate(strips.items()):
-        top = row * (size + gap + label) + gap
-        pen.text((gap, top), name, fill="black")
-        for column, image in enumerate(images):
-            tile = Image.fromarray(image).resize((size, size), Image.NEAREST)
-            sheet.paste(tile, (gap + column * (size + gap), top + label))
+def _spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """`count` rows from all over: neighbours are often the same image with another caption."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+
+
+def _tiles(pairs: Pairs, ids: np.ndarray, policies, seed: int, epoch: int, text_view: int | None) -> list[Image.Image]:
+    """One picture a pair: its views side by side, its captions to the right of them."""
+    (sources,) = ([*images] for images in pairs.sources([ids]))
+    drawn = draw_views(policies, pairs.size, ids, np.array([x.shape[:2] for x in sources]), seed=seed, epoch=epoch)
+    views = [_pixels(render(sources, view, pairs.size)) for view in drawn]
+    texts = [detokenize(pairs.tokens(ids))]
+    if text_view is not None:
+        texts.append(detokenize(pairs.tokens(ids, text_view)))
+    return [_tile([view[k].numpy() for view in views], [text[k] for text in texts]) for k in range(len(ids))]
+
+
+def _pixels(views: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, S, S, 3] of normalised views [B, 3, S, S]."""
+    scale, shift = normalisation(views.device)
+    return ((views.permute(0, 2, 3, 1) - shift) / scale).round().clamp(0, 255).to(torch.uint8)
+
+
+def _tile(views: list[np.ndarray], captions: list[str]) -> Image.Image:
+    side = views[0].shape[0]
+    shown = side * -(-LEAST // side)
+    tile = Image.new("RGB", (len(views) * (shown + GAP) + TEXT + GAP, shown + GAP), "white")
+    for k, view in enumerate(views):
+        enlarged = Image.fromarray(view).resize((shown, shown), Image.Resampling.NEAREST)
+        tile.paste(enlarged, (k * (shown + GAP), 0))
+    pen, top = ImageDraw.Draw(tile), 0
+    for caption, colour in zip(captions, ("black", "grey"), strict=False):
+        for line in _wrapped(caption, TEXT - GAP):
+            pen.text((len(views) * (shown + GAP), top), line, fill=colour, font=_font())
+            top += LINE
+        top += LINE // 3
+    return tile
+
+
+def _wrapped(text: str, width: float) -> list[str]:
+    """Lines of words that are at most `width` px wide; a longer word stands alone."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _font().getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _arrange(groups: dict[str, list[Image.Image]]) -> Image.Image:
+    """The tiles of each group below its title, ACROSS in a line."""
+    width, height = next(iter(groups.values()))[0].size
+    rows = {title: -(-len(tiles) // ACROSS) for title, tiles in groups.items()}
+    head = 2 * LINE
+    size = (ACROSS * width + GAP, sum(rows.values()) * height + len(groups) * head + GAP)
+    sheet = Image.new("RGB", size, "white")
+    pen, top = ImageDraw.Draw(sheet), 0
+    for title, tiles in groups.items():
+        pen.text((GAP, top + LINE // 2), title, fill="black", font=_font(14))
+        for k, tile in enumerate(tiles):
+            sheet.paste(tile, (GAP + k % ACROSS * width, top + head + k // ACROSS * height))
+        top += head + rows[title] * height
     return sheet
+
+
+@cache
+def _font(size: int = 12) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

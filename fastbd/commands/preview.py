@@ -1,0 +1,45 @@
+"""fastbd preview"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fastbd.commands.demo import demo_set
+from fastbd.config import PreviewConfig
+from fastbd.data import sheet
+from fastbd.data.beton import open_beton
+from fastbd.data.decode import open_decoder
+from fastbd.data.loader import RECIPES, Pairs
+from fastbd.errors import UserError
+from fastbd.log import console
+from fastbd.models.clip import MODELS
+from fastbd.poison.plan import Plan
+
+
+def run(config: PreviewConfig) -> int:
+    """Draw the contact sheet."""
+    if config.out.is_dir():
+        raise UserError(f"--out {config.out} is a folder: name the picture in it, such as {config.out / 'preview.png'}.")
+    data, plan = Path(config.data), config.plan
+    if config.data == "demo":
+        data, _, demo_plan = demo_set()
+        plan = plan or demo_plan
+    beton = open_beton(data)
+    pairs = Pairs(
+        beton,
+        open_decoder(config.decode, 0, "cpu"),
+        MODELS[config.model].image_size,
+        Plan.load(plan) if plan else None,
+        max_bad=len(beton),
+    )
+    text_view = config.epoch % beton.num_text_views if beton.num_text_views else None
+    picture = sheet.samples(
+        pairs, np.arange(len(beton)), RECIPES[config.views],
+        seed=config.seed, text_view=text_view, epoch=config.epoch, count=config.count,
+    )  # fmt: skip
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(config.out, "PNG")
+    console.print(f"wrote {config.out}: {' | '.join(RECIPES[config.views])}", markup=False)
+    return 0
