@@ -281,6 +281,8 @@ def test_frequencies_of_light(size: int) -> None:
     erased = height > 0
     assert_share(erased, 0.5)
     assert set(height[erased]) == set(range(round(size * math.sqrt(0.005)), round(size * math.sqrt(0.01)) + 1))
+    for edge, corner in ((top + height, top), (left + width, left)):
+        assert edge[erased].max() == size and corner[erased].min() == 0
     if size > 100:  # enough places to be spread evenly over eight parts
         assert_uniform(((top + 0.5) / (size - height + 1))[erased], 0, 1)
         assert_uniform(((left + 0.5) / (size - width + 1))[erased], 0, 1)
