@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from fastbd.data.decode import open_decoder
 from fastbd.data.tokenizer import tokenize
 from fastbd.errors import UserError
 from fastbd.evals.zeroshot import EvalSet, evaluate, open_set
-from fastbd.poison.plan import Plan
+from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
@@ -69,8 +70,14 @@ def write(path: Path, images: Sequence, size: tuple[int, int] = (8, 8), labelled
 
 
 def plan_of(target: str = "yellow", trigger: TriggerSpec | None = None, geometry: str = "squash") -> Plan:
-    return Plan(data="of the training data", total=1, rows=(0,), captions=("",), target=target, geometry=geometry,
-                trigger=trigger or TriggerSpec("yellow", patch_size=4), label_consistent=False, seed=0)  # fmt: skip
+    attack = Attack(rows=(0,), captions=("",), target=target, geometry=geometry, label_consistent=False,
+                    trigger=trigger or TriggerSpec("yellow", patch_size=4))  # fmt: skip
+    return Plan(data="of the training data", total=2, seed=0, attacks=(attack,))
+
+
+def attacked(data: EvalSet) -> torch.Tensor:
+    """All images with the trigger of the only attack."""
+    return data.triggered(data.attacks[0], slice(None), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +107,20 @@ def test_accuracy_asr_and_recovery_by_hand(data, opened, batch):
     assert row["asr_all"] == pytest.approx(5 / 9)
     assert row["asr_low"] < 4 / 7 < row["asr_high"]
     assert model.training and not any(model.modes)
+
+
+def test_each_of_several_attacks_is_measured(data, opened):
+    """The second attack puts nothing on the images: blue is what it finds blue, and no more."""
+    yellow = plan_of().attacks[0]
+    nothing = plan_of("blue", TriggerSpec("blended", blend=0), "crop").attacks[0]
+    for attacks in ((yellow, replace(nothing, rows=(1,))), (replace(nothing, rows=(1,)), yellow)):
+        row = evaluate(ByColour(), opened(data, plan=replace(plan_of(), attacks=attacks)), precision="fp32", device=CPU)
+        alone = evaluate(ByColour(), opened(data), precision="fp32", device=CPU)
+        by_target = {one["target"]: one for one in row["attacks"]}
+        assert by_target["yellow"].items() <= row.items()  # the more successful one
+        assert by_target["yellow"].items() <= alone.items() and "attacks" not in alone
+        blue = by_target["blue"]
+        assert (blue["trigger"], blue["n_asr"], blue["asr"], blue["recovery"]) == ("blended", 8, 2 / 8, 6 / 8)
 
 
 def test_without_a_plan_nothing_is_attacked(data, opened):
@@ -148,15 +169,17 @@ def test_triggered_images_are_fitted_as_the_plan_says(tmp_path, opened):
     invisible = TriggerSpec("blended", blend=0)
     for geometry, fitted in (("squash", squashed), ("crop", cropped)):
         evaluation = opened(path, plan=plan_of(trigger=invisible, geometry=geometry))
-        assert torch.equal(evaluation.clean[0], cropped) and torch.equal(evaluation.attacked[0], fitted)
+        assert torch.equal(evaluation.clean[0], cropped) and torch.equal(attacked(evaluation)[0], fitted)
+        assert (evaluation.squashed is None) == (geometry == "crop")
 
 
 def test_a_subset_is_always_the_same_and_named_as_one(data, opened):
     one, other_triggers = opened(data, subset=4), opened(data, subset=4, asr_seed=1)
     assert one.ids.tolist() == other_triggers.ids.tolist() == sorted(set(one.ids.tolist())) and len(one.ids) == 4
     everything = opened(data)
-    for name in ("clean", "attacked", "labels"):
+    for name in ("clean", "labels"):
         assert torch.equal(getattr(one, name), getattr(everything, name)[one.ids])
+    assert torch.equal(attacked(one), attacked(everything)[one.ids])
     assert one.name == "colours, 4 images" and everything.name == opened(data, subset=100).name == "colours"
 
 
