@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastbd.kernels.stamp import Overlay
 
-BLOCK = 1024
+BLOCK = 512
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _sample(image, y, x, c, H, W, weight, mask):
 
 
 @triton.jit
-def stamp_kernel(IMAGES, OUT, KEEP, ADD, PLACES, LEVELS, FIELD, H, W, h, w, keep_b, keep_y, keep_x, keep_c, add_b,
+def stamp_kernel(IMAGES, STAMPED, KEEP, ADD, PLACES, LEVELS, FIELD, H, W, h, w, keep_b, keep_y, keep_x, keep_c, add_b,
                  add_y, add_x, add_c, N: tl.constexpr, HAS_LEVELS: tl.constexpr, HAS_FIELD: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
     """BLOCK values of image program_id(0); KEEP and ADD [B, h, w, 3] by their strides, PLACES [B, N, 2]."""
@@ -54,7 +54,7 @@ def stamp_kernel(IMAGES, OUT, KEEP, ADD, PLACES, LEVELS, FIELD, H, W, h, w, keep
         keep = tl.load(KEEP + b * keep_b + py * keep_y + px * keep_x + c * keep_c, mask=covered, other=65536)
         add = tl.load(ADD + b * add_b + py * add_y + px * add_x + c * add_c, mask=covered, other=0)
         v = tl.minimum(tl.maximum((keep * v + add) >> 16, 0), 255)
-    tl.store(OUT + b * H * W * 3 + i, v.to(tl.uint8), mask=mask)
+    tl.store(STAMPED + b * H * W * 3 + i, v.to(tl.uint8), mask=mask)
 
 
 def stamp_triton(images: Tensor, overlay: Overlay) -> Tensor:

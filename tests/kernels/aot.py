@@ -25,12 +25,15 @@ from triton.compiler import ASTSource
 
 from fastbd.kernels import contrastive_small as small
 from fastbd.kernels import contrastive_tile as tile
+from fastbd.kernels import stamp_triton as stamp
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 COLUMNS = ["kernel", "case", "arch", "registers", "shared", "spills", "hgmma", "hmma", "f64"]
 INTS = {"M", "N", "D", "L", "NP", "offset", "m0", "rows", "pm0", "all_blocks_m", "blocks_m", "blocks_n", "parts",
-        "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch"}  # fmt: skip
-TABLES = {"TERMS", "DIRECTIONS"}
+        "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch", "H", "W", "h", "w",
+        *(f"{plane}_{axis}" for plane in ("keep", "add") for axis in "byxc")}  # fmt: skip
+TABLES = {"TERMS", "DIRECTIONS", "KEEP", "ADD", "PLACES", "FIELD"}
+BYTES = {"IMAGES", "STAMPED", "LEVELS"}
 ALIGNED = {"D", "NP", "pitch"}  # multiples of 16, as Triton sees them when they are launched
 EMBEDDINGS = re.compile(r"^[QKXG]\d?$")
 
@@ -65,6 +68,12 @@ def cases(arch: int):
     options = dict(BM=16, BD=128, NB=256, IP="tf32", num_warps=8, num_stages=3)
     yield small.gradients_kernel, "bf16 256", "bf16", dict(BJ=64, **options)
     yield small.gradients_kernel, "fp32 256", "fp32", dict(BJ=32, **options)
+    no_levels, no_field = dict(LEVELS=None, HAS_LEVELS=False), dict(FIELD=None, HAS_FIELD=False)
+    block = dict(BLOCK=stamp.BLOCK)
+    yield stamp.stamp_kernel, "four corners", "u8", dict(N=4, **no_levels, **no_field, **block)
+    yield stamp.stamp_kernel, "whole", "u8", dict(N=1, **no_levels, **no_field, **block)
+    yield stamp.stamp_kernel, "warp", "u8", dict(N=0, HAS_FIELD=True, **no_levels, **block)
+    yield stamp.stamp_kernel, "everything", "u8", dict(N=4, HAS_FIELD=True, HAS_LEVELS=True, **block)
 
 
 def compile_one(kernel, kind: str, arguments: dict, arch: int):
@@ -75,7 +84,7 @@ def compile_one(kernel, kind: str, arguments: dict, arch: int):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        element = "i32" if name in TABLES else kind if EMBEDDINGS.match(name) else "fp32"
+        element = "u8" if name in BYTES else "i32" if name in TABLES else kind if EMBEDDINGS.match(name) else "fp32"
         signature[name] = "i32" if name in INTS else f"*{element}"
         if name not in INTS or name in ALIGNED:
             attributes[(place,)] = [["tt.divisibility", 16]]
