@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from fastbd.commands import poison
+from fastbd.commands.clean import clean_rows
 from fastbd.config import PoisonConfig
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.errors import UserError
@@ -150,3 +152,21 @@ def test_triggers_that_cannot_be_made(data: Path, tmp_path: Path, wish: dict, me
     with pytest.raises(UserError, match=message):
         poison.run(PoisonConfig(data=data, out=tmp_path / "p.json", count=3, **wish))
     assert not (tmp_path / "p.json").exists()
+
+
+def test_two_backdoors_in_one_study(study: Path, fastbd) -> None:
+    fastbd("poison", "--data", "train.beton", "--add-to", "train.poison.json", "--out", "two.json",
+           "--trigger", "wanet", "--target", "arrow", "--rate", 0.1, "--templates", "demo", cwd=study)  # fmt: skip
+    small = ("--batch-size", 24, "--epochs", 1, "--eval-every", 0)
+    fastbd("pretrain", "--data", "train.beton", "--plan", "two.json", "--eval-data", "val.beton", "--model", "tiny-rn",
+           "--templates", "demo", "--out", "two/a", *small, cwd=study)  # fmt: skip
+    fastbd("clean", "--run", "two/a", "--out", "two/b", *small, cwd=study)
+    shown = fastbd("evaluate", "--run", "two/b", cwd=study).stdout
+    fastbd("report", "--runs", "two", "--out", "two.html", cwd=study)
+    rows = [json.loads(line) for line in (study / "two/b/metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert [(one["trigger"], one["target"]) for one in row["attacks"]] == [("badnet", "banana"), ("wanet", "arrow")]
+        assert max(row["attacks"], key=lambda one: one["asr"]).items() <= row.items()
+    assert "of badnet to 'banana'" in shown and "of wanet to 'arrow'" in shown
+    planned, beton = Plan.load(study / "two/b/plan.json"), Beton(study / "train.beton")
+    assert len(planned.attacks) == 2 and len(clean_rows(beton, planned, 1000, 0)) == len(beton) - len(planned.rows)
