@@ -9,12 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastbd import draws
 from fastbd.errors import UserError
 
 TEXT_SIZE = 224  # px of the square that text is drawn on, as published
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # none that starts another program, as EPS does
 LARGEST = 384  # px of the longest side of what is kept: no model's input is larger
 
 KEPT = {
@@ -69,8 +70,8 @@ def read_image(path: Path | None, side: int | None = None) -> np.ndarray:
     if path is None:
         raise UserError("this trigger is made of an image file; name it with --image.")
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
+        with Image.open(path, formats=FORMATS) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # PIL raises nearly anything for a damaged file
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(f"the image {path} cannot be read ({reason}); name another file with --image.") from None
@@ -116,6 +117,7 @@ def check(name: str, text: str, patch_size: int) -> None:
     except ValueError:
         raise UserError(f"the pattern of the trigger {name} is missing or damaged; make the plan again.") from None
     size = (patch_size, patch_size) if name in ("badnet_fixed", "patch") else pattern.shape[:2]
-    if pattern.dtype != kind or pattern.shape != (*size, *channels) or not pattern.any():
+    still = name == "wanet" and not pattern.any()  # a field that moves nothing has no scale
+    if pattern.dtype != kind or pattern.shape != (*size, *channels) or not pattern.size or still:
         raise UserError(f"the pattern of the trigger {name} has a wrong shape, {pattern.dtype} {pattern.shape}; "
                         "make the plan again.")  # fmt: skip

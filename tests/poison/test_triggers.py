@@ -338,6 +338,16 @@ def test_patterns_are_of_their_trigger() -> None:
         TriggerSpec("patch", patch_size=15, pattern=made("patch").pattern)
 
 
+def test_black_is_a_pattern_too() -> None:
+    black = patterns.pack(np.zeros((4, 4, 3), np.uint8))
+    assert not stamp(flat(1, 8, 8, 9), TriggerSpec("patch", 4, "corner", pattern=black), seed=0, ids=[0])[
+        0, 4:, 4:
+    ].any()
+    for empty in (np.zeros((0, 0, 3), np.uint8), np.zeros((3, 3, 2), np.int16)):
+        with pytest.raises(UserError, match="wrong shape"):
+            TriggerSpec("wanet" if empty.size else "blended_image", pattern=patterns.pack(empty))
+
+
 def test_every_trigger_is_in_the_command_line() -> None:
     assert get_args(config.Trigger) == tuple(TRIGGERS) and get_args(config.Location) == LOCATIONS
     assert set(PATCHES) | set(BLENDS) | {"wanet", "nashville"} == set(TRIGGERS)
