@@ -10,6 +10,8 @@ from torch import Tensor
 from fastbd.kernels.stamp import Overlay
 
 BLOCK = 512
+# Patches come in many sizes and strides: one compiled kernel serves them all.
+VARIED = ("h", "w", "keep_b", "keep_y", "keep_x", "keep_c", "add_b", "add_y", "add_x", "add_c")
 
 
 @triton.jit
@@ -19,7 +21,7 @@ def _sample(image, y, x, c, H, W, weight, mask):
     return weight * tl.load(image + (y * W + x) * 3 + c, mask=inside, other=0).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIED)
 def stamp_kernel(IMAGES, STAMPED, KEEP, ADD, PLACES, LEVELS, FIELD, H, W, h, w, keep_b, keep_y, keep_x, keep_c, add_b,
                  add_y, add_x, add_c, N: tl.constexpr, HAS_LEVELS: tl.constexpr, HAS_FIELD: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip

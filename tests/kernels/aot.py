@@ -34,7 +34,7 @@ INTS = {"M", "N", "D", "L", "NP", "offset", "m0", "rows", "pm0", "all_blocks_m",
         *(f"{plane}_{axis}" for plane in ("keep", "add") for axis in "byxc")}  # fmt: skip
 TABLES = {"TERMS", "DIRECTIONS", "KEEP", "ADD", "PLACES", "FIELD"}
 BYTES = {"IMAGES", "STAMPED", "LEVELS"}
-ALIGNED = {"D", "NP", "pitch"}  # multiples of 16, as Triton sees them when they are launched
+ALIGNED = {"D", "NP", "pitch", "H", "W"}  # multiples of 16, as Triton sees them when they are launched
 EMBEDDINGS = re.compile(r"^[QKXG]\d?$")
 
 
