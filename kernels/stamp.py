@@ -56,14 +56,11 @@ def stamp_reference(images: Tensor, overlay: Overlay) -> Tensor:
     if overlay.levels is not None:
         channel = 256 * torch.arange(3, dtype=torch.int32, device=out.device)
         out = overlay.levels.flatten().index_select(0, (out + channel).flatten()).view(out.shape)
-    keep, add = overlay.patch()
-    image = torch.arange(len(images), device=out.device)[:, None, None]
-    down = torch.arange(keep.shape[1], device=out.device)[:, None]
-    across = torch.arange(keep.shape[2], device=out.device)
-    for place in overlay.places.long().unbind(1):
-        top, left = place[:, :, None, None].unbind(1)
-        covered = image, top + down, left + across
-        out[covered] = ((keep * out[covered].int() + add) >> 16).clamp(0, 255).to(torch.uint8)
+    height, width = overlay.patch()[0].shape[1:3]
+    for image, places, keep, add in zip(out, overlay.places.tolist(), *overlay.patch(), strict=True):
+        for top, left in places:
+            covered = image[top : top + height, left : left + width]
+            covered.copy_((keep * covered).add_(add).bitwise_right_shift_(16).clamp_(0, 255))
     return out
 
 

@@ -118,8 +118,8 @@ def _kept(spec: TriggerSpec, *_) -> np.ndarray:
 def _paste(levels: Tensor, spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Overlay:
     """A patch of `levels`, [p, p, 3] or one for each image or what broadcasts to that, where the trigger goes."""
     add = (levels.to(torch.int32) << 16).expand(*levels.shape[:-3], spec.patch_size, spec.patch_size, 3)
-    add = add if add.ndim == 4 else add[None]
-    return Overlay(torch.zeros_like(add[:1, :1, :1]), add, _on(_places(spec, seed, ids, images), images.device))
+    keep = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=images.device)
+    return Overlay(keep, add, _on(_places(spec, seed, ids, images), images.device))
 
 
 def _places(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> np.ndarray:
