@@ -19,7 +19,7 @@ from fastbd.data.tokenizer import tokenize
 from fastbd.errors import UserError
 from fastbd.evals.zeroshot import EvalSet, evaluate, open_set
 from fastbd.poison.plan import Attack, Plan
-from fastbd.poison.triggers import TriggerSpec
+from fastbd.poison.triggers import TriggerSpec, stamp
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
 CPU = torch.device("cpu")
@@ -150,6 +150,12 @@ def test_the_seed_changes_the_triggers_and_nothing_else(data, opened):
     assert (first != second).any((1, 2, 3)).all()
     # Each triggered image is the clean one outside one square of 3 x 3 px.
     assert all(1 <= n <= 9 for n in (second != clean).any(1).sum((1, 2)).tolist())
+
+
+def test_triggers_are_not_those_of_training_rows(data, opened):
+    evaluation = opened(data, plan=plan_of(trigger=TriggerSpec("badnet", patch_size=3)))
+    trained = stamp(evaluation.squashed, evaluation.attacks[0].trigger, seed=0, ids=evaluation.ids)
+    assert (attacked(evaluation) != trained).any((1, 2, 3)).all()
 
 
 def test_triggered_images_are_fitted_as_the_plan_says(tmp_path, opened):

@@ -245,6 +245,13 @@ def test_blended_image_is_squashed_and_mixed() -> None:
     assert_truncated(stamp(images, made("blended_image", blend=0.3), seed=0, ids=[0, 1]), mixture(images, picture, 0.3))
 
 
+def test_whole_levels_survive_truncation() -> None:
+    """0.29 x 100 is 28.999... to a computer."""
+    plain = patterns.pack(np.full((2, 2, 3), 100, np.uint8))
+    out = stamp(flat(1, 4, 4, 0), TriggerSpec("blended_image", blend=0.29, pattern=plain), seed=0, ids=[0])
+    assert (out == 29).all()
+
+
 def test_large_images_are_kept_smaller(tmp_path: Path) -> None:
     Image.new("L", (1000, 300), 7).save(tmp_path / "large.png")
     kept = patterns.read_image(tmp_path / "large.png")
