@@ -68,15 +68,11 @@ def _warp(images: Tensor, field: Tensor) -> Tensor:
     """Bilinear, truncated; black outside."""
     count, height, width, channels = images.shape
     pixels = torch.cat([images.flatten(1, 2), images.new_zeros(count, 1, channels)], 1)  # the last one is black
-    corner, part = field >> 11, field & (STEPS - 1)
+    (y, x), (down, across) = (field >> 11).unbind(-1), (field & (STEPS - 1)).unbind(-1)
     total = torch.zeros(images.shape, dtype=torch.int32, device=images.device)
-    for down in (0, 1):
-        for across in (0, 1):
-            y, x = corner[..., 0] + down, corner[..., 1] + across
-            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            weight = (part[..., 0] if down else STEPS - part[..., 0]) * (
-                part[..., 1] if across else STEPS - part[..., 1]
-            )
-            taken = pixels[:, torch.where(inside, y * width + x, height * width).flatten()]
-            total += weight[..., None] * taken.view(images.shape)
+    for row, share in ((y, STEPS - down), (y + 1, down)):
+        for column, part in ((x, STEPS - across), (x + 1, across)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            taken = pixels[:, torch.where(inside, row * width + column, height * width).flatten()]
+            total += (share * part)[..., None] * taken.view(images.shape)
     return (total >> 22).to(torch.uint8)
