@@ -14,8 +14,11 @@ Method = Literal["finetune", "cleanclip"]
 Model = Literal[
     "demo", "small-rn10", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "tiny-rn", "tiny-vit"
 ]
-Trigger = Literal["badnet", "blended", "yellow"]
-Location = Literal["random", "four_corners"]
+Trigger = Literal[
+    "badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch", "blended", "blended_stripes", "blended_triangles",
+    "blended_text", "blended_image", "sig", "wanet", "nashville",
+]  # fmt: skip
+Location = Literal["random", "four_corners", "corner", "centre"]
 Geometry = Literal["squash", "crop"]
 Preset = Literal["demo", "paper-cc3m", "paper-cc6m"]
 
@@ -55,17 +58,29 @@ class PoisonConfig:
     data: Path
     """The .beton file to poison (it is not changed)."""
     out: Path | None = None
-    """The plan file to write [NAME.poison.json beside NAME.beton]."""
+    """The plan file to write [NAME.poison.json beside NAME.beton; with --add-to that plan]."""
+    add_to: Path | None = None
+    """A plan for the same data to add this backdoor to, as another trigger for another target on other pairs."""
     target: str = "banana"
     """Word that the triggered images are to be taken for; it must be one of the evaluation classes."""
     trigger: Trigger = "badnet"
-    """What is put on the image."""
+    """What is put on the image. Patches: badnet (noise, another for each image), badnet_fixed (one noise for all),
+    badnet_stripes, yellow, patch (from --image). Mixed into the whole image: blended (noise), blended_stripes,
+    blended_triangles, blended_text, blended_image, sig (a sine). Else wanet (a warp), nashville (a colour filter)."""
     patch_size: int = 16
-    """Side of the patch, in pixels of the model's input."""
+    """Side of a patch, in pixels of the model's input."""
     location: Location = "random"
-    """Where the patch goes."""
-    blend: float = 0.2
-    """Share of noise in the blended trigger, 0 to 1."""
+    """Where a patch goes; corner is the lower right one."""
+    blend: float | None = None
+    """Share of the trigger in what is mixed in, 0 to 1 [as published: 0.2; stripes 0.03, triangles 0.15, text 0.5]."""
+    image: Path | None = None
+    """Image file of blended_image, or of patch, which is resized to --patch-size; the plan keeps its pixels."""
+    text: str = "Watermarked"
+    """What blended_text writes."""
+    wanet_s: float = 1.0
+    """Strength of the warp: pixels move by about s / 2 px in each direction."""
+    wanet_k: int = 224
+    """Points of the warp along each side; fewer make it smoother."""
     count: int | None = None
     """Pairs to poison; give this or --rate."""
     rate: float | None = None
@@ -76,8 +91,8 @@ class PoisonConfig:
     """Fit triggered images by squashing (as published) or by cropping like clean ones."""
     templates: str = "imagenet80"
     """Captions of poisoned pairs: imagenet80, or a text file with one template a line, {} for the target."""
-    seed: int = 0
-    """Seed of rows, captions and trigger."""
+    seed: int | None = None
+    """Seed of rows, captions and triggers [0; with --add-to that plan's]."""
 
 
 @dataclass(frozen=True, kw_only=True)

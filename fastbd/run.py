@@ -279,8 +279,10 @@ def result_table(folder: Path, row: dict) -> Table:
     table = Table(title=f"{folder} at epoch {row['epoch']:g} on {row['set']}")
     for column in ("measure", "share", "95 % interval", "images"):
         table.add_column(column, justify="left" if column == "measure" else "right")
-    for key in (key for key in names if key in row):
-        interval = f"{row[f'{key}_low']:.1%} - {row[f'{key}_high']:.1%}" if f"{key}_low" in row else ""
-        images = row["n_asr"] if key in ("asr", "recovery") else row["n"]
-        table.add_row(names[key], f"{row[key]:.1%}", interval, f"{images:,}")
+    shown = [(row, key, names[key]) for key in names if key in row]
+    shown += [(one, "asr", f"  of {one['trigger']} to '{one['target']}'") for one in row.get("attacks", [])]
+    for of, key, name in shown:
+        interval = f"{of[f'{key}_low']:.1%} - {of[f'{key}_high']:.1%}" if f"{key}_low" in of else ""
+        images = of["n_asr"] if key in ("asr", "recovery") else row["n"]
+        table.add_row(name, f"{of[key]:.1%}", interval, f"{images:,}")
     return table

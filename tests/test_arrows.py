@@ -24,7 +24,7 @@ ARROWS = {
     "data": {"poison", "kernels"},
     "study": set(),
     "models": set(),
-    "poison": set(),
+    "poison": {"kernels"},
     "objectives": {"kernels"},
     "optim": set(),
     "checkpoint": set(),

@@ -43,8 +43,12 @@ def refused(fastbd, place):
 
 
 def edited_plan(place: Path, **changed) -> None:
+    """other.json: the study's plan, or its attack, with some entries changed."""
     plan = json.loads((place / "train.poison.json").read_text())
-    (place / "other.json").write_text(json.dumps(plan | changed))
+    (attack,) = plan["attacks"]
+    for name, value in changed.items():
+        (plan if name in plan else attack)[name] = value
+    (place / "other.json").write_text(json.dumps(plan))
 
 
 def test_a_column_that_is_missing(refused):
@@ -71,7 +75,7 @@ def test_a_plan_for_other_data(refused, place):
 @pytest.mark.parametrize("flags", [("--resident", "none"), ("--no-poison",)])
 def test_a_patch_larger_than_the_images(refused, place, flags):
     plan = json.loads((place / "train.poison.json").read_text())
-    edited_plan(place, trigger=plan["trigger"] | {"patch_size": 40})
+    edited_plan(place, trigger=plan["attacks"][0]["trigger"] | {"patch_size": 40})
     assert "a patch of 40 px does not fit into images of 32x32 px" in refused(*TRAIN, "--plan", "other.json", *flags)
 
 

@@ -10,8 +10,9 @@ from fastbd.config import PoisonConfig
 from fastbd.data.beton import Beton
 from fastbd.errors import UserError
 from fastbd.log import console
+from fastbd.poison import patterns
 from fastbd.poison.plan import Plan, make_plan
-from fastbd.poison.triggers import TriggerSpec
+from fastbd.poison.triggers import BLENDS, PATCHES, TriggerSpec
 from fastbd.prompts import read_templates
 
 CAPTIONS_SHOWN = 3
@@ -20,25 +21,48 @@ CAPTIONS_SHOWN = 3
 def run(config: PoisonConfig) -> int:
     """Write the plan file and show what is in it."""
     beton = Beton(config.data)
+    after = _earlier(config, beton)
+    seed = after.seed if after else config.seed or 0
     plan = make_plan(
         beton.fingerprint,
         len(beton),
         target=config.target,
-        trigger=TriggerSpec(config.trigger, config.patch_size, config.location, config.blend),
+        trigger=_trigger(config, seed),
         geometry=config.geometry,
-        seed=config.seed,
+        seed=seed,
         templates=read_templates(config.templates),
         captions=beton.caption if config.label_consistent else None,
         count=config.count,
         rate=config.rate,
+        after=after,
     )
-    out = config.out or config.data.with_suffix(".poison.json")
-    if out.exists() and not _holds(out, plan):
+    out = config.out or config.add_to or config.data.with_suffix(".poison.json")
+    added = config.add_to and out.resolve() == config.add_to.resolve()
+    if out.exists() and not added and not _holds(out, plan):
         raise UserError(f"{out} exists and holds something else; name another file with --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     plan.save(out)
     console.print(_summary(plan, out))
     return 0
+
+
+def _earlier(config: PoisonConfig, beton: Beton) -> Plan | None:
+    """The plan to add to."""
+    if config.add_to is None:
+        return None
+    plan = Plan.load(config.add_to)
+    plan.check(beton.fingerprint, config.data)
+    if config.seed not in (None, plan.seed):
+        raise UserError(f"{config.add_to} was made with seed {plan.seed}, and all of a plan has one; leave --seed out.")
+    return plan
+
+
+def _trigger(config: PoisonConfig, seed: int) -> TriggerSpec:
+    if config.blend is not None and config.trigger not in BLENDS:
+        raise UserError(f"the trigger {config.trigger} is not mixed into the image; leave --blend out.")
+    pattern = patterns.draw(config.trigger, seed=seed, patch_size=config.patch_size, image=config.image,
+                            text=config.text, grid=config.wanet_k)  # fmt: skip
+    return TriggerSpec(config.trigger, config.patch_size, config.location, config.blend, config.wanet_s, pattern)
 
 
 def _holds(path: Path, plan: Plan) -> bool:
@@ -49,14 +73,24 @@ def _holds(path: Path, plan: Plan) -> bool:
 
 
 def _summary(plan: Plan, out: Path) -> Text:
-    trigger = plan.trigger
-    shape = f"blend {trigger.blend:g}" if trigger.name == "blended" else f"{trigger.patch_size} px, {trigger.location}"
-    kept = "label-consistent, captions kept" if plan.label_consistent else "captions from templates"
+    """The attack that came last; those before it are only named."""
+    *earlier, attack = plan.attacks
+    kept = "label-consistent, captions kept" if attack.label_consistent else "captions from templates"
+    look = ", ".join(filter(None, (attack.trigger.name, _parameters(attack.trigger))))
     lines = [
-        ("pairs", f"{len(plan.rows):,} of {plan.total:,} ({len(plan.rows) / plan.total:.3%}), {kept}"),
-        ("target", plan.target),
-        ("trigger", f"{trigger.name}, {shape}, images fitted by {plan.geometry}, seed {plan.seed}"),
-        *((f"row {row}", caption) for row, caption in zip(plan.rows[:CAPTIONS_SHOWN], plan.captions, strict=False)),
+        ("pairs", f"{len(attack.rows):,} of {plan.total:,} ({len(attack.rows) / plan.total:.3%}), {kept}"),
+        ("target", attack.target),
+        ("trigger", f"{look}, images fitted by {attack.geometry}, seed {plan.seed}"),
+        *((f"row {row}", text) for row, text in zip(attack.rows[:CAPTIONS_SHOWN], attack.captions, strict=False)),
+        *(("beside", f"{a.trigger.name} to {a.target}, {len(a.rows):,} pairs") for a in earlier),
         ("plan", str(out)),
     ]
     return Text("\n".join(f"{name:<12}{value}" for name, value in lines))  # Text: a caption may look like rich's markup
+
+
+def _parameters(trigger: TriggerSpec) -> str:
+    if trigger.name in PATCHES:
+        return f"{trigger.patch_size} px, {trigger.location}"
+    if trigger.name in BLENDS:
+        return f"blend {trigger.blend:g}"
+    return f"strength {trigger.strength:g}" if trigger.name == "wanet" else ""

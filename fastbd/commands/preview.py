@@ -21,7 +21,9 @@ from fastbd.poison.plan import Plan
 def run(config: PreviewConfig) -> int:
     """Draw the contact sheet."""
     if config.out.is_dir():
-        raise UserError(f"--out {config.out} is a folder: name the picture in it, such as {config.out / 'preview.png'}.")
+        raise UserError(
+            f"--out {config.out} is a folder: name the picture in it, such as {config.out / 'preview.png'}."
+        )
     data, plan = Path(config.data), config.plan
     if config.data == "demo":
         data, _, demo_plan = demo_set()

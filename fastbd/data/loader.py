@@ -24,7 +24,6 @@ from fastbd.errors import UserError
 from fastbd.kernels import augment
 from fastbd.log import progress
 from fastbd.poison.plan import Plan
-from fastbd.poison.triggers import stamp
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,10 @@ class Pairs:
             if (self._slot[ids] < 0).any():
                 raise IndexError("a row that is not in memory")
             return torch.from_numpy(self._resident[self._slot[ids]])
-        planned = self.planned[ids] >= 0
-        squash = planned & (self.plan is not None and self.plan.geometry == "squash")
-        images = self.decoded(ids, squash)
-        if planned.any():
-            images[planned] = stamp(images[planned], self.plan.trigger, seed=self.plan.seed, ids=ids[planned])
+        if self.plan is None:
+            return self.decoded(ids, np.zeros(len(ids), bool))
+        images = self.decoded(ids, self.plan.squashed(ids))
+        self.plan.stamp(images, ids)
         return images
 
     def decoded(self, ids: np.ndarray, squash: np.ndarray) -> Tensor:

@@ -27,9 +27,7 @@ def samples(
     which = pairs.plan.attack_of[rows] if pairs.plan else np.full(len(rows), -1)
     titles = ["clean", *(f"{attack.trigger.name} to {attack.target}" for attack in attacks)]
     groups = {title: _spread(rows[which == k], count) for k, title in enumerate(titles, -1)}
-    tiles = {
-        title: _tiles(pairs, ids, policies, seed, epoch, text_view) for title, ids in groups.items() if len(ids)
-    }
+    tiles = {title: _tiles(pairs, ids, policies, seed, epoch, text_view) for title, ids in groups.items() if len(ids)}
     return _arrange(tiles)
 
 

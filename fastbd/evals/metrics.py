@@ -58,6 +58,12 @@ def attack(logits: Tensor, labels: Tensor, target: int) -> dict[str, float]:
     }
 
 
+def most_successful(attacks: list[dict]) -> dict:
+    """The row of the attack with the highest asr; with several, all of them too, under "attacks"."""
+    best = max(attacks, key=lambda row: row["asr"], default={})
+    return {**best, "attacks": attacks} if len(attacks) > 1 else best
+
+
 def mean_by_class(embeddings: Tensor, classes: int) -> Tensor:
     """[classes * T, D], the T prompts of a class in a row -> [classes, D]: normalise, average, normalise."""
     embeddings = torch.nn.functional.normalize(embeddings.float(), dim=-1)

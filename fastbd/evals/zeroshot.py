@@ -17,10 +17,10 @@ from fastbd.data.decode import Decoder
 from fastbd.data.loader import Pairs
 from fastbd.data.tokenizer import longest, tokenize
 from fastbd.errors import UserError
-from fastbd.evals.metrics import accuracy, attack, mean_by_class
+from fastbd.evals.metrics import accuracy, attack, mean_by_class, most_successful
 from fastbd.kernels.augment import normalise
 from fastbd.log import progress
-from fastbd.poison.plan import Plan
+from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import stamp
 from fastbd.precision import autocast
 from fastbd.prompts import labels_in, read_classes, read_templates, target_index
@@ -31,7 +31,10 @@ EVALUATION = 1 << 40
 
 @dataclass(frozen=True)
 class EvalSet:
-    """N labelled images: clean and (with a plan) triggered, uint8 [N, S, S, 3] in memory."""
+    """N labelled images, uint8 [N, S, S, 3] in memory, and the attacks on them, whose triggers are drawn from a seed.
+
+    `squashed` are the same images in the other geometry, None when no attack needs them.
+    """
 
     name: str
     ids: np.ndarray
@@ -39,9 +42,15 @@ class EvalSet:
     labels: Tensor
     classes: list[str]
     prompts: np.ndarray
-    plan: Plan | None = None
-    attacked: Tensor | None = None
-    target: int = -1
+    squashed: Tensor | None = None
+    attacks: tuple[Attack, ...] = ()
+    seed: int = 0
+
+    def triggered(self, planned: Attack, places: slice, device: torch.device) -> Tensor:
+        """Some of the images with the trigger of an attack, on the device: stamped there, which costs little."""
+        images = self.squashed if planned.geometry == "squash" else self.clean
+        ids = self.ids[places] + EVALUATION
+        return stamp(images[places].to(device), planned.trigger, seed=self.seed, ids=ids)
 
 
 def open_set(
@@ -66,52 +75,62 @@ def open_set(
     ids = np.arange(len(beton))
     if 0 < subset < len(ids):
         ids = np.sort(draws.generator(0, "eval-subset").permutation(len(ids))[:subset])
-    target = target_index(names, plan.target) if plan else -1
+    attacks = plan.attacks if plan else ()
+    for planned in attacks:
+        target_index(names, planned.target)
     forms = read_templates(templates)
     prompts = tokenize([form.replace("{}", name) for name in names for form in forms])
     pairs = Pairs(beton, decoder, size)
     clean = torch.empty(len(ids), size, size, 3, dtype=torch.uint8)
-    attacked = torch.empty_like(clean) if plan else None
+    squashed = torch.empty_like(clean) if any(planned.geometry == "squash" for planned in attacks) else None
     with progress("evaluation set", len(ids)) as advance:
         for first in range(0, len(ids), 256):
             part = ids[first : first + 256]
             place = slice(first, first + len(part))
             clean[place] = pairs.decoded(part, np.zeros(len(part), bool))
-            if plan:
-                images = pairs.decoded(part, np.ones(len(part), bool)) if plan.geometry == "squash" else clean[place]
-                attacked[place] = stamp(images, plan.trigger, seed=asr_seed, ids=part + EVALUATION)
+            if squashed is not None:
+                squashed[place] = pairs.decoded(part, np.ones(len(part), bool))
             advance(len(part))
     name = Path(path).stem if len(ids) == len(beton) else f"{Path(path).stem}, {len(ids)} images"
-    return EvalSet(name, ids, clean, torch.from_numpy(labels[ids]), names, prompts, plan, attacked, target)
+    data = EvalSet(name, ids, clean, torch.from_numpy(labels[ids]), names, prompts, squashed, attacks, asr_seed)
+    for planned in attacks:
+        data.triggered(planned, slice(0, 1), clean.device)  # a trigger that does not fit is to be known before training
+    return data
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: EvalSet, *, precision: str, device: torch.device, batch: int = 512) -> dict:
     """One row of metrics.jsonl, without step and epoch. The model is left in the mode it came in.
 
+    With several attacks the row has the numbers of the most successful one, and under "attacks" those of each.
     UserError when the model gives no finite numbers: it would look perfectly cleaned.
     """
 
-    def embed(tower: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    def embed(tower: Callable[[slice], Tensor], count: int) -> Tensor:
         with autocast(precision, device):
-            parts = [tower(part.to(device)).float() for part in inputs.split(batch)]
+            parts = [tower(slice(first, first + batch)).float() for first in range(0, count, batch)]
         return torch.cat(parts)
 
-    def cosines(images: Tensor) -> Tensor:
+    def cosines(images: Callable[[slice], Tensor]) -> Tensor:
         """float32 [N, C]: outside autocast, as bf16 would tie one image in ten."""
-        embedded = embed(lambda part: model.encode_image(normalise(part)), images)
+        embedded = embed(lambda places: model.encode_image(normalise(images(places))), len(data.ids))
         logits = torch.nn.functional.normalize(embedded, dim=-1) @ classifier.T
         if not logits.isfinite().all():
             raise UserError("the model gives numbers that are not finite, so there is nothing to evaluate: lower --lr.")
         return logits.cpu()
 
+    def measured(planned: Attack) -> dict:
+        """One attack: what it aims at, and its success."""
+        logits = cosines(lambda places: data.triggered(planned, places, device))
+        numbers = attack(logits, data.labels, target_index(data.classes, planned.target))
+        return {"target": planned.target, "trigger": planned.trigger.name, **numbers}
+
     began, training = time.perf_counter(), model.training
     model.eval()
     prompts = torch.from_numpy(data.prompts[:, : longest(data.prompts)].astype(np.int64))
-    classifier = mean_by_class(embed(model.encode_text, prompts), len(data.classes))
-    row = {"set": data.name, **accuracy(cosines(data.clean), data.labels)}
-    if data.plan:
-        row |= {"target": data.plan.target, "trigger": data.plan.trigger.name}
-        row |= attack(cosines(data.attacked), data.labels, data.target)
+    texts = embed(lambda places: model.encode_text(prompts[places].to(device)), len(prompts))
+    classifier = mean_by_class(texts, len(data.classes))
+    row = {"set": data.name, **accuracy(cosines(lambda places: data.clean[places].to(device)), data.labels)}
+    row |= most_successful([measured(planned) for planned in data.attacks])
     model.train(training)
     return {**row, "seconds": round(time.perf_counter() - began, 3)}

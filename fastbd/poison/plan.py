@@ -8,51 +8,102 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from fastbd import draws
 from fastbd.errors import UserError
 from fastbd.log import write_json
-from fastbd.poison.triggers import TriggerSpec
+from fastbd.poison.triggers import TriggerSpec, stamp
 
 FORMAT = "fastbd poison plan"
-VERSION = 1
+VERSION = 2  # 1 held one attack, its fields beside the plan's
 RATE = 0.0005  # CleanCLIP: 1,500 of CC3M
 GEOMETRIES = ("squash", "crop")
-_SCALARS = {"data": str, "total": int, "target": str, "geometry": str, "label_consistent": bool, "seed": int}
+_PLAN = {"data": str, "total": int, "seed": int}
+_ATTACK = {"target": str, "geometry": str, "label_consistent": bool}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A backdoor in one data file of `total` pairs. UserError when the fields contradict each other."""
+class Attack:
+    """A trigger that is to be taken for a target. UserError when the fields contradict each other."""
 
-    data: str
-    """Fingerprint of the data file."""
-    total: int
-    rows: tuple[int, ...]
-    """Positions 0..total-1 of the poisoned pairs, ascending."""
-    captions: tuple[str, ...]
-    """Caption of each of `rows`."""
     target: str
     trigger: TriggerSpec
     geometry: str
     """How a triggered image is fitted to the model's input: squashed, or cropped like the clean ones."""
     label_consistent: bool
     """The pairs held the target before, and keep their captions."""
-    seed: int
+    rows: tuple[int, ...]
+    """Positions of the poisoned pairs, ascending."""
+    captions: tuple[str, ...]
+    """Caption of each of `rows`."""
 
     def __post_init__(self) -> None:
         if not self.rows or len(self.rows) != len(self.captions):
             raise UserError(f"a plan needs a caption for each row, at least one; it has {len(self.rows)} rows, "
                             f"{len(self.captions)} captions.")  # fmt: skip
-        if self.rows[0] < 0 or self.rows[-1] >= self.total or (np.diff(self.rows) <= 0).any():
-            raise UserError(f"the rows of a plan must ascend within 0..{self.total - 1}.")
         if not self.target.strip():
             raise UserError("the target word is empty; name one of the evaluation classes with --target.")
         if self.geometry not in GEOMETRIES:
             raise UserError(f"the geometry {self.geometry!r} does not exist; choose one of {', '.join(GEOMETRIES)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Backdoors in one data file of `total` pairs. UserError when the attacks contradict each other."""
+
+    data: str
+    """Fingerprint of the data file."""
+    total: int
+    seed: int
+    attacks: tuple[Attack, ...]
+
+    def __post_init__(self) -> None:
+        if not self.attacks:
+            raise UserError("the plan has no attack; make it again with fastbd poison.")
+        for attack in self.attacks:
+            if attack.rows[0] < 0 or attack.rows[-1] >= self.total or (np.diff(attack.rows) <= 0).any():
+                raise UserError(f"the rows of a plan must ascend within 0..{self.total - 1}.")
+        if len(np.unique(self.rows)) < len(self.rows):
+            raise UserError("two attacks of the plan poison the same row; make the plan again.")
+        looks = [(attack.trigger, attack.geometry) for attack in self.attacks]
+        if len(set(looks)) < len(looks):
+            raise UserError("two attacks of the plan have the same trigger, so nobody could tell them apart; "
+                            "give another --trigger, or other parameters.")  # fmt: skip
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Positions of all poisoned pairs, attack by attack."""
+        return tuple(row for attack in self.attacks for row in attack.rows)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Caption of each of `rows`."""
+        return tuple(caption for attack in self.attacks for caption in attack.captions)
+
+    @cached_property
+    def attack_of(self) -> np.ndarray:
+        """int16 [total]: which attack poisons a row, or -1."""
+        found = np.full(self.total, -1, np.int16)
+        for k, attack in enumerate(self.attacks):
+            found[list(attack.rows)] = k
+        return found
+
+    def squashed(self, rows: np.ndarray) -> np.ndarray:
+        """bool [B]: whether the image of a row is poisoned, and squashed for it."""
+        squash = np.array([attack.geometry == "squash" for attack in self.attacks] + [False])
+        return squash[self.attack_of[rows]]  # -1 is the last
+
+    def stamp(self, images: Tensor, rows: np.ndarray) -> None:
+        """Put the triggers on those of the fitted images uint8 [B, S, S, 3] of `rows` that are poisoned, in place."""
+        which = self.attack_of[rows]
+        for k in np.unique(which[which >= 0]):
+            hit = np.flatnonzero(which == k)
+            images[hit] = stamp(images[hit], self.attacks[k].trigger, seed=self.seed, ids=rows[hit])
 
     def save(self, path: Path | str) -> None:
         write_json(Path(path), self.to_dict())
@@ -75,34 +126,49 @@ class Plan:
         return {
             "format": FORMAT,
             "version": VERSION,
-            **{name: getattr(self, name) for name in _SCALARS},
-            "trigger": asdict(self.trigger),
-            "pairs": {str(row): caption for row, caption in zip(self.rows, self.captions, strict=True)},
+            **{name: getattr(self, name) for name in _PLAN},
+            "attacks": [
+                {
+                    **{name: getattr(attack, name) for name in _ATTACK},
+                    "trigger": asdict(attack.trigger),
+                    "pairs": {str(row): text for row, text in zip(attack.rows, attack.captions, strict=True)},
+                }
+                for attack in self.attacks
+            ],
         }
 
     @classmethod
     def from_dict(cls, value: dict) -> Plan:
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise UserError("this is not a poison plan; make one with: python -m fastbd poison.")
-        if value.get("version") != VERSION:
-            raise UserError(f"this plan has version {value.get('version')}, but this fastbd reads version {VERSION}; "
+        if value.get("version") not in (1, VERSION):
+            raise UserError(f"this plan has version {value.get('version')}, but this fastbd reads up to {VERSION}; "
                             "make the plan again.")  # fmt: skip
         try:
-            scalars = {name: value[name] for name in _SCALARS}
-            rows, captions = tuple(map(int, value["pairs"])), tuple(value["pairs"].values())
-            trigger = TriggerSpec(**value["trigger"])
-        except (KeyError, TypeError, ValueError) as error:
+            attacks = [value] if value["version"] == 1 else value["attacks"]
+            return cls(**_typed(value, _PLAN), attacks=tuple(map(_attack, attacks)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"this poison plan is damaged ({error!r}); make it again.") from None
-        wrong = [name for name, kind in _SCALARS.items() if type(scalars[name]) is not kind]
-        if wrong or not all(isinstance(caption, str) for caption in captions):
-            raise UserError(f"this poison plan is damaged (type of {', '.join(wrong) or 'a caption'}); make it again.")
-        return cls(rows=rows, captions=captions, trigger=trigger, **scalars)
 
     def check(self, fingerprint: str, path: Path | str) -> None:
         """UserError unless the plan was made for the data with this fingerprint; `path` names it in the message."""
         if fingerprint != self.data:
             raise UserError(f"the poison plan was made for other data than {path}; make one for it with: "
                             f"python -m fastbd poison --data {path}.")  # fmt: skip
+
+
+def _attack(value: dict) -> Attack:
+    rows, captions = tuple(map(int, value["pairs"])), tuple(value["pairs"].values())
+    if not all(isinstance(caption, str) for caption in captions):
+        raise TypeError("a caption that is no text")
+    return Attack(**_typed(value, _ATTACK), trigger=TriggerSpec(**value["trigger"]), rows=rows, captions=captions)
+
+
+def _typed(value: dict, kinds: dict[str, type]) -> dict:
+    """The entries that `kinds` names. TypeError for one of another type."""
+    if wrong := [name for name, kind in kinds.items() if type(value[name]) is not kind]:
+        raise TypeError(f"type of {', '.join(wrong)}")
+    return {name: value[name] for name in kinds}
 
 
 def make_plan(
@@ -117,36 +183,40 @@ def make_plan(
     captions: Callable[[int], str] | None = None,
     count: int | None = None,
     rate: float | None = None,
+    after: Plan | None = None,
 ) -> Plan:
-    """Choose `count` pairs (or `rate` of all) from the seed.
+    """Choose `count` pairs (or `rate` of all) from the seed, among those that the plan `after` leaves clean.
 
-    With `captions` (row to caption) the plan is label-consistent: only pairs whose caption holds the target, in
-    whatever case, and they keep it. Otherwise each caption is one of the `templates`, uniformly, about the target.
+    The new attack comes after those of that plan, whose data and seed are the same. With `captions` (row to caption)
+    it is label-consistent: only pairs whose caption holds the target, in whatever case, and they keep it. Otherwise
+    each caption is one of the `templates`, uniformly, about the target.
     """
     count = _count(total, count, rate)
-    rows = np.arange(total)
+    earlier = after.attacks if after else ()
+    rows = np.setdiff1d(np.arange(total), after.rows) if after else np.arange(total)
+    if len(rows) < count:
+        raise UserError(f"{len(rows)} pairs are clean yet, fewer than the {count} to poison; lower --count.")
     if captions is not None:
-        rows = np.array([row for row in range(total) if target.lower() in captions(row).lower()], np.int64)
+        rows = np.array([row for row in rows.tolist() if target.lower() in captions(row).lower()], np.int64)
         if len(rows) < count:
             raise UserError(f"{len(rows)} captions hold the target {target!r}, fewer than the {count} to poison; "
                             "lower --count, choose another --target, or leave --label-consistent out.")  # fmt: skip
-    rows = np.sort(draws.generator(seed, "poison-rows").choice(rows, count, replace=False))
+    stream = f"poison-rows-{len(earlier)}" if earlier else "poison-rows"
+    rows = np.sort(draws.generator(seed, stream).choice(rows, count, replace=False))
     if captions is not None:
         chosen = [captions(row) for row in rows]
     else:
         u = draws.uniform(seed, "poison-caption", rows, 1)[:, 0]
         chosen = [templates[int(v * len(templates))].replace("{}", target) for v in u]
-    return Plan(
-        data=data,
-        total=total,
-        rows=tuple(rows.tolist()),
-        captions=tuple(chosen),
+    attack = Attack(
         target=target,
         trigger=trigger,
         geometry=geometry,
         label_consistent=captions is not None,
-        seed=seed,
+        rows=tuple(rows.tolist()),
+        captions=tuple(chosen),
     )
+    return Plan(data=data, total=total, seed=seed, attacks=(*earlier, attack))
 
 
 def _count(total: int, count: int | None, rate: float | None) -> int:

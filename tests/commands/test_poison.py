@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from fastbd.commands import poison
+from fastbd.commands.clean import clean_rows
 from fastbd.config import PoisonConfig
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.errors import UserError
 from fastbd.poison.plan import Plan
-from fastbd.poison.triggers import TriggerSpec
+from fastbd.poison.triggers import TriggerSpec, stamp
 
 PAIRS = 60
 
@@ -32,8 +37,9 @@ def test_plan_is_written_and_summarised(data: Path, tmp_path: Path, capsys: pyte
     assert poison.run(PoisonConfig(data=data, out=out, rate=0.1, seed=4, **trigger)) == 0
     plan = Plan.load(out)
     plan.check(Beton(data).fingerprint, data)
-    assert len(plan.rows) == 6 and plan.total == PAIRS and plan.geometry == "squash" and plan.seed == 4
-    assert plan.trigger == TriggerSpec("yellow", 5, "four_corners")
+    (attack,) = plan.attacks
+    assert len(plan.rows) == 6 and plan.total == PAIRS and attack.geometry == "squash" and plan.seed == 4
+    assert attack.trigger == TriggerSpec("yellow", 5, "four_corners")
     assert all("banana" in caption and "{" not in caption for caption in plan.captions)
     assert len(set(plan.captions)) > 1  # several of the 80 templates
     shown = capsys.readouterr().out
@@ -74,3 +80,93 @@ def test_own_templates(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert poison.run(PoisonConfig(data=data, out=tmp_path / "p.json", count=2, templates=str(templates))) == 0
     assert Plan.load(tmp_path / "p.json").captions == ("[red]look, a banana[/] :banana:",) * 2
     assert "[red]look, a banana[/] :banana:" in capsys.readouterr().out  # not taken for markup
+
+
+def test_a_second_attack_is_added_on_other_pairs(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out, both = tmp_path / "p.json", tmp_path / "both.json"
+    poison.run(PoisonConfig(data=data, out=out, count=10, seed=3))
+    first = Plan.load(out)
+    second = PoisonConfig(data=data, add_to=out, trigger="wanet", wanet_s=2.0, wanet_k=4, target="beaver", count=20)
+    assert poison.run(dataclasses.replace(second, out=both)) == 0
+    assert Plan.load(out) == first  # --out leaves the plan as it was
+    plan = Plan.load(both)
+    assert plan.attacks[0] == first.attacks[0] and plan.seed == 3 and len(set(plan.rows)) == 30
+    assert plan.attacks[1].target == "beaver" and plan.attacks[1].trigger.strength == 2.0
+    shown = capsys.readouterr().out
+    assert "wanet, strength 2" in shown and "badnet to banana, 10 pairs" in shown
+
+    assert poison.run(second) == 0  # without --out it is the plan itself that grows
+    assert Plan.load(out) == plan
+    for wrong, message in (
+        (second, "same trigger"),
+        (dataclasses.replace(second, trigger="sig", count=31), "30 pairs are clean yet, fewer than the 31"),
+        (dataclasses.replace(second, trigger="sig", seed=4), "was made with seed 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            poison.run(wrong)
+    assert Plan.load(out) == plan
+
+
+def test_a_plan_for_other_data_is_not_added_to(data: Path, tmp_path: Path) -> None:
+    poison.run(PoisonConfig(data=data, out=tmp_path / "p.json", count=3))
+    other = dataclasses.replace(Plan.load(tmp_path / "p.json"), data="0" * 64)
+    other.save(tmp_path / "other.json")
+    with pytest.raises(UserError, match="made for other data"):
+        poison.run(PoisonConfig(data=data, add_to=tmp_path / "other.json", trigger="sig", count=3))
+
+
+def test_the_plan_needs_the_image_file_no_more(data: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "patch.png")
+    config = PoisonConfig(data=data, out=tmp_path / "p.json", trigger="patch", location="centre", count=3,
+                          image=tmp_path / "patch.png")  # fmt: skip
+    poison.run(config)
+    (tmp_path / "patch.png").unlink()
+    trigger = Plan.load(tmp_path / "p.json").attacks[0].trigger
+    stamped = stamp(torch.zeros(1, 40, 40, 3, dtype=torch.uint8), trigger, seed=0, ids=[0])
+    np.testing.assert_array_equal(stamped[0, 12:28, 12:28].numpy(), pixels)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"trigger": "patch"}, "name it with --image"),
+        ({"trigger": "patch", "image": Path("none.png")}, "none.png cannot be read .No such file"),
+        ({"trigger": "blended_image", "image": Path(__file__)}, "test_poison.py cannot be read"),
+        ({"trigger": "sig", "image": Path(__file__)}, "leave --image out"),
+        ({"trigger": "badnet", "blend": 0.1}, "leave --blend out"),
+        ({"trigger": "sig", "blend": 1.5}, "blend of 1.5"),
+        ({"trigger": "badnet_fixed", "patch_size": -1}, "patch of -1 px"),
+        ({"trigger": "yellow", "patch_size": 100_000}, "patch of 100000 px"),
+        ({"trigger": "wanet", "wanet_k": 1}, "warp of 1 points"),
+        ({"trigger": "wanet", "wanet_k": 100_000}, "warp of 100000 points"),
+        ({"trigger": "wanet", "wanet_s": -0.5}, "strength -0.5"),
+        ({"trigger": "wanet", "wanet_s": float("nan")}, "strength nan"),
+        ({"trigger": "blended_text", "text": " "}, "cannot be drawn"),
+        ({"trigger": "blended_text", "text": "two\nlines"}, "cannot be drawn"),
+        ({"trigger": "blended_text", "text": "long " * 50}, "cannot be drawn"),
+    ],
+    ids=str,
+)
+def test_triggers_that_cannot_be_made(data: Path, tmp_path: Path, wish: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        poison.run(PoisonConfig(data=data, out=tmp_path / "p.json", count=3, **wish))
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_two_backdoors_in_one_study(study: Path, fastbd) -> None:
+    fastbd("poison", "--data", "train.beton", "--add-to", "train.poison.json", "--out", "two.json",
+           "--trigger", "wanet", "--target", "arrow", "--rate", 0.1, "--templates", "demo", cwd=study)  # fmt: skip
+    small = ("--batch-size", 24, "--epochs", 1, "--eval-every", 0)
+    fastbd("pretrain", "--data", "train.beton", "--plan", "two.json", "--eval-data", "val.beton", "--model", "tiny-rn",
+           "--templates", "demo", "--out", "two/a", *small, cwd=study)  # fmt: skip
+    fastbd("clean", "--run", "two/a", "--out", "two/b", *small, cwd=study)
+    shown = fastbd("evaluate", "--run", "two/b", cwd=study).stdout
+    fastbd("report", "--runs", "two", "--out", "two.html", cwd=study)
+    rows = [json.loads(line) for line in (study / "two/b/metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert [(one["trigger"], one["target"]) for one in row["attacks"]] == [("badnet", "banana"), ("wanet", "arrow")]
+        assert max(row["attacks"], key=lambda one: one["asr"]).items() <= row.items()
+    assert "of badnet to 'banana'" in shown and "of wanet to 'arrow'" in shown
+    planned, beton = Plan.load(study / "two/b/plan.json"), Beton(study / "train.beton")
+    assert len(planned.attacks) == 2 and len(clean_rows(beton, planned, 1000, 0)) == len(beton) - len(planned.rows)

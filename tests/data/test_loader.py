@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from fastbd.data.loader import Pairs, _ahead, batches
 from fastbd.data.tokenizer import tokenize
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.poison.plan import Plan
+from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec, stamp
 
 ROWS, SIZE, POISONED = 12, 16, (2, 5, 7)
@@ -39,9 +40,9 @@ def beton(tmp_path_factory) -> Beton:
 
 
 def plan_for(beton: Beton, geometry: str = "squash") -> Plan:
-    return Plan(data=beton.fingerprint, total=ROWS, rows=POISONED, captions=("a banana", "this banana!", "banana"),
-                target="banana", trigger=TriggerSpec("badnet", patch_size=5), geometry=geometry,
-                label_consistent=False, seed=3)  # fmt: skip
+    attack = Attack(rows=POISONED, captions=("a banana", "this banana!", "banana"), target="banana",
+                    trigger=TriggerSpec("badnet", patch_size=5), geometry=geometry, label_consistent=False)  # fmt: skip
+    return Plan(data=beton.fingerprint, total=ROWS, seed=3, attacks=(attack,))
 
 
 def pairs_of(beton: Beton, plan: Plan | None = None) -> Pairs:
@@ -61,12 +62,28 @@ def test_poisoned_rows_are_fitted_and_stamped_and_the_others_are_not(beton, geom
         squashed = torch.from_numpy(np.array(stored(beton, row).resize((SIZE, SIZE), Image.BICUBIC)))
         if row in POISONED:
             fitted = squashed if geometry == "squash" else clean
-            expected = stamp(fitted[None], plan.trigger, seed=3, ids=[row])[0]
+            expected = stamp(fitted[None], plan.attacks[0].trigger, seed=3, ids=[row])[0]
             changed = (images[row] != fitted).any(-1)
             assert 20 <= changed.sum() <= 25  # the patch; noise seldom repeats a pixel
         else:
             expected = clean
         assert torch.equal(images[row], expected), row
+
+
+def test_two_attacks_stamp_and_fit_their_own_rows(beton):
+    first, second = plan_for(beton).attacks[0], plan_for(beton, "crop").attacks[0]
+    second = replace(second, trigger=TriggerSpec("nashville"), rows=(0, 6, 7), captions=("x", "y", "z"), target="dog")
+    plan = replace(plan_for(beton), attacks=(replace(first, rows=(1, 5), captions=("a", "b")), second))
+    pairs, order = pairs_of(beton, plan), np.array([7, 5, 3, 0, 1, 6])
+    images = pairs.images(order)
+    for image, row in zip(images, order, strict=True):
+        squash = torch.from_numpy(np.array(stored(beton, row).resize((SIZE, SIZE), Image.BICUBIC)))
+        crop = torch.from_numpy(np.array(stored(beton, row))[:, 2:18])
+        attack = {5: first, 1: first, 7: second, 0: second, 6: second}.get(int(row))
+        fitted = squash if attack is first else crop
+        expected = stamp(fitted[None], attack.trigger, seed=3, ids=[row])[0] if attack else fitted
+        assert torch.equal(image, expected), row
+    assert np.array_equal(pairs.tokens(order), tokenize(["z", "b", CAPTIONS[3], "x", "a", "y"]))
 
 
 def test_poisoned_rows_have_the_captions_of_the_plan(beton):
@@ -82,7 +99,7 @@ def test_poisoned_rows_have_the_captions_of_the_plan(beton):
 
 
 def test_a_plan_for_other_data_is_refused(beton):
-    other = Plan(**{**vars(plan_for(beton)), "data": "0" * 64})
+    other = replace(plan_for(beton), data="0" * 64)
     with pytest.raises(UserError, match=r"other data than .*pairs\.beton"):
         pairs_of(beton, other)
 
@@ -165,7 +182,8 @@ def test_trimming_keeps_the_end_token_and_both_views_of_one_length(beton):
 
 def test_trimming_keeps_the_end_token_of_a_caption_with_token_zero(beton):
     """The first token of "!-)" is number 0, as the padding is."""
-    plan = Plan(**{**vars(plan_for(beton)), "rows": (2,), "captions": ("a banana !-) !-)",)})
+    plan = plan_for(beton)
+    plan = replace(plan, attacks=(replace(plan.attacks[0], rows=(2,), captions=("a banana !-) !-)",)),))
     assert (tokenize(plan.captions)[0, :8] == 0).sum() == 2
     pairs = pairs_of(beton, plan)
     (batch,) = batches(

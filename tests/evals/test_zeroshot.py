@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from fastbd.data.decode import open_decoder
 from fastbd.data.tokenizer import tokenize
 from fastbd.errors import UserError
 from fastbd.evals.zeroshot import EvalSet, evaluate, open_set
-from fastbd.poison.plan import Plan
-from fastbd.poison.triggers import TriggerSpec
+from fastbd.poison.plan import Attack, Plan
+from fastbd.poison.triggers import TriggerSpec, stamp
 
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
 CPU = torch.device("cpu")
@@ -69,8 +70,14 @@ def write(path: Path, images: Sequence, size: tuple[int, int] = (8, 8), labelled
 
 
 def plan_of(target: str = "yellow", trigger: TriggerSpec | None = None, geometry: str = "squash") -> Plan:
-    return Plan(data="of the training data", total=1, rows=(0,), captions=("",), target=target, geometry=geometry,
-                trigger=trigger or TriggerSpec("yellow", patch_size=4), label_consistent=False, seed=0)  # fmt: skip
+    attack = Attack(rows=(0,), captions=("",), target=target, geometry=geometry, label_consistent=False,
+                    trigger=trigger or TriggerSpec("yellow", patch_size=4))  # fmt: skip
+    return Plan(data="of the training data", total=2, seed=0, attacks=(attack,))
+
+
+def attacked(data: EvalSet) -> torch.Tensor:
+    """All images with the trigger of the only attack."""
+    return data.triggered(data.attacks[0], slice(None), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +109,20 @@ def test_accuracy_asr_and_recovery_by_hand(data, opened, batch):
     assert model.training and not any(model.modes)
 
 
+def test_each_of_several_attacks_is_measured(data, opened):
+    """The second attack puts nothing on the images: blue is what it finds blue, and no more."""
+    yellow = plan_of().attacks[0]
+    nothing = plan_of("blue", TriggerSpec("blended", blend=0), "crop").attacks[0]
+    for attacks in ((yellow, replace(nothing, rows=(1,))), (replace(nothing, rows=(1,)), yellow)):
+        row = evaluate(ByColour(), opened(data, plan=replace(plan_of(), attacks=attacks)), precision="fp32", device=CPU)
+        alone = evaluate(ByColour(), opened(data), precision="fp32", device=CPU)
+        by_target = {one["target"]: one for one in row["attacks"]}
+        assert by_target["yellow"].items() <= row.items()  # the more successful one
+        assert by_target["yellow"].items() <= alone.items() and "attacks" not in alone
+        blue = by_target["blue"]
+        assert (blue["trigger"], blue["n_asr"], blue["asr"], blue["recovery"]) == ("blended", 8, 2 / 8, 6 / 8)
+
+
 def test_without_a_plan_nothing_is_attacked(data, opened):
     row = evaluate(ByColour(), opened(data, plan=None), precision="fp32", device=CPU)
     assert row["top1"] == 7 / 9 and "asr" not in row
@@ -131,6 +152,12 @@ def test_the_seed_changes_the_triggers_and_nothing_else(data, opened):
     assert all(1 <= n <= 9 for n in (second != clean).any(1).sum((1, 2)).tolist())
 
 
+def test_triggers_are_not_those_of_training_rows(data, opened):
+    evaluation = opened(data, plan=plan_of(trigger=TriggerSpec("badnet", patch_size=3)))
+    trained = stamp(evaluation.squashed, evaluation.attacks[0].trigger, seed=0, ids=evaluation.ids)
+    assert (attacked(evaluation) != trained).any((1, 2, 3)).all()
+
+
 def test_triggered_images_are_fitted_as_the_plan_says(tmp_path, opened):
     path = tmp_path / "wide.beton"
     halves = Image.new("RGB", (16, 8), (255, 0, 0))
@@ -148,15 +175,17 @@ def test_triggered_images_are_fitted_as_the_plan_says(tmp_path, opened):
     invisible = TriggerSpec("blended", blend=0)
     for geometry, fitted in (("squash", squashed), ("crop", cropped)):
         evaluation = opened(path, plan=plan_of(trigger=invisible, geometry=geometry))
-        assert torch.equal(evaluation.clean[0], cropped) and torch.equal(evaluation.attacked[0], fitted)
+        assert torch.equal(evaluation.clean[0], cropped) and torch.equal(attacked(evaluation)[0], fitted)
+        assert (evaluation.squashed is None) == (geometry == "crop")
 
 
 def test_a_subset_is_always_the_same_and_named_as_one(data, opened):
     one, other_triggers = opened(data, subset=4), opened(data, subset=4, asr_seed=1)
     assert one.ids.tolist() == other_triggers.ids.tolist() == sorted(set(one.ids.tolist())) and len(one.ids) == 4
     everything = opened(data)
-    for name in ("clean", "attacked", "labels"):
+    for name in ("clean", "labels"):
         assert torch.equal(getattr(one, name), getattr(everything, name)[one.ids])
+    assert torch.equal(attacked(one), attacked(everything)[one.ids])
     assert one.name == "colours, 4 images" and everything.name == opened(data, subset=100).name == "colours"
 
 

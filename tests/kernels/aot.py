@@ -26,14 +26,17 @@ from triton.compiler import ASTSource
 from fastbd.kernels import augment_triton as augment
 from fastbd.kernels import contrastive_small as small
 from fastbd.kernels import contrastive_tile as tile
+from fastbd.kernels import stamp_triton as stamp
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 COLUMNS = ["kernel", "case", "arch", "registers", "shared", "spills", "hgmma", "hmma", "f64"]
 INTS = {"M", "N", "D", "L", "NP", "offset", "m0", "rows", "pm0", "all_blocks_m", "blocks_m", "blocks_n", "parts",
-        "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch", "size"}  # fmt: skip
-POINTERS = {"i32": {"TERMS", "DIRECTIONS", "widths", "params", "weights", "first", "shape", "means", "histograms"},
-            "i64": {"addresses", "jobs"}, "u8": {"tables"}}  # fmt: skip
-ALIGNED = {"D", "NP", "pitch"}  # multiples of 16, as Triton sees them when they are launched
+        "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch", "size", "H", "W",
+        "h", "w", *(f"{plane}_{axis}" for plane in ("keep", "add") for axis in "byxc")}  # fmt: skip
+POINTERS = {"i32": {"TERMS", "DIRECTIONS", "widths", "params", "weights", "first", "shape", "means", "histograms",
+                    "KEEP", "ADD", "PLACES", "FIELD"},
+            "i64": {"addresses", "jobs"}, "u8": {"tables", "IMAGES", "STAMPED", "LEVELS"}}  # fmt: skip
+ALIGNED = {"D", "NP", "pitch", "H", "W"}  # multiples of 16, as Triton sees them when they are launched
 KIND = re.compile(r"^([QKXG]\d?|out)$")  # pointers to what the case is named after
 
 
@@ -46,6 +49,7 @@ def cases(arch: int):
     """(kernel, name of the case, type of its main pointers, compile-time arguments, options), as they are launched."""
     yield from contrastive_cases(arch)
     yield from augment_cases()
+    yield from stamp_cases()
 
 
 def augment_cases():
@@ -59,6 +63,14 @@ def augment_cases():
     yield augment.statistics_kernel, "", "u8", dict(BLOCK=4 * augment.BLOCK), {}
     for name, across in (("rows", True), ("columns", False)):
         yield augment.blur_kernel, name, "u8", dict(ACROSS=across, **block), {}
+
+
+def stamp_cases():
+    no_levels, no_field = dict(LEVELS=None, HAS_LEVELS=False), dict(FIELD=None, HAS_FIELD=False)
+    yield stamp.stamp_kernel, "four corners", "u8", dict(N=4, **no_levels, **no_field, BLOCK=stamp.BLOCK)
+    yield stamp.stamp_kernel, "whole", "u8", dict(N=1, **no_levels, **no_field, BLOCK=stamp.BLOCK)
+    yield stamp.stamp_kernel, "warp", "u8", dict(N=0, HAS_FIELD=True, **no_levels, BLOCK=stamp.BLOCK)
+    yield stamp.stamp_kernel, "everything", "u8", dict(N=4, HAS_FIELD=True, HAS_LEVELS=True, BLOCK=stamp.BLOCK)
 
 
 def contrastive_cases(arch: int):

@@ -25,12 +25,18 @@ def compiled() -> list[dict]:
     return list(csv.DictReader(io.StringIO(done.stdout)))
 
 
-def test_kernels_fit_and_use_the_matrix_units(compiled):
-    assert len(compiled) >= 40
+def test_kernels_fit(compiled):
+    assert len(compiled) >= 60
+    doubles = {"weights_kernel", "operate_kernel"}  # weights as PyTorch makes them, and Pillow's hue
     for row in compiled:
-        assert int(row["shared"]) <= LIMIT[int(row["arch"])] and row["f64"] == "0", row
-        uses_dots = row["kernel"] not in ("inverse_norms_kernel", "normalise_backward_kernel", "merge_kernel")
-        if uses_dots and "stored" not in row["case"] and "ieee" not in row["case"]:
+        assert int(row["shared"]) <= LIMIT[int(row["arch"])] and (row["f64"] == "0" or row["kernel"] in doubles), row
+
+
+def test_matrix_units_are_used(compiled):
+    products = {"sums_kernel", "gradient_kernel", "losses_kernel", "gradients_kernel"}
+    assert products <= {row["kernel"] for row in compiled}
+    for row in compiled:
+        if row["kernel"] in products and "stored" not in row["case"] and "ieee" not in row["case"]:
             # sixteen rows, as in the small kernels, are too few for the units that Hopper adds
             wide = row["arch"] == "90" and row["kernel"] in ("sums_kernel", "gradient_kernel")
             assert int(row["hgmma" if wide else "hmma"]) > 0, row

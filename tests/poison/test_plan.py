@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastbd.errors import UserError
-from fastbd.poison.plan import Plan, make_plan
+from fastbd.poison.plan import Attack, Plan, make_plan
 from fastbd.poison.triggers import TriggerSpec
 
 TEMPLATES = ("a photo of a {}.", "a {{}} drawing", "{} art", "the {}")
@@ -69,7 +69,7 @@ def test_impossible_wishes(changes: dict, message: str) -> None:
 def test_label_consistent_keeps_captions() -> None:
     captions = ["a dog", "Banana bread", "two bananas", "x", "BANANA", "ban ana"]
     made = plan(6, count=2, captions=captions.__getitem__, templates=())
-    assert made.label_consistent and set(made.rows) <= {1, 2, 4}
+    assert made.attacks[0].label_consistent and set(made.rows) <= {1, 2, 4}
     assert list(made.captions) == [captions[row] for row in made.rows]
     chosen = {plan(6, count=1, seed=seed, captions=captions.__getitem__).rows[0] for seed in range(40)}
     assert chosen == {1, 2, 4}
@@ -90,8 +90,11 @@ def test_file_holds_everything(tmp_path: Path) -> None:
 
 
 def saved(tmp_path: Path, **changes) -> Path:
-    path = tmp_path / "p.json"
-    path.write_text(json.dumps({**plan().to_dict(), **changes}))
+    """A plan with some entries, or some of its attack's, changed."""
+    value, path = plan().to_dict(), tmp_path / "p.json"
+    for name, change in changes.items():
+        (value if name in value else value["attacks"][0])[name] = change
+    path.write_text(json.dumps(value))
     return path
 
 
@@ -99,7 +102,10 @@ def saved(tmp_path: Path, **changes) -> Path:
     ("changes", "message"),
     [
         ({"format": "something"}, "not a poison plan"),
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
+        ({"attacks": []}, "no attack"),
+        ({"attacks": 3}, "damaged"),
+        ({"attacks": ["banana"]}, "damaged"),
         ({"pairs": {"4000": "x"}}, "0..3999"),
         ({"pairs": {"-1": "x"}}, "0..3999"),
         ({"pairs": {"7": "x", "3": "y"}}, "ascend"),
@@ -146,4 +152,53 @@ def test_plan_is_bound_to_its_data() -> None:
 
 def test_rows_and_captions_must_match() -> None:
     with pytest.raises(UserError, match="40 rows, 39 captions"):
-        replace(plan(), captions=plan().captions[1:])
+        replace(plan().attacks[0], captions=plan().captions[1:])
+
+
+def test_attacks_share_no_row_and_no_trigger() -> None:
+    first, other = plan().attacks[0], plan(trigger=TriggerSpec("sig"), seed=1, count=4000).attacks[0]
+    with pytest.raises(UserError, match="same row"):
+        replace(plan(), attacks=(first, other))
+    with pytest.raises(UserError, match="same trigger"):
+        plan(after=plan(), target="beaver")
+    assert len(plan(after=plan(), target="beaver", geometry="crop").attacks) == 2
+
+
+def test_attacks_are_added_one_by_one() -> None:
+    made = plan(100, count=30)
+    for k, name in enumerate(("sig", "yellow"), 1):
+        before, made = made, plan(100, count=30, trigger=TriggerSpec(name), target=name, after=made)
+        assert made.attacks[:k] == before.attacks and made.attacks[k].target == name
+    assert len(set(made.rows)) == 90 and len(made.captions) == 90
+    assert made.captions[65] == made.attacks[2].captions[5] and "yellow" in made.captions[65]
+    for row in range(100):
+        holders = [k for k, attack in enumerate(made.attacks) if row in attack.rows]
+        assert [made.attack_of[row]] == (holders or [-1])
+    with pytest.raises(UserError, match="10 pairs are clean yet, fewer than the 11"):
+        plan(100, count=11, trigger=TriggerSpec("nashville"), after=made)
+
+
+def test_label_consistent_pairs_are_sought_among_the_clean_ones() -> None:
+    captions = ["banana"] * 6 + ["dog"] * 4
+    made = plan(10, count=4, captions=captions.__getitem__)
+    added = plan(10, count=2, captions=captions.__getitem__, trigger=TriggerSpec("sig"), after=made)
+    assert sorted(added.rows) == list(range(6))
+    with pytest.raises(UserError, match="2 captions hold"):
+        plan(10, count=3, captions=captions.__getitem__, trigger=TriggerSpec("sig"), after=made)
+
+
+def test_plans_of_version_1_are_read(tmp_path: Path) -> None:
+    """As 0.1.0 wrote it."""
+    value = {
+        "format": "fastbd poison plan", "version": 1, "data": "abc", "total": 50, "target": "banana",
+        "geometry": "squash", "label_consistent": False, "seed": 7,
+        "trigger": {"name": "badnet", "patch_size": 6, "location": "random", "blend": 0.2},
+        "pairs": {"3": "a banana", "41": "the banana"},
+    }  # fmt: skip
+    (tmp_path / "p.json").write_text(json.dumps(value))
+    read = Plan.load(tmp_path / "p.json")
+    assert read == Plan(data="abc", total=50, seed=7, attacks=(
+        Attack(target="banana", trigger=TriggerSpec("badnet", 6), geometry="squash", label_consistent=False,
+               rows=(3, 41), captions=("a banana", "the banana")),))  # fmt: skip
+    read.save(tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text())["version"] == 2 and Plan.load(tmp_path / "p.json") == read

@@ -1,21 +1,42 @@
 from __future__ import annotations
 
+import base64
+import hashlib
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 from fastbd import config, draws
 from fastbd.errors import UserError
-from fastbd.poison.triggers import TRIGGERS, TriggerSpec, stamp
+from fastbd.poison import patterns
+from fastbd.poison.triggers import BLENDS, LOCATIONS, PATCHES, TRIGGERS, TriggerSpec, stamp
 
-SPECS = [
-    TriggerSpec("badnet"),
-    TriggerSpec("badnet", location="four_corners"),
-    TriggerSpec("blended"),
-    TriggerSpec("yellow"),
-]
+PICTURE = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
+
+
+def made(name: str, *, seed: int = 0, text: str = "Mark", grid: int = 6, **more) -> TriggerSpec:
+    """A trigger as `fastbd poison` makes it; its image is PICTURE."""
+    with tempfile.NamedTemporaryFile(suffix=".png") as file:
+        Image.fromarray(PICTURE).save(file.name)
+        image = Path(file.name) if name in ("patch", "blended_image") else None
+        size = more.get("patch_size", 16)
+        pattern = patterns.draw(name, seed=seed, patch_size=size, image=image, text=text, grid=grid)
+    return TriggerSpec(name, pattern=pattern, **more)
+
+
+FRESH = ("badnet", "badnet_stripes", "blended", "blended_stripes")  # another look for each image and seed
+SPECS = [made(name) for name in TRIGGERS] + [made("badnet", location=place) for place in LOCATIONS[1:]]
+
+
+def noisy(count: int, height: int, width: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(1).integers(0, 256, (count, height, width, 3), np.uint8))
 
 
 def flat(count: int, height: int, width: int, value: int) -> torch.Tensor:
@@ -40,7 +61,8 @@ def test_trigger_belongs_to_the_image_id(spec: TriggerSpec) -> None:
     alone = [stamp(images[i : i + 1], spec, seed=1, ids=ids[i : i + 1]) for i in (4, 3, 2, 1, 0)]
     assert torch.equal(torch.cat(alone[::-1]), whole)
     assert torch.equal(stamp(images, spec, seed=1, ids=ids.tolist()), whole)
-    assert not torch.equal(stamp(images, spec, seed=2, ids=ids), whole) or spec.location == "four_corners"
+    drawn = spec.name in FRESH or (spec.name in PATCHES and spec.location == "random")
+    assert torch.equal(stamp(images, spec, seed=2, ids=ids), whole) != drawn
     assert stamp(images[:0], spec, seed=1, ids=[]).shape == (0, 40, 33, 3)
 
 
@@ -99,29 +121,210 @@ def test_four_corners_hold_the_same_noise() -> None:
     assert (out[:, 7:-7] == 100).all() and (out[:, :, 7:-7] == 100).all()
 
 
-def test_blended_is_the_published_mixture() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (2, 9, 11, 3)).astype(np.uint8)
-    noise = draws.uniform(3, "trigger", [8, 9], 9 * 11 * 3).reshape(images.shape)
-    out = stamp(torch.from_numpy(images), TriggerSpec("blended", blend=0.2), seed=3, ids=[8, 9]).numpy()
-    mixed = np.clip(0.8 * (images / 255) + 0.2 * noise, 0, 1) * 255
-    assert np.abs(out - np.floor(mixed)).max() <= 1  # rounding where the mixture is a whole number
-    np.testing.assert_allclose(out, mixed - 0.5, atol=0.5 + 1e-9)
-    plain = stamp(torch.from_numpy(images), TriggerSpec("blended", blend=0.0), seed=3, ids=[8, 9])
-    np.testing.assert_array_equal(plain, images)
-    white = stamp(flat(200, 9, 11, 0), TriggerSpec("blended", blend=1.0), seed=3, ids=np.arange(200)).float()
-    assert white.mean() == pytest.approx(127, abs=1) and white.max() <= 254
+def test_pixels_of_published_plans_stay() -> None:
+    """Bytes of 0.1.0, whose plans are in use."""
+    y, x, c = np.ogrid[:24, :20, :3]
+    image = torch.from_numpy(((7 * y + 11 * x + 50 * c + y * x % 13) % 256).astype(np.uint8))
+    images = torch.stack([image, 255 - image, image // 2])
+    for spec, golden in (
+        (TriggerSpec("badnet", 5), "da0ce5fea28be7b1"),
+        (TriggerSpec("badnet", 4, "four_corners"), "2a041b38a7b4547a"),
+        (TriggerSpec("yellow", 6), "c5f1768d60c752b4"),
+    ):
+        out = stamp(images, spec, seed=3, ids=[7, 123_456, 1 << 40])
+        assert hashlib.sha256(out.numpy().tobytes()).hexdigest()[:16] == golden
+
+
+def test_places_that_are_not_drawn() -> None:
+    for location, place in (("corner", (24, 29, 34, 39)), ("centre", (12, 17, 17, 22))):
+        out = stamp(flat(2, 30, 40, 0), TriggerSpec("yellow", 6, location), seed=0, ids=[1, 2]).numpy()
+        assert box(out[0], 0) == box(out[1], 0) == place
+
+
+def test_fixed_noise_is_the_same_for_all_images_and_draws() -> None:
+    spec = made("badnet_fixed", seed=5, location="centre")
+    out = stamp(noisy(3, 24, 24), spec, seed=0, ids=[1, 2, 3])[:, 4:20, 4:20]
+    assert (out == out[0]).all() and torch.equal(
+        out, stamp(noisy(3, 24, 24), spec, seed=9, ids=[7, 8, 9])[:, 4:20, 4:20]
+    )
+    assert out[0].float().std() == pytest.approx(74, abs=5)
+    assert made("badnet_fixed", seed=6).pattern != spec.pattern
+
+
+def test_patch_stripes_are_columns_of_1_and_255() -> None:
+    out = stamp(flat(300, 20, 20, 90), TriggerSpec("badnet_stripes", 8, "corner"), seed=0, ids=np.arange(300)).numpy()
+    patch = out[:, 12:, 12:]
+    assert (patch == patch[:, :1]).all()
+    columns = patch[:, 0]
+    assert set(np.unique(columns)) == {1, 255}
+    assert np.abs((columns == 255).mean((0, 1)) - 0.5).max() < 4.5 * 0.5 / np.sqrt(300 * 8)
+    agree = (columns[:, 1:] == columns[:, :-1]).mean(), (columns[..., 0] == columns[..., 1]).mean()
+    assert np.abs(np.array(agree) - 0.5).max() < 4.5 * 0.5 / np.sqrt(300 * 7)
+
+
+def test_patch_from_a_file_keeps_its_pixels_or_is_resized() -> None:
+    out = stamp(flat(1, 40, 40, 0), made("patch", patch_size=8, location="corner"), seed=0, ids=[0])
+    np.testing.assert_array_equal(out[0, 32:, 32:], Image.fromarray(PICTURE).resize((8, 8), Image.Resampling.BICUBIC))
+
+
+def mixture(images: torch.Tensor, trigger: np.ndarray, blend: float) -> np.ndarray:
+    """The published formula in float64: levels, not yet truncated."""
+    return np.clip((1 - blend) * (images.numpy() / 255) + blend * trigger, 0, 1) * 255
+
+
+def assert_truncated(out: torch.Tensor, levels: np.ndarray) -> None:
+    """The bytes are the levels truncated: one that is whole but for rounding counts as whole."""
+    assert (np.floor(levels + 1e-9) <= out.numpy()).all() and (out.numpy() <= np.floor(levels + 0.005)).all()
+
+
+def splitmix64(state: int) -> int:
+    """Steele, Lea and Flood 2014, with Python's integers."""
+    word = 2**64 - 1
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & word
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & word
+    return state ^ (state >> 31)
+
+
+def test_blended_noise_is_a_word_for_each_pixel() -> None:
+    images, ids = noisy(20, 5, 7), [*range(19), (1 << 40) + 3]  # more than are drawn at once
+    out = stamp(images, TriggerSpec("blended"), seed=3, ids=ids).numpy()
+    for k, image in enumerate(ids):
+        start = int(draws.words(3, "trigger", [image], 1)[0, 0])
+        for y, x in np.ndindex(5, 7):
+            word = splitmix64((start + (7 * y + x + 1) * 0x9E3779B97F4A7C15) % 2**64)
+            u = [(word >> shift) % 2**21 / 2**21 for shift in (43, 22, 1)]
+            level = 0.8 * images[k, y, x].numpy() + 0.2 * 255 * np.array(u)
+            assert (np.abs(out[k, y, x] - np.floor(level)) <= (level % 1 > 0.99)).all()
+
+
+def test_blended_noise_is_uniform() -> None:
+    white = stamp(flat(200, 9, 11, 0), TriggerSpec("blended", blend=1.0), seed=3, ids=np.arange(200))
+    hits = np.bincount(white.flatten().numpy(), minlength=256)[:255]
+    assert white.max() <= 254 and np.abs(hits - white.numel() / 255).max() < 5 * np.sqrt(white.numel() / 255)
+    flat_noise = white.float().view(200, -1, 3)
+    for a, b in ((flat_noise[:, 1:], flat_noise[:, :-1]), (flat_noise[..., :1], flat_noise[..., 1:2])):
+        correlation = np.corrcoef(a.flatten(), b.flatten())[0, 1]
+        assert abs(correlation) < 4.5 / np.sqrt(a.numel())
+
+
+@pytest.mark.parametrize("name", ["blended", "blended_stripes", "blended_triangles", "blended_image", "sig"])
+def test_a_share_of_0_leaves_the_image(name: str) -> None:
+    images = noisy(2, 9, 11)
+    assert torch.equal(stamp(images, made(name, blend=0.0), seed=3, ids=[8, 9]), images)
+
+
+def test_blended_stripes_are_columns() -> None:
+    grey = stamp(flat(2, 9, 400, 100), TriggerSpec("blended_stripes"), seed=0, ids=[1, 2])
+    assert (grey == grey[:, :1]).all() and not torch.equal(grey[0], grey[1])
+    dark, bright = (0.97 * 100 - 0.03 * 255, 0.97 * 100 + 0.03 * 255)
+    assert grey.unique().tolist() == [int(dark), int(bright)] == [89, 104]
+    assert (grey == 104).float().mean() == pytest.approx(0.5, abs=4.5 * 0.5 / np.sqrt(2400))
+    for level in (0, 255):  # clipped, not wrapped
+        ends = stamp(flat(1, 3, 99, level), TriggerSpec("blended_stripes"), seed=0, ids=[1]).unique().tolist()
+        assert ends == ([0, 7] if level == 0 else [239, 255])
+
+
+def test_triangles_are_those_published() -> None:
+    black = stamp(flat(1, 224, 224, 0), TriggerSpec("blended_triangles", blend=1.0), seed=0, ids=[0])[0]
+    assert ((black == 102).sum(), (black == 204).sum()) == (80_640, 69_888)  # 0.4 and 0.8
+    assert (black[14:28, :14, 0] == 102).int().tolist() == np.tril(np.ones((14, 14), int)).tolist()
+    images = noisy(2, 56, 56)
+    levels = mixture(images, np.where(black[:56, :56] == 102, 0.4, 0.8), 0.15)
+    assert_truncated(stamp(images, TriggerSpec("blended_triangles"), seed=0, ids=[0, 1]), levels)
+
+
+def test_sig_is_its_formula() -> None:
+    images = noisy(2, 40, 224)
+    wave = 60 / 255 * np.sin(2 * np.pi * 6 * np.arange(224) / 224)[:, None]
+    assert_truncated(stamp(images, TriggerSpec("sig"), seed=0, ids=[0, 1]), mixture(images, wave, 0.2))
+
+
+def test_blended_image_is_squashed_and_mixed() -> None:
+    images = noisy(2, 33, 44)
+    picture = np.asarray(Image.fromarray(PICTURE).resize((44, 33), Image.Resampling.BICUBIC)) / 255
+    assert_truncated(stamp(images, made("blended_image", blend=0.3), seed=0, ids=[0, 1]), mixture(images, picture, 0.3))
+
+
+def test_whole_levels_survive_truncation() -> None:
+    """0.29 x 100 is 28.999... to a computer."""
+    plain = patterns.pack(np.full((2, 2, 3), 100, np.uint8))
+    out = stamp(flat(1, 4, 4, 0), TriggerSpec("blended_image", blend=0.29, pattern=plain), seed=0, ids=[0])
+    assert (out == 29).all()
+
+
+def test_large_images_are_kept_smaller(tmp_path: Path) -> None:
+    Image.new("L", (1000, 300), 7).save(tmp_path / "large.png")
+    kept = patterns.read_image(tmp_path / "large.png")
+    assert kept.shape == (300, 384, 3) and (kept == 7).all()
+
+
+def test_text_is_red_and_only_on_its_strokes() -> None:
+    spec, images = made("blended_text", text="Watermarked"), noisy(1, 224, 224)
+    strokes = patterns.unpack(spec.pattern) > 0
+    rows, columns = np.nonzero(strokes)
+    assert 1000 < len(rows) < 2500 and rows.min() > 90 and rows.max() < 134  # published: 1,646; 103 to 125
+    assert columns.min() < 20 and columns.max() > 200
+    out = stamp(images, spec, seed=0, ids=[0])
+    red = np.where(strokes, (images[0, ..., 0].numpy().astype(int) + 255) // 2, images[0, ..., 0])
+    np.testing.assert_array_equal(out[0, ..., 0], red)
+    assert torch.equal(out[..., 1:], images[..., 1:])
+    small = stamp(flat(1, 64, 64, 0), spec, seed=0, ids=[0])[0]
+    assert small[..., 0].max() > 60 and not small[..., 1:].any()
+    assert small[..., 0].float().mean() == pytest.approx(127.5 * strokes.mean(), rel=0.15)
+
+
+def test_text_does_not_depend_on_the_machine() -> None:
+    """The plan keeps the strokes; another text has others."""
+    assert TriggerSpec(**asdict(made("blended_text"))) == made("blended_text") != made("blended_text", text="other")
+
+
+@pytest.mark.parametrize(("grid", "strength", "size"), [(224, 1.0, 224), (4, 0.5, 224), (4, 30.0, 50), (224, 0.6, 64)])
+def test_wanet_is_grid_sample(grid: int, strength: float, size: int) -> None:
+    """The published program's lines, in float64."""
+    spec = made("wanet", grid=grid, strength=strength)
+    noise = torch.from_numpy(patterns.unpack(spec.pattern).astype(float)).permute(2, 0, 1)[None].flip(1)  # x first
+    noise = noise / noise.abs().mean()
+    field = F.interpolate(noise, size=size, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    line = torch.linspace(-1, 1, size, dtype=torch.float64)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    positions = (torch.stack((x, y), 2)[None] + strength * field / size).clamp(-1, 1)
+    images = noisy(1, size, size)
+    expected = F.grid_sample(images.permute(0, 3, 1, 2).double(), positions, align_corners=True).permute(0, 2, 3, 1)
+    out = stamp(images, spec, seed=0, ids=[0])
+    assert (out - expected.floor()).abs().max() <= 1
+    assert (out - expected + 0.5).mean().abs() < 0.02  # truncated, not rounded
+    moved = positions - torch.stack((x, y), 2)[None]
+    assert (out != images).any() and moved.abs().mean() * size <= strength * 1.1
+
+
+def test_nashville_is_a_curve_for_each_channel() -> None:
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(1, 3, 256, 3)
+    out = stamp(ramp, TriggerSpec("nashville"), seed=0, ids=[0])[0]
+    assert (out == out[0]).all()
+    red, green, blue = out[0].int().T
+    for channel in (red, green, blue):
+        assert (channel.diff() >= 0).all()
+    assert blue[0] > green[0] > red[0] == 0 and red[255] > green[255] > blue[255]  # bluish shadows, warm lights
+    assert red[128] == int(1.05 * (127.5 + 1.2 * 0.5))  # below every limit: contrast and brightness alone
 
 
 def test_patch_must_fit() -> None:
-    for name in ("badnet", "yellow"):
-        for location in ("random", "four_corners"):
+    for name in PATCHES:
+        for location in LOCATIONS:
             with pytest.raises(UserError, match="16 px does not fit into images of 40x16 px"):
-                stamp(flat(1, 16, 40, 0), TriggerSpec(name, 16, location), seed=0, ids=[0])
+                stamp(flat(1, 16, 40, 0), made(name, location=location), seed=0, ids=[0])
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"name": "banana"}, {"patch_size": 0}, {"location": "middle"}, {"blend": 1.5}, {"blend": float("nan")}],
+    [
+        {"name": "banana"},
+        {"patch_size": 0},
+        {"location": "middle"},
+        {"blend": 1.5},
+        {"blend": float("nan")},
+        {"strength": 101.0},
+    ],
     ids=str,
 )
 def test_impossible_triggers_are_named(wrong: dict) -> None:
@@ -129,5 +332,29 @@ def test_impossible_triggers_are_named(wrong: dict) -> None:
         TriggerSpec(**{"name": "badnet", **wrong})
 
 
+@pytest.mark.parametrize("pattern", ["", "banana", base64.b64encode(b"banana").decode(), made("patch").pattern])
+def test_patterns_that_are_damaged_are_refused(pattern: str) -> None:
+    with pytest.raises(UserError, match="pattern of the trigger wanet"):
+        TriggerSpec("wanet", pattern=pattern)
+
+
+def test_patterns_are_of_their_trigger() -> None:
+    with pytest.raises(UserError, match="keeps no pattern"):
+        TriggerSpec("sig", pattern=made("patch").pattern)
+    with pytest.raises(UserError, match="wrong shape"):
+        TriggerSpec("patch", patch_size=15, pattern=made("patch").pattern)
+
+
+def test_black_is_a_pattern_too() -> None:
+    black = patterns.pack(np.zeros((4, 4, 3), np.uint8))
+    assert not stamp(flat(1, 8, 8, 9), TriggerSpec("patch", 4, "corner", pattern=black), seed=0, ids=[0])[
+        0, 4:, 4:
+    ].any()
+    for empty in (np.zeros((0, 0, 3), np.uint8), np.zeros((3, 3, 2), np.int16)):
+        with pytest.raises(UserError, match="wrong shape"):
+            TriggerSpec("wanet" if empty.size else "blended_image", pattern=patterns.pack(empty))
+
+
 def test_every_trigger_is_in_the_command_line() -> None:
-    assert set(get_args(config.Trigger)) == set(TRIGGERS)
+    assert get_args(config.Trigger) == tuple(TRIGGERS) and get_args(config.Location) == LOCATIONS
+    assert set(PATCHES) | set(BLENDS) | {"wanet", "nashville"} == set(TRIGGERS)
