@@ -21,6 +21,8 @@ def _tokenizer() -> instant_clip_tokenizer.Tokenizer:
 
 def clean(text: str) -> str:
     """Mend broken Unicode, undo HTML escapes (twice, for web text that was escaped twice), fold white space."""
+    if text.isascii() and text.isprintable() and "&" not in text:  # most captions: nothing to mend, 20 times faster
+        return " ".join(text.split())
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
