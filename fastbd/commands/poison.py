@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from pathlib import Path
 
 from rich.text import Text
 
 from fastbd.config import PoisonConfig
-from fastbd.data.beton import Beton
+from fastbd.data.shards import open_beton
 from fastbd.errors import UserError
 from fastbd.log import console
 from fastbd.poison.plan import Plan, make_plan
@@ -19,7 +21,7 @@ CAPTIONS_SHOWN = 3
 
 def run(config: PoisonConfig) -> int:
     """Write the plan file and show what is in it."""
-    beton = Beton(config.data)
+    beton = open_beton(config.data)
     plan = make_plan(
         beton.fingerprint,
         len(beton),
@@ -32,13 +34,22 @@ def run(config: PoisonConfig) -> int:
         count=config.count,
         rate=config.rate,
     )
-    out = config.out or config.data.with_suffix(".poison.json")
+    out = config.out or _beside(config.data)
     if out.exists() and not _holds(out, plan):
         raise UserError(f"{out} exists and holds something else; name another file with --out.")
     out.parent.mkdir(parents=True, exist_ok=True)
     plan.save(out)
     console.print(_summary(plan, out))
     return 0
+
+
+def _beside(data: Path) -> Path:
+    """pairs.poison.json for pairs.beton, and for the pattern pairs-*.beton."""
+    if data.exists():
+        return data.with_suffix(".poison.json")
+    if glob.has_magic(str(data.parent)):
+        raise UserError(f"{data} matches files in several folders: name the plan with --out.")
+    return data.with_name((re.sub(r"[-_.]*[*?\[\]]+", "", data.stem) or "plan") + ".poison.json")
 
 
 def _holds(path: Path, plan: Plan) -> bool:

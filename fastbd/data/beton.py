@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 from contextlib import suppress
 from functools import cached_property
@@ -27,6 +28,7 @@ ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")])
 SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 INT_TYPE, IMAGE_TYPE, BYTES_TYPE, ARRAY_TYPE = 1, 2, 3, 4
+BLOCK = 1 << 26  # bytes hashed at a time
 METADATA = {0: "<f8", INT_TYPE: "<i8", IMAGE_TYPE: IMAGE, BYTES_TYPE: SPAN, ARRAY_TYPE: "<u8", 5: SPAN, 6: "<u8"}
 
 
@@ -37,17 +39,20 @@ def _record(fields: np.ndarray) -> np.dtype:
 
 
 class Beton:
-    """A .beton file, mapped into memory: opening reads the tables, samples are read when asked for.
+    """A .beton file, mapped into memory: opening checks the tables, samples are read when asked for.
 
     Attributes, with N the number of samples: `path`; `width`, `height`: uint16 [N], px; `row_id`: int64 [N], row in
-    the source; `labels`: int64 [N] or None; `class_names`: list or None; `num_text_views`.
+    the source; `labels`: int64 [N] or None; `class_names`: list or None; `num_text_views`. The columns are views of
+    the file, which all processes share.
     Raises UserError for a file that is no .beton, is cut short, or holds raw pixels in place of JPEG.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         try:
-            self._bytes = np.memmap(self.path, np.uint8, "r")
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._bytes = np.frombuffer(self._map, np.uint8)
             self._read_tables()
         except FileNotFoundError:
             raise UserError(f"{self.path} does not exist: make it with `fastbd build`.") from None
@@ -66,24 +71,29 @@ class Beton:
         pointers = int((self._fields["type"] > INT_TYPE).sum())  # values a sample, each with a row in the table
         if end > table or len(data) - table < n * pointers * ALLOCATION.itemsize:
             raise ValueError("its end is missing")
-        self._metadata = np.asarray(data[start:end].view(record))
-        self._allocations = np.asarray(data[table:].view(ALLOCATION))
+        self._metadata = data[start:end].view(record)
+        self._allocations = data[table:].view(ALLOCATION)
 
         image = self._metadata["image"]
         if image.dtype != IMAGE or image["mode"].any():
             raise ValueError("its images are not JPEG")
-        self._jpeg_size = self._sizes(image["ptr"])
-        self.width, self.height = image["width"].copy(), image["height"].copy()
-        self.row_id = self._metadata["row_id"].copy() if "row_id" in record.names else np.arange(n)
-        self.labels = self._metadata["label"].copy() if "label" in record.names else None
+        self._jpeg_ptr, self._jpeg_size = image["ptr"], self._sizes(image["ptr"])
+        self.width, self.height = image["width"], image["height"]
+        self.row_id = self._metadata["row_id"] if "row_id" in record.names else np.arange(n)
+        self.labels = self._metadata["label"] if "label" in record.names else None
         self.num_text_views = self._array_shape("text_views")[0] if "text_views" in record.names else 0
+        self._release()
+
+    def _release(self) -> None:
+        """Give back the memory of the pages read so far; they stay in the system's cache, for all processes."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def _sizes(self, ptr: np.ndarray) -> np.ndarray:
         """Length in bytes of the value at each pointer, from the allocation table."""
         table = self._allocations
         stride = len(table) // max(len(ptr), 1)
         if stride and len(table) == stride * len(ptr) and np.array_equal(table["ptr"][::stride], ptr):
-            return table["size"][::stride].copy()  # in order, as BetonWriter writes it: nothing to sort
+            return table["size"][::stride]  # in order, as BetonWriter writes it: nothing to sort
         table = table[table["size"] > 0]  # an empty value shares its pointer with the next one
         order = np.argsort(table["ptr"])
         found = np.searchsorted(table["ptr"], ptr, sorter=order).clip(max=max(len(table) - 1, 0))
@@ -101,11 +111,11 @@ class Beton:
         if name not in self._metadata.dtype.names:
             raise UserError(f"{self.path} holds no {name}: build it with `fastbd build`.")
         first = self._metadata[name][np.atleast_1d(ids)] + np.uint64(2 * skip)
-        return sliding_window_view(np.asarray(self._bytes), 2 * width)[first].view("<u2")
+        return sliding_window_view(self._bytes, 2 * width)[first].view("<u2")
 
     def _text(self, name: str, i: int) -> str:
-        span = self._metadata[name][i]
-        return self._bytes[int(span["ptr"]) :][: int(span["size"])].tobytes().decode()
+        ptr, size = self._metadata[name][i].tolist()
+        return self._map[ptr : ptr + size].decode()
 
     def __len__(self) -> int:
         return len(self._metadata)
@@ -113,9 +123,12 @@ class Beton:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over header, metadata and allocation table: names the data that a plan was made for."""
-        head = HEADER.itemsize + self._fields.nbytes
-        digest = hashlib.sha256(self._bytes[: head + self._metadata.nbytes])
-        digest.update(self._allocations)
+        digest = hashlib.sha256()
+        head = HEADER.itemsize + self._fields.nbytes + self._metadata.nbytes
+        for table in (self._bytes[:head], self._allocations.view(np.uint8)):
+            for start in range(0, len(table), BLOCK):
+                digest.update(table[start : start + BLOCK])
+                self._release()
         return digest.hexdigest()
 
     @cached_property
@@ -129,8 +142,8 @@ class Beton:
 
     def jpeg(self, i: int) -> np.ndarray:
         """uint8 [bytes], a view of the file: nothing is copied."""
-        ptr = int(self._metadata["image"]["ptr"][i])
-        return np.asarray(self._bytes[ptr : ptr + int(self._jpeg_size[i])])
+        ptr = int(self._jpeg_ptr[i])
+        return self._bytes[ptr : ptr + int(self._jpeg_size[i])]
 
     def tokens(self, ids) -> np.ndarray:
         """uint16 [B, 77], the captions' tokens."""
