@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
+import json
+import math
 import multiprocessing
 import os
 import re
@@ -11,10 +14,11 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,11 +26,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
-from fastbd import draws
-from fastbd.config import BuildConfig
-from fastbd.data.beton import BetonWriter
+from fastbd import __version__, draws
+from fastbd.config import BuildConfig, to_dict
+from fastbd.data.beton import BetonWriter, temporary
 from fastbd.data.decode import BadImage, to_jpeg
 from fastbd.data.eda import N_DRAWS, eda, synonyms_source
+from fastbd.data.journal import Journal
 from fastbd.data.sources import Item, read_items
 from fastbd.data.tokenizer import clean, tokenize
 from fastbd.errors import UserError
@@ -34,6 +39,11 @@ from fastbd.log import console, progress
 from fastbd.prompts import read_templates
 
 CHUNK = 32  # rows a worker handles at a time
+SAVE_EVERY = 5.0  # seconds of work that a kill may cost
+
+
+class WorkerDied(Exception):
+    """A worker process ended before its work did."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +63,33 @@ def run(config: BuildConfig) -> int:
 
     Rows of classes with an empty caption get one from the templates, drawn by (seed, row). Pairs are kept when only
     their path repeats; a repeated (path, caption, class) is rejected. Raises UserError when no row, or no row of some
-    class, is left, when the disk is full, or when a worker process dies; then there is no new .beton file.
+    class, is left, when the disk is full, or when a worker process dies; then there is no new .beton file. A build
+    that was cut short goes on from its last save when it is run again, to the same bytes.
     """
+    began = time.time_ns()
     items = read_items(config.source, config.image_key, config.caption_key, config.class_key)
     templates = read_templates(config.templates)
     out, rejects_path = config.out, config.out.with_suffix(".rejects.csv")
+    job = _job(items, templates, config)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give the name of the .beton file to write.")
     try:
+        journal = Journal(out.with_name(out.name + ".journal"), job)
         out.parent.mkdir(parents=True, exist_ok=True)
-        kept, rejects = _pack(items, templates, config, rejects_path)
+        kept, rejects = _pack(items, templates, config, rejects_path, journal, began)
+    except KeyboardInterrupt:
+        if journal.entries:
+            console.print(f"{out} is not finished: {_left(journal)}.", markup=False)
+        raise
+    except WorkerDied:
+        raise UserError(
+            "a worker process died, most likely for want of memory: run with fewer --workers; " + _left(journal) + "."
+        ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"there is no room for {out} ({error.strerror}): free some space.") from None
+            raise UserError(
+                f"there is no room for {out} ({error.strerror}): free some space; {_left(journal)}."
+            ) from None
         if isinstance(error, PermissionError):
             raise UserError(f"{out} cannot be written ({error.strerror}): give --out another place.") from None
         raise
@@ -73,38 +97,106 @@ def run(config: BuildConfig) -> int:
     return 0
 
 
+def _job(items: list[Item], templates: list[str], config: BuildConfig) -> str:
+    """sha256 of what decides the bytes of the file: settings, rows, and the versions of what works on them."""
+    settings = to_dict(config) | {"out": None, "workers": None}
+    made_by = [__version__, *map(version, ("ftfy", "instant-clip-tokenizer", "pillow")), synonyms_source()]
+    digest = hashlib.sha256(json.dumps([made_by, settings, templates]).encode())
+    for item in items:
+        digest.update(repr((item.name, item.caption, item.class_name, item.offset, item.size, item.problem)).encode())
+    return digest.hexdigest()
+
+
+def _left(journal: Journal) -> str:
+    done = journal.entries[-1]["done"] if journal.entries else 0
+    return f"the same command goes on after the {done:,} images that are done" if done else "nothing was written"
+
+
 def _pack(
-    items: list[Item], templates: list[str], config: BuildConfig, rejects_path: Path
+    items: list[Item],
+    templates: list[str],
+    config: BuildConfig,
+    rejects_path: Path,
+    journal: Journal,
+    began: int,
 ) -> tuple[int, list[tuple[Item, str]]]:
     """Write the .beton file; returns the number of rows kept, and the rejected with their reasons."""
     usable, rejects = _split(items)
+    done, rejected = _done_before(journal, usable, config.out)
+    began = journal.entries[0]["began"] if done else began
+    rejects += [(usable[i], reason) for i, reason in rejected.items()]
+    kept = Counter(item.class_name for i, item in enumerate(usable[:done]) if i not in rejected)
     classes = sorted({item.class_name for item in usable if item.class_name})
     labels = {name: label for label, name in enumerate(classes)}
-    kept: Counter[str | None] = Counter()
     pack = partial(_pack_chunk, templates=templates, config=config)
-    started = time.monotonic()
+    started = saved = time.monotonic()
+    unsaved: list[tuple[int, str]] = []  # rejects since the last save
     with (
-        BetonWriter(config.out, len(usable), config.text_views, bool(classes)) as writer,
-        closing(_pack_in_order(usable, pack, config.workers)) as packed,
-        progress("build", len(usable)) as advance,
+        BetonWriter(config.out, len(usable), config.text_views, bool(classes), journal) as writer,
+        closing(_pack_in_order(usable[done:], pack, config.workers)) as packed,
+        progress("build", len(usable), done) as advance,
     ):
-        for item, row in packed:
-            if isinstance(row, Row):
-                try:
-                    writer.add(
-                        **vars(row), row_id=item.row_id, label=labels.get(item.class_name), class_name=item.class_name
-                    )
-                    kept[item.class_name] += 1
-                except ValueError as error:
-                    rejects.append((item, f"cannot be stored: {error}; try --store short256"))
+        for i, (item, row) in enumerate(packed, done):
+            reason = row if isinstance(row, str) else _add(writer, item, row, labels)
+            if reason:
+                rejects.append((item, reason))
+                unsaved.append((i, reason))
             else:
-                rejects.append((item, row))
-            done = kept.total() + len(rejects) - (len(items) - len(usable))
-            advance(1, f"{done / (time.monotonic() - started):,.0f} images/s")
+                kept[item.class_name] += 1
+            now = time.monotonic()
+            advance(1, f"{(i + 1 - done) / (now - started):,.0f} images/s")
+            if now - saved > SAVE_EVERY:
+                writer.save(done=i + 1, rejected=unsaved, began=began)
+                unsaved, saved = [], now
         rejects.sort(key=lambda reject: reject[0].row_id)
         _write_rejects(rejects_path, rejects)
         _check(config.source, kept, classes, rejects, rejects_path)
     return kept.total(), rejects
+
+
+def _add(writer: BetonWriter, item: Item, row: Row, labels: dict[str, int]) -> str | None:
+    """Store a row; a string says why that is not possible."""
+    try:
+        writer.add(**vars(row), row_id=item.row_id, label=labels.get(item.class_name), class_name=item.class_name)
+    except ValueError as error:
+        return f"cannot be stored: {error}; try --store short256"
+
+
+def _done_before(journal: Journal, usable: list[Item], out: Path) -> tuple[int, dict[int, str]]:
+    """(number of usable rows, those rejected among them with their reasons) that an earlier build left in the journal.
+
+    None of them, and a cleared journal, when that was a build of something else or its images have changed since.
+    """
+    why = "its source, settings or fastbd were others" if journal.stale else ""
+    done, rejected = 0, {}
+    if journal.entries:
+        done, began = journal.entries[-1]["done"], journal.entries[0]["began"]
+        rejected = {i: reason for entry in journal.entries for i, reason in entry["rejected"]}
+        if name := _changed(usable[:done], rejected, began):
+            why = f"{name} has changed since"
+        elif not temporary(out).exists():
+            why = f"{temporary(out)} is gone"
+    if why:
+        done, rejected = 0, {}
+        journal.clear()
+        console.print(f"an unfinished build of {out} is there, but {why}: starting over", markup=False)
+    elif done:
+        console.print(f"going on with {out} after the {done:,} images that are done", markup=False)
+    return done, rejected
+
+
+def _changed(items: list[Item], rejected: Container[int], since: int) -> str | None:
+    """The first file of the items that was written, moved or removed after `since` (ns since 1970), or came then."""
+    changed_at: dict[str, float] = {}
+    for i, item in enumerate(items):
+        if item.file not in changed_at:
+            try:
+                changed_at[item.file] = os.stat(item.file).st_ctime_ns
+            except (OSError, ValueError):  # missing, as it was before if the item was rejected
+                changed_at[item.file] = 0 if i in rejected else math.inf
+        if changed_at[item.file] > since:
+            return item.name
+    return None
 
 
 def _split(items: list[Item]) -> tuple[list[Item], list[tuple[Item, str]]]:
@@ -153,9 +245,7 @@ def _receive(results: Connection) -> list[Row | str]:
     try:
         return results.recv()
     except (EOFError, OSError):
-        raise UserError(
-            "a worker process died, most likely for want of memory, and nothing was written: run with fewer --workers."
-        ) from None
+        raise WorkerDied from None
 
 
 def _work(chunks: list[list[Item]], pack, send: Connection) -> None:
@@ -197,9 +287,9 @@ def _pack_chunk(items: Sequence[Item], *, templates: list[str], config: BuildCon
 
 def _read(item: Item) -> bytes:
     try:
-        if not item.file.is_file():  # a pipe or a device could hold a worker for ever
-            raise BadImage(0, "not a file" if item.file.exists() else "missing file")
-        with item.file.open("rb") as file:
+        if not os.path.isfile(item.file):  # a pipe or a device could hold a worker for ever
+            raise BadImage(0, "not a file" if os.path.exists(item.file) else "missing file")
+        with open(item.file, "rb") as file:
             file.seek(item.offset)
             data = file.read(-1 if item.size is None else item.size)
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from fastbd.data.journal import Journal
 from fastbd.data.tokenizer import CONTEXT
 from fastbd.errors import UserError
 
@@ -29,6 +30,7 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", 
 SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 INT_TYPE, IMAGE_TYPE, BYTES_TYPE, ARRAY_TYPE = 1, 2, 3, 4
 BLOCK = 1 << 26  # bytes hashed at a time
+ROWS = 1 << 16  # samples whose allocations are written at a time
 METADATA = {0: "<f8", INT_TYPE: "<i8", IMAGE_TYPE: IMAGE, BYTES_TYPE: SPAN, ARRAY_TYPE: "<u8", 5: SPAN, 6: "<u8"}
 
 
@@ -166,14 +168,23 @@ def _array_arguments(*shape: int) -> bytes:
     return np.array(sizes, "<u8").tobytes() + dtype
 
 
+def temporary(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(path.name + ".tmp")
+
+
 class BetonWriter:
     """Writes a .beton file sample by sample; a context manager.
 
     `capacity` bounds the number of samples (the metadata precede the values, so their room is reserved); fewer may
-    follow. The file appears under its name when the block ends well; after an error nothing is left.
+    follow. The file appears under its name when the block ends well. With a `journal`, save() makes what was added
+    durable, and a writer that is given the journal's entries of a job that was cut short goes on from the last.
+    A UserError, or any other end before the first save, leaves nothing.
     """
 
-    def __init__(self, path: str | os.PathLike, capacity: int, text_views: int, labelled: bool):
+    def __init__(
+        self, path: str | os.PathLike, capacity: int, text_views: int, labelled: bool, journal: Journal | None = None
+    ):
         self.path = Path(path)
         fields = [(IMAGE_TYPE, "image", b""), (ARRAY_TYPE, "tokens", _array_arguments(CONTEXT))]
         if text_views:
@@ -183,18 +194,31 @@ class BetonWriter:
             fields += [(INT_TYPE, "label", b""), (BYTES_TYPE, "class_name", b"")]
         self._fields = np.array(fields, FIELD)
         self._metadata = np.zeros(capacity, _record(self._fields))
-        stored = [name for kind, name, _ in fields if kind != INT_TYPE]
-        self._allocations = np.zeros((capacity, len(stored)), ALLOCATION)
+        self._stored = [name for kind, name, _ in fields if kind != INT_TYPE]
         self._text_shape = (text_views, CONTEXT)
-        self._count = 0
+        self._tables = HEADER.itemsize + self._fields.nbytes  # where the metadata begin
+        self._journal = journal or Journal(self.path.with_name(self.path.name + ".journal"), "")
 
     def __enter__(self) -> BetonWriter:
-        self._tmp = self.path.with_name(self.path.name + ".tmp")
-        self._file = self._tmp.open("wb")
-        head = HEADER.itemsize + self._fields.nbytes + self._metadata.nbytes
-        self._free = math.ceil(head / PAGE) * PAGE  # where the next value goes
+        self._tmp = temporary(self.path)
+        self._count = self._written = 0  # samples added; samples whose metadata are in the file
+        self._free = math.ceil((self._tables + self._metadata.nbytes) / PAGE) * PAGE  # where the next value goes
+        if self._journal.entries:
+            self._file = self._tmp.open("r+b")
+            self._go_on(**self._journal.entries[-1]["writer"])
+        else:
+            self._journal.clear()  # another job's must not outlive its file
+            self._file = self._tmp.open("wb")
         self._file.seek(self._free)
         return self
+
+    def _go_on(self, samples: int, free: int) -> None:
+        """Take up a file that holds so many samples; what follows them is cut off."""
+        self._file.truncate(free)
+        self._file.seek(self._tables)
+        stored = self._file.read(samples * self._metadata.itemsize)
+        self._metadata[:samples] = np.frombuffer(stored, self._metadata.dtype)
+        self._count, self._written, self._free = samples, samples, free
 
     def add(
         self,
@@ -228,18 +252,48 @@ class BetonWriter:
         record = {name: span if name in ("caption", "class_name") else span[0] for name, span in spans.items()}
         record |= {"image": (0, width, height, ptr[0]), "row_id": row_id, "label": label}
         self._metadata[self._count] = tuple(record[name] for name in self._metadata.dtype.names)
-        self._allocations[self._count] = [(self._count, *span) for span in spans.values()]
         self._file.writelines(values.values())
         self._free = int(ptr[-1])
         self._count += 1
 
+    def save(self, **more) -> None:
+        """Put all that was added on the disk, and then a line in the journal: `more`, and where to go on."""
+        self._write_metadata()
+        self._sync()
+        self._journal.append({"writer": {"samples": self._count, "free": self._free}, **more})
+
+    def _write_metadata(self) -> None:
+        self._file.seek(self._tables + self._written * self._metadata.itemsize)
+        self._file.write(self._metadata[self._written : self._count].tobytes())
+        self._file.seek(self._free)
+        self._written = self._count
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _allocations(self, start: int, end: int) -> np.ndarray:
+        """Allocation table of some samples: their values lie back to back, and the last is a text of known length."""
+        metadata = self._metadata[start:end]
+        columns = [metadata[name] for name in self._stored]
+        ptr = np.stack([column["ptr"] if column.dtype.names else column for column in columns], 1)
+        table = np.empty(ptr.shape, ALLOCATION)
+        table["sample"] = np.arange(start, end)[:, None]
+        table["ptr"] = ptr
+        table["size"] = np.diff(ptr, axis=1, append=ptr[:, -1:] + columns[-1]["size"][:, None])
+        return table
+
     def _finish(self) -> None:
-        self._file.write(self._allocations[: self._count].tobytes())
+        self._write_metadata()
+        for start in range(0, self._count, ROWS):
+            self._file.write(self._allocations(start, min(start + ROWS, self._count)).tobytes())
         header = np.array((2, len(self._fields), PAGE, self._count, self._free), HEADER)
         self._file.seek(0)
-        self._file.write(header.tobytes() + self._fields.tobytes() + self._metadata[: self._count].tobytes())
+        self._file.write(header.tobytes() + self._fields.tobytes())
+        self._sync()
         self._file.close()
         os.replace(self._tmp, self.path)
+        self._journal.clear()
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
@@ -248,4 +302,7 @@ class BetonWriter:
         finally:
             with suppress(OSError):  # on a full disk, closing tries once more to write what is left
                 self._file.close()
-            self._tmp.unlink(missing_ok=True)
+            if kind and issubclass(kind, UserError):  # going on would come to the same end
+                self._journal.clear()
+            if not self._journal.entries:
+                self._tmp.unlink(missing_ok=True)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fastbd.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):  # there are millions, sent to the workers
     """One row of a source, as a worker needs it. Its bytes are `size` from `offset` on in `file`, or all of it."""
 
     row_id: int
     name: str  # the path as the source writes it
-    file: Path
+    file: str
     caption: str
     class_name: str | None = None  # None: the source has no classes
     offset: int = 0
@@ -56,12 +56,13 @@ def _csv_items(source: Path, image_key: str, caption_key: str, class_key: str | 
                 if key and key not in columns:
                     listed = ", ".join(columns) or "none"
                     raise UserError(f"{source} has no column '{key}'; its columns are: {listed}.")
+            folder = str(source.parent)
             for row_id, row in enumerate(rows):
                 name = row[image_key].strip()
                 class_name = row[class_key].strip() if class_key else None
                 problem = "empty path" if not name else "empty class" if class_name == "" else None
                 caption = row.get(caption_key, "")
-                yield Item(row_id, name, source.parent / name, caption, class_name, problem=problem)
+                yield Item(row_id, name, os.path.join(folder, name), caption, class_name, problem=problem)
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 text ({error}): save it as UTF-8.") from None
     except csv.Error as error:
@@ -75,7 +76,7 @@ def _tar_items(shards: list[Path]) -> Iterator[Item]:
         for key, image, caption, problem in _samples(shard):
             name = f"{shard.name}/{image.name if image else key}"
             offset, size = (image.offset_data, image.size) if image else (0, None)
-            yield Item(row_id, name, shard, caption, offset=offset, size=size, problem=problem)
+            yield Item(row_id, name, str(shard), caption, offset=offset, size=size, problem=problem)
             row_id += 1
 
 
@@ -122,5 +123,5 @@ def _class_folder_items(source: Path) -> Iterator[Item]:
     row_id = 0
     for folder in sorted(path for path in source.iterdir() if path.is_dir()):
         for file in sorted(path for path in folder.rglob("*") if not path.is_dir()):
-            yield Item(row_id, str(file.relative_to(source)), file, "", folder.name)
+            yield Item(row_id, str(file.relative_to(source)), str(file), "", folder.name)
             row_id += 1

@@ -88,7 +88,8 @@ def test_a_study_on_shards(fastbd, study, tmp_path):
     fastbd("poison", "--data", "train-*.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo", cwd=tmp_path)
     common = ("--epochs", 1, "--batch-size", 24, "--warmup", 1, "--device", "cpu", "--decode", "pil")
     train = ("--plan", "train.poison.json", "--model", "tiny-rn", *common)
-    fastbd("pretrain", "--data", "train-*.beton", "--eval-data", study / "val.bet*", *train, "--out", "run", cwd=tmp_path)  # fmt: skip
+    evaluated = ("--eval-data", study / "val.bet*", "--out", "run")
+    fastbd("pretrain", "--data", "train-*.beton", *train, *evaluated, cwd=tmp_path)
     other = tmp_path / "elsewhere"
     other.mkdir()
     fastbd("clean", "--run", "../run", *common, "--out", "cleaned", cwd=other)
