@@ -27,7 +27,7 @@ class BuildConfig:
     source: Path
     """A .csv/.tsv file, a folder of img2dataset .tar shards, one .tar, or a folder of class folders."""
     out: Path
-    """The .beton file to write; rejected rows go to the same name ending in .rejects.csv."""
+    """The .beton file to write; rejects go to NAME.rejects.csv. A build that was cut short goes on when run again."""
     image_key: str = "path"
     """CSV column holding the image path, relative to the CSV's folder."""
     caption_key: str = "caption"

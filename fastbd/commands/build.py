@@ -10,17 +10,14 @@ import math
 import multiprocessing
 import os
 import re
-import signal
 import time
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import cycle
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +31,13 @@ from fastbd.data.eda import N_DRAWS, eda, synonyms_source
 from fastbd.data.journal import Journal
 from fastbd.data.sources import Item, read_items
 from fastbd.data.tokenizer import clean, tokenize
+from fastbd.data.workers import WorkerDied, map_in_order
 from fastbd.errors import UserError
 from fastbd.log import console, progress
 from fastbd.prompts import read_templates
 
 CHUNK = 32  # rows a worker handles at a time
 SAVE_EVERY = 5.0  # seconds of work that a kill may cost
-
-
-class WorkerDied(Exception):
-    """A worker process ended before its work did."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +61,23 @@ def run(config: BuildConfig) -> int:
     that was cut short goes on from its last save when it is run again, to the same bytes.
     """
     began = time.time_ns()
-    items = read_items(config.source, config.image_key, config.caption_key, config.class_key)
-    templates = read_templates(config.templates)
     out, rejects_path = config.out, config.out.with_suffix(".rejects.csv")
-    job = _job(items, templates, config)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give the name of the .beton file to write.")
+    templates = read_templates(config.templates)
+    # Workers are forked from a server process; let it import once what they all need.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    items = read_items(config.source, config.image_key, config.caption_key, config.class_key, config.workers)
+    job, journal = _job(items, templates, config), None
     try:
         journal = Journal(out.with_name(out.name + ".journal"), job)
         out.parent.mkdir(parents=True, exist_ok=True)
         kept, rejects = _pack(items, templates, config, rejects_path, journal, began)
     except KeyboardInterrupt:
-        if journal.entries:
-            console.print(f"{out} is not finished: {_left(journal)}.", markup=False)
+        console.print(f"{out} is not finished: {_left(journal)}", markup=False)
         raise
-    except WorkerDied:
-        raise UserError(
-            "a worker process died, most likely for want of memory: run with fewer --workers; " + _left(journal) + "."
-        ) from None
+    except WorkerDied as error:
+        raise UserError(f"{error}; {_left(journal)}.") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
@@ -107,9 +100,10 @@ def _job(items: list[Item], templates: list[str], config: BuildConfig) -> str:
     return digest.hexdigest()
 
 
-def _left(journal: Journal) -> str:
-    done = journal.entries[-1]["done"] if journal.entries else 0
-    return f"the same command goes on after the {done:,} images that are done" if done else "nothing was written"
+def _left(journal: Journal | None) -> str:
+    if not journal or not journal.entries:
+        return "nothing was written"
+    return f"the same command goes on after the {journal.entries[-1]['done']:,} images that are done"
 
 
 def _pack(
@@ -150,7 +144,9 @@ def _pack(
                 unsaved, saved = [], now
         rejects.sort(key=lambda reject: reject[0].row_id)
         _write_rejects(rejects_path, rejects)
-        _check(config.source, kept, classes, rejects, rejects_path)
+        if problem := _problem(config.source, kept, classes, rejects, rejects_path):
+            journal.clear()  # going on would come to the same end
+            raise UserError(problem)
     return kept.total(), rejects
 
 
@@ -213,54 +209,18 @@ def _split(items: list[Item]) -> tuple[list[Item], list[tuple[Item, str]]]:
 
 
 def _pack_in_order(items: list[Item], pack, workers: int) -> Iterator[tuple[Item, Row | str]]:
-    """(item, its row or the reason against it) in the items' order; chunks go to the worker processes in turn.
-
-    Each worker sends through a pipe of its own and waits while the pipe is full: that bounds the memory, and a worker
-    that is killed, even while it sends, ends its pipe. A shared queue, as concurrent.futures has it, would hang.
-    """
+    """(item, its row or the reason against it) in the items' order."""
     chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
-    workers = min(workers or os.cpu_count() or 1, len(chunks))
-    # Not forked from this process, which may have threads; the server is forked when all is imported.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    processes, pipes = [], []
-    try:
-        for worker in range(workers):
-            results, send = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(chunks[worker::workers], pack, send), daemon=True)
-            process.start()
-            send.close()
-            processes.append(process)
-            pipes.append(results)
-        for chunk, results in zip(chunks, cycle(pipes), strict=False):
-            yield from zip(chunk, _receive(results), strict=True)
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-
-
-def _receive(results: Connection) -> list[Row | str]:
-    try:
-        return results.recv()
-    except (EOFError, OSError):
-        raise WorkerDied from None
-
-
-def _work(chunks: list[list[Item]], pack, send: Connection) -> None:
-    """A worker process: pack its chunks, and send what comes out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
-    warnings.simplefilter("ignore")  # what PIL warns of is either accepted or rejected with a reason
-    Image.MAX_IMAGE_PIXELS = None  # --max-pixels is checked before the pixels are read
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    with suppress(BrokenPipeError):  # the parent is gone: nobody is left to tell
-        for chunk in chunks:
-            send.send(pack(chunk))
+    with closing(map_in_order(pack, chunks, workers)) as packed:
+        for chunk, rows in zip(chunks, packed, strict=True):
+            yield from zip(chunk, rows, strict=True)
 
 
 def _pack_chunk(items: Sequence[Item], *, templates: list[str], config: BuildConfig) -> list[Row | str]:
     """Read, check and convert the items, in a worker process; a string says why an item is rejected."""
+    warnings.simplefilter("ignore")  # what PIL warns of is either accepted or rejected with a reason
+    Image.MAX_IMAGE_PIXELS = None  # --max-pixels is checked before the pixels are read
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     ids = [item.row_id for item in items]
     choices = draws.uniform(config.seed, "template", ids, 1)[:, 0]
     captions = [clean(item.caption) for item in items]
@@ -316,12 +276,16 @@ def _kinds(rejects: list[tuple[Item, str]]) -> list[tuple[str, int]]:
     return Counter(re.sub(r":.*| of row \d+", "", reason, flags=re.DOTALL) for _, reason in rejects).most_common()
 
 
-def _check(source: Path, kept: Counter, classes: list[str], rejects: list[tuple[Item, str]], path: Path) -> None:
+def _problem(
+    source: Path, kept: Counter, classes: list[str], rejects: list[tuple[Item, str]], path: Path
+) -> str | None:
+    """Why there can be no data set of the rows that are left."""
     if not kept:
         reason = _kinds(rejects)[0][0]
-        raise UserError(f"all {len(rejects):,} rows of {source} were rejected, most for: {reason}; see {path}.")
+        return f"all {len(rejects):,} rows of {source} were rejected, most for: {reason}; see {path}."
     if empty := [name for name in classes if not kept[name]]:
-        raise UserError(f"no image of class '{empty[0]}' of {source} can be used: see {path} and mend them.")
+        return f"no image of class '{empty[0]}' of {source} can be used: see {path} and mend them."
+    return None
 
 
 def _report(config: BuildConfig, rows: int, kept: int, rejects: list[tuple[Item, str]], rejects_path: Path) -> None:

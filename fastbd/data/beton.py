@@ -179,7 +179,7 @@ class BetonWriter:
     `capacity` bounds the number of samples (the metadata precede the values, so their room is reserved); fewer may
     follow. The file appears under its name when the block ends well. With a `journal`, save() makes what was added
     durable, and a writer that is given the journal's entries of a job that was cut short goes on from the last.
-    A UserError, or any other end before the first save, leaves nothing.
+    After an error, what was saved is left, unless the journal was cleared; else nothing.
     """
 
     def __init__(
@@ -302,7 +302,5 @@ class BetonWriter:
         finally:
             with suppress(OSError):  # on a full disk, closing tries once more to write what is left
                 self._file.close()
-            if kind and issubclass(kind, UserError):  # going on would come to the same end
-                self._journal.clear()
             if not self._journal.entries:
                 self._tmp.unlink(missing_ok=True)
