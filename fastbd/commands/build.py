@@ -25,7 +25,7 @@ from PIL import Image, ImageFile
 
 from fastbd import __version__, draws
 from fastbd.config import BuildConfig, to_dict
-from fastbd.data.beton import BetonWriter, temporary
+from fastbd.data.beton import BetonWriter, holds, temporary
 from fastbd.data.decode import BadImage, to_jpeg
 from fastbd.data.eda import N_DRAWS, eda, synonyms_source
 from fastbd.data.journal import Journal
@@ -170,8 +170,8 @@ def _done_before(journal: Journal, usable: list[Item], out: Path) -> tuple[int, 
         rejected = {i: reason for entry in journal.entries for i, reason in entry["rejected"]}
         if name := _changed(usable[:done], rejected, began):
             why = f"{name} has changed since"
-        elif not temporary(out).exists():
-            why = f"{temporary(out)} is gone"
+        elif not holds(temporary(out), **journal.entries[-1]["writer"]):
+            why = f"{temporary(out)} is gone or cut short"
     if why:
         done, rejected = 0, {}
         journal.clear()

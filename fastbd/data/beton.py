@@ -173,6 +173,11 @@ def temporary(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
+def holds(tmp: Path, samples: int, free: int) -> bool:
+    """Whether a temporary file still has what a save left in it."""
+    return tmp.exists() and (samples == 0 or tmp.stat().st_size >= free)
+
+
 class BetonWriter:
     """Writes a .beton file sample by sample; a context manager.
 
