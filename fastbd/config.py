@@ -30,7 +30,7 @@ class BuildConfig:
     source: Path
     """A .csv/.tsv file, a folder of img2dataset .tar shards, one .tar, or a folder of class folders."""
     out: Path
-    """The .beton file to write; rejected rows go to the same name ending in .rejects.csv."""
+    """The .beton file to write; rejects go to NAME.rejects.csv. A build that was cut short goes on when run again."""
     image_key: str = "path"
     """CSV column holding the image path, relative to the CSV's folder."""
     caption_key: str = "caption"
@@ -56,7 +56,7 @@ class PoisonConfig:
     """Plan a backdoor: choose rows, captions and trigger, and write them to a plan file."""
 
     data: Path
-    """The .beton file to poison (it is not changed)."""
+    """The .beton file to poison (it is not changed), or a quoted pattern of several: 'cc3m-*.beton'."""
     out: Path | None = None
     """The plan file to write [NAME.poison.json beside NAME.beton; with --add-to that plan]."""
     add_to: Path | None = None
@@ -106,7 +106,7 @@ class PretrainInputs:
     model: Model = "demo"
     """Architecture."""
     data: str = "demo"
-    """A .beton file, or demo for the built-in set, which is made on first use."""
+    """A .beton file, a quoted pattern of several ('cc3m-*.beton'), or demo: the built-in set, made on first use."""
     plan: Path | None = None
     """Poison plan for --data [the demo set's, with --data demo; else none]."""
     poison: bool = True
@@ -132,7 +132,7 @@ class CleanInputs:
     objective: Objective = "mmcl"
     """Loss of --method finetune."""
     data: Path | None = None
-    """.beton to clean with [the clean pairs of the pre-training data]."""
+    """.beton file or pattern to clean with [the clean pairs of the pre-training data]."""
     rows: int = 100_000
     """Clean pairs to use, drawn from the seed; all where there are fewer."""
     keep_optimizer: bool = False
@@ -186,7 +186,7 @@ class TrainConfig:
     workers: int = 0
     """Decoding threads; 0 means one for each CPU core."""
     eval_data: Path | None = None
-    """Labelled .beton for zero-shot accuracy and ASR [the demo set's, with --data demo; cleaning: the run's]."""
+    """Labelled .beton, or pattern, for zero-shot accuracy and ASR [demo's, with --data demo; cleaning: the run's]."""
     classes: str | None = None
     """Class names: imagenet1k, or a text file with one a line [those in --eval-data; cleaning: the run's]."""
     templates: str | None = None

@@ -15,9 +15,9 @@ from rich.table import Table
 from fastbd import __version__, checkpoint, dist, log
 from fastbd.config import CleanConfig, PretrainConfig, portable, to_dict
 from fastbd.data import eda, sheet
-from fastbd.data.beton import Beton
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import Batch, Pairs, batches
+from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.evals.zeroshot import evaluate, open_set
@@ -125,7 +125,7 @@ class Run:
     def _open_pairs(self) -> Pairs:
         """The training pairs, decoded into memory where --resident says so or they fit."""
         config, task = self.config, self.task
-        beton = Beton(task.data)
+        beton = open_beton(task.data)
         if task.objective.augments_texts and beton.num_text_views == 0:
             raise UserError(
                 f"{task.data} holds no second text views: build it with --text-views 1, or train with --no-ssl-text."

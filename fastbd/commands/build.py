@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
+import json
+import math
 import multiprocessing
 import os
 import re
-import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Container, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
-from multiprocessing.connection import Connection
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile
 
-from fastbd import draws
-from fastbd.config import BuildConfig
-from fastbd.data.beton import BetonWriter
+from fastbd import __version__, draws
+from fastbd.config import BuildConfig, to_dict
+from fastbd.data.beton import BetonWriter, holds, temporary
 from fastbd.data.decode import BadImage, to_jpeg
 from fastbd.data.eda import N_DRAWS, eda, synonyms_source
+from fastbd.data.journal import Journal
 from fastbd.data.sources import Item, read_items
 from fastbd.data.tokenizer import clean, tokenize
+from fastbd.data.workers import WorkerDied, map_in_order
 from fastbd.errors import UserError
 from fastbd.log import console, progress
 from fastbd.prompts import read_templates
 
 CHUNK = 32  # rows a worker handles at a time
+SAVE_EVERY = 5.0  # seconds of work that a kill may cost
 
 
 @dataclass(frozen=True)
@@ -53,19 +57,32 @@ def run(config: BuildConfig) -> int:
 
     Rows of classes with an empty caption get one from the templates, drawn by (seed, row). Pairs are kept when only
     their path repeats; a repeated (path, caption, class) is rejected. Raises UserError when no row, or no row of some
-    class, is left, when the disk is full, or when a worker process dies; then there is no new .beton file.
+    class, is left, when the disk is full, or when a worker process dies; then there is no new .beton file. A build
+    that was cut short goes on from its last save when it is run again, to the same bytes.
     """
-    items = read_items(config.source, config.image_key, config.caption_key, config.class_key)
-    templates = read_templates(config.templates)
+    began = time.time_ns()
     out, rejects_path = config.out, config.out.with_suffix(".rejects.csv")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give the name of the .beton file to write.")
+    templates = read_templates(config.templates)
+    # Workers are forked from a server process; let it import once what they all need.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    items = read_items(config.source, config.image_key, config.caption_key, config.class_key, config.workers)
+    job, journal = _job(items, templates, config), None
     try:
+        journal = Journal(out.with_name(out.name + ".journal"), job)
         out.parent.mkdir(parents=True, exist_ok=True)
-        kept, rejects = _pack(items, templates, config, rejects_path)
+        kept, rejects = _pack(items, templates, config, rejects_path, journal, began)
+    except KeyboardInterrupt:
+        console.print(f"{out} is not finished: {_left(journal)}", markup=False)
+        raise
+    except WorkerDied as error:
+        raise UserError(f"{error}; {_left(journal)}.") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"there is no room for {out} ({error.strerror}): free some space.") from None
+            raise UserError(
+                f"there is no room for {out} ({error.strerror}): free some space; {_left(journal)}."
+            ) from None
         if isinstance(error, PermissionError):
             raise UserError(f"{out} cannot be written ({error.strerror}): give --out another place.") from None
         raise
@@ -73,38 +90,109 @@ def run(config: BuildConfig) -> int:
     return 0
 
 
+def _job(items: list[Item], templates: list[str], config: BuildConfig) -> str:
+    """sha256 of what decides the bytes of the file: settings, rows, and the versions of what works on them."""
+    settings = to_dict(config) | {"out": None, "workers": None}
+    made_by = [__version__, *map(version, ("ftfy", "instant-clip-tokenizer", "pillow")), synonyms_source()]
+    digest = hashlib.sha256(json.dumps([made_by, settings, templates]).encode())
+    for item in items:
+        digest.update(repr((item.name, item.caption, item.class_name, item.offset, item.size, item.problem)).encode())
+    return digest.hexdigest()
+
+
+def _left(journal: Journal | None) -> str:
+    if not journal or not journal.entries:
+        return "nothing was written"
+    return f"the same command goes on after the {journal.entries[-1]['done']:,} images that are done"
+
+
 def _pack(
-    items: list[Item], templates: list[str], config: BuildConfig, rejects_path: Path
+    items: list[Item],
+    templates: list[str],
+    config: BuildConfig,
+    rejects_path: Path,
+    journal: Journal,
+    began: int,
 ) -> tuple[int, list[tuple[Item, str]]]:
     """Write the .beton file; returns the number of rows kept, and the rejected with their reasons."""
     usable, rejects = _split(items)
+    done, rejected = _done_before(journal, usable, config.out)
+    began = journal.entries[0]["began"] if done else began
+    rejects += [(usable[i], reason) for i, reason in rejected.items()]
+    kept = Counter(item.class_name for i, item in enumerate(usable[:done]) if i not in rejected)
     classes = sorted({item.class_name for item in usable if item.class_name})
     labels = {name: label for label, name in enumerate(classes)}
-    kept: Counter[str | None] = Counter()
     pack = partial(_pack_chunk, templates=templates, config=config)
-    started = time.monotonic()
+    started = saved = time.monotonic()
+    unsaved: list[tuple[int, str]] = []  # rejects since the last save
     with (
-        BetonWriter(config.out, len(usable), config.text_views, bool(classes)) as writer,
-        closing(_pack_in_order(usable, pack, config.workers)) as packed,
-        progress("build", len(usable)) as advance,
+        BetonWriter(config.out, len(usable), config.text_views, bool(classes), journal) as writer,
+        closing(_pack_in_order(usable[done:], pack, config.workers)) as packed,
+        progress("build", len(usable), done) as advance,
     ):
-        for item, row in packed:
-            if isinstance(row, Row):
-                try:
-                    writer.add(
-                        **vars(row), row_id=item.row_id, label=labels.get(item.class_name), class_name=item.class_name
-                    )
-                    kept[item.class_name] += 1
-                except ValueError as error:
-                    rejects.append((item, f"cannot be stored: {error}; try --store short256"))
+        for i, (item, row) in enumerate(packed, done):
+            reason = row if isinstance(row, str) else _add(writer, item, row, labels)
+            if reason:
+                rejects.append((item, reason))
+                unsaved.append((i, reason))
             else:
-                rejects.append((item, row))
-            done = kept.total() + len(rejects) - (len(items) - len(usable))
-            advance(1, f"{done / (time.monotonic() - started):,.0f} images/s")
+                kept[item.class_name] += 1
+            now = time.monotonic()
+            advance(1, f"{(i + 1 - done) / (now - started):,.0f} images/s")
+            if now - saved > SAVE_EVERY:
+                writer.save(done=i + 1, rejected=unsaved, began=began)
+                unsaved, saved = [], now
         rejects.sort(key=lambda reject: reject[0].row_id)
         _write_rejects(rejects_path, rejects)
-        _check(config.source, kept, classes, rejects, rejects_path)
+        if problem := _problem(config.source, kept, classes, rejects, rejects_path):
+            journal.clear()  # going on would come to the same end
+            raise UserError(problem)
     return kept.total(), rejects
+
+
+def _add(writer: BetonWriter, item: Item, row: Row, labels: dict[str, int]) -> str | None:
+    """Store a row; a string says why that is not possible."""
+    try:
+        writer.add(**vars(row), row_id=item.row_id, label=labels.get(item.class_name), class_name=item.class_name)
+    except ValueError as error:
+        return f"cannot be stored: {error}; try --store short256"
+
+
+def _done_before(journal: Journal, usable: list[Item], out: Path) -> tuple[int, dict[int, str]]:
+    """(number of usable rows, those rejected among them with their reasons) that an earlier build left in the journal.
+
+    None of them, and a cleared journal, when that was a build of something else or its images have changed since.
+    """
+    why = "its source, settings or fastbd were others" if journal.stale else ""
+    done, rejected = 0, {}
+    if journal.entries:
+        done, began = journal.entries[-1]["done"], journal.entries[0]["began"]
+        rejected = {i: reason for entry in journal.entries for i, reason in entry["rejected"]}
+        if name := _changed(usable[:done], rejected, began):
+            why = f"{name} has changed since"
+        elif not holds(temporary(out), **journal.entries[-1]["writer"]):
+            why = f"{temporary(out)} is gone or cut short"
+    if why:
+        done, rejected = 0, {}
+        journal.clear()
+        console.print(f"an unfinished build of {out} is there, but {why}: starting over", markup=False)
+    elif done:
+        console.print(f"going on with {out} after the {done:,} images that are done", markup=False)
+    return done, rejected
+
+
+def _changed(items: list[Item], rejected: Container[int], since: int) -> str | None:
+    """The first file of the items that was written, moved or removed after `since` (ns since 1970), or came then."""
+    changed_at: dict[str, float] = {}
+    for i, item in enumerate(items):
+        if item.file not in changed_at:
+            try:
+                changed_at[item.file] = os.stat(item.file).st_ctime_ns
+            except (OSError, ValueError):  # missing, as it was before if the item was rejected
+                changed_at[item.file] = 0 if i in rejected else math.inf
+        if changed_at[item.file] > since:
+            return item.name
+    return None
 
 
 def _split(items: list[Item]) -> tuple[list[Item], list[tuple[Item, str]]]:
@@ -121,56 +209,18 @@ def _split(items: list[Item]) -> tuple[list[Item], list[tuple[Item, str]]]:
 
 
 def _pack_in_order(items: list[Item], pack, workers: int) -> Iterator[tuple[Item, Row | str]]:
-    """(item, its row or the reason against it) in the items' order; chunks go to the worker processes in turn.
-
-    Each worker sends through a pipe of its own and waits while the pipe is full: that bounds the memory, and a worker
-    that is killed, even while it sends, ends its pipe. A shared queue, as concurrent.futures has it, would hang.
-    """
+    """(item, its row or the reason against it) in the items' order."""
     chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
-    workers = min(workers or os.cpu_count() or 1, len(chunks))
-    # Not forked from this process, which may have threads; the server is forked when all is imported.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    processes, pipes = [], []
-    try:
-        for worker in range(workers):
-            results, send = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(chunks[worker::workers], pack, send), daemon=True)
-            process.start()
-            send.close()
-            processes.append(process)
-            pipes.append(results)
-        for chunk, results in zip(chunks, cycle(pipes), strict=False):
-            yield from zip(chunk, _receive(results), strict=True)
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-
-
-def _receive(results: Connection) -> list[Row | str]:
-    try:
-        return results.recv()
-    except (EOFError, OSError):
-        raise UserError(
-            "a worker process died, most likely for want of memory, and nothing was written: run with fewer --workers."
-        ) from None
-
-
-def _work(chunks: list[list[Item]], pack, send: Connection) -> None:
-    """A worker process: pack its chunks, and send what comes out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
-    warnings.simplefilter("ignore")  # what PIL warns of is either accepted or rejected with a reason
-    Image.MAX_IMAGE_PIXELS = None  # --max-pixels is checked before the pixels are read
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    with suppress(BrokenPipeError):  # the parent is gone: nobody is left to tell
-        for chunk in chunks:
-            send.send(pack(chunk))
+    with closing(map_in_order(pack, chunks, workers)) as packed:
+        for chunk, rows in zip(chunks, packed, strict=True):
+            yield from zip(chunk, rows, strict=True)
 
 
 def _pack_chunk(items: Sequence[Item], *, templates: list[str], config: BuildConfig) -> list[Row | str]:
     """Read, check and convert the items, in a worker process; a string says why an item is rejected."""
+    warnings.simplefilter("ignore")  # what PIL warns of is either accepted or rejected with a reason
+    Image.MAX_IMAGE_PIXELS = None  # --max-pixels is checked before the pixels are read
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     ids = [item.row_id for item in items]
     choices = draws.uniform(config.seed, "template", ids, 1)[:, 0]
     captions = [clean(item.caption) for item in items]
@@ -197,9 +247,9 @@ def _pack_chunk(items: Sequence[Item], *, templates: list[str], config: BuildCon
 
 def _read(item: Item) -> bytes:
     try:
-        if not item.file.is_file():  # a pipe or a device could hold a worker for ever
-            raise BadImage(0, "not a file" if item.file.exists() else "missing file")
-        with item.file.open("rb") as file:
+        if not os.path.isfile(item.file):  # a pipe or a device could hold a worker for ever
+            raise BadImage(0, "not a file" if os.path.exists(item.file) else "missing file")
+        with open(item.file, "rb") as file:
             file.seek(item.offset)
             data = file.read(-1 if item.size is None else item.size)
     except (OSError, ValueError) as error:
@@ -226,12 +276,16 @@ def _kinds(rejects: list[tuple[Item, str]]) -> list[tuple[str, int]]:
     return Counter(re.sub(r":.*| of row \d+", "", reason, flags=re.DOTALL) for _, reason in rejects).most_common()
 
 
-def _check(source: Path, kept: Counter, classes: list[str], rejects: list[tuple[Item, str]], path: Path) -> None:
+def _problem(
+    source: Path, kept: Counter, classes: list[str], rejects: list[tuple[Item, str]], path: Path
+) -> str | None:
+    """Why there can be no data set of the rows that are left."""
     if not kept:
         reason = _kinds(rejects)[0][0]
-        raise UserError(f"all {len(rejects):,} rows of {source} were rejected, most for: {reason}; see {path}.")
+        return f"all {len(rejects):,} rows of {source} were rejected, most for: {reason}; see {path}."
     if empty := [name for name in classes if not kept[name]]:
-        raise UserError(f"no image of class '{empty[0]}' of {source} can be used: see {path} and mend them.")
+        return f"no image of class '{empty[0]}' of {source} can be used: see {path} and mend them."
+    return None
 
 
 def _report(config: BuildConfig, rows: int, kept: int, rejects: list[tuple[Item, str]], rejects_path: Path) -> None:

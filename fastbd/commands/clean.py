@@ -11,6 +11,7 @@ from fastbd import checkpoint, draws
 from fastbd.cleaning import METHODS
 from fastbd.config import CleanConfig
 from fastbd.data.beton import Beton
+from fastbd.data.shards import Shards, open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.models import create
@@ -34,8 +35,9 @@ def task(config: CleanConfig, world: World) -> Task:
     model.load_state_dict(saved["model"])
     method.prepare(model)
     data = config.data or Path(source["data"])
+    beton = open_beton(data)
     if plan and not config.data:
-        plan.check(Beton(data).fingerprint, data)  # else its rows would mean others now
+        plan.check(beton.fingerprint, data)  # else its rows would mean others now
     return Task(
         name=f"{config.run.resolve().name}-{config.method}",
         model=model,
@@ -46,7 +48,7 @@ def task(config: CleanConfig, world: World) -> Task:
         method=config.method,
         start=config.run,
         data=data,
-        rows=clean_rows(Beton(data), plan, config.rows, config.seed),
+        rows=clean_rows(beton, plan, config.rows, config.seed),
         plan=plan,
         poisoned=False,
         eval_data=config.eval_data or (Path(source["eval_data"]) if source["eval_data"] else None),
@@ -56,7 +58,7 @@ def task(config: CleanConfig, world: World) -> Task:
     )
 
 
-def clean_rows(beton: Beton, plan: Plan | None, count: int, seed: int) -> np.ndarray:
+def clean_rows(beton: Beton | Shards, plan: Plan | None, count: int, seed: int) -> np.ndarray:
     """`count` rows drawn from the seed, ascending, or all where there are fewer; none that the plan poisons."""
     rows = np.arange(len(beton))
     if plan and plan.data == beton.fingerprint:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from pathlib import Path
 
 from rich.text import Text
 
 from fastbd.config import PoisonConfig
 from fastbd.data.beton import Beton
+from fastbd.data.shards import Shards, open_beton
 from fastbd.errors import UserError
 from fastbd.log import console
 from fastbd.poison import patterns
@@ -20,7 +23,7 @@ CAPTIONS_SHOWN = 3
 
 def run(config: PoisonConfig) -> int:
     """Write the plan file and show what is in it."""
-    beton = Beton(config.data)
+    beton = open_beton(config.data)
     after = _earlier(config, beton)
     seed = after.seed if after else config.seed or 0
     plan = make_plan(
@@ -36,7 +39,7 @@ def run(config: PoisonConfig) -> int:
         rate=config.rate,
         after=after,
     )
-    out = config.out or config.add_to or config.data.with_suffix(".poison.json")
+    out = config.out or config.add_to or _beside(config.data)
     added = config.add_to and out.resolve() == config.add_to.resolve()
     if out.exists() and not added and not _holds(out, plan):
         raise UserError(f"{out} exists and holds something else; name another file with --out.")
@@ -46,7 +49,7 @@ def run(config: PoisonConfig) -> int:
     return 0
 
 
-def _earlier(config: PoisonConfig, beton: Beton) -> Plan | None:
+def _earlier(config: PoisonConfig, beton: Beton | Shards) -> Plan | None:
     """The plan to add to."""
     if config.add_to is None:
         return None
@@ -63,6 +66,15 @@ def _trigger(config: PoisonConfig, seed: int) -> TriggerSpec:
     pattern = patterns.draw(config.trigger, seed=seed, patch_size=config.patch_size, image=config.image,
                             text=config.text, grid=config.wanet_k)  # fmt: skip
     return TriggerSpec(config.trigger, config.patch_size, config.location, config.blend, config.wanet_s, pattern)
+
+
+def _beside(data: Path) -> Path:
+    """pairs.poison.json for pairs.beton, and for the pattern pairs-*.beton."""
+    if data.exists():
+        return data.with_suffix(".poison.json")
+    if glob.has_magic(str(data.parent)):
+        raise UserError(f"{data} matches files in several folders: name the plan with --out.")
+    return data.with_name((re.sub(r"[-_.]*[*?\[\]]+", "", data.stem) or "plan") + ".poison.json")
 
 
 def _holds(path: Path, plan: Plan) -> bool:

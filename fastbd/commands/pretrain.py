@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from fastbd.commands.demo import demo_set
 from fastbd.config import PretrainConfig
-from fastbd.data.beton import Beton
+from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.models import create
@@ -39,7 +40,7 @@ def task(config: PretrainConfig, world: World) -> Task:
         objective_name=config.objective,
         pretrain_objective=config.objective,
         data=data,
-        rows=np.arange(len(Beton(data))),
+        rows=np.arange(len(open_beton(data))),
         plan=plan,
         poisoned=config.poison,
         eval_data=eval_data,
@@ -55,7 +56,7 @@ def inputs(config: PretrainConfig, world: World) -> tuple[Path, Plan | None, Pat
         eval_data = recorded["eval_data"] and Path(recorded["eval_data"])
         return Path(recorded["data"]), Plan.load(plan) if plan.exists() else None, eval_data
     if config.data != "demo":
-        if not Path(config.data).is_file():
+        if not Path(config.data).is_file() and not glob.has_magic(config.data):
             raise UserError(
                 f"there is no file {config.data}: make it with 'python -m fastbd build', or give --data demo."
             )

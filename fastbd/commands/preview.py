@@ -9,9 +9,9 @@ import numpy as np
 from fastbd.commands.demo import demo_set
 from fastbd.config import PreviewConfig
 from fastbd.data import sheet
-from fastbd.data.beton import open_beton
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import RECIPES, Pairs
+from fastbd.data.shards import open_beton
 from fastbd.errors import UserError
 from fastbd.log import console
 from fastbd.models.clip import MODELS

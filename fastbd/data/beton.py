@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 from contextlib import suppress
 from functools import cached_property
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from fastbd.data.journal import Journal
 from fastbd.data.tokenizer import CONTEXT
 from fastbd.errors import UserError
 
@@ -27,6 +29,8 @@ ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")])
 SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 INT_TYPE, IMAGE_TYPE, BYTES_TYPE, ARRAY_TYPE = 1, 2, 3, 4
+BLOCK = 1 << 26  # bytes hashed at a time
+ROWS = 1 << 16  # samples whose allocations are written at a time
 METADATA = {0: "<f8", INT_TYPE: "<i8", IMAGE_TYPE: IMAGE, BYTES_TYPE: SPAN, ARRAY_TYPE: "<u8", 5: SPAN, 6: "<u8"}
 
 
@@ -37,17 +41,20 @@ def _record(fields: np.ndarray) -> np.dtype:
 
 
 class Beton:
-    """A .beton file, mapped into memory: opening reads the tables, samples are read when asked for.
+    """A .beton file, mapped into memory: opening checks the tables, samples are read when asked for.
 
     Attributes, with N the number of samples: `path`; `width`, `height`: uint16 [N], px; `row_id`: int64 [N], row in
-    the source; `labels`: int64 [N] or None; `class_names`: list or None; `num_text_views`.
+    the source; `labels`: int64 [N] or None; `class_names`: list or None; `num_text_views`. The columns are views of
+    the file, which all processes share.
     Raises UserError for a file that is no .beton, is cut short, or holds raw pixels in place of JPEG.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         try:
-            self._bytes = np.memmap(self.path, np.uint8, "r")
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._bytes = np.frombuffer(self._map, np.uint8)
             self._read_tables()
         except FileNotFoundError:
             raise UserError(f"{self.path} does not exist: make it with `fastbd build`.") from None
@@ -66,24 +73,29 @@ class Beton:
         pointers = int((self._fields["type"] > INT_TYPE).sum())  # values a sample, each with a row in the table
         if end > table or len(data) - table < n * pointers * ALLOCATION.itemsize:
             raise ValueError("its end is missing")
-        self._metadata = np.asarray(data[start:end].view(record))
-        self._allocations = np.asarray(data[table:].view(ALLOCATION))
+        self._metadata = data[start:end].view(record)
+        self._allocations = data[table:].view(ALLOCATION)
 
         image = self._metadata["image"]
         if image.dtype != IMAGE or image["mode"].any():
             raise ValueError("its images are not JPEG")
-        self._jpeg_size = self._sizes(image["ptr"])
-        self.width, self.height = image["width"].copy(), image["height"].copy()
-        self.row_id = self._metadata["row_id"].copy() if "row_id" in record.names else np.arange(n)
-        self.labels = self._metadata["label"].copy() if "label" in record.names else None
+        self._jpeg_ptr, self._jpeg_size = image["ptr"], self._sizes(image["ptr"])
+        self.width, self.height = image["width"], image["height"]
+        self.row_id = self._metadata["row_id"] if "row_id" in record.names else np.arange(n)
+        self.labels = self._metadata["label"] if "label" in record.names else None
         self.num_text_views = self._array_shape("text_views")[0] if "text_views" in record.names else 0
+        self._release()
+
+    def _release(self) -> None:
+        """Give back the memory of the pages read so far; they stay in the system's cache, for all processes."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def _sizes(self, ptr: np.ndarray) -> np.ndarray:
         """Length in bytes of the value at each pointer, from the allocation table."""
         table = self._allocations
         stride = len(table) // max(len(ptr), 1)
         if stride and len(table) == stride * len(ptr) and np.array_equal(table["ptr"][::stride], ptr):
-            return table["size"][::stride].copy()  # in order, as BetonWriter writes it: nothing to sort
+            return table["size"][::stride]  # in order, as BetonWriter writes it: nothing to sort
         table = table[table["size"] > 0]  # an empty value shares its pointer with the next one
         order = np.argsort(table["ptr"])
         found = np.searchsorted(table["ptr"], ptr, sorter=order).clip(max=max(len(table) - 1, 0))
@@ -101,11 +113,11 @@ class Beton:
         if name not in self._metadata.dtype.names:
             raise UserError(f"{self.path} holds no {name}: build it with `fastbd build`.")
         first = self._metadata[name][np.atleast_1d(ids)] + np.uint64(2 * skip)
-        return sliding_window_view(np.asarray(self._bytes), 2 * width)[first].view("<u2")
+        return sliding_window_view(self._bytes, 2 * width)[first].view("<u2")
 
     def _text(self, name: str, i: int) -> str:
-        span = self._metadata[name][i]
-        return self._bytes[int(span["ptr"]) :][: int(span["size"])].tobytes().decode()
+        ptr, size = self._metadata[name][i].tolist()
+        return self._map[ptr : ptr + size].decode()
 
     def __len__(self) -> int:
         return len(self._metadata)
@@ -113,9 +125,12 @@ class Beton:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over header, metadata and allocation table: names the data that a plan was made for."""
-        head = HEADER.itemsize + self._fields.nbytes
-        digest = hashlib.sha256(self._bytes[: head + self._metadata.nbytes])
-        digest.update(self._allocations)
+        digest = hashlib.sha256()
+        head = HEADER.itemsize + self._fields.nbytes + self._metadata.nbytes
+        for table in (self._bytes[:head], self._allocations.view(np.uint8)):
+            for start in range(0, len(table), BLOCK):
+                digest.update(table[start : start + BLOCK])
+                self._release()
         return digest.hexdigest()
 
     @cached_property
@@ -129,8 +144,8 @@ class Beton:
 
     def jpeg(self, i: int) -> np.ndarray:
         """uint8 [bytes], a view of the file: nothing is copied."""
-        ptr = int(self._metadata["image"]["ptr"][i])
-        return np.asarray(self._bytes[ptr : ptr + int(self._jpeg_size[i])])
+        ptr = int(self._jpeg_ptr[i])
+        return self._bytes[ptr : ptr + int(self._jpeg_size[i])]
 
     def tokens(self, ids) -> np.ndarray:
         """uint16 [B, 77], the captions' tokens."""
@@ -153,14 +168,28 @@ def _array_arguments(*shape: int) -> bytes:
     return np.array(sizes, "<u8").tobytes() + dtype
 
 
+def temporary(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(path.name + ".tmp")
+
+
+def holds(tmp: Path, samples: int, free: int) -> bool:
+    """Whether a temporary file still has what a save left in it."""
+    return tmp.exists() and (samples == 0 or tmp.stat().st_size >= free)
+
+
 class BetonWriter:
     """Writes a .beton file sample by sample; a context manager.
 
     `capacity` bounds the number of samples (the metadata precede the values, so their room is reserved); fewer may
-    follow. The file appears under its name when the block ends well; after an error nothing is left.
+    follow. The file appears under its name when the block ends well. With a `journal`, save() makes what was added
+    durable, and a writer that is given the journal's entries of a job that was cut short goes on from the last.
+    After an error, what was saved is left, unless the journal was cleared; else nothing.
     """
 
-    def __init__(self, path: str | os.PathLike, capacity: int, text_views: int, labelled: bool):
+    def __init__(
+        self, path: str | os.PathLike, capacity: int, text_views: int, labelled: bool, journal: Journal | None = None
+    ):
         self.path = Path(path)
         fields = [(IMAGE_TYPE, "image", b""), (ARRAY_TYPE, "tokens", _array_arguments(CONTEXT))]
         if text_views:
@@ -170,18 +199,31 @@ class BetonWriter:
             fields += [(INT_TYPE, "label", b""), (BYTES_TYPE, "class_name", b"")]
         self._fields = np.array(fields, FIELD)
         self._metadata = np.zeros(capacity, _record(self._fields))
-        stored = [name for kind, name, _ in fields if kind != INT_TYPE]
-        self._allocations = np.zeros((capacity, len(stored)), ALLOCATION)
+        self._stored = [name for kind, name, _ in fields if kind != INT_TYPE]
         self._text_shape = (text_views, CONTEXT)
-        self._count = 0
+        self._tables = HEADER.itemsize + self._fields.nbytes  # where the metadata begin
+        self._journal = journal or Journal(self.path.with_name(self.path.name + ".journal"), "")
 
     def __enter__(self) -> BetonWriter:
-        self._tmp = self.path.with_name(self.path.name + ".tmp")
-        self._file = self._tmp.open("wb")
-        head = HEADER.itemsize + self._fields.nbytes + self._metadata.nbytes
-        self._free = math.ceil(head / PAGE) * PAGE  # where the next value goes
+        self._tmp = temporary(self.path)
+        self._count = self._written = 0  # samples added; samples whose metadata are in the file
+        self._free = math.ceil((self._tables + self._metadata.nbytes) / PAGE) * PAGE  # where the next value goes
+        if self._journal.entries:
+            self._file = self._tmp.open("r+b")
+            self._go_on(**self._journal.entries[-1]["writer"])
+        else:
+            self._journal.clear()  # another job's must not outlive its file
+            self._file = self._tmp.open("wb")
         self._file.seek(self._free)
         return self
+
+    def _go_on(self, samples: int, free: int) -> None:
+        """Take up a file that holds so many samples; what follows them is cut off."""
+        self._file.truncate(free)
+        self._file.seek(self._tables)
+        stored = self._file.read(samples * self._metadata.itemsize)
+        self._metadata[:samples] = np.frombuffer(stored, self._metadata.dtype)
+        self._count, self._written, self._free = samples, samples, free
 
     def add(
         self,
@@ -215,18 +257,48 @@ class BetonWriter:
         record = {name: span if name in ("caption", "class_name") else span[0] for name, span in spans.items()}
         record |= {"image": (0, width, height, ptr[0]), "row_id": row_id, "label": label}
         self._metadata[self._count] = tuple(record[name] for name in self._metadata.dtype.names)
-        self._allocations[self._count] = [(self._count, *span) for span in spans.values()]
         self._file.writelines(values.values())
         self._free = int(ptr[-1])
         self._count += 1
 
+    def save(self, **more) -> None:
+        """Put all that was added on the disk, and then a line in the journal: `more`, and where to go on."""
+        self._write_metadata()
+        self._sync()
+        self._journal.append({"writer": {"samples": self._count, "free": self._free}, **more})
+
+    def _write_metadata(self) -> None:
+        self._file.seek(self._tables + self._written * self._metadata.itemsize)
+        self._file.write(self._metadata[self._written : self._count].tobytes())
+        self._file.seek(self._free)
+        self._written = self._count
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _allocations(self, start: int, end: int) -> np.ndarray:
+        """Allocation table of some samples: their values lie back to back, and the last is a text of known length."""
+        metadata = self._metadata[start:end]
+        columns = [metadata[name] for name in self._stored]
+        ptr = np.stack([column["ptr"] if column.dtype.names else column for column in columns], 1)
+        table = np.empty(ptr.shape, ALLOCATION)
+        table["sample"] = np.arange(start, end)[:, None]
+        table["ptr"] = ptr
+        table["size"] = np.diff(ptr, axis=1, append=ptr[:, -1:] + columns[-1]["size"][:, None])
+        return table
+
     def _finish(self) -> None:
-        self._file.write(self._allocations[: self._count].tobytes())
+        self._write_metadata()
+        for start in range(0, self._count, ROWS):
+            self._file.write(self._allocations(start, min(start + ROWS, self._count)).tobytes())
         header = np.array((2, len(self._fields), PAGE, self._count, self._free), HEADER)
         self._file.seek(0)
-        self._file.write(header.tobytes() + self._fields.tobytes() + self._metadata[: self._count].tobytes())
+        self._file.write(header.tobytes() + self._fields.tobytes())
+        self._sync()
         self._file.close()
         os.replace(self._tmp, self.path)
+        self._journal.clear()
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
@@ -235,4 +307,5 @@ class BetonWriter:
         finally:
             with suppress(OSError):  # on a full disk, closing tries once more to write what is left
                 self._file.close()
-            self._tmp.unlink(missing_ok=True)
+            if not self._journal.entries:
+                self._tmp.unlink(missing_ok=True)

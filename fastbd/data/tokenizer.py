@@ -21,6 +21,8 @@ def _tokenizer() -> instant_clip_tokenizer.Tokenizer:
 
 def clean(text: str) -> str:
     """Mend broken Unicode, undo HTML escapes (twice, for web text that was escaped twice), fold white space."""
+    if text.isascii() and text.isprintable() and "&" not in text:  # most captions: nothing to mend, 20 times faster
+        return " ".join(text.split())
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
@@ -40,3 +42,8 @@ def longest(tokens: np.ndarray) -> int:
     The end token has the highest id of all. Zeros do not tell padding from text: token 0 is "!".
     """
     return int(tokens.argmax(1).max()) + 1
+
+
+def detokenize(tokens: np.ndarray) -> list[str]:
+    """Texts of tokens [B, context], as the model reads them: lower-cased, and cut where they were too long."""
+    return [_tokenizer().decode(row[1 : longest(row[None]) - 1].tolist()) for row in tokens]

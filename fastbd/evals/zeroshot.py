@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbd import draws
-from fastbd.data.beton import Beton
 from fastbd.data.decode import Decoder
 from fastbd.data.loader import Pairs
+from fastbd.data.shards import open_beton
 from fastbd.data.tokenizer import longest, tokenize
 from fastbd.errors import UserError
 from fastbd.evals.metrics import accuracy, attack, mean_by_class, most_successful
@@ -65,7 +65,7 @@ def open_set(
     asr_seed: int = 0,
 ) -> EvalSet:
     """Read a labelled .beton: `subset` images of it (always the same), all when 0; triggers are drawn from asr_seed."""
-    beton = Beton(path)
+    beton = open_beton(path)
     if beton.class_names is None:
         raise UserError(
             f"{path} has no classes and cannot be evaluated; build it from class folders or with --class-key."

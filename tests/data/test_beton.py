@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 from pathlib import Path
@@ -97,9 +98,10 @@ def test_reading_gives_what_was_written(tmp_path):
         data.text_view(ids, 2)
 
 
-def test_a_jpeg_is_a_view_of_the_file(tmp_path):
+def test_jpegs_and_columns_are_views_of_the_file(tmp_path):
     data = Beton(write(tmp_path / "a.beton", 2))
-    assert np.shares_memory(data.jpeg(1), data._bytes)
+    for view in (data.jpeg(1), data.width, data.height, data.row_id, data.labels, data._jpeg_size):
+        assert np.shares_memory(view, data._bytes)
 
 
 def test_an_unlabelled_file_has_no_classes(tmp_path):
@@ -144,7 +146,16 @@ def test_an_error_leaves_the_old_file_alone(tmp_path):
 def test_the_fingerprint_names_the_data(tmp_path):
     first, same = Beton(write(tmp_path / "a.beton", 5)), Beton(write(tmp_path / "b.beton", 5))
     other = Beton(write(tmp_path / "c.beton", 6))
-    assert first.fingerprint == same.fingerprint != other.fingerprint and len(first.fingerprint) == 64
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_the_fingerprint_is_a_hash_of_the_tables(tmp_path, monkeypatch):
+    """Plans hold it, so it may never change: header, fields, metadata, then the allocation table."""
+    monkeypatch.setattr("fastbd.data.beton.BLOCK", 1000)
+    path = write(tmp_path / "a.beton", 5)
+    raw, head = path.read_bytes(), 24 + 7 * 1041 + 5 * 80
+    table = struct.unpack_from("<Q", raw, 16)[0]
+    assert Beton(path).fingerprint == hashlib.sha256(raw[:head] + raw[table:]).hexdigest()
 
 
 @pytest.mark.parametrize("keep", [0, 10, 24, 2000, PAGE + 100, -1, -24])

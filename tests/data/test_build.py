@@ -262,3 +262,149 @@ def test_no_room_is_told(tmp_path):
     )  # fmt: skip
     assert "UserError: there is no room for" in limited.stderr
     assert not list(tmp_path.glob("*.beton")) and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.fixture
+def mixed_source(tmp_path) -> Path:
+    """A labelled table of 40 rows, a fifth of them bad; an image takes some 10 ms."""
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (250, 250, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    names = ["nowhere.png" if i % 5 == 3 else "0.png" if i % 20 == 7 else f"{i % 6}.png" for i in range(40)]
+    rows = [(name, f"image {i % 30} of many", "ab"[i % 3 == 0]) for i, name in enumerate(names)]
+    return table(tmp_path / "a.csv", ("path", "caption", "kind"), *rows)
+
+
+OPTIONS = {"class_key": "kind", "text_views": 2, "workers": 2}
+SAVING = """
+import sys
+from pathlib import Path
+from fastbd.commands import build
+from fastbd.config import BuildConfig
+if __name__ == "__main__":
+    build.SAVE_EVERY = 0
+    build.run(BuildConfig(source=Path("a.csv"), out=Path("set.beton"), class_key="kind", text_views=2, workers=2))
+"""
+
+
+def results(folder: Path) -> list[bytes]:
+    """The .beton and the list of rejects; there is nothing else of the build."""
+    assert sorted(p.name for p in folder.glob("set.*")) == ["set.beton", "set.rejects.csv"]
+    return [(folder / "set.beton").read_bytes(), (folder / "set.rejects.csv").read_bytes()]
+
+
+@pytest.fixture
+def wanted(tmp_path, mixed_source) -> list[bytes]:
+    """What a build gives that is not disturbed."""
+    out = tmp_path / "undisturbed" / "set.beton"
+    run(BuildConfig(source=mixed_source, out=out, **OPTIONS))
+    return results(out.parent)
+
+
+def saved_lines(folder: Path) -> int:
+    journal = folder / "set.beton.journal"
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def leave_unfinished(folder: Path, lines: int) -> None:
+    """Run a build in a process of its own, and kill it as soon as its journal has so many lines."""
+    process = subprocess.Popen([sys.executable, "-c", SAVING], cwd=folder, stdout=subprocess.DEVNULL)
+    while saved_lines(folder) < lines and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "set.beton").exists()
+
+
+def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path, mixed_source, wanted, capsys):
+    for lines in (3, 9, 18):
+        leave_unfinished(tmp_path, lines)
+    before = saved_lines(tmp_path)
+    run(BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS | {"workers": 1}))
+    assert f"after the {before - 1} images that are done" in capsys.readouterr().out
+    assert results(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("cut", [1, 20, 200])
+def test_what_a_loss_of_power_has_torn_is_done_again(tmp_path, mixed_source, wanted, cut):
+    leave_unfinished(tmp_path, 12)
+    journal = tmp_path / "set.beton.journal"
+    journal.write_bytes(journal.read_bytes()[:-cut] + bytes(30))
+    with (tmp_path / "set.beton.tmp").open("ab") as file:
+        file.write(b"never reached" * 1000)
+    run(BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS))
+    assert results(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("changed", ["seed", "store", "caption", "version"])
+def test_another_build_is_not_gone_on_with(tmp_path, mixed_source, capsys, monkeypatch, changed):
+    leave_unfinished(tmp_path, 6)
+    options = {"seed": {"seed": 1}, "store": {"store": "short256"}}.get(changed, {})
+    if changed == "caption":
+        mixed_source.write_text(mixed_source.read_text().replace("image 2 of", "picture 2 of"))
+    if changed == "version":
+        monkeypatch.setattr("fastbd.commands.build.__version__", "9.9")
+    config = BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS | options)
+    run(config)
+    why = "its source, settings or fastbd were others"
+    assert f"an unfinished build of {config.out} is there, but {why}: starting over" in capsys.readouterr().out
+    found = results(tmp_path)
+    run(config)  # from nothing
+    assert "unfinished" not in capsys.readouterr().out and results(tmp_path) == found
+
+
+@pytest.mark.parametrize(
+    ("why", "change"),
+    [
+        ("1.png has changed since", lambda folder: save(folder / "1.png")),
+        ("2.png has changed since", lambda folder: (folder / "2.png").unlink()),
+        ("nowhere.png has changed since", lambda folder: save(folder / "nowhere.png")),
+        ("set.beton.tmp is gone or cut short", lambda folder: (folder / "set.beton.tmp").unlink()),
+        ("set.beton.tmp is gone or cut short", lambda folder: os.truncate(folder / "set.beton.tmp", 1 << 23)),
+    ],
+)
+def test_what_changed_since_is_read_again(tmp_path, mixed_source, capsys, why, change):
+    leave_unfinished(tmp_path, 6)
+    change(tmp_path)
+    config = BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS)
+    run(config)
+    assert f"{why}: starting over" in capsys.readouterr().out
+    found = results(tmp_path)
+    run(config)  # from nothing
+    assert results(tmp_path) == found
+
+
+def test_ctrl_c_says_that_the_build_can_go_on(tmp_path, mixed_source, wanted, capsys, monkeypatch):
+    monkeypatch.setattr("fastbd.commands.build.SAVE_EVERY", 0)
+    config = BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS)
+
+    def stop() -> None:
+        while saved_lines(tmp_path) < 5:
+            time.sleep(0.001)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    assert "set.beton is not finished: the same command goes on after the" in capsys.readouterr().out
+    run(config)
+    assert results(tmp_path) == wanted
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, mixed_source, wanted):
+    limit = (1 << 23) + 1_000_000
+    limited = subprocess.run(
+        [sys.executable, "-c", SAVING], cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert "free some space; the same command goes on after the" in limited.stderr
+    run(BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS))
+    assert results(tmp_path) == wanted
+
+
+def test_a_build_that_comes_to_nothing_leaves_nothing(tmp_path, mixed_source, monkeypatch):
+    monkeypatch.setattr("fastbd.commands.build.SAVE_EVERY", 0)
+    mixed_source.write_text(mixed_source.read_text() + "nowhere.png,one,c\n")
+    with pytest.raises(UserError, match="no image of class 'c'"):
+        run(BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS))
+    assert [p.name for p in tmp_path.glob("set.*")] == ["set.rejects.csv"]

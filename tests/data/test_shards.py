@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastbd.data.beton import Beton, BetonWriter
+from fastbd.data.shards import Shards, open_beton
+from fastbd.errors import UserError
+
+
+def write(path: Path, rows: range, views: int = 1, classes: str | None = None) -> Path:
+    """Row i has width i, tokens i and the class classes[i]; the row ids begin anew in each file."""
+    labels = {name: label for label, name in enumerate(sorted({classes[i] for i in rows}))} if classes else {}
+    with BetonWriter(path, len(rows), views, bool(classes)) as writer:
+        for row_id, i in enumerate(rows):
+            writer.add(
+                jpeg=bytes([i] * (i + 1)), width=i, height=100 + i, caption=f"caption {i}", row_id=row_id,
+                tokens=np.full(77, i), text_views=np.full((views, 77), 1000 + i),
+                label=labels.get(classes[i]) if classes else None, class_name=classes[i] if classes else None,
+            )  # fmt: skip
+    return path
+
+
+def test_shards_read_as_the_one_file_they_were_cut_from(tmp_path):
+    classes = "dbadcbaacdab"
+    whole = Beton(write(tmp_path / "whole.beton", range(12), classes=classes))
+    for shard, rows in {1: range(0, 5), 2: range(5, 6), 10: range(6, 12)}.items():
+        write(tmp_path / f"part-{shard}.beton", rows, classes=classes)
+    data = open_beton(tmp_path / "part-*.beton")
+    assert isinstance(data, Shards) and len(data) == 12 and data.num_text_views == 1
+    assert data.class_names == whole.class_names == list("abcd")
+    for column in ("width", "height", "labels"):
+        assert np.array_equal(getattr(data, column), getattr(whole, column)), column
+    assert data.row_id.tolist() == [*range(5), 0, *range(6)]
+    ids = np.array([11, 0, 5, 4, 6, 5])
+    assert np.array_equal(data.tokens(ids), whole.tokens(ids))
+    assert np.array_equal(data.text_view(ids), whole.text_view(ids))
+    assert np.array_equal(data.tokens(7), whole.tokens(7))
+    for i in range(12):
+        assert data.caption(i) == whole.caption(i) and np.array_equal(data.jpeg(i), whole.jpeg(i))
+    with pytest.raises(IndexError):
+        data.jpeg(12)
+    with pytest.raises(UserError, match="part-1.beton holds 1 text views"):
+        data.text_view(ids, 1)
+
+
+def test_the_fingerprint_names_the_shards_and_their_order(tmp_path):
+    write(tmp_path / "a1.beton", range(3))
+    alone = open_beton(tmp_path / "a*.beton")
+    assert isinstance(alone, Beton) and alone.fingerprint == Beton(tmp_path / "a1.beton").fingerprint
+    write(tmp_path / "a2.beton", range(3, 7))
+    both = open_beton(tmp_path / "a*.beton").fingerprint
+    (tmp_path / "a1.beton").rename(tmp_path / "a3.beton")
+    turned = open_beton(tmp_path / "a*.beton").fingerprint
+    assert len({alone.fingerprint, both, turned}) == 3 and len(both) == 64
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
+    write(tmp_path / "set[1].beton", range(3))
+    assert len(open_beton(tmp_path / "set[1].beton")) == 3
+
+
+def test_shards_that_do_not_fit_together(tmp_path):
+    write(tmp_path / "a0.beton", range(2))
+    write(tmp_path / "a1.beton", range(2), views=2)
+    with pytest.raises(UserError, match=r"a0.beton and .*a1.beton differ in their number of text views"):
+        open_beton(tmp_path / "a*.beton")
+    write(tmp_path / "a1.beton", range(2), classes="ab")
+    with pytest.raises(UserError, match=r"differ in their kind \(with labels, or without\)"):
+        open_beton(tmp_path / "a*.beton")
+    with pytest.raises(UserError, match=r"no file matches .*b\*.beton"):
+        open_beton(tmp_path / "b*.beton")
+    (tmp_path / "a1.beton").write_bytes(b"no beton" * 100)
+    with pytest.raises(UserError, match="a1.beton is no whole .beton file"):
+        open_beton(tmp_path / "a*.beton")
+
+
+def test_a_study_on_shards(fastbd, study, tmp_path):
+    """Poison, train, clean and evaluate on patterns; the clean rows are those that the plan leaves alone."""
+    lines = (study / "train.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "train").symlink_to(study / "train")
+    (tmp_path / "val").symlink_to(study / "val")
+    for k, part in enumerate((lines[1:100], lines[100:])):
+        (tmp_path / f"{k}.csv").write_text("".join(lines[:1] + part))
+        fastbd("build", "--source", f"{k}.csv", "--out", f"train-{k}.beton", cwd=tmp_path)
+    fastbd("poison", "--data", "train-*.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo", cwd=tmp_path)
+    common = ("--epochs", 1, "--batch-size", 24, "--warmup", 1, "--device", "cpu", "--decode", "pil")
+    train = ("--plan", "train.poison.json", "--model", "tiny-rn", *common)
+    evaluated = ("--eval-data", study / "val.bet*", "--out", "run")
+    fastbd("pretrain", "--data", "train-*.beton", *train, *evaluated, cwd=tmp_path)
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    fastbd("clean", "--run", "../run", *common, "--out", "cleaned", cwd=other)
+    said = fastbd("pretrain", "--data", "train-1*.beton", *train, cwd=tmp_path, code=2)
+    assert "made for other data than train-1.beton" in said.stderr
