@@ -52,11 +52,11 @@ def _cores() -> Finding:
 
 
 def _memory() -> Finding:
-    from fastbd.data.loader import memory
+    from fastbd.data.resident import free_memory
 
-    total = memory()
-    images = total // 4 // (224 * 224 * 3)
-    return f"{total / 2**30:.1f} GiB", f"a quarter of it keeps {images:,} decoded images of 224 px"
+    free = free_memory()
+    images = free // 4 // (224 * 224 * 3)
+    return f"{free / 2**30:.1f} GiB free", f"a quarter of it keeps {images:,} decoded images of 224 px (--resident)"
 
 
 def _driver() -> Finding:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
-from fastbd import draws
-from fastbd.data.loader import Pairs
-from fastbd.kernels.augment import N_DRAWS, auto_augment, draw_auto_augment
+from fastbd.data.loader import Pairs, draw_views
+from fastbd.kernels.augment import render
 
 COLUMNS = 8
 
 
-def samples(pairs: Pairs, rows: np.ndarray, seed: int) -> Image.Image:
-    """Some clean and augmented training images of `rows`; with a plan, poisoned ones and their augmented views too."""
+def samples(pairs: Pairs, rows: np.ndarray, policies: Sequence[str], seed: int) -> Image.Image:
+    """Views, by each of the policies, of some training images of `rows`; with a plan, of poisoned ones too.
+
+    As pixels: without noise and what is erased after normalisation.
+    """
     clean, poisoned = _spread(rows[pairs.planned[rows] < 0]), _spread(rows[pairs.planned[rows] >= 0])
     strips = {}
     for name, ids in (("clean", clean), ("poisoned", poisoned)):
         if len(ids):
-            images = pairs.images(ids)
-            u = draws.uniform(seed, "auto-augment", ids, N_DRAWS, view=1)
-            strips[name] = images.numpy()
-            strips[f"{name}, augmented"] = auto_augment(images, draw_auto_augment(u)).numpy()
+            (sources,) = map(pairs.each, pairs.sources([ids]))
+            views = draw_views(policies, pairs.size, ids, np.array([s.shape[:2] for s in sources]), seed=seed, epoch=0)
+            for place, (policy, view) in enumerate(zip(policies, views, strict=True)):
+                pixels = render(sources, view, pairs.size, torch.uint8)
+                strips[f"{name}, view {place + 1}: {policy}"] = pixels.numpy()
     return contact_sheet(strips)
 
 
