@@ -18,6 +18,8 @@ Trigger = Literal["badnet", "blended", "yellow"]
 Location = Literal["random", "four_corners"]
 Geometry = Literal["squash", "crop"]
 Preset = Literal["demo", "paper-cc3m", "paper-cc6m"]
+Views = Literal["cleanclip", "randaugment", "slip", "par"]
+Decode = Literal["auto", "dali", "ffcv", "pil"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +166,12 @@ class TrainConfig:
     """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
     device: str = "auto"
     """cuda, cpu, or auto."""
-    views: Literal["cleanclip", "randaugment", "slip", "par"] = "cleanclip"
+    views: Views = "cleanclip"
     """Image views: plain, and with SSL an AutoAugment one; or RandAugment; SLIP's random crops and two SimCLR views; or
     one with PAR's noise and erasing, without SSL on images."""
     eda: Literal["epoch", "frozen"] = "epoch"
     """Second text views: each epoch the next of those in --data, or always the first, as published."""
-    decode: Literal["auto", "dali", "ffcv", "pil"] = "auto"
+    decode: Decode = "auto"
     """What decodes JPEG; auto is dali where it is installed."""
     resident: Literal["auto", "gpu", "ram", "disk", "none"] = "auto"
     """Where decoded images are kept (disk: a file beside --data); auto is gpu where they fill at most half of what is

@@ -159,6 +159,12 @@ class Run:
             )
         return policies
 
+    def text_view(self, epoch: int) -> int | None:
+        """The number of the captions' second view in an epoch; None where a step has none."""
+        if not self.task.objective.augments_texts:
+            return None
+        return epoch % self.pairs.beton.num_text_views if self.config.eda == "epoch" else 0
+
     def _open_evaluation(self):
         """The evaluation set on the main rank, if there is one."""
         config, task = self.config, self.task
@@ -174,7 +180,7 @@ class Run:
         """--out, or the first free runs/NAME; with config.json, env.json, plan.json, samples.png."""
         config, task = self.config, self.task
         folder = config.out or free_folder(Path("runs") / task.name)
-        samples = sheet.samples(self.pairs, task.rows, self.policies, config.seed)
+        samples = sheet.samples(self.pairs, task.rows, self.policies, seed=config.seed)
         self.world.barrier()  # every rank has looked before one makes it
         if self.world.main:
             folder.mkdir(parents=True)
@@ -221,13 +227,10 @@ class Run:
 
     def batches(self, epoch: int, offset: int) -> Iterator[Batch]:
         """This rank's batches of an epoch, from its step `offset` on."""
-        text_view = None
-        if self.task.objective.augments_texts:
-            text_view = epoch % self.pairs.beton.num_text_views if self.config.eda == "epoch" else 0
         narrow = self.precision == "bf16" and self.world.device.type == "cuda"
         return batches(
             self.pairs, self.task.rows, self.config.batch_size, seed=self.config.seed, policies=self.policies,
-            text_view=text_view, world=self.world, epoch=epoch, start=offset,
+            text_view=self.text_view(epoch), world=self.world, epoch=epoch, start=offset,
             dtype=torch.bfloat16 if narrow else torch.float32,
         )  # fmt: skip
 

@@ -125,7 +125,8 @@ def _decode() -> Finding:
 
 
 def _augment() -> Finding:
-    return f"PyTorch on {_device()}", "the images move as uint8; the second views are made in the step"
+    way = "Triton" if _device() == "cuda" else "PyTorch"
+    return f"{way} on {_device()}", "views are made from decoded images while the step before runs"
 
 
 def _losses() -> Finding:

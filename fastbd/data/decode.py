@@ -88,7 +88,8 @@ class Decoder:
 
         self.name, self.threads, self.device, self.hw_decoder_load = name, threads, device, hw_decoder_load
         self.decoded = 0
-        self._dali: dict[str, _Dali] = {}
+        self._dali: dict[str, _Dali] = {}  # by device
+        self._said = False
         # A task works alone on its image. The number is each thread's own, once this thread has asked for its.
         torch.get_num_threads()
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -129,7 +130,9 @@ class Decoder:
             try:
                 images = dali.next()
             except RuntimeError:  # its message names the first bad image only, and DALI goes on with the next batch
-                console.print(f"DALI could not decode a batch of {beton.path}: Pillow does, image by image.")
+                if not self._said:
+                    console.print(f"DALI cannot decode some images of {beton.path}: Pillow tries, a batch at a time.")
+                self._said = True
                 images = [one(int(i)) for i in ids]
             yield images
         dali.end()  # a stream that is left before leaves its pipeline in the middle, to be thrown away

@@ -45,8 +45,9 @@ class Resident:
         places = self.place[ids]
         if (places < 0).any():
             raise IndexError("a row that is not kept")
-        if not self.pixels.is_cuda:
-            return [self._image(int(place)) for place in places]
+        return self._ragged(places) if self.pixels.is_cuda else [self._image(int(place)) for place in places]
+
+    def _ragged(self, places: np.ndarray) -> Ragged:
         sizes = self.sizes[places]
         addresses = self.pixels.data_ptr() + self._ends[places] - _bytes(sizes)
         for k, place in enumerate(places.tolist()):
@@ -124,7 +125,7 @@ def _memory(where: str, need: int, device: torch.device) -> Tensor:
         return torch.empty(need, dtype=torch.uint8, device=device)
     pixels = torch.empty(need, dtype=torch.uint8)
     if device.type == "cuda":  # locked in place; pin_memory() would round up to a power of two
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(pixels.data_ptr(), need, 0)))
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pixels.data_ptr(), need, 0))
     return pixels
 
 

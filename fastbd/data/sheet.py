@@ -14,7 +14,7 @@ from fastbd.kernels.augment import render
 COLUMNS = 8
 
 
-def samples(pairs: Pairs, rows: np.ndarray, policies: Sequence[str], seed: int) -> Image.Image:
+def samples(pairs: Pairs, rows: np.ndarray, policies: Sequence[str], *, seed: int) -> Image.Image:
     """Views, by each of the policies, of some training images of `rows`; with a plan, of poisoned ones too.
 
     As pixels: without noise and what is erased after normalisation.

@@ -17,7 +17,7 @@ from fastbd.data.loader import RECIPES, Pairs, _ahead, batches
 from fastbd.data.tokenizer import tokenize
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.kernels.augment import render
+from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.constants import CLIP_MEAN, CLIP_STD
 from fastbd.kernels.policies import POLICIES, auto_augment
 from fastbd.kernels.views import plain
@@ -168,6 +168,17 @@ def test_triggers_come_before_every_augmentation_and_clean_images_are_augmented_
             assert torch.equal(batch.views[1][k], render([source], view, SIZE)[0])
             changed += not torch.equal(batch.views[0][k], batch.views[1][k])
     assert changed > ROWS // 2
+
+
+def test_triggers_on_decoded_images_of_a_gpu_are_those_of_the_host(beton):
+    """The kernels, in their interpreter, on images at addresses in main memory."""
+    pytest.importorskip("triton")
+    pairs, ids = pairs_of(beton, plan_for(beton)), np.array([7, 3, 2])
+    whole = [torch.from_numpy(np.array(stored(beton, row))) for row in ids]
+    images = pairs._with_triggers(ids, Ragged.of(whole))
+    assert images.sizes.tolist() == [[SIZE, SIZE], [16, 20], [SIZE, SIZE]]
+    expected = pairs.images(ids)
+    assert torch.equal(render(images, plain(images.sizes, SIZE), SIZE, torch.uint8), expected)
 
 
 def test_slip_has_three_different_views(beton):

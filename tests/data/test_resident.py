@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 
@@ -69,6 +70,23 @@ def test_epochs_decode_nothing_and_are_those_of_streaming(beton, policies, where
     assert kept.resident.pixels.numel() == 3 * sum(sizes)
     with pytest.raises(IndexError):
         kept.images(np.array([2, 4]))
+
+
+def test_addresses_are_those_of_the_images(beton):
+    """As a GPU reads them; here in main memory."""
+    data = bytearray(beton.path.read_bytes())
+    start = bytes(data).index(beton.jpeg(4).tobytes())
+    data[start : start + 200] = bytes(200)
+    beton.path.write_bytes(data)
+    pairs, rows = pairs_of(Beton(beton.path), max_bad=1), np.arange(1, ROWS)
+    resident.keep(pairs, rows, "ram", base=False, device=CPU, quiet=True)
+    places = np.array([3, 0, 7, 1, 4])
+    ragged = pairs.resident._ragged(places)
+    for address, (height, width), image in zip(
+        ragged.addresses, ragged.sizes, pairs.resident.images(rows[places]), strict=True
+    ):
+        there = np.ctypeslib.as_array((ctypes.c_uint8 * (height * width * 3)).from_address(int(address)))
+        assert np.array_equal(there.reshape(height, width, 3), image)
 
 
 def test_what_a_step_does_to_its_batch_does_not_reach_what_is_kept(beton):
@@ -145,6 +163,16 @@ def test_auto_keeps_what_fills_a_quarter_of_the_free_memory(beton, monkeypatch, 
     said = resident.keep(pairs, np.arange(ROWS), "auto", base=True, device=CPU, quiet=True)
     assert (pairs.resident is not None) == kept
     assert said.startswith("images are decoded once, --resident ram" if kept else "images are decoded in each epoch")
+
+
+def test_auto_prefers_a_gpu_half_of_which_is_enough(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    monkeypatch.setattr(resident, "free_memory", lambda: 2100)
+    gpu = torch.device("cuda")
+    assert [resident._choose("auto", need, gpu)[0] for need in (500, 501, 525, 526)] == ["gpu", "ram", "ram", "none"]
+    assert resident._choose("gpu", 1000, gpu)[0] == "gpu"
+    with pytest.raises(UserError, match="--resident gpu needs"):
+        resident._choose("gpu", 1001, gpu)
 
 
 def test_free_memory_is_the_machines_or_what_the_container_may_still_take(tmp_path):
