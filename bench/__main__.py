@@ -24,7 +24,7 @@ from bench.limits import Limits, measure_limits
 from bench.run import Outcome, reason, run
 
 # name -> module with cases(device, quick); imported when asked for, so that a missing package skips one bench only
-BENCHES = {"loss": "bench.loss", "text_tower": "bench.text_tower", "two_views": "bench.two_views"}
+BENCHES = {"loss": "bench.loss", "text_tower": "bench.text_tower", "augment": "bench.augment"}
 SECONDS_A_CASE = {True: 1.0, False: 4.0}  # of timing, by --quick
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.case import Case, Output, Provider
-from bench.two_views import demo_pictures
+from bench.pictures import demo_pictures
 from fastbd.data.tokenizer import longest, tokenize
 from fastbd.models import create
 

@@ -30,8 +30,12 @@ class Ragged:
     """What keeps the memory."""
 
     @classmethod
-    def of(cls, images: Sequence[Tensor]) -> Ragged:
-        """Of tensors on one device; those that are not contiguous are copied."""
+    def of(cls, images: Sequence[Tensor] | Tensor) -> Ragged:
+        """Of tensors on one device, or of one [B, H, W, 3]; what is not contiguous is copied."""
+        if isinstance(images, Tensor):
+            images = images.contiguous()
+            addresses = images.data_ptr() + images.stride(0) * np.arange(len(images))
+            return cls(addresses, np.tile(np.int32(images.shape[1:3]), (len(images), 1)), images.device, images)
         images = [image.contiguous() for image in images]
         addresses = np.array([image.data_ptr() for image in images], np.int64)
         sizes = np.array([image.shape[:2] for image in images], np.int32).reshape(-1, 2)
@@ -50,7 +54,7 @@ def render(images: Sequence[Tensor] | Ragged, view: View, size: int, dtype: torc
     if len(images) != len(view.params):
         raise ValueError(f"{len(images)} images, but parameters for {len(view.params)}")
     if not isinstance(images, Ragged):
-        if not images or not images[0].is_cuda:
+        if not len(images) or not images[0].is_cuda:
             return augment_reference.render(images, view, size, dtype)
         images = Ragged.of(images)
     from fastbd.kernels import augment_triton

@@ -18,10 +18,10 @@ def table(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @cache
-def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
-    """float32 [3] each: (scale, shift) by which a level of 0..255 becomes CLIP's normalised value."""
+def normalisation(device: torch.device) -> Tensor:
+    """float32 [2, 3]: scale and shift by which a level of 0..255 becomes CLIP's normalised value."""
     mean, std = torch.tensor([CLIP_MEAN, CLIP_STD])
-    return (1 / (255 * std)).to(device), (-mean / std).to(device)
+    return torch.stack([1 / (255 * std), -mean / std]).to(device)
 
 
 @cache

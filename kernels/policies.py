@@ -244,7 +244,7 @@ def _resized_crop(u: np.ndarray, sizes: np.ndarray, size: int, smallest: float) 
 
 
 def light(u: np.ndarray, sizes: np.ndarray, size: int) -> View:
-    """PAR's light augmentation (Singh et al., arXiv 2412.00727) of the plain view: noise or not, a square erased or not.
+    """PAR's light augmentation (Singh et al., 2024) of the plain view: noise or not, one erased square or none.
 
     The noise is normal with standard deviation 0.2 of the range and its negative half cut off; the square has 0.5 to
     1 % of the area. Draws: whether noise, the two words of its key; whether to erase, area, place.

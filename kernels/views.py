@@ -78,7 +78,7 @@ def operation(code: int, *args: int | float) -> np.ndarray:
 
 
 def blur_args(sigma: np.ndarray) -> np.ndarray:
-    """int32 [B, 3], arguments of BLUR for standard deviations in px, as Pillow's GaussianBlur works them out in float32.
+    """int32 [B, 3], arguments of BLUR for standard deviations in px, in float32 as Pillow's GaussianBlur has them.
 
     Three box blurs of fractional radius (Gwosdek et al., 2011, equations 7, 11 and 14).
     """

@@ -165,7 +165,7 @@ MACHINE = {
     "DALI": _package(
         "nvidia.dali", "nvidia-dali-cuda130", "decodes JPEG", "pip install nvidia-dali-cuda130 decodes JPEG faster"
     ),
-    "FFCV": _package("ffcv", "ffcv", "reads our .beton files too", "not needed: fastbd reads and writes .beton itself"),
+    "FFCV": _package("ffcv", "ffcv", "decodes JPEG with --decode ffcv", "not needed; `make ffcv` adds it"),
     "tokenizer": _package(
         "instant_clip_tokenizer", "instant-clip-tokenizer", "tokenises captions", "pip install instant-clip-tokenizer"
     ),

@@ -23,16 +23,18 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastbd.kernels import augment_triton as augment
 from fastbd.kernels import contrastive_small as small
 from fastbd.kernels import contrastive_tile as tile
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 COLUMNS = ["kernel", "case", "arch", "registers", "shared", "spills", "hgmma", "hmma", "f64"]
 INTS = {"M", "N", "D", "L", "NP", "offset", "m0", "rows", "pm0", "all_blocks_m", "blocks_m", "blocks_n", "parts",
-        "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch"}  # fmt: skip
-TABLES = {"TERMS", "DIRECTIONS"}
+        "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch", "size"}  # fmt: skip
+POINTERS = {"i32": {"TERMS", "DIRECTIONS", "widths", "params", "weights", "first", "shape", "means", "histograms"},
+            "i64": {"addresses", "jobs"}, "u8": {"tables"}}  # fmt: skip
 ALIGNED = {"D", "NP", "pitch"}  # multiples of 16, as Triton sees them when they are launched
-EMBEDDINGS = re.compile(r"^[QKXG]\d?$")
+KIND = re.compile(r"^([QKXG]\d?|out)$")  # pointers to what the case is named after
 
 
 def tiles(shape: tile.Tile, dim: int, ip: str, stored: bool = False, sigmoid: bool = False, **more) -> dict:
@@ -41,7 +43,25 @@ def tiles(shape: tile.Tile, dim: int, ip: str, stored: bool = False, sigmoid: bo
 
 
 def cases(arch: int):
-    """(kernel, name of the case, type of the embeddings, compile-time arguments and options), as they are launched."""
+    """(kernel, name of the case, type of its main pointers, compile-time arguments, options), as they are launched."""
+    yield from contrastive_cases(arch)
+    yield from augment_cases()
+
+
+def augment_cases():
+    exact = dict(enable_fp_fusion=False)
+    block = dict(BLOCK=augment.BLOCK)
+    for name, cubic in (("cubic", True), ("linear", False)):
+        yield augment.weights_kernel, name, "fp32", dict(CUBIC=cubic, K=8, BO=64), exact
+    for kind in ("bf16", "fp32", "u8"):
+        yield augment.resample_kernel, kind, kind, dict(K=8, NORMALISE=kind != "u8", **block), exact
+    yield augment.operate_kernel, "", "u8", block, exact
+    yield augment.statistics_kernel, "", "u8", dict(BLOCK=4 * augment.BLOCK), {}
+    for name, across in (("rows", True), ("columns", False)):
+        yield augment.blur_kernel, name, "u8", dict(ACROSS=across, **block), {}
+
+
+def contrastive_cases(arch: int):
     sizes = tile.HOPPER if arch >= 90 else tile.AMPERE
     bf16, fp32, sigmoid = sizes[torch.bfloat16], sizes[torch.float32], tile.SIGMOID[torch.bfloat16]
     for kind in ("bf16", "fp32"):
@@ -67,26 +87,26 @@ def cases(arch: int):
     yield small.gradients_kernel, "fp32 256", "fp32", dict(BJ=32, **options)
 
 
-def compile_one(kernel, kind: str, arguments: dict, arch: int):
-    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+def compile_one(kernel, kind: str, arguments: dict, options: dict, arch: int):
+    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments} | options
     constants = {name: value for name, value in arguments.items() if name not in options}
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        element = "i32" if name in TABLES else kind if EMBEDDINGS.match(name) else "fp32"
+        element = next((t for t, names in POINTERS.items() if name in names), kind if KIND.match(name) else "fp32")
         signature[name] = "i32" if name in INTS else f"*{element}"
         if name not in INTS or name in ALIGNED:
             attributes[(place,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options | {"enable_fp_fusion": True})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True} | options)
 
 
 def row(case, arch: int) -> dict:
-    kernel, name, kind, arguments = case
-    compiled = compile_one(kernel, kind, arguments, arch)
+    kernel, name, kind, arguments, *options = case
+    compiled = compile_one(kernel, kind, arguments, options[0] if options else {}, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
