@@ -277,6 +277,17 @@ def test_the_next_whole_image_stands_in_for_a_damaged_one(damaged, beton, backen
     assert "image 11 of" in said and "the image of row 0 stands in" in said
 
 
+@pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
+def test_ffcv_decodes_and_what_it_cannot_is_replaced(damaged, beton):
+    """Its pixels are some levels off; another image of noise would be a hundred."""
+    pairs = Pairs(damaged, open_decoder("ffcv", 2, "cpu"), SIZE, max_bad=3)
+    rows = np.random.default_rng(0).permutation(ROWS)
+    images = torch.cat([pairs.squares(sources) for sources in pairs.sources([rows[:5], rows[5:10], rows[10:]])])
+    expected = pairs_of(beton).images(np.array([{4: 5, 7: 8, 11: 0}.get(row, row) for row in rows]))
+    assert (images.int() - expected.int()).abs().float().mean() < 4
+    assert sorted(pairs.bad) == [4, 7, 11] and pairs.decoder.decoded == ROWS
+
+
 def test_substitutes_of_another_size_are_augmented_as_what_they_are(tmp_path):
     """The views are drawn for the size that the file tells, unless the image has another."""
     rng, sizes = np.random.default_rng(0), [(20, 16), (33, 19)]
