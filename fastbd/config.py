@@ -21,6 +21,8 @@ Trigger = Literal[
 Location = Literal["random", "four_corners", "corner", "centre"]
 Geometry = Literal["squash", "crop"]
 Preset = Literal["demo", "paper-cc3m", "paper-cc6m"]
+Views = Literal["cleanclip", "randaugment", "slip", "par"]
+Decode = Literal["auto", "dali", "ffcv", "pil"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +181,20 @@ class TrainConfig:
     """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
     device: str = "auto"
     """cuda, cpu, or auto."""
-    decode: Literal["auto", "dali", "pil"] = "auto"
+    views: Views = "cleanclip"
+    """Image views: plain, and with SSL an AutoAugment one; or RandAugment; SLIP's random crops and two SimCLR views; or
+    one with PAR's noise and erasing, without SSL on images."""
+    eda: Literal["epoch", "frozen"] = "epoch"
+    """Second text views: each epoch the next of those in --data, or always the first, as published."""
+    decode: Decode = "auto"
     """What decodes JPEG; auto is dali where it is installed."""
-    resident: Literal["auto", "ram", "none"] = "auto"
-    """Keep decoded images in memory; auto does where they fill at most a quarter of it."""
+    resident: Literal["auto", "gpu", "ram", "disk", "none"] = "auto"
+    """Where decoded images are kept (disk: a file beside --data); auto is gpu where they fill at most half of what is
+    free, else ram, at most a quarter, else none."""
+    max_bad: float = 0.001
+    """Share of the images that may turn out damaged: each is named and replaced, one more stops the run."""
     workers: int = 0
-    """Decoding threads; 0 means one for each CPU core."""
+    """Decoding threads; 0 means one for each CPU core, shared out among the processes."""
     eval_data: Path | None = None
     """Labelled .beton, or pattern, for zero-shot accuracy and ASR [demo's, with --data demo; cleaning: the run's]."""
     classes: str | None = None
@@ -349,8 +359,8 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 
 LEAST = dict(
-    batch_size=1, count=1, epoch=0, epochs=0, eval_every=0, eval_subset=0, log_every=1, max_pixels=1, rows=1, save_every=0, text_views=0,
-    warmup=0, workers=0,
+    batch_size=1, count=1, epoch=0, epochs=0, eval_every=0, eval_subset=0, log_every=1, max_bad=0, max_pixels=1,
+    rows=1, save_every=0, text_views=0, warmup=0, workers=0,
 )  # fmt: skip
 """The smallest value of flags that a negative number, or zero, would make no sense for."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch.distributed as td
 from torch import Tensor
@@ -33,18 +35,27 @@ class Objective:
         return self.ssl_weight > 0 and self.ssl_text
 
     def __call__(
-        self, image: Tensor, text: Tensor, image_aug: Tensor | None, text_aug: Tensor | None, log_scale: Tensor,
-        group: td.ProcessGroup | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Raw embeddings [B, D] of this process (the augmented ones None without SSL) -> (loss, parts), all scalars.
+        self, images: Sequence[Tensor], texts: Sequence[Tensor], log_scale: Tensor, group: td.ProcessGroup | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Raw embeddings [B, D] of this process, of each view -> (loss, parts), all scalars.
 
-        With a group, the batch is that of all its processes.
+        MMCL compares the first views. SSL compares the second with the first; of three images the third with the
+        second, as SLIP does (Mu et al., arXiv 2112.12750). With a group, the batch is that of all its processes.
         """
-        return contrastive_loss(
-            image, text, image_aug if self.augments_images else None, text_aug if self.augments_texts else None,
-            log_scale=log_scale, mmcl_weight=self.mmcl_weight, ssl_weight=self.ssl_weight,
-            ssl_symmetric=self.ssl_symmetric, gather=self.gather, group=group,
-        )  # fmt: skip
+        image, text = images[0], texts[0]
+        image_aug = images[-1] if self.augments_images else None
+        text_aug = texts[-1] if self.augments_texts else None
+        loss_of = partial(
+            contrastive_loss, log_scale=log_scale, ssl_symmetric=self.ssl_symmetric, gather=self.gather, group=group
+        )
+        if image_aug is None or len(images) == 2:
+            return loss_of(image, text, image_aug, text_aug, mmcl_weight=self.mmcl_weight, ssl_weight=self.ssl_weight)
+        weight = self.ssl_weight / (1 + self.augments_texts)
+        loss, parts = loss_of(images[1], text, image_aug, mmcl_weight=0, ssl_weight=weight)
+        if self.mmcl_weight or self.augments_texts:
+            rest, others = loss_of(image, text, None, text_aug, mmcl_weight=self.mmcl_weight, ssl_weight=weight)
+            loss, parts = loss + rest, others | parts
+        return loss, parts
 
 
 # name -> (uses MMCL, uses SSL)

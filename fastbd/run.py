@@ -14,9 +14,9 @@ from rich.table import Table
 
 from fastbd import __version__, checkpoint, dist, log
 from fastbd.config import CleanConfig, PretrainConfig, portable, to_dict
-from fastbd.data import eda, sheet
+from fastbd.data import eda, resident, sheet
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import Batch, Pairs, batches
+from fastbd.data.loader import RECIPES, Batch, Pairs, batches
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
@@ -123,18 +123,47 @@ class Run:
         self.folder = config.resume or self._make_folder()
 
     def _open_pairs(self) -> Pairs:
-        """The training pairs, decoded into memory where --resident says so or they fit."""
+        """The training pairs, decoded to where --resident says."""
         config, task = self.config, self.task
         beton = open_beton(task.data)
         if task.objective.augments_texts and beton.num_text_views == 0:
             raise UserError(
                 f"{task.data} holds no second text views: build it with --text-views 1, or train with --no-ssl-text."
             )
+        if config.max_bad > 1:
+            raise UserError(f"--max-bad {config.max_bad} is no share: give 0 to 1.")
         decoder = open_decoder(config.decode, config.workers, str(self.world.device))
-        pairs = Pairs(beton, decoder, task.model.image_size, task.plan if task.poisoned else None)
-        if config.resident == "ram" or (config.resident == "auto" and pairs.fits_in_memory(len(task.rows))):
-            pairs.keep_in_memory(task.rows, quiet=not self.world.main)
+        plan = task.plan if task.poisoned else None
+        pairs = Pairs(beton, decoder, task.model.image_size, plan, int(config.max_bad * len(task.rows)))
+        if not self.world.main and config.resident == "disk":
+            self.world.barrier()  # the others read the file that the main rank has made
+        base = set(self.policies) <= {"plain", "light"}  # which begin with the base view
+        line = resident.keep(
+            pairs, task.rows, config.resident, base=base, device=self.world.device, quiet=not self.world.main
+        )
+        if self.world.main and config.resident == "disk":
+            self.world.barrier()
+        self._say(line)
         return pairs
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Those that draw the image views of a step."""
+        policies = RECIPES[self.config.views]
+        if not self.task.objective.augments_images:
+            return policies[:1]
+        if len(policies) == 1:
+            raise UserError(
+                f"--views {self.config.views} has no second view for the self-supervised loss: "
+                "give other --views, or --no-ssl-image."
+            )
+        return policies
+
+    def text_view(self, epoch: int) -> int | None:
+        """The number of the captions' second view in an epoch; None where a step has none."""
+        if not self.task.objective.augments_texts:
+            return None
+        return epoch % self.pairs.beton.num_text_views if self.config.eda == "epoch" else 0
 
     def _open_evaluation(self):
         """The evaluation set on the main rank, if there is one."""
@@ -151,7 +180,7 @@ class Run:
         """--out, or the first free runs/NAME; with config.json, env.json, plan.json, samples.png."""
         config, task = self.config, self.task
         folder = config.out or free_folder(Path("runs") / task.name)
-        samples = sheet.samples(self.pairs, task.rows, config.seed)
+        samples = sheet.samples(self.pairs, task.rows, self.policies, seed=config.seed, text_view=self.text_view(0))
         self.world.barrier()  # every rank has looked before one makes it
         if self.world.main:
             folder.mkdir(parents=True)
@@ -198,10 +227,11 @@ class Run:
 
     def batches(self, epoch: int, offset: int) -> Iterator[Batch]:
         """This rank's batches of an epoch, from its step `offset` on."""
+        narrow = self.precision == "bf16" and self.world.device.type == "cuda"
         return batches(
-            self.pairs, self.task.rows, self.config.batch_size, seed=self.config.seed,
-            second_images=self.task.objective.augments_images, second_texts=self.task.objective.augments_texts,
-            world=self.world, epoch=epoch, start=offset,
+            self.pairs, self.task.rows, self.config.batch_size, seed=self.config.seed, policies=self.policies,
+            text_view=self.text_view(epoch), world=self.world, epoch=epoch, start=offset,
+            dtype=torch.bfloat16 if narrow else torch.float32,
         )  # fmt: skip
 
     def measure(self, step: int) -> None:
@@ -236,7 +266,7 @@ class Run:
     def record(self, row: dict) -> None:
         """Add a line to log.jsonl."""
         if self.world.main:
-            log.append(self.folder / "log.jsonl", row)
+            log.append(self.folder / "log.jsonl", {**row, "bad_images": len(self.pairs.bad)})
 
     def _say(self, line: str) -> None:
         if self.world.main:

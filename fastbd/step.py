@@ -1,4 +1,4 @@
-"""One training step on one screen: views, forward, loss, backward, schedule, update, clamp."""
+"""One training step on one screen: forward, loss, backward, schedule, update, clamp."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastbd.data.loader import Batch
 from fastbd.dist import World
-from fastbd.kernels.augment import auto_augment, normalise
 from fastbd.objectives import Objective
 from fastbd.optim import clamp_log_scale
 from fastbd.precision import autocast
@@ -34,17 +33,12 @@ def make_step(
         towers = DistributedDataParallel(model, find_unused_parameters=one_tower)
 
     def step(batch: Batch, at: int) -> dict[str, Tensor]:
-        images, tokens = batch.images.to(world.device, non_blocking=True), batch.tokens
-        # Both views in one forward, so batch norm sees them together, as published.
-        if batch.augment is not None:
-            images = torch.cat([images, auto_augment(images, batch.augment)])
-        if batch.tokens_aug is not None:
-            tokens = torch.cat([tokens, batch.tokens_aug])
+        texts = batch.tokens if batch.tokens_aug is None else torch.cat([batch.tokens, batch.tokens_aug])
         with autocast(precision, world.device):
-            image, text, log_scale = towers(normalise(images), tokens.to(world.device, non_blocking=True))
-        image, image_aug = (*image.split(len(batch.ids)), None)[:2]
-        text, text_aug = (*text.split(len(batch.ids)), None)[:2]
-        loss, parts = objective(image, text, image_aug, text_aug, log_scale, world.group)
+            # All views in one forward, so batch norm sees them together, as published.
+            image, text, log_scale = towers(torch.cat(batch.views), texts)
+        images, texts = image.split(len(batch.ids)), text.split(len(batch.ids))
+        loss, parts = objective(images, texts, log_scale, world.group)
 
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -117,6 +117,19 @@ def test_text_views_that_are_missing(refused):
     assert "val.beton holds no second text views: build it with --text-views 1, or train with --no-ssl-text" in said
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--views", "par", "--objective", "mmcl_ssl"), "--views par has no second view for the self-supervised loss"),
+        (("--max-bad", 1.5), "--max-bad 1.5 is no share: give 0 to 1"),
+        (("--max-bad", -0.1), "--max-bad -0.1 is too small: give at least 0"),
+        (("--resident", "gpu"), "--resident gpu, but the run is on the CPU: give --resident ram or auto"),
+    ],
+)
+def test_flags_of_the_data_that_cannot_be(refused, flags, message):
+    assert message in refused(*TRAIN, *flags)
+
+
 def test_a_gpu_that_is_not_there(refused, monkeypatch):
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
     said = refused(*TRAIN, "--device", "cuda")

@@ -119,7 +119,7 @@ def test_without_a_truth_the_first_provider_is_it():
     assert len(run(slow, LIMITS, seconds=0).rows) == 1  # float64 would take 1000 s here
 
 
-@pytest.mark.parametrize("name", ["text_tower", "two_views"])
+@pytest.mark.parametrize("name", ["text_tower", "augment", "data"])
 def test_the_ways_of_a_bench_do_the_same(name):
     (case,) = import_module(f"bench.{name}").cases("cpu", quick=True)
     outcome = Outcome()
@@ -239,7 +239,7 @@ def test_an_unknown_name_is_answered_with_the_names_there_are(capsys):
 
     assert main(["loss", "los"]) == 2
     captured = capsys.readouterr()
-    assert captured.err == "error: no bench los; there are loss, text_tower, two_views.\n" and not captured.out
+    assert captured.err == "error: no bench los; there are loss, text_tower, augment, data.\n" and not captured.out
 
 
 def test_gpu_check_says_that_there_is_no_gpu(tmp_path):

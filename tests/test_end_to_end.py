@@ -106,9 +106,11 @@ def test_two_processes_train_like_one(study, fastbd):
         "--eps",
         0.01,
     )
-    fastbd(*arguments, "--out", "runs/one", cwd=study)
+    fastbd(*arguments, "--resident", "none", "--out", "runs/one", cwd=study)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    fastbd(*arguments, "--out", "runs/two", cwd=study, launcher=launcher)
+    # One process decodes in each epoch, of two the second reads what the first has left on the disk.
+    fastbd(*arguments, "--resident", "disk", "--out", "runs/two", cwd=study, launcher=launcher)
+    assert [path.name for path in study.glob("*.pixels*")] == ["train.whole.pixels"]
     one, two = weights(study / "runs/one"), weights(study / "runs/two")
     start = create("tiny-vit", 0).state_dict()
     assert max(float((one[k] - start[k]).abs().max()) for k in one) > 1e-2
@@ -116,6 +118,18 @@ def test_two_processes_train_like_one(study, fastbd):
     assert [r["loss"] for r in rows(study / "runs/one/log.jsonl")] == pytest.approx(
         [r["loss"] for r in rows(study / "runs/two/log.jsonl")], rel=1e-4
     )
+
+
+def test_slips_views_kept_or_decoded_and_text_views_that_change_with_the_epoch(study, fastbd):
+    fastbd("build", "--source", "train.csv", "--out", "texts.beton", "--text-views", 2, cwd=study)
+    arguments = ("pretrain", "--data", "texts.beton", *SMALL[4:], "--objective", "mmcl_ssl", "--views", "slip",
+                 "--epochs", 2, "--eval-every", 0, "--log-every", 1)  # fmt: skip
+    fastbd(*arguments, "--resident", "none", "--out", "runs/slip", cwd=study)
+    fastbd(*arguments, "--resident", "ram", "--eda", "frozen", "--out", "runs/frozen", cwd=study)
+    changing, frozen = (rows(study / "runs" / name / "log.jsonl") for name in ("slip", "frozen"))
+    assert {"mmcl", "ssl_image", "ssl_text"} <= set(changing[0]) and changing[0]["bad_images"] == 0
+    assert [row["loss"] for row in changing[:10]] == [row["loss"] for row in frozen[:10]]
+    assert changing[10]["mmcl"] == frozen[10]["mmcl"] and changing[10]["ssl_text"] != frozen[10]["ssl_text"]
 
 
 def test_finetuning_keeps_the_optimizer_when_asked(study, fastbd):

@@ -43,8 +43,8 @@ class Diary:
         return {"loss": torch.tensor(at / 2), "scale": torch.tensor(1.0)}
 
     def batches(self, epoch, offset):
-        images, tokens = torch.zeros(3, 2, 2, 3, dtype=torch.uint8), torch.zeros(3, 4, dtype=torch.int64)
-        return [Batch(np.full(3, 10 * epoch + i), images, tokens) for i in range(offset, 4)]
+        views, tokens = (torch.zeros(3, 3, 2, 2),), torch.zeros(3, 4, dtype=torch.int64)
+        return [Batch(np.full(3, 10 * epoch + i), views, tokens) for i in range(offset, 4)]
 
     def train(self, start=0, evaluate_at=(8,), save_at=(4, 8), log_every=3):
         table = Timetable(4, 8, evaluate_at, save_at, log_every)

@@ -29,7 +29,7 @@ def direct_cross_entropy(rows, columns, scale):
 def test_mmcl_ssl_is_the_formula_of_the_paper():
     image, text, image_aug, text_aug = (embeddings(5, 7, seed=k) for k in range(4))
     log_scale = torch.tensor(1.3)
-    loss, parts = Objective(mmcl_weight=0.5, ssl_weight=2.0)(image, text, image_aug, text_aug, log_scale)
+    loss, parts = Objective(mmcl_weight=0.5, ssl_weight=2.0)((image, image_aug), (text, text_aug), log_scale)
     s = math.exp(1.3)
     mmcl = (direct_cross_entropy(image, text, s) + direct_cross_entropy(text, image, s)) / 2
     ssl_image, ssl_text = direct_cross_entropy(image, image_aug, s), direct_cross_entropy(text, text_aug, s)
@@ -45,23 +45,37 @@ def test_ssl_is_one_directional_as_published_and_symmetric_on_request():
     s = math.exp(0.7)
     forward, backward = direct_cross_entropy(image, aug, s), direct_cross_entropy(aug, image, s)
     assert abs(forward - backward) > 1e-3
-    one_way = Objective(0.0, 1.0, ssl_text=False)(image, image, aug, None, log_scale)[0]
-    both_ways = Objective(0.0, 1.0, ssl_text=False, ssl_symmetric=True)(image, image, aug, None, log_scale)[0]
+    one_way = Objective(0.0, 1.0, ssl_text=False)((image, aug), (image,), log_scale)[0]
+    both_ways = Objective(0.0, 1.0, ssl_text=False, ssl_symmetric=True)((image, aug), (image,), log_scale)[0]
     assert one_way.item() == pytest.approx(forward, rel=1e-5)
     assert both_ways.item() == pytest.approx((forward + backward) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("ssl_text", [True, False])
+@pytest.mark.parametrize("mmcl_weight", [0.5, 0.0])
+def test_with_three_images_ssl_compares_the_last_two(mmcl_weight, ssl_text):
+    base, first, second, text, text_aug = (embeddings(5, 7, seed=k) for k in range(5))
+    objective = Objective(mmcl_weight=mmcl_weight, ssl_weight=2.0, ssl_text=ssl_text)
+    loss, parts = objective((base, first, second), (text, text_aug), torch.tensor(1.3))
+    s = math.exp(1.3)
+    mmcl = (direct_cross_entropy(base, text, s) + direct_cross_entropy(text, base, s)) / 2
+    halves = [direct_cross_entropy(first, second, s)] + [direct_cross_entropy(text, text_aug, s)] * ssl_text
+    assert float(parts["ssl_image"]) == pytest.approx(halves[0], rel=1e-5)
+    assert set(parts) == {"ssl_image"} | ({"mmcl"} if mmcl_weight else set()) | ({"ssl_text"} if ssl_text else set())
+    assert loss.item() == pytest.approx(mmcl_weight * mmcl + 2.0 * sum(halves) / len(halves), rel=1e-5)
 
 
 def test_aligned_pairs_lose_what_theory_says():
     """n orthonormal pairs at scale s: log(1 + (n - 1) exp(-s))."""
     n, s = 8, 5.0
-    loss, _ = Objective()(torch.eye(n) * 3, torch.eye(n) * 0.2, None, None, torch.tensor(math.log(s)))
+    loss, _ = Objective()((torch.eye(n) * 3,), (torch.eye(n) * 0.2,), torch.tensor(math.log(s)))
     assert loss.item() == pytest.approx(math.log(1 + (n - 1) * math.exp(-s)), rel=1e-5)
 
 
 def test_gradient_reaches_temperature_and_every_view():
     views = [embeddings(4, 6, seed=k) for k in range(4)]
     log_scale = torch.tensor(1.0, requires_grad=True)
-    Objective(1.0, 1.0)(*views, log_scale)[0].backward()
+    Objective(1.0, 1.0)(views[::2], views[1::2], log_scale)[0].backward()
     assert all(v.grad.abs().sum() > 0 for v in views) and log_scale.grad.abs() > 0
 
 
@@ -93,7 +107,7 @@ def train(objective, steps=20, rows=32):
     for _ in range(steps):
         image, text = torch.randn(rows, 16), torch.randn(rows, 16)
         views = [towers["i"](image), towers["t"](text), towers["i"](image + 0.1), towers["t"](text - 0.1)]
-        loss = objective(*views, log_scale)[0]
+        loss = objective(views[::2], views[1::2], log_scale)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -104,8 +118,8 @@ def train(objective, steps=20, rows=32):
 def test_twenty_steps_are_those_of_the_formula():
     """Losses to 1e-4 after twenty steps of Adam, which magnifies rounding."""
 
-    def formula(image, text, image_aug, text_aug, log_scale):
-        i, t, ia, ta = (F.normalize(x, dim=-1) for x in (image, text, image_aug, text_aug))
+    def formula(images, texts, log_scale):
+        i, ia, t, ta = (F.normalize(x, dim=-1) for x in (*images, *texts))
         target, s = torch.arange(len(i)), log_scale.exp()
         pairs = [(i, t), (t, i), (i, ia), (t, ta)]
         return sum(F.cross_entropy(s * a @ b.T, target) for a, b in pairs) / 2, {}

@@ -237,7 +237,7 @@ def _pack_chunk(items: Sequence[Item], *, templates: list[str], config: BuildCon
     for i, item in enumerate(items):
         try:
             if not captions[i]:
-                raise BadImage(0, "empty caption")
+                raise BadImage("empty caption")
             jpeg, width, height = to_jpeg(_read(item), config.store, config.max_pixels)
             rows.append(Row(jpeg, width, height, captions[i], tokens[i], text_views[i]))
         except BadImage as error:
@@ -248,14 +248,14 @@ def _pack_chunk(items: Sequence[Item], *, templates: list[str], config: BuildCon
 def _read(item: Item) -> bytes:
     try:
         if not os.path.isfile(item.file):  # a pipe or a device could hold a worker for ever
-            raise BadImage(0, "not a file" if os.path.exists(item.file) else "missing file")
+            raise BadImage("not a file" if os.path.exists(item.file) else "missing file")
         with open(item.file, "rb") as file:
             file.seek(item.offset)
             data = file.read(-1 if item.size is None else item.size)
     except (OSError, ValueError) as error:
-        raise BadImage(0, f"unreadable file: {error}") from None
+        raise BadImage(f"unreadable file: {error}") from None
     if not data:
-        raise BadImage(0, "empty file")
+        raise BadImage("empty file")
     return data
 
 

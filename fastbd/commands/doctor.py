@@ -52,11 +52,11 @@ def _cores() -> Finding:
 
 
 def _memory() -> Finding:
-    from fastbd.data.loader import memory
+    from fastbd.data.resident import free_memory
 
-    total = memory()
-    images = total // 4 // (224 * 224 * 3)
-    return f"{total / 2**30:.1f} GiB", f"a quarter of it keeps {images:,} decoded images of 224 px"
+    free = free_memory()
+    images = free // 4 // (224 * 224 * 3)
+    return f"{free / 2**30:.1f} GiB free", f"a quarter of it keeps {images:,} decoded images of 224 px (--resident)"
 
 
 def _driver() -> Finding:
@@ -125,7 +125,8 @@ def _decode() -> Finding:
 
 
 def _augment() -> Finding:
-    return f"PyTorch on {_device()}", "the images move as uint8; the second views are made in the step"
+    way = "Triton" if _device() == "cuda" else "PyTorch"
+    return f"{way} on {_device()}", "views are made from decoded images while the step before runs"
 
 
 def _losses() -> Finding:

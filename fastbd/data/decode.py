@@ -5,19 +5,26 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastbd.errors import UserError
+from fastbd.log import console
+
+if TYPE_CHECKING:  # the packing of data needs no torch
+    from torch import Tensor
+
+    from fastbd.data.beton import Beton
+    from fastbd.kernels.augment import Ragged
 
 # JPEG includes MPO. No format that starts another program, as EPS does.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 QUALITY = 95
-CHUNK = 64  # images decoded at once: bounds the memory that large originals take
+AHEAD = 2  # batches that DALI decodes in advance
 
 _TURNS = {  # EXIF orientation to the transposition that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,35 +39,20 @@ _ORIENTATION = 0x0112
 
 
 class BadImage(Exception):
-    """An image that cannot be used: its index in the batch, and why."""
+    """An image that cannot be used, and why."""
 
-    def __init__(self, index: int, reason: str):
-        super().__init__(f"image {index}: {reason}")
-        self.index, self.reason = index, reason
-
-
-def resize_short(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` px, bicubic; the long side is rounded down, as torchvision's Resize does."""
-    short, long = sorted(image.size)
-    long = int(size * long / short)
-    new = (size, long) if image.width <= image.height else (long, size)
-    return image if new == image.size else image.resize(new, Image.Resampling.BICUBIC)
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
 
 
-def fit(image: Image.Image, size: int, squash: bool) -> Image.Image:
-    """`size` x `size` px: squashed, or short side to `size` and the middle cut out (torchvision's CenterCrop)."""
-    if squash:
-        return image.resize((size, size), Image.Resampling.BICUBIC)
-    image = resize_short(image, size)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _read(index: int, jpeg: np.ndarray) -> Image.Image:
+def read(jpeg: np.ndarray) -> np.ndarray:
+    """An image file, uint8 [bytes], to uint8 [H, W, 3], by Pillow. Raises BadImage."""
     try:
-        return Image.open(io.BytesIO(jpeg), formats=FORMATS).convert("RGB")
+        image = Image.open(io.BytesIO(jpeg), formats=FORMATS)
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except Exception as error:  # PIL raises nearly anything for a damaged file
-        raise BadImage(index, _reason(error)) from None
+        raise BadImage(_reason(error)) from None
 
 
 def _reason(error: Exception) -> str:
@@ -69,87 +61,151 @@ def _reason(error: Exception) -> str:
     return f"damaged image: {str(error) or type(error).__name__}"
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """Decodes and fits batches of JPEG files; one caller at a time.
+class OnDemand(Sequence):
+    """Images that are made when they are asked for, in the thread that asks."""
 
-    decoder(jpegs: uint8 arrays, size, squash: bool [B]) -> uint8 [B, size, size, 3]; raises BadImage for the first
-    image that cannot be decoded. `name` is "dali" or "pil".
+    def __init__(self, count: int, make: Callable[[int], Tensor]):
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, k: int) -> Tensor:
+        if not 0 <= k < self._count:
+            raise IndexError(k)
+        return self._make(k)
+
+
+class Decoder:
+    """Whole images of a .beton's rows, batch after batch: one stream at a time.
+
+    `name` is "dali", "ffcv" or "pil"; DALI decodes on `device`, the others on the CPU. `pool` is for PIL, and for the
+    work that follows decoding. `decoded` counts the images.
     """
 
-    name: str
-    pool: ThreadPoolExecutor
-    read: Callable[[int, Sequence[np.ndarray]], Sequence[Image.Image]]  # (index of the first, a chunk) -> whole images
+    def __init__(self, name: str, threads: int, device: str, hw_decoder_load: float):
+        import torch
 
-    def __call__(self, jpegs: Sequence[np.ndarray], size: int, squash: np.ndarray) -> np.ndarray:
-        out = np.empty((len(jpegs), size, size, 3), np.uint8)
+        self.name, self.threads, self.device, self.hw_decoder_load = name, threads, device, hw_decoder_load
+        self.decoded = 0
+        self._dali: dict[str, _Dali] = {}  # by device
+        self._said = False
+        # A task works alone on its image. The number is each thread's own, once this thread has asked for its.
+        torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
-        def place(index: int, image: Image.Image) -> None:
-            out[index] = np.asarray(fit(image, size, bool(squash[index])))
+    def stream(
+        self, beton: Beton, batches: Sequence[np.ndarray], one: Callable[[int], Tensor], host: bool = True
+    ) -> Iterator[Sequence[Tensor] | Ragged]:
+        """Images uint8 [H, W, 3] of each of the batches (row ids, int64 [B]), in order; valid until the next is taken.
 
-        for first in range(0, len(jpegs), CHUNK):
-            images = self.read(first, jpegs[first : first + CHUNK])
-            list(self.pool.map(place, range(first, first + len(images)), images))
-        return out
+        Tensors in main memory; only DALI on a GPU gives, unless asked for the `host`'s, a Ragged that is filled in the
+        order of the current stream. `one(row)` decodes what this decoder cannot, and for PIL everything.
+        """
+        streams = {"dali": self._stream_dali, "ffcv": self._stream_ffcv, "pil": self._stream_pil}
+        for ids, images in zip(batches, streams[self.name](beton, batches, one, host), strict=True):
+            self.decoded += len(ids)
+            yield images
+
+    def _stream_pil(self, beton, batches, one, host) -> Iterator[Sequence[Tensor]]:
+        for ids in batches:
+            yield OnDemand(len(ids), lambda k, ids=ids: one(int(ids[k])))
+
+    def _stream_ffcv(self, beton, batches, one, host) -> Iterator[Sequence[Tensor]]:
+        import torch
+
+        from fastbd.data.decode_ffcv import open_stream
+
+        for ids, images in zip(batches, open_stream(beton, batches, self.threads), strict=True):
+            # None: FFCV saw damage, and PIL can say what it is
+            yield [one(int(i)) if x is None else torch.from_numpy(x) for i, x in zip(ids, images, strict=True)]
+
+    def _stream_dali(self, beton, batches, one, host) -> Iterator[Sequence[Tensor] | Ragged]:
+        device = "cpu" if host else self.device
+        largest, dali = max(map(len, batches), default=1), self._dali.pop(device, None)
+        if dali is None or dali.batch_size < largest:
+            dali = _Dali(largest, self.threads, device, self.hw_decoder_load)
+        dali.files = ([beton.jpeg(int(i)) for i in ids] for ids in batches)
+        for ids in batches:
+            try:
+                images = dali.next()
+            except RuntimeError:  # its message names the first bad image only, and DALI goes on with the next batch
+                if not self._said:
+                    console.print(f"DALI cannot decode some images of {beton.path}: Pillow tries, a batch at a time.")
+                self._said = True
+                images = [one(int(i)) for i in ids]
+            yield images
+        dali.end()  # a stream that is left before leaves its pipeline in the middle, to be thrown away
+        self._dali[device] = dali
 
 
-def open_decoder(backend: str, threads: int, device: str) -> Decoder:
-    """A decoder by "dali", "pil", or "auto": dali where it is installed. `threads` 0 means one for each CPU core.
+class _Dali:
+    """A pipeline from JPEG files to RGB pixels of their own size. `files` gives the batches, and may be set anew."""
 
-    DALI decodes on the GPU where `device` is cuda; on the CPU its pixels are PIL's. Resizing is PIL's in each case.
+    def __init__(self, batch_size: int, threads: int, device: str, hw_decoder_load: float):
+        from nvidia.dali import fn, pipeline_def, types
+
+        self.batch_size, self.files = batch_size, iter(())
+        self.gpu = device.startswith("cuda")
+        where = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if self.gpu else {"device": "cpu"}
+
+        @pipeline_def(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=int(device.partition(":")[2] or 0) if self.gpu else None,
+            prefetch_queue_depth=AHEAD,
+        )
+        def pipeline():
+            # Not copied: the file stays mapped.
+            jpegs = fn.external_source(source=lambda: next(self.files), dtype=types.UINT8, ndim=1, no_copy=True)
+            # The build has turned the images upright; an orientation that is still recorded is not to be applied again.
+            return fn.decoders.image(jpegs, output_type=types.RGB, adjust_orientation=False, **where)
+
+        self._pipeline = pipeline()
+        self._pipeline.build()
+
+    def next(self) -> Sequence[Tensor] | Ragged:
+        import torch
+
+        if not self.gpu:
+            (images,) = self._pipeline.run()
+            return [torch.from_dlpack(image) for image in images]
+        from fastbd.kernels.augment import Ragged
+
+        stream = torch.cuda.current_stream()
+        (images,) = self._pipeline.run(stream)  # in its order, so that the host need not wait
+        addresses = np.array([image.data_ptr() for image in images], np.int64)
+        sizes = np.array(images.shape(), np.int32).reshape(-1, 3)[:, :2]
+        return Ragged(addresses, sizes, stream.device, images)
+
+    def end(self) -> None:
+        """After the last batch: ready for other files."""
+        try:
+            self._pipeline.run()
+        except StopIteration:
+            self._pipeline.reset()
+
+
+def open_decoder(backend: str, threads: int, device: str, hw_decoder_load: float = 0.65) -> Decoder:
+    """A decoder by "dali", "ffcv", "pil", or "auto": dali where it is installed.
+
+    `threads` 0 means one for each CPU core, shared out among the processes of this machine. `hw_decoder_load` is the
+    share of a GPU's images that its JPEG engines take. On the CPU DALI's pixels are PIL's; those of a GPU and FFCV are
+    some levels off. UserError for a backend that is not installed.
     """
     if backend == "auto":
-        backend = "dali" if _has_dali() else "pil"
-    elif backend == "dali" and not _has_dali():
+        backend = "dali" if _installed("nvidia", "nvidia.dali") else "pil"
+    elif backend == "dali" and not _installed("nvidia", "nvidia.dali"):
         raise UserError("--decode dali needs DALI: pip install nvidia-dali-cuda130, or give --decode pil.")
-    threads = threads or os.cpu_count() or 1
-    pool = ThreadPoolExecutor(threads)
-
-    def read_pil(first: int, jpegs: Sequence[np.ndarray]) -> list[Image.Image]:
-        return list(pool.map(_read, range(first, first + len(jpegs)), jpegs))
-
-    if backend == "pil":
-        return Decoder("pil", pool, read_pil)
-    pipeline = _dali_pipeline(threads, device)
-
-    def read_dali(first: int, jpegs: Sequence[np.ndarray]) -> list[Image.Image]:
-        try:
-            pipeline.feed_input("jpegs", list(jpegs))
-            (pixels,) = pipeline.run()
-        except RuntimeError:  # its message is no index: PIL finds the first bad image, or reads what DALI cannot
-            return read_pil(first, jpegs)
-        pixels = pixels.as_cpu()
-        return [Image.fromarray(np.asarray(pixels[i])) for i in range(len(jpegs))]
-
-    return Decoder("dali", pool, read_dali)
+    elif backend == "ffcv" and not _installed("ffcv"):
+        raise UserError("--decode ffcv needs FFCV: run make ffcv, or give --decode pil.")
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Decoder(backend, threads or max(1, cores), device, hw_decoder_load)
 
 
-def _has_dali() -> bool:
-    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-
-
-def _dali_pipeline(threads: int, device: str):
-    """JPEG files ("jpegs") to RGB pixels of their own size."""
-    from nvidia.dali import fn, pipeline_def, types
-
-    gpu = device.startswith("cuda")
-
-    @pipeline_def(
-        batch_size=CHUNK,
-        num_threads=threads,
-        device_id=int(device.partition(":")[2] or 0) if gpu else None,
-        prefetch_queue_depth=1,
-    )
-    def pipeline():
-        jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
-        # The build has turned the images upright; an orientation that is still recorded is not to be applied again.
-        return fn.decoders.image(
-            jpegs, device="mixed" if gpu else "cpu", output_type=types.RGB, adjust_orientation=False
-        )
-
-    built = pipeline()
-    built.build()
-    return built
+def _installed(*modules: str) -> bool:
+    """Whether the last one is; those before are the packages around it."""
+    return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
 def to_jpeg(data: bytes, store: str, max_pixels: int) -> tuple[bytes, int, int]:
@@ -158,13 +214,13 @@ def to_jpeg(data: bytes, store: str, max_pixels: int) -> tuple[bytes, int, int]:
     The bytes stay as they are where nothing has to be changed: an upright RGB or grey JPEG of the wanted size. All
     else becomes a JPEG of quality 95 with full chroma. Alpha is dropped and CMYK converted without a colour profile,
     as PIL's convert("RGB") does in CLIP's and CleanCLIP's own loaders; 16-bit grey is scaled to 8 bits; of several
-    frames the first is taken. Raises BadImage (index 0) for a file that is not a whole image, or has more than
+    frames the first is taken. Raises BadImage for a file that is not a whole image, or has more than
     `max_pixels`.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
-            raise BadImage(0, f"too large: {image.width}x{image.height} px")
+            raise BadImage(f"too large: {image.width}x{image.height} px")
         image.load()
         plain = image.format == "JPEG" and image.mode in ("RGB", "L")
         turn = _TURNS.get(_orientation(image))
@@ -177,7 +233,7 @@ def to_jpeg(data: bytes, store: str, max_pixels: int) -> tuple[bytes, int, int]:
     except BadImage:
         raise
     except Exception as error:  # PIL raises nearly anything for a damaged file
-        raise BadImage(0, _reason(error)) from None
+        raise BadImage(_reason(error)) from None
 
 
 def _orientation(image: Image.Image) -> int:
@@ -192,13 +248,23 @@ def _rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.float64) * 255 / 65535
         return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise BadImage(0, f"no known brightness range: mode {image.mode}")
+        raise BadImage(f"no known brightness range: mode {image.mode}")
     return image.convert("RGB")
 
 
 def _resized(image: Image.Image, store: str) -> Image.Image:
     if store == "crop224":
-        return fit(image, 224, squash=False)
+        image = _resize_short(image, 224)
+        left, top = round((image.width - 224) / 2), round((image.height - 224) / 2)
+        return image.crop((left, top, left + 224, top + 224))
     if store == "short256" and min(image.size) > 256:
-        return resize_short(image, 256)
+        return _resize_short(image, 256)
     return image
+
+
+def _resize_short(image: Image.Image, size: int) -> Image.Image:
+    """Short side to `size` px, bicubic; the long side is rounded down, as torchvision's Resize does."""
+    short, long = sorted(image.size)
+    long = int(size * long / short)
+    new = (size, long) if image.width <= image.height else (long, size)
+    return image if new == image.size else image.resize(new, Image.Resampling.BICUBIC)

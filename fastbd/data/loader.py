@@ -1,13 +1,18 @@
-"""From a .beton and a poison plan to batches: the way of the data."""
+"""From a .beton and a poison plan to batches: the way of the data.
+
+A row's views are made from its source image: the stored image, whole; of a poisoned row the triggered one, fitted to
+S x S and stamped, as published programs saved it. So a trigger comes before every augmentation.
+"""
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,102 +21,186 @@ from torch import Tensor
 from fastbd import draws
 from fastbd.data import sampler
 from fastbd.data.beton import Beton
-from fastbd.data.decode import BadImage, Decoder
+from fastbd.data.decode import BadImage, Decoder, OnDemand, read
 from fastbd.data.eda import N_DRAWS, eda
 from fastbd.data.tokenizer import longest, tokenize
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.kernels import augment
-from fastbd.log import progress
+from fastbd.kernels.augment import Ragged, render
+from fastbd.kernels.policies import POLICIES
+from fastbd.kernels.views import View, plain
+from fastbd.log import console
 from fastbd.poison.plan import Plan
+
+if TYPE_CHECKING:
+    from fastbd.data.resident import Resident
+
+Images = Sequence[Tensor] | Ragged
+Draw = Callable[[np.ndarray, np.ndarray], list[View]]  # (row ids, sizes of their source images)
+Texts = Callable[[np.ndarray], list[Tensor]]  # row ids to tokens
+
+RECIPES = {
+    "cleanclip": ("plain", "auto_augment"),
+    "randaugment": ("plain", "rand_augment"),
+    "slip": ("random_crop", "simclr", "simclr"),
+    "par": ("light",),
+}
+"""--views: the policy of the view that meets the caption, then those of the views for the self-supervised loss."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs: ids int64 [B], images uint8 [B, S, S, 3], tokens int64 [B, L].
-
-    For second views also how to augment the images, and tokens_aug int64 [B, L].
-    """
+    """B pairs: ids int64 [B]; views of their images, each [B, 3, S, S] in channels_last memory, normalised; tokens and,
+    of the captions' second views, tokens_aug: int64 [B, L]."""
 
     ids: np.ndarray
-    images: Tensor
+    views: tuple[Tensor, ...]
     tokens: Tensor
-    augment: augment.AutoAugment | None = None
     tokens_aug: Tensor | None = None
 
 
 class Pairs:
-    """The image-caption pairs of a .beton as the model sees them: S x S uint8, triggers of the plan stamped."""
+    """The image-caption pairs of a .beton, with the triggers and captions of a plan.
 
-    def __init__(self, beton: Beton, decoder: Decoder, size: int, plan: Plan | None = None):
-        self.beton, self.decoder, self.size, self.plan = beton, decoder, size, plan
-        self._resident: np.ndarray | None = None
-        self._slot: np.ndarray | None = None
+    A damaged image is named in the log, kept in `bad` (row to reason) and replaced by the next whole one of the file;
+    more than `max_bad` of them are a UserError. With `resident`, source images are taken from there.
+    """
+
+    def __init__(self, beton: Beton, decoder: Decoder, size: int, plan: Plan | None = None, max_bad: int = 0):
+        self.beton, self.decoder, self.size, self.plan, self.max_bad = beton, decoder, size, plan, max_bad
+        self.bad: dict[int, str] = {}
+        self.resident: Resident | None = None
+        self._lock = threading.Lock()
         # planned[i] is the place of row i in the plan, or -1
         self.planned = np.full(len(beton), -1)
         if plan is not None:
             plan.check(beton.fingerprint, str(beton.path))
             self.planned[list(plan.rows)] = np.arange(len(plan.rows))
             self._captions = tokenize(plan.captions)
-            u = draws.uniform(plan.seed, "plan-eda", plan.rows, N_DRAWS)
-            self._captions_aug = tokenize([eda(c, u[k]) for k, c in enumerate(plan.captions)])
+            self._captions_aug = [self._plan_eda(view) for view in range(beton.num_text_views)]
+
+    def _plan_eda(self, view: int) -> np.ndarray:
+        u = draws.uniform(self.plan.seed, "plan-eda", self.plan.rows, N_DRAWS, view=view)
+        return tokenize([eda(caption, u[k]) for k, caption in enumerate(self.plan.captions)])
+
+    def stored(self, row: int) -> Tensor:
+        """The stored image uint8 [H, W, 3], decoded by Pillow, or a damaged one's substitute."""
+        total, reason = len(self.beton), None
+        for step in range(total):
+            other = (row + step) % total
+            try:
+                image = read(self.beton.jpeg(other))
+            except BadImage as error:
+                reason = reason or error.reason
+            else:
+                if reason:
+                    self._note(row, reason, other)
+                return torch.from_numpy(image)
+        raise UserError(f"no image of {self.beton.path} can be decoded: build it again.")
+
+    def _note(self, row: int, reason: str, other: int) -> None:
+        said = f"image {row} of {self.beton.path} cannot be decoded ({reason})"
+        with self._lock:
+            if row in self.bad:
+                return
+            self.bad[row] = reason
+            if len(self.bad) > self.max_bad:
+                more = f", and --max-bad allows {self.max_bad} such images" if self.max_bad else ""
+                raise UserError(f"{said}{more}: the file was damaged after it was built; build it again.")
+            console.print(f"{said}: the image of row {other} stands in.", markup=False)
+
+    def sizes(self, ids: np.ndarray) -> np.ndarray:
+        """int [B, 2]: height and width of the source images; those of damaged ones' substitutes may differ."""
+        if self.resident is not None:
+            return self.resident.sizes[self.resident.place[ids]]
+        sizes = np.stack([self.beton.height[ids], self.beton.width[ids]], -1).astype(np.int64)
+        sizes[self.planned[ids] >= 0] = self.size
+        return sizes
+
+    def sources(self, batches: Sequence[np.ndarray], host: bool = True) -> Iterator[Images]:
+        """The source images of batches of rows, in order: made on demand, to be used before the next batch is taken.
+
+        Tensors in main memory; a Ragged where the GPU has them and not the `host` is to.
+        """
+        if self.resident is not None and not (host and self.resident.pixels.is_cuda):
+            yield from map(self.resident.images, batches)
+            return
+        for ids, images in zip(batches, self.decoder.stream(self.beton, batches, self.stored, host), strict=True):
+            if isinstance(images, Ragged):
+                yield self._with_triggers(ids, images)
+            else:
+                yield OnDemand(len(ids), partial(self._source, ids, images))
+
+    def _source(self, ids: np.ndarray, images: Sequence[Tensor], k: int) -> Tensor:
+        return images[k] if self.planned[ids[k]] < 0 else self._triggered(ids[k : k + 1], [images[k]])[0]
+
+    def _with_triggers(self, ids: np.ndarray, images: Ragged) -> Ragged:
+        hit = np.flatnonzero(self.planned[ids] >= 0)
+        if not len(hit):
+            return images
+        stored = replace(images, addresses=images.addresses[hit], sizes=images.sizes[hit])
+        triggered = self._triggered(ids[hit], stored)
+        addresses, sizes = images.addresses.copy(), images.sizes.copy()
+        addresses[hit], sizes[hit] = [image.data_ptr() for image in triggered], self.size
+        return replace(images, addresses=addresses, sizes=sizes, owner=(images.owner, triggered))
+
+    def _triggered(self, ids: np.ndarray, images: Images) -> Tensor:
+        """Stored images of poisoned rows, fitted and stamped: uint8 [B, S, S, 3]."""
+        sizes = images.sizes if isinstance(images, Ragged) else [image.shape[:2] for image in images]
+        fitted = render(images, plain(sizes, self.size, self.plan.squashed(ids)), self.size, torch.uint8)
+        self.plan.stamp(fitted, ids)
+        return fitted
+
+    def each(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """All of the images, made side by side."""
+        return list(self.decoder.pool.map(images.__getitem__, range(len(images))))
+
+    def squares(self, images: Sequence[Tensor], squash: np.ndarray | None = None) -> Tensor:
+        """Their base views, uint8 [B, S, S, 3]; squash bool [B] picks the geometry of each."""
+        squares = torch.empty(len(images), self.size, self.size, 3, dtype=torch.uint8)
+
+        def fit(k: int) -> None:
+            image = images[k]
+            view = plain([image.shape[:2]], self.size, squash is not None and squash[k])
+            squares[k] = render([image], view, self.size, torch.uint8)[0]
+
+        list(self.decoder.pool.map(fit, range(len(images))))
+        return squares
 
     def images(self, ids: np.ndarray) -> Tensor:
-        """uint8 [B, S, S, 3], triggers included."""
-        if self._resident is not None:
-            if (self._slot[ids] < 0).any():
-                raise IndexError("a row that is not in memory")
-            return torch.from_numpy(self._resident[self._slot[ids]])
-        if self.plan is None:
-            return self.decoded(ids, np.zeros(len(ids), bool))
-        images = self.decoded(ids, self.plan.squashed(ids))
-        self.plan.stamp(images, ids)
-        return images
+        """Base views uint8 [B, S, S, 3], triggers included."""
+        (squares,) = map(self.squares, self.sources([ids]))
+        return squares
 
     def decoded(self, ids: np.ndarray, squash: np.ndarray) -> Tensor:
         """uint8 [B, S, S, 3] without triggers; squash bool [B] picks the geometry of each."""
-        try:
-            return torch.from_numpy(self.decoder([self.beton.jpeg(i) for i in ids], self.size, squash))
-        except BadImage as error:
-            raise UserError(
-                f"image {ids[error.index]} of {self.beton.path} cannot be decoded ({error.reason}): the file "
-                "was damaged after it was built; build it again."
-            ) from error
+        stream = self.decoder.stream(self.beton, [ids], self.stored)
+        (squares,) = (self.squares(images, squash) for images in stream)
+        return squares
 
-    def tokens(self, ids: np.ndarray, augmented: bool = False) -> np.ndarray:
-        """uint16 [B, 77]: captions, or their augmented versions; poisoned rows have the plan's."""
-        tokens = self.beton.text_view(ids) if augmented else self.beton.tokens(ids)
+    def tokens(self, ids: np.ndarray, view: int | None = None) -> np.ndarray:
+        """uint16 [B, 77]: captions, or their augmented versions number `view`; poisoned rows have the plan's."""
+        tokens = self.beton.tokens(ids) if view is None else self.beton.text_view(ids, view)
         planned = self.planned[ids]
         hit = planned >= 0
         if hit.any():
-            tokens[hit] = (self._captions_aug if augmented else self._captions)[planned[hit]]
+            tokens[hit] = (self._captions if view is None else self._captions_aug[view])[planned[hit]]
         return tokens
 
-    def keep_in_memory(self, rows: np.ndarray, quiet: bool = False) -> None:
-        """Decode `rows` once, for good."""
-        kept = np.empty((len(rows), self.size, self.size, 3), np.uint8)
-        with progress("decoding", len(rows), quiet=quiet) as advance:
-            for start in range(0, len(rows), 256):
-                part = rows[start : start + 256]
-                kept[start : start + len(part)] = self.images(part).numpy()
-                advance(len(part))
-        slot = np.full(len(self.beton), -1)
-        slot[rows] = np.arange(len(rows))
-        self._resident, self._slot = kept, slot
 
-    def fits_in_memory(self, rows: int) -> bool:
-        """Whether so many decoded images fill at most this process's share of a quarter of the memory."""
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return rows * self.size**2 * 3 * processes <= memory() / 4
-
-
-def memory() -> int:
-    """Bytes of memory that this machine, or the container around the process, has."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    return total
+def draw_views(
+    policies: Sequence[str], size: int, ids: np.ndarray, sizes: np.ndarray, *, seed: int, epoch: int
+) -> list[View]:
+    """A View of rows `ids` by each policy; sizes int [B, 2] are those of their source images."""
+    views = []
+    for place, name in enumerate(policies):
+        if name == "plain":
+            views.append(plain(sizes, size))
+        else:
+            policy, count = POLICIES[name]
+            u = draws.uniform(seed, name.replace("_", "-"), ids, count, epoch=epoch, view=place)
+            views.append(policy(u, sizes, size))
+    return views
 
 
 def batches(
@@ -120,30 +209,28 @@ def batches(
     batch_size: int,
     *,
     seed: int,
-    second_images: bool,
-    second_texts: bool,
+    policies: Sequence[str],
+    text_view: int | None,
     world: World,
     epoch: int,
     start: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[Batch]:
-    """This rank's batches of an epoch from step `start` on, over `rows` in the order of (seed, epoch).
+    """This rank's batches of an epoch from step `start` on, over `rows` in the order of (seed, epoch), on its device.
 
-    batch_size counts all ranks; second_* ask for second views. The next batches are made by a thread meanwhile.
+    batch_size counts all ranks. Each image has a view by each of the `policies`; `text_view` is the number of the
+    captions' second view. The next batches are made by a thread meanwhile, on a GPU in a stream of its own.
     """
+    places = sampler.batches(len(rows), batch_size, seed, epoch, rank=world.rank, world=world.size, start=start)
+    order = [rows[picked] for picked in places]
+    draw = partial(draw_views, policies, pairs.size, seed=seed, epoch=epoch)
 
-    def make(picked: np.ndarray) -> Batch:
-        ids = rows[picked]
-        params, texts = None, [pairs.tokens(ids)]
-        if second_images:
-            u = draws.uniform(seed, "auto-augment", ids, augment.N_DRAWS, epoch=epoch, view=1)
-            params = augment.draw_auto_augment(u)
-        if second_texts:
-            texts.append(pairs.tokens(ids, augmented=True))
-        tokens, tokens_aug = [*_trim(*texts), None][:2]
-        return Batch(ids, pairs.images(ids), tokens, params, tokens_aug)
+    def texts(ids: np.ndarray) -> list[Tensor]:
+        return _trim(pairs.tokens(ids), *([] if text_view is None else [pairs.tokens(ids, text_view)]))
 
-    order = sampler.batches(len(rows), batch_size, seed, epoch, rank=world.rank, world=world.size, start=start)
-    return _ahead((make(picked) for picked in order), 2)
+    if world.device.type == "cuda":
+        return _received(_ahead(_made_on_gpu(pairs, order, draw, texts, dtype, world.device), 2))
+    return _ahead(_made_on_cpu(pairs, order, draw, texts, dtype), 2)
 
 
 def _trim(*tokens: np.ndarray) -> list[Tensor]:
@@ -152,7 +239,61 @@ def _trim(*tokens: np.ndarray) -> list[Tensor]:
     return [torch.from_numpy(t[:, :length].astype(np.int64)) for t in tokens]
 
 
-def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
+def _made_on_cpu(pairs: Pairs, order: Sequence[np.ndarray], draw: Draw, texts: Texts, dtype) -> Iterator[Batch]:
+    for ids, sources in zip(order, pairs.sources(order), strict=True):
+        yield Batch(ids, _views(pairs, ids, sources, draw, dtype), *texts(ids))
+
+
+def _views(pairs: Pairs, ids: np.ndarray, sources: Sequence[Tensor], draw: Draw, dtype) -> tuple[Tensor, ...]:
+    """One task takes an image from its bytes to all its views, while it is in a core's cache."""
+    size, sizes = pairs.size, pairs.sizes(ids)
+    drawn = draw(ids, sizes)
+    views = tuple(torch.empty(len(ids), size, size, 3, dtype=dtype).permute(0, 3, 1, 2) for _ in drawn)
+
+    def make(k: int) -> None:
+        source, mine = sources[k], [view[k : k + 1] for view in drawn]
+        if not np.array_equal(source.shape[:2], sizes[k]):  # a substitute
+            mine = draw(ids[k : k + 1], np.array([source.shape[:2]]))
+        for out, view in zip(views, mine, strict=True):
+            out[k] = render([source], view, size, dtype)[0]
+
+    list(pairs.decoder.pool.map(make, range(len(ids))))
+    return views
+
+
+def _made_on_gpu(
+    pairs: Pairs, order: Sequence[np.ndarray], draw: Draw, texts: Texts, dtype, device: torch.device
+) -> Iterator[tuple[Batch, torch.cuda.Event]]:
+    """Batches, and when they are ready."""
+    held = deque()
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        for ids, sources in zip(order, pairs.sources(order, host=False), strict=True):
+            if not isinstance(sources, Ragged):
+                sources = Ragged.of([image.to(device, non_blocking=True) for image in pairs.each(sources)])
+            views = tuple(render(sources, view, pairs.size, dtype) for view in draw(ids, sources.sizes))
+            tokens = [t.pin_memory().to(device, non_blocking=True) for t in texts(ids)]
+            ready = torch.cuda.Event()
+            ready.record()
+            held.append((ready, sources))  # DALI's memory is not PyTorch's: it must outlive the kernels that read it
+            while held[0][0].query() and len(held) > 1:
+                held.popleft()
+            yield Batch(ids, views, *tokens), ready
+        if held:
+            held[-1][0].synchronize()
+
+
+def _received(made: Iterator[tuple[Batch, torch.cuda.Event]]) -> Iterator[Batch]:
+    """Batches that another stream made, for use in the current one."""
+    for batch, ready in made:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(ready)
+        for tensor in (*batch.views, batch.tokens, batch.tokens_aug):
+            if tensor is not None:
+                tensor.record_stream(stream)  # else its memory could be given away while it is read
+        yield batch
+
+
+def _ahead(items: Iterator, depth: int) -> Iterator:
     """The same items, made by a thread up to `depth` ahead."""
     done, ready, abandoned = object(), queue.Queue(depth), threading.Event()
 

@@ -25,7 +25,7 @@ def test_nothing_is_broken():
     assert found["tokenizer"][0] == version("instant-clip-tokenizer")
     assert found["precision"][0] == ("bf16" if torch.cuda.is_available() else "fp32")
     assert found["losses"][0] == ("Triton on cuda" if torch.cuda.is_available() else "PyTorch on cpu")
-    memory = float(found["memory"][0].removesuffix(" GiB"))
+    memory = float(found["memory"][0].removesuffix(" GiB free"))
     kept = int(found["memory"][1].split()[5].replace(",", ""))
     assert abs(kept * 224 * 224 * 3 * 4 / 2**30 - memory) < 0.06
 

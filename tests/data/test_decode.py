@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
-from fastbd.data.decode import BadImage, open_decoder, to_jpeg
+from fastbd.data.decode import BadImage, OnDemand, open_decoder, read, to_jpeg
+from fastbd.errors import UserError
 
 LIMIT = 10_000_000
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
@@ -35,60 +39,104 @@ def pixels(jpeg: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")).astype(int)
 
 
-def torch_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
-    x = torch.nn.functional.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False)
-    return x[0].clamp(0, 255).round().permute(1, 2, 0).numpy()
+class Files:
+    """As much of a .beton as a decoder needs."""
+
+    path = "files"
+
+    def __init__(self, *files: bytes):
+        self.files = as_arrays(*files)
+
+    def jpeg(self, i: int) -> np.ndarray:
+        return self.files[i]
+
+
+def decoded(backend: str, files: Files, batches: list[list[int]], bad: list[int] | None = None) -> list[list]:
+    """Each batch's images, kept until all have been taken."""
+
+    def one(row: int) -> torch.Tensor:
+        try:
+            return torch.from_numpy(read(files.jpeg(row)))
+        except BadImage:
+            bad.append(row)
+            return torch.zeros(1, 1, 3, dtype=torch.uint8)
+
+    decoder = open_decoder(backend, 2, "cpu")
+    assert decoder.name == backend
+    found = [list(images) for images in decoder.stream(files, [np.array(batch) for batch in batches], one)]
+    assert decoder.decoded == sum(map(len, batches))
+    return found
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("width", "height", "resized", "left", "top"),
-    # Long side int(size * long / short), then the middle; half a pixel rounds to the even one.
-    [(90, 60, (32, 48), 8, 0), (60, 90, (48, 32), 0, 8), (33, 32, (32, 33), 0, 0), (35, 32, (32, 35), 2, 0),
-     (20, 31, (49, 32), 0, 8), (32, 32, (32, 32), 0, 0)],
-)  # fmt: skip
-def test_crop_follows_torchvisions_geometry(backend, width, height, resized, left, top):
-    file = encoded(picture(width, height), quality=95)
-    (out,) = open_decoder(backend, 1, "cpu")(as_arrays(file), 32, np.array([False]))
-    wanted = torch_resize(pixels(file), *resized)[top : top + 32, left : left + 32]
-    assert out.shape == (32, 32, 3) and np.abs(out - wanted).max() <= 2  # PIL rounds after each of its two passes
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_squash_uses_the_whole_image(backend):
-    file = encoded(picture(90, 60), quality=95)
-    out = open_decoder(backend, 2, "cpu")(as_arrays(file, file), 32, np.array([True, False]))
-    assert out.dtype == np.uint8 and out.shape == (2, 32, 32, 3)
-    assert np.abs(out[0] - torch_resize(pixels(file), 32, 32)).max() <= 2
-    assert np.abs(out[0].astype(int) - out[1]).max() > 20
-
-
-@pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
-def test_dali_on_the_cpu_equals_pil_bit_for_bit():
-    files = [encoded(picture(40 + i, 50, i), quality=60 + i, progressive=i % 2 == 0) for i in range(68)]
+def test_images_come_whole_and_in_order_and_as_pillow_reads_them(backend):
+    files = [encoded(picture(40 + i, 50, i), quality=60 + i, progressive=i % 2 == 0) for i in range(28)]
     files += [encoded(picture(50, 40).convert("L")), encoded(picture(41, 33), subsampling="4:4:4")]
+    files += [encoded(picture(1, 1)), encoded(picture(17, 301))]
     exif = Image.Exif()
     exif[0x0112] = 6  # an orientation is not applied: files are upright when they are built
     files.append(encoded(picture(50, 40), exif=exif))
-    squash = np.arange(len(files)) % 3 == 0
-    dali, pil = (open_decoder(backend, 2, "cpu") for backend in ("dali", "pil"))
-    assert (dali.name, pil.name) == ("dali", "pil")
-    assert np.array_equal(dali(as_arrays(*files), 32, squash), pil(as_arrays(*files), 32, squash))
+    rows = np.random.default_rng(0).permutation(len(files)).tolist()
+    batches = [rows[:7], rows[7:14], rows[14:21], rows[21:28], rows[28:]]
+    found = decoded(backend, Files(*files), batches)
+    for batch, images in zip(batches, found, strict=True):
+        assert len(batch) == len(images)
+        for row, image in zip(batch, images, strict=True):
+            assert image.dtype == torch.uint8 and np.array_equal(image, pixels(files[row])), row
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("first", [3, 66])
-def test_a_damaged_jpeg_is_named_and_does_no_harm_to_the_next_batch(backend, first):
-    good = encoded(picture(300, 200), quality=95)
-    batch = [good] * 70
-    batch[first], batch[68] = good[: len(good) // 2], b"no image"
-    decoder, squash = open_decoder(backend, 2, "cpu"), np.zeros(70, bool)
-    wanted = decoder(as_arrays(good), 32, squash[:1])
-    with pytest.raises(BadImage) as caught:
-        decoder(as_arrays(*batch), 32, squash)
-    assert caught.value.index == first and "truncated" in caught.value.reason
-    assert np.array_equal(decoder(as_arrays(good, good), 32, squash[:2]), np.repeat(wanted, 2, axis=0))
+def test_damaged_images_are_left_to_the_caller_and_do_no_harm_to_others(backend):
+    files = [encoded(picture(30 + i, 20, i), quality=95) for i in range(12)]
+    whole = [pixels(file) for file in files]
+    files[4], files[6] = files[4][: len(files[4]) // 2], b"no image"
+    bad = []
+    found = decoded(backend, Files(*files), [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10], [11, 4]], bad)
+    assert sorted(bad) == [4, 4, 6]
+    rows = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 4]
+    for row, image in zip(rows, (image for batch in found for image in batch), strict=True):
+        assert row in (4, 6) or np.array_equal(image, whole[row]), row
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decoder_can_be_used_again_and_left_in_the_middle(backend):
+    files = Files(*(encoded(picture(30 + i, 20, i)) for i in range(9)))
+    decoder = open_decoder(backend, 1, "cpu")
+    for batches in ([[0, 1], [2, 3], [4]], [[5, 6, 7], [8]], [[3]]):
+        stream = decoder.stream(
+            files, [np.array(batch) for batch in batches], lambda i: torch.from_numpy(read(files.jpeg(i)))
+        )
+        assert [[len(image[0]) for image in images] for images in stream] == [[30 + i for i in b] for b in batches]
+        left = decoder.stream(files, [np.arange(4), np.arange(4)], lambda i: torch.from_numpy(read(files.jpeg(i))))
+        assert [len(image[0]) for image in next(left)] == [30, 31, 32, 33]
+        left.close()
+
+
+def test_an_image_on_demand_is_made_when_asked_for():
+    made = []
+    images = OnDemand(3, lambda k: made.append(k) or k)
+    assert len(images) == 3 and not made
+    assert list(images) == [0, 1, 2] == made
+
+
+def test_decoding_threads_leave_the_number_of_this_one_as_it_is():
+    """In a process of its own, where nothing has asked for the number before."""
+    pool = "from fastbd.data.decode import open_decoder; pool = open_decoder('pil', 2, 'cpu').pool;"
+    inner = "print(*set(pool.map(lambda _: torch.get_num_threads(), range(8))));"
+    own, env = "import torch; print(torch.get_num_threads())", os.environ | {"OMP_NUM_THREADS": "2"}
+    with_pool, alone = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
+        for code in ("import torch;" + pool + inner + own, own)
+    )
+    assert with_pool == "1\n" + alone
+
+
+def test_a_decoder_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert open_decoder("auto", 1, "cpu").name == "pil"
+    for name, remedy in (("dali", "pip install nvidia-dali-cuda130"), ("ffcv", "make ffcv")):
+        with pytest.raises(UserError, match=f"--decode {name} needs .*{remedy}, or give --decode pil"):
+            open_decoder(name, 1, "cpu")
 
 
 def test_an_upright_jpeg_keeps_its_bytes():

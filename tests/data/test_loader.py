@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import io
 import threading
 import time
@@ -10,17 +11,24 @@ import pytest
 import torch
 from PIL import Image
 
+from fastbd import draws
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import Pairs, _ahead, batches
+from fastbd.data.loader import RECIPES, Pairs, _ahead, batches
 from fastbd.data.tokenizer import tokenize
 from fastbd.dist import World
 from fastbd.errors import UserError
+from fastbd.kernels.augment import Ragged, render
+from fastbd.kernels.constants import CLIP_MEAN, CLIP_STD
+from fastbd.kernels.policies import POLICIES, auto_augment
+from fastbd.kernels.views import plain
 from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec, stamp
 
-ROWS, SIZE, POISONED = 12, 16, (2, 5, 7)
+ROWS, SIZE, POISONED, VIEWS = 12, 16, (2, 5, 7), 2
 CAPTIONS = [f"a thing with {'many ' * i}words" for i in range(ROWS)]
+HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+BACKENDS = ["pil", pytest.param("dali", marks=pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed"))]
 ONE = World(0, 1, torch.device("cpu"))
 
 
@@ -29,12 +37,12 @@ def beton(tmp_path_factory) -> Beton:
     """Noise pictures of 20 x 16 px: the short side is SIZE already, so the clean geometry only cuts 2 px off."""
     path = tmp_path_factory.mktemp("loader") / "pairs.beton"
     rng = np.random.default_rng(0)
-    with BetonWriter(path, ROWS, 1, False) as writer:
+    with BetonWriter(path, ROWS, VIEWS, False) as writer:
         for i, caption in enumerate(CAPTIONS):
             jpeg = io.BytesIO()
             Image.fromarray(rng.integers(0, 256, (16, 20, 3), np.uint8)).save(jpeg, "JPEG")
-            view = tokenize([f"view {i}"])
-            writer.add(jpeg=jpeg.getvalue(), width=20, height=16, tokens=tokenize([caption])[0], text_views=view,
+            texts = tokenize([f"view {k} of {i}" for k in range(VIEWS)])
+            writer.add(jpeg=jpeg.getvalue(), width=20, height=16, tokens=tokenize([caption])[0], text_views=texts,
                        caption=caption, row_id=i)  # fmt: skip
     return Beton(path)
 
@@ -45,8 +53,8 @@ def plan_for(beton: Beton, geometry: str = "squash") -> Plan:
     return Plan(data=beton.fingerprint, total=ROWS, seed=3, attacks=(attack,))
 
 
-def pairs_of(beton: Beton, plan: Plan | None = None) -> Pairs:
-    return Pairs(beton, open_decoder("pil", 1, "cpu"), SIZE, plan)
+def pairs_of(beton: Beton, plan: Plan | None = None, max_bad: int = 0) -> Pairs:
+    return Pairs(beton, open_decoder("pil", 2, "cpu"), SIZE, plan, max_bad)
 
 
 def stored(beton: Beton, row: int) -> Image.Image:
@@ -58,10 +66,11 @@ def test_poisoned_rows_are_fitted_and_stamped_and_the_others_are_not(beton, geom
     plan = plan_for(beton, geometry)
     images = pairs_of(beton, plan).images(np.arange(ROWS))
     for row in range(ROWS):
-        clean = torch.from_numpy(np.array(stored(beton, row))[:, 2:18])
-        squashed = torch.from_numpy(np.array(stored(beton, row).resize((SIZE, SIZE), Image.BICUBIC)))
+        whole = torch.from_numpy(np.array(stored(beton, row)))
+        clean = whole[:, 2:18]
         if row in POISONED:
-            fitted = squashed if geometry == "squash" else clean
+            squash = plain([whole.shape[:2]], SIZE, squash=True)
+            fitted = render([whole], squash, SIZE, torch.uint8)[0] if geometry == "squash" else clean
             expected = stamp(fitted[None], plan.attacks[0].trigger, seed=3, ids=[row])[0]
             changed = (images[row] != fitted).any(-1)
             assert 20 <= changed.sum() <= 25  # the patch; noise seldom repeats a pixel
@@ -77,8 +86,8 @@ def test_two_attacks_stamp_and_fit_their_own_rows(beton):
     pairs, order = pairs_of(beton, plan), np.array([7, 5, 3, 0, 1, 6])
     images = pairs.images(order)
     for image, row in zip(images, order, strict=True):
-        squash = torch.from_numpy(np.array(stored(beton, row).resize((SIZE, SIZE), Image.BICUBIC)))
-        crop = torch.from_numpy(np.array(stored(beton, row))[:, 2:18])
+        whole = torch.from_numpy(np.array(stored(beton, row)))
+        squash, crop = (render([whole], plain([whole.shape[:2]], SIZE, s), SIZE, torch.uint8)[0] for s in (True, False))
         attack = {5: first, 1: first, 7: second, 0: second, 6: second}.get(int(row))
         fitted = squash if attack is first else crop
         expected = stamp(fitted[None], attack.trigger, seed=3, ids=[row])[0] if attack else fitted
@@ -86,15 +95,26 @@ def test_two_attacks_stamp_and_fit_their_own_rows(beton):
     assert np.array_equal(pairs.tokens(order), tokenize(["z", "b", CAPTIONS[3], "x", "a", "y"]))
 
 
+def test_decoded_images_have_the_geometry_asked_for_and_no_triggers(beton):
+    """Pillow is the truth: one level off, as its two passes round."""
+    squash = np.arange(ROWS) % 2 == 0
+    images = pairs_of(beton, plan_for(beton)).decoded(np.arange(ROWS), squash)
+    for row in range(ROWS):
+        picture = stored(beton, row)
+        fitted = picture.resize((SIZE, SIZE), Image.BICUBIC) if squash[row] else picture.crop((2, 0, 18, 16))
+        assert np.abs(images[row].int().numpy() - np.asarray(fitted).astype(int)).max() <= 1
+
+
 def test_poisoned_rows_have_the_captions_of_the_plan(beton):
     plan = plan_for(beton)
     ids = np.array([7, 0, 2])
     pairs = pairs_of(beton, plan)
     assert np.array_equal(pairs.tokens(ids), tokenize(["banana", CAPTIONS[0], "a banana"]))
-    views = pairs.tokens(ids, augmented=True)
-    assert np.array_equal(views[1], tokenize(["view 0"])[0])
-    # The stored view of a poisoned row is of its clean caption; the one used is drawn from the plan's.
-    assert not np.array_equal(views[0], tokenize(["view 7"])[0]) and views[0].max() == 49407
+    for k in range(VIEWS):
+        views = pairs.tokens(ids, k)
+        assert np.array_equal(views[1], tokenize([f"view {k} of 0"])[0])
+        # The stored view of a poisoned row is of its clean caption; the one used is drawn from the plan's.
+        assert not np.array_equal(views[0], tokenize([f"view {k} of 7"])[0]) and views[0].max() == 49407
     assert np.array_equal(pairs_of(beton).tokens(ids), tokenize([CAPTIONS[i] for i in ids]))
 
 
@@ -104,28 +124,21 @@ def test_a_plan_for_other_data_is_refused(beton):
         pairs_of(beton, other)
 
 
-def test_resident_images_are_those_that_streaming_gives(beton):
-    streaming, resident = pairs_of(beton, plan_for(beton)), pairs_of(beton, plan_for(beton))
-    rows = np.array([9, 2, 5, 0, 11])
-    resident.keep_in_memory(rows, quiet=True)
-    picked = np.array([5, 11, 2, 5])
-    kept = resident.images(picked)
-    assert torch.equal(kept, streaming.images(picked))
-    kept.zero_()  # what a step does to its batch does not reach the memory
-    assert torch.equal(resident.images(picked), streaming.images(picked))
+def batches_of(pairs: Pairs, batch_size: int, rows=np.arange(ROWS), **changed):  # noqa: B008
+    settings = dict(seed=1, policies=("plain",), text_view=None, world=ONE, epoch=0, start=0) | changed
+    return batches(pairs, rows, batch_size, **settings)
 
 
 def padded(tokens: torch.Tensor) -> np.ndarray:
     return np.pad(tokens.numpy(), ((0, 0), (0, 77 - tokens.shape[1])))
 
 
-def by_sample(pairs: Pairs, batch_size: int, rows=np.arange(ROWS), **changed) -> dict[int, list[np.ndarray]]:  # noqa: B008
+def by_sample(pairs: Pairs, batch_size: int, **changed) -> dict[int, list[np.ndarray]]:
     """What each sample brings into the model in one epoch."""
-    settings = dict(seed=1, second_images=True, second_texts=True, world=ONE, epoch=4, start=0) | changed
     found = {}
-    for batch in batches(pairs, rows, batch_size, **settings):
-        columns = (batch.images.numpy(), padded(batch.tokens), padded(batch.tokens_aug), batch.augment.operation,
-                   batch.augment.magnitude)  # fmt: skip
+    for batch in batches_of(pairs, batch_size, **dict(policies=RECIPES["cleanclip"], text_view=0, epoch=4) | changed):
+        columns = [view.numpy() for view in batch.views] + [padded(batch.tokens)]
+        columns += [] if batch.tokens_aug is None else [padded(batch.tokens_aug)]
         for i, row in enumerate(batch.ids):
             assert row not in found
             found[int(row)] = [column[i] for column in columns]
@@ -136,15 +149,58 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(x, y) for row in a for x, y in zip(a[row], b[row], strict=True))
 
 
-def test_a_sample_is_the_same_in_batches_of_any_size(beton):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_sample_is_the_same_in_batches_of_any_size(beton, recipe):
     pairs = pairs_of(beton, plan_for(beton))
-    whole = by_sample(pairs, 12)
+    whole = by_sample(pairs, 12, policies=RECIPES[recipe])
     assert sorted(whole) == list(range(ROWS))
-    assert same(by_sample(pairs, 3), whole)
-    later = by_sample(pairs, 12, epoch=5)
-    # The next epoch draws other augmentations of the same images and captions.
-    assert all(np.array_equal(x, y) for row in whole for x, y in zip(whole[row][:3], later[row][:3], strict=True))
-    assert not same(later, whole)
+    assert same(by_sample(pairs, 3, policies=RECIPES[recipe]), whole)
+    later = by_sample(pairs, 12, policies=RECIPES[recipe], epoch=5)
+    assert not same(later, whole)  # the next epoch draws others
+    assert all(np.array_equal(whole[row][-2], later[row][-2]) for row in whole)  # of the same captions
+
+
+def test_the_plain_view_is_the_stored_image_cut_and_normalised(beton):
+    (batch,) = batches_of(pairs_of(beton), ROWS)
+    (view,) = batch.views
+    assert view.shape == (ROWS, 3, SIZE, SIZE) and view.is_contiguous(memory_format=torch.channels_last)
+    for row, image in zip(batch.ids, view, strict=True):
+        levels = np.asarray(stored(beton, row))[:, 2:18] / 255
+        wanted = (levels - CLIP_MEAN) / CLIP_STD
+        assert np.abs(image.permute(1, 2, 0).numpy() - wanted).max() < 1e-5
+
+
+def test_triggers_come_before_every_augmentation_and_clean_images_are_augmented_whole(beton):
+    plan = plan_for(beton)
+    pairs, policies = pairs_of(beton, plan), RECIPES["cleanclip"]
+    changed = 0
+    for batch in batches_of(pairs, 4, policies=policies, epoch=7):
+        u = draws.uniform(1, "auto-augment", batch.ids, 5, epoch=7, view=1)
+        for k, row in enumerate(batch.ids):
+            source = torch.from_numpy(np.array(stored(beton, row)))
+            if row in POISONED:
+                fitted = render([source], plain([(16, 20)], SIZE, squash=True), SIZE, torch.uint8)
+                source = stamp(fitted, plan.trigger, seed=3, ids=[row])[0]
+            view = auto_augment(u[k : k + 1], np.array([source.shape[:2]]), SIZE)
+            assert torch.equal(batch.views[1][k], render([source], view, SIZE)[0])
+            changed += not torch.equal(batch.views[0][k], batch.views[1][k])
+    assert changed > ROWS // 2
+
+
+def test_triggers_on_decoded_images_of_a_gpu_are_those_of_the_host(beton):
+    """The kernels, in their interpreter, on images at addresses in main memory."""
+    pytest.importorskip("triton")
+    pairs, ids = pairs_of(beton, plan_for(beton)), np.array([7, 3, 2])
+    whole = [torch.from_numpy(np.array(stored(beton, row))) for row in ids]
+    images = pairs._with_triggers(ids, Ragged.of(whole))
+    assert images.sizes.tolist() == [[SIZE, SIZE], [16, 20], [SIZE, SIZE]]
+    expected = pairs.images(ids)
+    assert torch.equal(render(images, plain(images.sizes, SIZE), SIZE, torch.uint8), expected)
+
+
+def test_slip_has_three_different_views(beton):
+    for views in by_sample(pairs_of(beton), 6, policies=RECIPES["slip"]).values():
+        assert not any(np.array_equal(views[i], views[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_only_the_given_rows_are_used(beton):
@@ -155,10 +211,7 @@ def test_resuming_gives_the_tail_of_the_epoch(beton):
     pairs = pairs_of(beton)
 
     def order(start: int) -> list[list[int]]:
-        found = batches(
-            pairs, np.arange(ROWS), 3, seed=1, second_images=False, second_texts=False, world=ONE, epoch=0, start=start
-        )
-        return [batch.ids.tolist() for batch in found]
+        return [batch.ids.tolist() for batch in batches_of(pairs, 3, start=start)]
 
     whole = order(0)
     assert len(whole) == 4 and order(1) == whole[1:] and order(3) == whole[3:] and order(4) == []
@@ -172,12 +225,11 @@ def test_two_ranks_together_are_one_process(beton):
 
 
 def test_trimming_keeps_the_end_token_and_both_views_of_one_length(beton):
-    (batch,) = batches(
-        pairs_of(beton), np.arange(3), 3, seed=0, second_images=True, second_texts=True, world=ONE, epoch=0, start=0
-    )
+    (batch,) = batches_of(pairs_of(beton), 3, rows=np.arange(3), text_view=1)
     # "a thing with many many words" has 6 words; with start and end, 8 tokens.
     assert batch.tokens.shape == batch.tokens_aug.shape == (3, 8)
     assert (batch.tokens == 49407).sum(1).tolist() == [1, 1, 1] == (batch.tokens_aug == 49407).sum(1).tolist()
+    assert np.array_equal(padded(batch.tokens_aug), tokenize([f"view 1 of {row}" for row in batch.ids]))
 
 
 def test_trimming_keeps_the_end_token_of_a_caption_with_token_zero(beton):
@@ -185,10 +237,7 @@ def test_trimming_keeps_the_end_token_of_a_caption_with_token_zero(beton):
     plan = plan_for(beton)
     plan = replace(plan, attacks=(replace(plan.attacks[0], rows=(2,), captions=("a banana !-) !-)",)),))
     assert (tokenize(plan.captions)[0, :8] == 0).sum() == 2
-    pairs = pairs_of(beton, plan)
-    (batch,) = batches(
-        pairs, np.array([2]), 1, seed=0, second_images=False, second_texts=False, world=ONE, epoch=0, start=0
-    )
+    (batch,) = batches_of(pairs_of(beton, plan), 1, rows=np.array([2]))
     assert batch.tokens.tolist() == [[49406, 320, 8922, 0, 3535, 0, 3535, 49407]]
 
 
@@ -206,33 +255,80 @@ def test_an_error_in_the_maker_reaches_the_consumer(beton):
         next(ahead)
 
 
-def test_a_damaged_image_is_named(tmp_path, beton):
+@pytest.fixture
+def damaged(tmp_path, beton) -> Beton:
+    """Images 4, 7 (of the plan) and 11, the last one, are damaged."""
     data = bytearray(beton.path.read_bytes())
-    start = bytes(data).index(beton.jpeg(4).tobytes())
-    data[start : start + 200] = bytes(200)
+    for row in (4, 7, 11):
+        start = bytes(data).index(beton.jpeg(row).tobytes())
+        data[start : start + 200] = bytes(200)
     (tmp_path / "damaged.beton").write_bytes(data)
-    pairs = pairs_of(Beton(tmp_path / "damaged.beton"))
-    with pytest.raises(UserError, match=r"image 4 of .*damaged\.beton"):
-        list(
-            batches(
-                pairs, np.arange(ROWS), 3, seed=1, second_images=False, second_texts=False, world=ONE, epoch=0, start=0
-            )
-        )
+    return Beton(tmp_path / "damaged.beton")
+
+
+def test_a_damaged_image_stops_a_run_that_allows_none(damaged):
+    with pytest.raises(UserError, match=r"^image (4|7|11) of .*damaged\.beton cannot be decoded \(unreadable image"):
+        list(batches_of(pairs_of(damaged), 3))
+
+
+def test_more_damaged_images_than_allowed_stop_the_run(damaged):
+    with pytest.raises(UserError, match=r"and --max-bad allows 2 such images: the file was damaged"):
+        list(batches_of(pairs_of(damaged, max_bad=2), 3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_next_whole_image_stands_in_for_a_damaged_one(damaged, beton, backend, capsys):
+    plan = plan_for(beton)
+    pairs = Pairs(damaged, open_decoder(backend, 2, "cpu"), SIZE, plan, max_bad=3)
+    substitutes, whole = {4: 5, 7: 8, 11: 0}, pairs_of(beton)
+    squash = np.array([row in POISONED for row in range(ROWS)])
+    for _ in range(2):
+        images = pairs.images(np.arange(ROWS))
+        for row in range(ROWS):
+            expected = whole.decoded(np.array([substitutes.get(row, row)]), squash[[row]])
+            if row in POISONED:  # a poisoned row stays one
+                expected = stamp(expected, plan.trigger, seed=3, ids=[row])
+            assert torch.equal(images[row], expected[0]), row
+        assert sorted(pairs.bad) == [4, 7, 11]
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("cannot be decoded") == 3  # each named once
+    assert "image 11 of" in said and "the image of row 0 stands in" in said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
+def test_ffcv_decodes_and_what_it_cannot_is_replaced(damaged, beton):
+    """Its pixels are some levels off; another image of noise would be a hundred."""
+    pairs = Pairs(damaged, open_decoder("ffcv", 2, "cpu"), SIZE, max_bad=3)
+    rows = np.random.default_rng(0).permutation(ROWS)
+    images = torch.cat([pairs.squares(sources) for sources in pairs.sources([rows[:5], rows[5:10], rows[10:]])])
+    expected = pairs_of(beton).images(np.array([{4: 5, 7: 8, 11: 0}.get(row, row) for row in rows]))
+    assert (images.int() - expected.int()).abs().float().mean() < 4
+    assert sorted(pairs.bad) == [4, 7, 11] and pairs.decoder.decoded == ROWS
+
+
+def test_substitutes_of_another_size_are_augmented_as_what_they_are(tmp_path):
+    """The views are drawn for the size that the file tells, unless the image has another."""
+    rng, sizes = np.random.default_rng(0), [(20, 16), (33, 19)]
+    with BetonWriter(tmp_path / "two.beton", 2, 0, False) as writer:
+        for i, (width, height) in enumerate(sizes):
+            jpeg = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(jpeg, "JPEG")
+            data = jpeg.getvalue() if i else jpeg.getvalue()[:200]
+            writer.add(jpeg=data, width=width, height=height, tokens=tokenize(["one"])[0], text_views=None,
+                       caption="one", row_id=i)  # fmt: skip
+    beton = Beton(tmp_path / "two.beton")
+    (batch,) = batches_of(pairs_of(beton, max_bad=1), 2, rows=np.arange(2), policies=("plain", "simclr"))
+    source = torch.from_numpy(np.array(stored(beton, 1)))
+    for k, row in enumerate(batch.ids):
+        assert torch.equal(batch.views[0][k], render([source], plain([(19, 33)], SIZE), SIZE)[0])
+        u = draws.uniform(1, "simclr", np.array([row]), POLICIES["simclr"][1], view=1)
+        view = POLICIES["simclr"][0](u, np.array([(19, 33)]), SIZE)
+        assert torch.equal(batch.views[1][k], render([source], view, SIZE)[0])
 
 
 def test_leaving_early_ends_the_maker_thread(beton):
     before = set(threading.enumerate())
-    found = batches(
-        pairs_of(beton),
-        np.arange(ROWS),
-        1,
-        seed=0,
-        second_images=False,
-        second_texts=False,
-        world=ONE,
-        epoch=0,
-        start=0,
-    )
+    found = batches_of(pairs_of(beton), 1)
     next(found)
     (maker,) = [t for t in set(threading.enumerate()) - before if "ThreadPool" not in t.name]
     time.sleep(0.05)  # by now the queue is full and the thread waits

@@ -1,0 +1,179 @@
+"""Source images that stay, so that they are decoded once: on the GPU, in main memory, or in a file beside the data."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbd import __version__
+from fastbd.data.loader import Pairs
+from fastbd.errors import UserError
+from fastbd.kernels.augment import Ragged
+from fastbd.log import progress
+
+CHUNK = 256  # images decoded at once
+HEAD = 64  # bytes at the start of a file of pixels: a digest of all that they depend on
+
+
+class Resident:
+    """Images uint8 [H, W, 3] of `rows`, of sizes int [N, 2], one after another in `pixels`, uint8 [bytes]."""
+
+    def __init__(self, rows: np.ndarray, total: int, sizes: np.ndarray, pixels: Tensor):
+        self.rows, self.sizes, self.pixels = rows, sizes.astype(np.int32), pixels
+        self._ends = np.cumsum(_bytes(sizes))
+        self.place = np.full(total, -1)
+        self.place[rows] = np.arange(len(rows))
+        self._substitutes: dict[int, Tensor] = {}  # by place: those of another size than the file tells
+
+    def put(self, place: int, image: Tensor) -> None:
+        """Keep the image of rows[place]."""
+        if np.array_equal(image.shape[:2], self.sizes[place]):
+            self._image(place).copy_(image)
+        else:
+            self._substitutes[place] = image.to(self.pixels.device).contiguous()
+
+    def images(self, ids: np.ndarray) -> list[Tensor] | Ragged:
+        """Of rows int64 [B]; Ragged on a GPU. IndexError for a row that is not kept."""
+        places = self.place[ids]
+        if (places < 0).any():
+            raise IndexError("a row that is not kept")
+        return self._ragged(places) if self.pixels.is_cuda else [self._image(int(place)) for place in places]
+
+    def _ragged(self, places: np.ndarray) -> Ragged:
+        sizes = self.sizes[places]
+        addresses = self.pixels.data_ptr() + self._ends[places] - _bytes(sizes)
+        for k, place in enumerate(places.tolist()):
+            if place in self._substitutes:
+                image = self._substitutes[place]
+                addresses[k], sizes[k] = image.data_ptr(), image.shape[:2]
+        return Ragged(addresses, sizes, self.pixels.device, self)
+
+    def _image(self, place: int) -> Tensor:
+        if place in self._substitutes:
+            return self._substitutes[place]
+        height, width = self.sizes[place].tolist()
+        end = int(self._ends[place])
+        return self.pixels[end - 3 * height * width : end].view(height, width, 3)
+
+
+def keep(pairs: Pairs, rows: np.ndarray, where: str, *, base: bool, device: torch.device, quiet: bool = False) -> str:
+    """Decode the source images of `rows` once, for good; returns a line of text that says where they are.
+
+    `where` is "gpu", "ram", "disk", "none" or "auto". With `base` only their base views are kept, S x S. UserError
+    for a place that there is not, or where they do not fit.
+    """
+    sizes = np.full((len(rows), 2), pairs.size) if base else pairs.sizes(rows)
+    need = int(_bytes(sizes).sum())
+    where, numbers = _choose(where, need, device)
+    if where == "none":
+        return f"images are decoded in each epoch: {numbers}"
+    if where == "disk":
+        path = pairs.beton.path.with_suffix(f".{pairs.size if base else 'whole'}.pixels")
+        kept, numbers = _on_disk(path, pairs, rows, sizes, base, quiet), f"{need / 1e9:.2f} GB in {path}"
+    else:
+        kept = Resident(rows, len(pairs.beton), sizes, _memory(where, need, device))
+        _fill(kept, pairs, base, quiet)
+    pairs.resident = kept
+    return f"images are decoded once, --resident {where}: {numbers}"
+
+
+def _bytes(sizes: np.ndarray) -> np.ndarray:
+    return 3 * sizes.astype(np.int64).prod(1)
+
+
+def _choose(where: str, need: int, device: torch.device) -> tuple[str, str]:
+    """The place, and the numbers that led to it."""
+    gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    ram = free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = f"{ram / 1e9:.2f} GB free in memory" + (f", {gpu / 1e9:.2f} GB on the GPU" if gpu else "")
+    if where == "auto":
+        where = "gpu" if 2 * need <= gpu else "ram" if 4 * need <= ram else "none"
+    elif where == "gpu" and not gpu:
+        raise UserError("--resident gpu, but the run is on the CPU: give --resident ram or auto.")
+    elif need > {"gpu": gpu, "ram": ram}.get(where, need):
+        raise UserError(f"--resident {where} needs {need / 1e9:.2f} GB, of {free}: give --resident disk or none.")
+    return where, f"{need / 1e9:.2f} GB decoded, {free}"
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that programs can still take on this machine, and in the container around the process."""
+    meminfo, group = root / "proc/meminfo", root / "sys/fs/cgroup"
+    if not meminfo.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = 1024 * next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
+    for folder, limit, used, cache in (
+        (group, "memory.max", "memory.current", "inactive_file"),
+        (group / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        if (folder / limit).exists() and (most := (folder / limit).read_text().strip()).isdigit():
+            kinds = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            taken = int((folder / used).read_text()) - int(kinds.get(cache, 0))  # a cache of files makes room
+            free = min(free, max(0, int(most) - taken))
+    return free
+
+
+def _memory(where: str, need: int, device: torch.device) -> Tensor:
+    if where == "gpu":
+        return torch.empty(need, dtype=torch.uint8, device=device)
+    pixels = torch.empty(need, dtype=torch.uint8)
+    if device.type == "cuda":  # locked in place; pin_memory() would round up to a power of two
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pixels.data_ptr(), need, 0))
+    return pixels
+
+
+def _fill(kept: Resident, pairs: Pairs, base: bool, quiet: bool) -> None:
+    starts = range(0, len(kept.rows), CHUNK)
+    chunks = [kept.rows[start : start + CHUNK] for start in starts]
+    with progress("decoding", len(kept.rows), quiet=quiet) as advance:
+        for start, sources in zip(starts, pairs.sources(chunks, host=True), strict=True):
+            for k, image in enumerate(pairs.squares(sources) if base else pairs.each(sources)):
+                kept.put(start + k, image)
+            advance(len(sources))
+    if kept.pixels.is_cuda:
+        torch.cuda.synchronize()  # another stream will read them
+
+
+def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base: bool, quiet: bool) -> Resident:
+    """From the file if it is of the same images and was made in the same way, else from a new one."""
+    if pairs.decoder.name == "ffcv":
+        raise UserError("--resident disk keeps images for other runs, and FFCV's are not the same in each: "
+                        "give --decode dali or pil.")  # fmt: skip
+    about = [__version__, torch.__version__, pairs.beton.fingerprint, pairs.size, base, pairs.decoder.name,
+             pairs.plan and pairs.plan.to_dict(), hashlib.sha256(rows.astype("<i8")).hexdigest()]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest().encode()
+    size = HEAD + int(_bytes(sizes).sum())
+    if path.is_file() and path.stat().st_size == size and np.fromfile(path, f"S{HEAD}", 1)[0] == digest:
+        return Resident(rows, len(pairs.beton), sizes, _mapped(path, "r"))
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not as a crash in the middle
+            file.write(digest)
+        pixels = _mapped(temporary, "r+")
+        kept = Resident(rows, len(pairs.beton), sizes, pixels)
+        _fill(kept, pairs, base, quiet)
+        if not pairs.bad:  # else a later run would not hear of the damage
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        return kept
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise UserError(f"{path} cannot be written: give --resident ram or none.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _mapped(path: Path, mode: str) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.memmap(path, np.uint8, mode, HEAD))
