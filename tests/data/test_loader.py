@@ -4,6 +4,7 @@ import importlib.util
 import io
 import threading
 import time
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from fastbd import draws
+from fastbd.config import Views
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import RECIPES, Pairs, _ahead, batches
@@ -306,6 +308,26 @@ def test_substitutes_of_another_size_are_augmented_as_what_they_are(tmp_path):
         u = draws.uniform(1, "simclr", np.array([row]), POLICIES["simclr"][1], view=1)
         view = POLICIES["simclr"][0](u, np.array([(19, 33)]), SIZE)
         assert torch.equal(batch.views[1][k], render([source], view, SIZE)[0])
+
+
+def test_the_maker_is_closed_by_its_own_thread():
+    """It may hold a CUDA stream, which is a thread's own."""
+    closed = []
+
+    def items():
+        try:
+            yield from range(100)
+        finally:
+            closed.append(threading.get_ident())
+
+    ahead = _ahead(items(), 2)
+    assert next(ahead) == 0
+    ahead.close()
+    assert len(closed) == 1 and closed[0] != threading.get_ident()
+
+
+def test_recipes_are_those_of_the_flag():
+    assert set(get_args(Views)) == set(RECIPES)
 
 
 def test_leaving_early_ends_the_maker_thread(beton):
