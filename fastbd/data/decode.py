@@ -76,6 +76,10 @@ class OnDemand(Sequence):
         return self._make(k)
 
 
+def _one_by_one(ids: np.ndarray, one: Callable[[int], Tensor]) -> OnDemand:
+    return OnDemand(len(ids), lambda k: one(int(ids[k])))
+
+
 class Decoder:
     """Whole images of a .beton's rows, batch after batch: one stream at a time.
 
@@ -108,8 +112,7 @@ class Decoder:
             yield images
 
     def _stream_pil(self, beton, batches, one, host) -> Iterator[Sequence[Tensor]]:
-        for ids in batches:
-            yield OnDemand(len(ids), lambda k, ids=ids: one(int(ids[k])))
+        yield from (_one_by_one(ids, one) for ids in batches)
 
     def _stream_ffcv(self, beton, batches, one, host) -> Iterator[Sequence[Tensor]]:
         import torch
@@ -125,7 +128,7 @@ class Decoder:
         largest, dali = max(map(len, batches), default=1), self._dali.pop(device, None)
         if dali is None or dali.batch_size < largest:
             dali = _Dali(largest, self.threads, device, self.hw_decoder_load)
-        dali.files = ([beton.jpeg(int(i)) for i in ids] for ids in batches)
+        dali.start([beton.jpeg(int(i)) for i in ids] for ids in batches)
         for ids in batches:
             try:
                 images = dali.next()
@@ -133,19 +136,20 @@ class Decoder:
                 if not self._said:
                     console.print(f"DALI cannot decode some images of {beton.path}: Pillow tries, a batch at a time.")
                 self._said = True
-                images = [one(int(i)) for i in ids]
+                images = _one_by_one(ids, one)
             yield images
         dali.end()  # a stream that is left before leaves its pipeline in the middle, to be thrown away
         self._dali[device] = dali
 
 
 class _Dali:
-    """A pipeline from JPEG files to RGB pixels of their own size. `files` gives the batches, and may be set anew."""
+    """A pipeline from JPEG files to RGB pixels of their own size."""
 
     def __init__(self, batch_size: int, threads: int, device: str, hw_decoder_load: float):
         from nvidia.dali import fn, pipeline_def, types
 
-        self.batch_size, self.files = batch_size, iter(())
+        self.batch_size = batch_size
+        feed = self._feed = [iter(())]  # not self: without a cycle a pipeline ends when it is dropped
         self.gpu = device.startswith("cuda")
         where = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if self.gpu else {"device": "cpu"}
 
@@ -157,12 +161,16 @@ class _Dali:
         )
         def pipeline():
             # Not copied: the file stays mapped.
-            jpegs = fn.external_source(source=lambda: next(self.files), dtype=types.UINT8, ndim=1, no_copy=True)
+            jpegs = fn.external_source(source=lambda: next(feed[0]), dtype=types.UINT8, ndim=1, no_copy=True)
             # The build has turned the images upright; an orientation that is still recorded is not to be applied again.
             return fn.decoders.image(jpegs, output_type=types.RGB, adjust_orientation=False, **where)
 
         self._pipeline = pipeline()
         self._pipeline.build()
+
+    def start(self, batches: Iterator[list[np.ndarray]]) -> None:
+        """Batches of files that are to come."""
+        self._feed[0] = batches
 
     def next(self) -> Sequence[Tensor] | Ragged:
         import torch

@@ -9,7 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -293,8 +294,8 @@ def _received(made: Iterator[tuple[Batch, torch.cuda.Event]]) -> Iterator[Batch]
         yield batch
 
 
-def _ahead(items: Iterator, depth: int) -> Iterator:
-    """The same items, made by a thread up to `depth` ahead."""
+def _ahead(items: Generator, depth: int) -> Iterator:
+    """The same items, made by a thread up to `depth` ahead, which also closes their maker."""
     done, ready, abandoned = object(), queue.Queue(depth), threading.Event()
 
     def put(item) -> bool:
@@ -308,9 +309,10 @@ def _ahead(items: Iterator, depth: int) -> Iterator:
 
     def work() -> None:
         try:
-            for item in items:
-                if not put(item):
-                    return
+            with closing(items):
+                for item in items:
+                    if not put(item):
+                        return
             put(done)
         except BaseException as error:
             put(error)

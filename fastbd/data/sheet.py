@@ -22,10 +22,10 @@ def samples(
     pairs: Pairs, rows: np.ndarray, policies: Sequence[str], *, seed: int, text_view: int | None, epoch: int = 0,
     count: int = 6,
 ) -> Image.Image:  # fmt: skip
-    """All views of some clean pairs among `rows` and some of each attack, and the captions, the second one in grey."""
+    """Views of `count` clean pairs among `rows` and of some of each attack, and captions, the augmented one in grey."""
     attacks = pairs.plan.attacks if pairs.plan else ()
     which = pairs.plan.attack_of[rows] if pairs.plan else np.full(len(rows), -1)
-    titles = ["clean", *(f"{attack.trigger.name} to {attack.target}" for attack in attacks)]
+    titles = [f"clean ({', '.join(policies)})", *(f"{attack.trigger.name} to {attack.target}" for attack in attacks)]
     groups = {title: _spread(rows[which == k], count) for k, title in enumerate(titles, -1)}
     tiles = {title: _tiles(pairs, ids, policies, seed, epoch, text_view) for title, ids in groups.items() if len(ids)}
     return _arrange(tiles)

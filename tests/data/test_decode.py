@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
 import os
@@ -110,6 +111,23 @@ def test_a_decoder_can_be_used_again_and_left_in_the_middle(backend):
         left = decoder.stream(files, [np.arange(4), np.arange(4)], lambda i: torch.from_numpy(read(files.jpeg(i))))
         assert [len(image[0]) for image in next(left)] == [30, 31, 32, 33]
         left.close()
+
+
+@pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
+def test_a_dali_stream_that_is_left_takes_its_threads_along():
+    files = Files(encoded(picture(30, 20)))
+    decoder = open_decoder("dali", 2, "cpu")
+    counts = []
+    gc.disable()  # it would end them too, some time
+    try:
+        for _ in range(3):
+            left = decoder.stream(files, [np.zeros(2, int)] * 5, lambda i: torch.from_numpy(read(files.jpeg(i))))
+            next(left)
+            left.close()
+            counts.append(len(os.listdir("/proc/self/task")))
+    finally:
+        gc.enable()
+    assert counts[1] <= counts[0] and counts[2] <= counts[0]
 
 
 def test_an_image_on_demand_is_made_when_asked_for():

@@ -5,6 +5,7 @@ import io
 import threading
 import time
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from fastbd import draws
+from fastbd.config import Views
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import RECIPES, Pairs, _ahead, batches
@@ -180,7 +182,7 @@ def test_triggers_come_before_every_augmentation_and_clean_images_are_augmented_
             source = torch.from_numpy(np.array(stored(beton, row)))
             if row in POISONED:
                 fitted = render([source], plain([(16, 20)], SIZE, squash=True), SIZE, torch.uint8)
-                source = stamp(fitted, plan.trigger, seed=3, ids=[row])[0]
+                source = stamp(fitted, plan.attacks[0].trigger, seed=3, ids=[row])[0]
             view = auto_augment(u[k : k + 1], np.array([source.shape[:2]]), SIZE)
             assert torch.equal(batch.views[1][k], render([source], view, SIZE)[0])
             changed += not torch.equal(batch.views[0][k], batch.views[1][k])
@@ -287,7 +289,7 @@ def test_the_next_whole_image_stands_in_for_a_damaged_one(damaged, beton, backen
         for row in range(ROWS):
             expected = whole.decoded(np.array([substitutes.get(row, row)]), squash[[row]])
             if row in POISONED:  # a poisoned row stays one
-                expected = stamp(expected, plan.trigger, seed=3, ids=[row])
+                expected = stamp(expected, plan.attacks[0].trigger, seed=3, ids=[row])
             assert torch.equal(images[row], expected[0]), row
         assert sorted(pairs.bad) == [4, 7, 11]
     said = " ".join(capsys.readouterr().out.split())
@@ -324,6 +326,26 @@ def test_substitutes_of_another_size_are_augmented_as_what_they_are(tmp_path):
         u = draws.uniform(1, "simclr", np.array([row]), POLICIES["simclr"][1], view=1)
         view = POLICIES["simclr"][0](u, np.array([(19, 33)]), SIZE)
         assert torch.equal(batch.views[1][k], render([source], view, SIZE)[0])
+
+
+def test_the_maker_is_closed_by_its_own_thread():
+    """It may hold a CUDA stream, which is a thread's own."""
+    closed = []
+
+    def items():
+        try:
+            yield from range(100)
+        finally:
+            closed.append(threading.get_ident())
+
+    ahead = _ahead(items(), 2)
+    assert next(ahead) == 0
+    ahead.close()
+    assert len(closed) == 1 and closed[0] != threading.get_ident()
+
+
+def test_recipes_are_those_of_the_flag():
+    assert set(get_args(Views)) == set(RECIPES)
 
 
 def test_leaving_early_ends_the_maker_thread(beton):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from fastbd.data.loader import RECIPES, Pairs, batches
 from fastbd.data.tokenizer import tokenize
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.poison.plan import Plan
+from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec
 
 ROWS, SIZE = 9, 16
@@ -36,12 +38,11 @@ def beton(tmp_path) -> Beton:
     return Beton(tmp_path / "pairs.beton")
 
 
-def pairs_of(beton: Beton, max_bad: int = 0, **changed) -> Pairs:
-    plan = dict(
-        data=beton.fingerprint, total=ROWS, rows=(2, 5), captions=("a banana", "banana"), target="banana",
-        trigger=TriggerSpec("badnet", patch_size=5), geometry="squash", label_consistent=False, seed=3,
-    )  # fmt: skip
-    return Pairs(beton, open_decoder("pil", 2, "cpu"), SIZE, Plan(**plan | changed), max_bad)
+def pairs_of(beton: Beton, max_bad: int = 0, seed: int = 3) -> Pairs:
+    attack = Attack(rows=(2, 5), captions=("a banana", "banana"), target="banana", geometry="squash",
+                    trigger=TriggerSpec("badnet", patch_size=5), label_consistent=False)  # fmt: skip
+    plan = Plan(data=beton.fingerprint, total=ROWS, seed=seed, attacks=(attack,))
+    return Pairs(beton, open_decoder("pil", 2, "cpu"), SIZE, plan, max_bad)
 
 
 def epoch(pairs: Pairs, rows: np.ndarray, policies, number: int) -> list[torch.Tensor]:
@@ -152,6 +153,20 @@ def test_what_cannot_be_is_refused(beton, monkeypatch):
     refused("disk", ffcv, "FFCV's are not the same in each: give --decode dali or pil")
     monkeypatch.setattr(resident, "free_memory", lambda: 6000)
     refused("ram", pairs_of(beton), r"--resident ram needs 0\.00 GB")
+
+
+def test_a_full_disk_shows_at_once_and_leaves_nothing(beton):
+    """A process that may write 1,000 bytes to a file stands for one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    pairs = pairs_of(beton)
+    try:
+        with pytest.raises(OSError) as caught:
+            resident.keep(pairs, np.arange(ROWS), "disk", base=True, device=CPU, quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG and pairs.decoder.decoded == 0
+    assert [p.name for p in beton.path.parent.iterdir()] == ["pairs.beton"]
 
 
 @pytest.mark.parametrize(("times", "processes", "kept"), [(4, 1, True), (3.9, 1, False), (8, 2, True), (7, 2, False)])
