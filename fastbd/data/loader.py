@@ -6,6 +6,8 @@ S x S and stamped, as published programs saved it. So a trigger comes before eve
 
 from __future__ import annotations
 
+import math
+import mmap
 import queue
 import threading
 from collections import deque
@@ -249,7 +251,7 @@ def _views(pairs: Pairs, ids: np.ndarray, sources: Sequence[Tensor], draw: Draw,
     """One task takes an image from its bytes to all its views, while it is in a core's cache."""
     size, sizes = pairs.size, pairs.sizes(ids)
     drawn = draw(ids, sizes)
-    views = tuple(torch.empty(len(ids), size, size, 3, dtype=dtype).permute(0, 3, 1, 2) for _ in drawn)
+    views = tuple(_empty((len(ids), size, size, 3), dtype).permute(0, 3, 1, 2) for _ in drawn)
 
     def make(k: int) -> None:
         source, mine = sources[k], [view[k : k + 1] for view in drawn]
@@ -260,6 +262,14 @@ def _views(pairs: Pairs, ids: np.ndarray, sources: Sequence[Tensor], draw: Draw,
 
     list(pairs.decoder.pool.map(make, range(len(ids))))
     return views
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As torch.empty, but of huge pages: touching small ones for the first time costs as much as to normalise."""
+    room = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        room.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(room, dtype=dtype).view(shape)
 
 
 def _made_on_gpu(
