@@ -3,6 +3,7 @@ memory. With one view (contrastive training) and with two (self-supervised)."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from PIL import Image
 
 from bench import published
 from bench.case import Case, Output, Provider, Unavailable
@@ -45,7 +47,7 @@ def write(path: Path, files: list[np.ndarray]) -> None:
     tokens = np.zeros(CONTEXT, np.uint16)
     with BetonWriter(path, len(files), 0, labelled=False) as writer:
         for i, file in enumerate(files):
-            height, width = (256, 341) if i % 2 == 0 else (341, 256)
+            width, height = Image.open(io.BytesIO(file)).size
             writer.add(jpeg=file.tobytes(), width=width, height=height, tokens=tokens, text_views=None, caption="",
                        row_id=i)  # fmt: skip
 
@@ -55,7 +57,7 @@ def epoch(name: str, recipe: tuple[str, ...], path: Path, files: list[np.ndarray
     place, dtype = torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32
     epoch_batches = partial(
         batches, rows=np.arange(len(files)), batch_size=BATCH, seed=0, policies=recipe, text_view=None,
-        world=dist.World(device=place), epoch=1, start=0, dtype=dtype,
+        world=dist.World(0, 1, place), epoch=1, start=0, dtype=dtype,
     )  # fmt: skip
 
     def ours(decode: str, where: str = "none", load: float = 0.65) -> Callable[[], Output]:

@@ -18,10 +18,13 @@ def table(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @cache
-def normalisation(device: torch.device) -> Tensor:
-    """float32 [2, 3]: scale and shift by which a level of 0..255 becomes CLIP's normalised value."""
+def normalisation(device: torch.device, width: int = 1) -> Tensor:
+    """float32 [2, 3 width]: scale and shift by which a level of 0..255 becomes CLIP's normalised value.
+
+    For a whole row of pixels, as broadcasting over a last axis of 3 is three times slower.
+    """
     mean, std = torch.tensor([CLIP_MEAN, CLIP_STD])
-    return torch.stack([1 / (255 * std), -mean / std]).to(device)
+    return torch.stack([1 / (255 * std), -mean / std]).repeat(1, width).to(device)
 
 
 @cache

@@ -165,7 +165,7 @@ class Pairs:
         def fit(k: int) -> None:
             image = images[k]
             view = plain([image.shape[:2]], self.size, squash is not None and squash[k])
-            squares[k] = render([image], view, self.size, torch.uint8)[0]
+            render([image], view, self.size, torch.uint8, out=squares[k : k + 1])
 
         list(self.decoder.pool.map(fit, range(len(images))))
         return squares
@@ -251,17 +251,17 @@ def _views(pairs: Pairs, ids: np.ndarray, sources: Sequence[Tensor], draw: Draw,
     """One task takes an image from its bytes to all its views, while it is in a core's cache."""
     size, sizes = pairs.size, pairs.sizes(ids)
     drawn = draw(ids, sizes)
-    views = tuple(_empty((len(ids), size, size, 3), dtype).permute(0, 3, 1, 2) for _ in drawn)
+    views = tuple(_empty((len(ids), size, size, 3), dtype) for _ in drawn)
 
     def make(k: int) -> None:
         source, mine = sources[k], [view[k : k + 1] for view in drawn]
         if not np.array_equal(source.shape[:2], sizes[k]):  # a substitute
             mine = draw(ids[k : k + 1], np.array([source.shape[:2]]))
         for out, view in zip(views, mine, strict=True):
-            out[k] = render([source], view, size, dtype)[0]
+            render([source], view, size, dtype, out=out[k : k + 1])
 
     list(pairs.decoder.pool.map(make, range(len(ids))))
-    return views
+    return tuple(view.permute(0, 3, 1, 2) for view in views)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

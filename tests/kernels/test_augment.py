@@ -11,7 +11,6 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from fastbd import draws
-from fastbd.data.decode import fit
 from fastbd.kernels import augment_reference, policies, views
 from fastbd.kernels.augment import normalise, render
 from fastbd.kernels.constants import CLIP_MEAN, CLIP_STD
@@ -214,7 +213,18 @@ def assert_views(images: list[np.ndarray], view: views.View, size: int, truth: l
         np.testing.assert_array_equal(ours, np.asarray(theirs), err_msg=f"{i}: {view.params[i]}")
 
 
-def test_plain_view_has_the_decoders_geometry() -> None:
+def torchvision_fit(image: Image.Image, size: int, squash: bool) -> Image.Image:
+    """Squashed, or torchvision's Resize and CenterCrop, in their words."""
+    if squash:
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+    short, long = sorted(image.size)
+    long = int(size * long / short)
+    image = image.resize((size, long) if image.width <= image.height else (long, size), Image.Resampling.BICUBIC)
+    left, top = int(round((image.width - size) / 2.0)), int(round((image.height - size) / 2.0))
+    return image.crop((left, top, left + size, top + size))
+
+
+def test_plain_view_has_torchvisions_geometry() -> None:
     rng = np.random.default_rng(8)
     sizes = np.concatenate([rng.integers(1, 70, (300, 2)), rng.integers(30, 40, (100, 2)), [[1, 200], [200, 1]]])
     squash = rng.random(len(sizes)) < 0.3
@@ -224,7 +234,7 @@ def test_plain_view_has_the_decoders_geometry() -> None:
         (rows, columns), (top, left) = params["resized"].tolist(), params["window"].tolist()
         assert rows >= top + 32 and columns >= left + 32 and min(top, left) >= 0
         ours = image.resize((columns, rows), Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
-        assert ours.tobytes() == fit(image, 32, bool(squashed)).tobytes(), (height, width, squashed)
+        assert ours.tobytes() == torchvision_fit(image, 32, bool(squashed)).tobytes(), (height, width, squashed)
 
 
 def test_auto_augment_is_pillow_in_turns() -> None:
