@@ -1,0 +1,191 @@
+"""The input path on a GPU against the CPU's: the same views to the bit where the same decoder made the pixels."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastbd.data import resident
+from fastbd.data.beton import Beton, BetonWriter
+from fastbd.data.decode import BadImage, open_decoder, read
+from fastbd.data.loader import RECIPES, Pairs, batches
+from fastbd.data.tokenizer import tokenize
+from fastbd.dist import World
+from fastbd.kernels.augment import Ragged
+from fastbd.poison.plan import Attack, Plan
+from fastbd.poison.triggers import TriggerSpec
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
+ROWS, SIZE, BATCH = 48, 64, 8
+SIZES = [(64, 64), (90, 70), (48, 200), (257, 131), (33, 65), (400, 300)]  # height, width
+
+
+def smooth(height: int, width: int, rng: np.random.Generator) -> Image.Image:
+    """Few frequencies: what a JPEG keeps whole, whichever decoder reads it."""
+    coarse = rng.integers(0, 256, (5, 7, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95, **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files() -> list[bytes]:
+    """4:2:0, 4:4:4, progressive and grey files in turn."""
+    rng = np.random.default_rng(0)
+    kinds = ({}, {"subsampling": 0}, {"progressive": True})
+    made = []
+    for i in range(ROWS):
+        image = smooth(*SIZES[i % len(SIZES)], rng)
+        made.append(jpeg(image.convert("L")) if i % 8 == 7 else jpeg(image, **kinds[i % 3]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory, files) -> Beton:
+    path = tmp_path_factory.mktemp("gpu") / "pairs.beton"
+    with BetonWriter(path, ROWS, 1, labelled=False) as writer:
+        for i, file in enumerate(files):
+            height, width = SIZES[i % len(SIZES)]
+            writer.add(jpeg=file, width=width, height=height, tokens=tokenize([f"thing {i}"])[0],
+                       text_views=tokenize([f"view {i}"]), caption=f"thing {i}", row_id=i)  # fmt: skip
+    return Beton(path)
+
+
+def pairs_of(beton: Beton, decode: str, device: str) -> Pairs:
+    attacks = (
+        Attack(rows=(2, 5, 11), captions=("a", "b", "c"), target="banana", trigger=TriggerSpec("badnet"),
+               geometry="squash", label_consistent=False),
+        Attack(rows=(3, 4), captions=("d", "e"), target="dog", trigger=TriggerSpec("blended"), geometry="crop",
+               label_consistent=False),
+    )  # fmt: skip
+    plan = Plan(data=beton.fingerprint, total=ROWS, seed=1, attacks=attacks)
+    return Pairs(beton, open_decoder(decode, 4, device), SIZE, plan)
+
+
+def epoch(pairs: Pairs, device: str, policies, dtype=torch.float32) -> list[torch.Tensor]:
+    world = World(0, 1, torch.device(device))
+    made = batches(pairs, np.arange(ROWS), BATCH, seed=2, policies=policies, text_view=0, world=world, epoch=3, start=0,
+                   dtype=dtype)  # fmt: skip
+    return [tensor for batch in made for tensor in (*batch.views, batch.tokens, batch.tokens_aug)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_views_are_the_cpus(beton, recipe):
+    want = epoch(pairs_of(beton, "pil", "cpu"), "cpu", RECIPES[recipe])
+    got = epoch(pairs_of(beton, "pil", "cuda"), "cuda", RECIPES[recipe])
+    assert len(got) == len(want)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
+
+
+def test_bf16_views_are_the_rounded_ones(beton):
+    want = epoch(pairs_of(beton, "pil", "cpu"), "cpu", ("plain",))
+    got = epoch(pairs_of(beton, "pil", "cuda"), "cuda", ("plain",), torch.bfloat16)
+    for ours, theirs in zip(got[::3], want[::3], strict=True):
+        assert torch.equal(ours.cpu(), theirs.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("where", ["gpu", "ram"])
+@pytest.mark.parametrize("recipe", ["cleanclip", "slip"])
+def test_resident_images_give_the_same_views(beton, where, recipe):
+    pairs = pairs_of(beton, "pil", "cuda")
+    want = epoch(pairs, "cuda", RECIPES[recipe])
+    resident.keep(pairs, np.arange(ROWS), where, base=False, device=torch.device("cuda"), quiet=True)
+    decoded = pairs.decoder.decoded
+    assert all(torch.equal(a, b) for a, b in zip(epoch(pairs, "cuda", RECIPES[recipe]), want, strict=True))
+    assert pairs.decoder.decoded == decoded
+
+
+def test_batches_are_whole_while_the_gpu_is_busy(beton):
+    """The loader's stream and the step's: nothing is read before it is there, or given away while it is read."""
+    want = epoch(pairs_of(beton, "pil", "cpu"), "cpu", ("plain",))
+    world, load = World(0, 1, torch.device("cuda")), torch.rand(4096, 4096, device="cuda")
+    made = batches(pairs_of(beton, "pil", "cuda"), np.arange(ROWS), BATCH, seed=2, policies=("plain",), text_view=0,
+                   world=world, epoch=3, start=0)  # fmt: skip
+    kept = []
+    for batch in made:
+        for _ in range(20):
+            load = (load @ load).clamp(-1, 1)
+        kept.append(batch.views[0].clone())
+        del batch
+    assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(kept, want[::3], strict=True))
+
+
+@needs_dali
+@pytest.mark.parametrize("load", [0.0, 0.65, 1.0])
+def test_dali_decodes_on_the_gpu_nearly_what_pillow_does(beton, files, load):
+    decoder = open_decoder("dali", 4, "cuda", load)
+    order = np.random.default_rng(1).permutation(ROWS)
+    streams = [order[first : first + BATCH] for first in range(0, ROWS, BATCH)]
+
+    def one(row: int):
+        pytest.fail(f"row {row} went to Pillow")
+
+    for _ in range(2):  # the pipeline is used again
+        for ids, images in zip(streams, decoder.stream(beton, streams, one, host=False), strict=True):
+            assert isinstance(images, Ragged)
+            for k, row in enumerate(ids):
+                want = read(np.frombuffer(files[row], np.uint8)).astype(int)
+                assert tuple(images.sizes[k]) == want.shape[:2]
+                got = pixels(images, k).astype(int)
+                assert np.abs(got - want).mean() < 1.5 and np.abs(got - want).max() <= 24, row
+    assert decoder.decoded == 2 * ROWS
+
+
+def pixels(images: Ragged, k: int) -> np.ndarray:
+    """Image k of a Ragged: the plain view of its own size is the image."""
+    from fastbd.kernels.augment import render
+    from fastbd.kernels.views import plain
+
+    height, width = images.sizes[k].tolist()
+    side = max(height, width)
+    view = plain(images.sizes[k : k + 1], side)
+    view.params["resized"], view.params["window"] = (height, width), 0
+    one = Ragged(images.addresses[k : k + 1], images.sizes[k : k + 1], images.device, images.owner)
+    return render(one, view, side, torch.uint8)[0, :height, :width].cpu().numpy()
+
+
+@needs_dali
+def test_dali_views_are_near_those_of_pillow(beton):
+    """Plain views and triggers: the mean level of a batch moves by less than two; a badnet patch may wrap."""
+    near = epoch(pairs_of(beton, "dali", "cuda"), "cuda", ("plain",))
+    want = epoch(pairs_of(beton, "pil", "cpu"), "cpu", ("plain",))
+    for ours, theirs in zip(near[::3], want[::3], strict=True):
+        assert (ours.cpu() - theirs).abs().median() < 0.04  # levels are 0.015 apart
+
+
+@pytest.mark.skipif("FASTBD_JPEGS" not in os.environ, reason="FASTBD_JPEGS names no .tar of image files")
+@needs_dali
+def test_the_users_files_are_read_or_refused_as_pillow_does(tmp_path):
+    """Each file alone: DALI on the GPU gives nearly Pillow's pixels, or the image goes to Pillow."""
+    with tarfile.open(os.environ["FASTBD_JPEGS"]) as tar:
+        found = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
+    checked = 0
+    for name, file in found.items():
+        try:
+            want = read(np.frombuffer(file, np.uint8))
+        except BadImage:
+            continue
+        path = tmp_path / f"{checked}.beton"
+        with BetonWriter(path, 1, 0, labelled=False) as writer:
+            writer.add(jpeg=file, width=want.shape[1], height=want.shape[0], tokens=tokenize([""])[0], text_views=None,
+                       caption="", row_id=0)  # fmt: skip
+        decoder = open_decoder("dali", 2, "cuda")
+        (images,) = decoder.stream(Beton(path), [np.array([0])], lambda row, w=want: torch.from_numpy(w), host=False)
+        got = pixels(images, 0) if isinstance(images, Ragged) else images[0].numpy()
+        assert got.shape == want.shape and np.abs(got.astype(int) - want).mean() < 4, name
+        checked += 1
+    assert checked
