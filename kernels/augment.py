@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fastbd.kernels import augment_reference
-from fastbd.kernels.constants import normalisation
 from fastbd.kernels.views import View
 
 
@@ -71,7 +70,6 @@ def render(
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [B, S, S, 3] to [B, 3, S, S] in channels_last memory, with CLIP's mean and std. Computed in float32."""
-    batch, height, width, channels = images.shape
-    scale, shift = normalisation(images.device, width)
-    rows = (images.reshape(batch, height, width * channels) * scale).add_(shift)
-    return rows.to(dtype).view(images.shape).permute(0, 3, 1, 2)
+    out = torch.empty(images.shape, dtype=dtype, device=images.device)
+    augment_reference.normalise(images.flatten(2).float(), out)
+    return out.permute(0, 3, 1, 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 Images = Sequence[Tensor] | Ragged
 Draw = Callable[[np.ndarray, np.ndarray], list[View]]  # (row ids, sizes of their source images)
 Texts = Callable[[np.ndarray], list[Tensor]]  # row ids to tokens
+
+TASK = 4  # images that one thread takes at a time
 
 RECIPES = {
     "cleanclip": ("plain", "auto_augment"),
@@ -243,33 +246,49 @@ def _trim(*tokens: np.ndarray) -> list[Tensor]:
 
 
 def _made_on_cpu(pairs: Pairs, order: Sequence[np.ndarray], draw: Draw, texts: Texts, dtype) -> Iterator[Batch]:
+    rooms = _Rooms()
     for ids, sources in zip(order, pairs.sources(order), strict=True):
-        yield Batch(ids, _views(pairs, ids, sources, draw, dtype), *texts(ids))
+        yield Batch(ids, _views(pairs, ids, sources, draw, partial(rooms.empty, dtype=dtype)), *texts(ids))
 
 
-def _views(pairs: Pairs, ids: np.ndarray, sources: Sequence[Tensor], draw: Draw, dtype) -> tuple[Tensor, ...]:
-    """One task takes an image from its bytes to all its views, while it is in a core's cache."""
+def _views(pairs: Pairs, ids: np.ndarray, sources: Sequence[Tensor], draw: Draw, empty) -> tuple[Tensor, ...]:
+    """One task takes a few images from their bytes to all their views, while they are in a core's cache."""
     size, sizes = pairs.size, pairs.sizes(ids)
     drawn = draw(ids, sizes)
-    views = tuple(_empty((len(ids), size, size, 3), dtype) for _ in drawn)
+    views = [empty((len(ids), size, size, 3)) for _ in drawn]
 
-    def make(k: int) -> None:
-        source, mine = sources[k], [view[k : k + 1] for view in drawn]
-        if not np.array_equal(source.shape[:2], sizes[k]):  # a substitute
-            mine = draw(ids[k : k + 1], np.array([source.shape[:2]]))
+    def make(first: int) -> None:
+        part = slice(first, min(first + TASK, len(ids)))
+        images, mine = [sources[k] for k in range(part.start, part.stop)], [view[part] for view in drawn]
+        found = np.array([image.shape[:2] for image in images])
+        if not np.array_equal(found, sizes[part]):  # a substitute
+            mine = draw(ids[part], found)
         for out, view in zip(views, mine, strict=True):
-            render([source], view, size, dtype, out=out[k : k + 1])
+            render(images, view, size, out.dtype, out=out[part])
 
-    list(pairs.decoder.pool.map(make, range(len(ids))))
+    list(pairs.decoder.pool.map(make, range(0, len(ids), TASK)))
     return tuple(view.permute(0, 3, 1, 2) for view in views)
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """As torch.empty, but of huge pages: touching small ones for the first time costs as much as to normalise."""
-    room = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        room.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(room, dtype=dtype).view(shape)
+class _Rooms:
+    """Memory for views, taken again when nothing refers to what was in it.
+
+    Of huge pages: to touch small ones for the first time, batch after batch, costs more than to normalise.
+    """
+
+    def __init__(self):
+        self._rooms: list[mmap.mmap] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        # A tensor over a room refers to it; a free one has the list, the variable and the argument.
+        free = next((room for room in self._rooms if len(room) == size and sys.getrefcount(room) == 3), None)
+        if free is None:
+            free = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                free.madvise(mmap.MADV_HUGEPAGE)
+            self._rooms.append(free)
+        return torch.frombuffer(free, dtype=dtype).view(shape)
 
 
 def _made_on_gpu(
