@@ -188,6 +188,8 @@ class TrainConfig:
     """Second text views: each epoch the next of those in --data, or always the first, as published."""
     decode: Decode = "auto"
     """What decodes JPEG; auto is dali where it is installed."""
+    hw_decoder_load: float = 0.65
+    """DALI on a GPU: share of the images, 0 to 1, that the JPEG engines take; CUDA decodes the others."""
     resident: Literal["auto", "gpu", "ram", "disk", "none"] = "auto"
     """Where decoded images are kept (disk: a file beside --data); auto is gpu where they fill at most half of what is
     free, else ram, at most a quarter, else none."""
@@ -359,8 +361,8 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 
 LEAST = dict(
-    batch_size=1, count=1, epoch=0, epochs=0, eval_every=0, eval_subset=0, log_every=1, max_bad=0, max_pixels=1,
-    rows=1, save_every=0, text_views=0, warmup=0, workers=0,
+    batch_size=1, count=1, epoch=0, epochs=0, eval_every=0, eval_subset=0, hw_decoder_load=0, log_every=1, max_bad=0,
+    max_pixels=1, rows=1, save_every=0, text_views=0, warmup=0, workers=0,
 )  # fmt: skip
 """The smallest value of flags that a negative number, or zero, would make no sense for."""
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from fastbd import __version__, checkpoint, dist, log
 from fastbd.config import CleanConfig, PretrainConfig, portable, to_dict
 from fastbd.data import eda, resident, sheet
-from fastbd.data.decode import open_decoder
+from fastbd.data.decode import Decoder, open_decoder
 from fastbd.data.loader import RECIPES, Batch, Pairs, batches
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
@@ -132,7 +132,7 @@ class Run:
             )
         if config.max_bad > 1:
             raise UserError(f"--max-bad {config.max_bad} is no share: give 0 to 1.")
-        decoder = open_decoder(config.decode, config.workers, str(self.world.device))
+        decoder = self._decoder()
         plan = task.plan if task.poisoned else None
         pairs = Pairs(beton, decoder, task.model.image_size, plan, int(config.max_bad * len(task.rows)))
         if not self.world.main and config.resident == "disk":
@@ -165,12 +165,16 @@ class Run:
             return None
         return epoch % self.pairs.beton.num_text_views if self.config.eda == "epoch" else 0
 
+    def _decoder(self) -> Decoder:
+        config = self.config
+        return open_decoder(config.decode, config.workers, str(self.world.device), config.hw_decoder_load)
+
     def _open_evaluation(self):
         """The evaluation set on the main rank, if there is one."""
         config, task = self.config, self.task
         if task.eval_data is None or not self.world.main:
             return None
-        decoder = open_decoder(config.decode, config.workers, str(self.world.device))
+        decoder = self._decoder()
         return open_set(
             task.eval_data, decoder, task.model.image_size,
             classes=task.classes, templates=task.templates, plan=task.plan, subset=config.eval_subset,

@@ -201,6 +201,8 @@ def open_decoder(backend: str, threads: int, device: str, hw_decoder_load: float
     share of a GPU's images that its JPEG engines take. On the CPU DALI's pixels are PIL's; those of a GPU and FFCV are
     some levels off. UserError for a backend that is not installed.
     """
+    if not 0 <= hw_decoder_load <= 1:
+        raise UserError(f"--hw-decoder-load {hw_decoder_load} is not a share: give a number from 0 to 1.")
     if backend == "auto":
         backend = "dali" if _installed("nvidia", "nvidia.dali") else "pil"
     elif backend == "dali" and not _installed("nvidia", "nvidia.dali"):
