@@ -48,7 +48,8 @@ def write(path: Path, files: list[np.ndarray]) -> None:
     with BetonWriter(path, len(files), 0, labelled=False) as writer:
         for i, file in enumerate(files):
             width, height = Image.open(io.BytesIO(file)).size
-            writer.add(jpeg=file.tobytes(), width=width, height=height, tokens=tokens, text_views=None, caption="a picture",
+            # A caption, as FFCV mistakes an empty value for the image that follows it.
+            writer.add(jpeg=file.tobytes(), width=width, height=height, tokens=tokens, text_views=None, caption="-",
                        row_id=i)  # fmt: skip
 
 
