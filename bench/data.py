@@ -83,14 +83,17 @@ def epoch(name: str, recipe: tuple[str, ...], path: Path, files: list[np.ndarray
         providers["FFCV, random crop"] = Provider(partial(ffcv_epoch, path), {"": float("inf")}, note=note)
     for decode in ("pil", "ffcv", "dali"):
         tolerance = TOLERANCE if decode == "pil" or (device == "cpu" and decode == "dali") else GPU_DECODE
-        providers[f"fastbd, {decode}"] = Provider(partial(ours, decode), tolerance, ours=True)
+        providers[f"fastbd, {decode}"] = Provider(partial(ours, decode), tolerance, ours=True, own_memory=False)
     if device == "cuda":
         for load in HW_LOADS:
             build = partial(ours, "dali", load=load)
-            providers[f"fastbd, dali, hw_decoder_load {load:g}"] = Provider(build, GPU_DECODE, ours=True)
-        providers["fastbd, --resident gpu"] = Provider(partial(ours, "pil", "gpu"), TOLERANCE, ours=True)
-    note = "decoded before; an epoch decodes nothing"
-    providers["fastbd, --resident ram"] = Provider(partial(ours, "pil", "ram"), TOLERANCE, ours=True, note=note)
+            providers[f"fastbd, dali, hw_decoder_load {load:g}"] = Provider(
+                build, GPU_DECODE, ours=True, own_memory=False
+            )
+    for where in ("gpu", "ram") if device == "cuda" else ("ram",):
+        note = "decoded before; an epoch decodes nothing"
+        build = partial(ours, "pil", where)
+        providers[f"fastbd, --resident {where}"] = Provider(build, TOLERANCE, ours=True, own_memory=False, note=note)
     return Case(
         name=f"data {name}, {len(files)} images", unit="images/s", units=len(files) // BATCH * BATCH, device=device,
         providers=providers,
