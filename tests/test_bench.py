@@ -121,10 +121,12 @@ def test_without_a_truth_the_first_provider_is_it():
 
 @pytest.mark.parametrize("name", ["text_tower", "augment", "data"])
 def test_the_ways_of_a_bench_do_the_same(name):
-    (case,) = import_module(f"bench.{name}").cases("cpu", quick=True)
-    outcome = Outcome()
-    calls, _ = prepare(case, LIMITS, outcome)
-    assert list(calls) == list(case.providers) and len(calls) >= 2 and not outcome.refused
+    for case in import_module(f"bench.{name}").cases("cpu", quick=True):
+        outcome = Outcome()
+        calls, _ = prepare(case, LIMITS, outcome)
+        there = [way for way in case.providers if way not in outcome.skipped]
+        assert list(calls) == there and len(calls) >= 2 and not outcome.refused
+        assert all("ffcv" in way.lower() or "dali" in way for way in outcome.skipped)  # may not be installed
 
 
 def test_errors_are_relative_and_a_rival_bounds_them():
