@@ -120,6 +120,8 @@ class Run:
         self.done = resumed["step"] if resumed else 0
         if resumed:
             checkpoint.set_random_state(resumed["random"])
+            if resumed["decode"] != self.decoded_by:
+                self._say(f"images were decoded by {resumed['decode']}, now by {self.decoded_by}: pixels may differ")
         self.folder = config.resume or self._make_folder()
 
     def _open_pairs(self) -> Pairs:
@@ -145,6 +147,11 @@ class Run:
             self.world.barrier()
         self._say(line)
         return pairs
+
+    @property
+    def decoded_by(self) -> str:
+        """What the pixels of the images depend on; those that are kept are decoded on the host."""
+        return f"{self.pairs.decoder.about}{', kept' if self.pairs.resident else ''}"
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -260,7 +267,7 @@ class Run:
                 "epoch": step / self.steps_per_epoch,
                 "random": checkpoint.random_state(),
                 "plan": self.task.plan and self.task.plan.to_dict(),
-                "decode": self.pairs.decoder.name,
+                "decode": self.decoded_by,
             }
             checkpoint.save(checkpoint.path_of(self.folder, "last"), state)
             if step and self.config.save_every and step % (self.config.save_every * self.steps_per_epoch) == 0:

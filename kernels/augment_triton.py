@@ -23,7 +23,7 @@ from fastbd.kernels.augment import Ragged
 from fastbd.kernels.constants import noise_levels, normalisation
 from fastbd.kernels.views import PARAMS, View
 
-BLOCK = 256  # pixels a program works on
+BLOCK = 256  # pixels a program works on; the first axis of a grid, as the others end at 65,535
 FUSION = dict(enable_fp_fusion=False)  # a fused multiply-add rounds once where the reference rounds twice
 
 AFFINE, POSTERIZE, SOLARIZE = (tl.constexpr(c) for c in (views.AFFINE, views.POSTERIZE, views.SOLARIZE))
@@ -194,10 +194,10 @@ def _mix(x):
 @triton.jit
 def operate_kernel(jobs, tables, means, BLOCK: tl.constexpr):
     """One operation on each image, from its source to its result; `tables` uint8 [R, 3, 256], `means` int32 [R]."""
-    r = tl.program_id(0)
+    r = tl.program_id(1)
     job = jobs + r * JOB
     height, width = tl.load(job + 2).to(tl.int32), tl.load(job + 3).to(tl.int32)
-    start = tl.program_id(1) * BLOCK
+    start = tl.program_id(0) * BLOCK
     if start < height * width:
         p = start + tl.arange(0, BLOCK)
         inside = p < height * width
@@ -309,9 +309,9 @@ def _hue(red, green, blue, shift):
 @triton.jit
 def blur_kernel(jobs, ACROSS: tl.constexpr, BLOCK: tl.constexpr):
     """One box blur of each image along its rows, or its columns."""
-    job = jobs + tl.program_id(0) * JOB
+    job = jobs + tl.program_id(1) * JOB
     height, width = tl.load(job + 2).to(tl.int32), tl.load(job + 3).to(tl.int32)
-    start = tl.program_id(1) * BLOCK
+    start = tl.program_id(0) * BLOCK
     if start < height * width:
         p = start + tl.arange(0, BLOCK)
         inside = p < height * width
@@ -338,10 +338,10 @@ def blur_kernel(jobs, ACROSS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def statistics_kernel(jobs, histograms, BLOCK: tl.constexpr):
     """Counts int32 [R, 4, 256] of red, green, blue and luma: whole numbers, so any order gives the same."""
-    r = tl.program_id(0)
+    r = tl.program_id(1)
     job = jobs + r * JOB
     pixels = (tl.load(job + 2) * tl.load(job + 3)).to(tl.int32)
-    start = tl.program_id(1) * BLOCK
+    start = tl.program_id(0) * BLOCK
     if start < pixels:
         p = start + tl.arange(0, BLOCK)
         inside = p < pixels
@@ -401,7 +401,7 @@ def operate(images: Ragged, operations: np.ndarray) -> Ragged:
         if len(blurred):
             for across in (True, True, True, False, False, False):
                 images, jobs, blocks = _jobs(images, blurred, turn[blurred])
-                blur_kernel[(len(blurred), blocks)](jobs, ACROSS=across, BLOCK=BLOCK)
+                blur_kernel[(blocks, len(blurred))](jobs, ACROSS=across, BLOCK=BLOCK)
     return images
 
 
@@ -415,7 +415,7 @@ def _operate(images: Ragged, rows: np.ndarray, operations: np.ndarray) -> Ragged
     if (counted := np.flatnonzero(np.isin(code, (views.CONTRAST, views.EQUALIZE, views.AUTOCONTRAST)))).size:
         histograms = torch.zeros(len(counted), 4, 256, dtype=torch.int32, device=images.device)
         picked = _upload(counted, images.device)
-        statistics_kernel[(len(counted), triton.cdiv(int(sizes[counted].prod(1).max()), 4 * BLOCK))](
+        statistics_kernel[(triton.cdiv(int(sizes[counted].prod(1).max()), 4 * BLOCK), len(counted))](
             jobs[picked], histograms, BLOCK=4 * BLOCK
         )
         counts = histograms.long()
@@ -427,7 +427,7 @@ def _operate(images: Ragged, rows: np.ndarray, operations: np.ndarray) -> Ragged
         tables[picked] = torch.where(
             equalised, reference.equalize_tables(counts), reference.autocontrast_tables(counts)
         )
-    operate_kernel[(len(rows), blocks)](jobs, tables, means, BLOCK=BLOCK, **FUSION)
+    operate_kernel[(blocks, len(rows))](jobs, tables, means, BLOCK=BLOCK, **FUSION)
     return images
 
 

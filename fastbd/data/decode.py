@@ -84,19 +84,26 @@ class Decoder:
     """Whole images of a .beton's rows, batch after batch: one stream at a time.
 
     `name` is "dali", "ffcv" or "pil"; DALI decodes on `device`, the others on the CPU. `pool` is for PIL, and for the
-    work that follows decoding. `decoded` counts the images.
+    work that follows decoding. `decoded` counts the images, `left_to_pillow` the batches that DALI gave up.
     """
 
     def __init__(self, name: str, threads: int, device: str, hw_decoder_load: float):
         import torch
 
         self.name, self.threads, self.device, self.hw_decoder_load = name, threads, device, hw_decoder_load
-        self.decoded = 0
+        self.decoded = self.left_to_pillow = 0
         self._dali: dict[str, _Dali] = {}  # by device
-        self._said = False
         # A task works alone on its image. The number is each thread's own, once this thread has asked for its.
         torch.get_num_threads()
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    @property
+    def about(self) -> str:
+        """What the pixels depend on."""
+        if self.name != "dali":
+            return self.name
+        on_gpu = self.device.startswith("cuda")
+        return f"dali on a GPU, hw_decoder_load {self.hw_decoder_load:g}" if on_gpu else "dali on a CPU"
 
     def stream(
         self, beton: Beton, batches: Sequence[np.ndarray], one: Callable[[int], Tensor], host: bool = True
@@ -132,10 +139,13 @@ class Decoder:
         for ids in batches:
             try:
                 images = dali.next()
-            except RuntimeError:  # its message names the first bad image only, and DALI goes on with the next batch
-                if not self._said:
+            except RuntimeError as error:
+                if "nvImageCodec" not in str(error):  # not an image's fault: no memory, no library
+                    raise
+                # Its message names the first bad image only, and DALI goes on with the next batch.
+                if not self.left_to_pillow:
                     console.print(f"DALI cannot decode some images of {beton.path}: Pillow tries, a batch at a time.")
-                self._said = True
+                self.left_to_pillow += 1
                 images = _one_by_one(ids, one)
             yield images
         dali.end()  # a stream that is left before leaves its pipeline in the middle, to be thrown away
@@ -151,7 +161,9 @@ class _Dali:
         self.batch_size = batch_size
         feed = self._feed = [iter(())]  # not self: without a cycle a pipeline ends when it is dropped
         self.gpu = device.startswith("cuda")
-        where = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if self.gpu else {"device": "cpu"}
+        where = {"device": "cpu"}
+        if self.gpu:  # chroma as the CPU has it, in training and in evaluation
+            where = {"device": "mixed", "hw_decoder_load": hw_decoder_load, "jpeg_fancy_upsampling": True}
 
         @pipeline_def(
             batch_size=batch_size,

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -291,25 +291,50 @@ class _Rooms:
         return torch.frombuffer(free, dtype=dtype).view(shape)
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: PyTorch keeps the memory of each stream apart."""
+    return torch.cuda.Stream(device)
+
+
 def _made_on_gpu(
     pairs: Pairs, order: Sequence[np.ndarray], draw: Draw, texts: Texts, dtype, device: torch.device
 ) -> Iterator[tuple[Batch, torch.cuda.Event]]:
     """Batches, and when they are ready."""
     held = deque()
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        for ids, sources in zip(order, pairs.sources(order, host=False), strict=True):
-            if not isinstance(sources, Ragged):
-                sources = Ragged.of([image.to(device, non_blocking=True) for image in pairs.each(sources)])
-            views = tuple(render(sources, view, pairs.size, dtype) for view in draw(ids, sources.sizes))
-            tokens = [t.pin_memory().to(device, non_blocking=True) for t in texts(ids)]
-            ready = torch.cuda.Event()
-            ready.record()
-            held.append((ready, sources))  # DALI's memory is not PyTorch's: it must outlive the kernels that read it
-            while held[0][0].query() and len(held) > 1:
-                held.popleft()
-            yield Batch(ids, views, *tokens), ready
-        if held:
-            held[-1][0].synchronize()
+    with torch.cuda.stream(_stream(device)):
+        try:
+            for ids, sources in zip(order, pairs.sources(order, host=False), strict=True):
+                if not isinstance(sources, Ragged):
+                    sources = _uploaded(pairs, sources, device)
+                views = tuple(render(sources, view, pairs.size, dtype) for view in draw(ids, sources.sizes))
+                tokens = [t.pin_memory().to(device, non_blocking=True) for t in texts(ids)]
+                ready = torch.cuda.Event()
+                ready.record()
+                held.append((ready, sources))  # DALI's memory is not PyTorch's: it must outlive the kernels' reading
+                while held[0][0].query() and len(held) > 1:
+                    held.popleft()
+                yield Batch(ids, views, *tokens), ready
+        finally:
+            if held:
+                held[-1][0].synchronize()
+
+
+def _uploaded(pairs: Pairs, sources: Sequence[Tensor], device: torch.device) -> Ragged:
+    """Images in main memory, on the GPU: from where they are if that is locked, else in one copy of locked memory."""
+    images = pairs.each(sources)
+    if images[0].is_pinned():
+        return Ragged.of([image.to(device, non_blocking=True) for image in images])
+    sizes = np.array([image.shape[:2] for image in images], np.int32)
+    *starts, total = np.cumsum([0, *(image.numel() for image in images)]).tolist()
+    locked = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+
+    def place(k: int) -> None:
+        locked[starts[k] : starts[k] + images[k].numel()].copy_(images[k].flatten())
+
+    list(pairs.decoder.pool.map(place, range(len(images))))
+    flat = locked.to(device, non_blocking=True)
+    return Ragged(flat.data_ptr() + np.array(starts, np.int64), sizes, flat.device, flat)
 
 
 def _received(made: Iterator[tuple[Batch, torch.cuda.Event]]) -> Iterator[Batch]:
@@ -321,6 +346,7 @@ def _received(made: Iterator[tuple[Batch, torch.cuda.Event]]) -> Iterator[Batch]
             if tensor is not None:
                 tensor.record_stream(stream)  # else its memory could be given away while it is read
         yield batch
+        del batch, tensor  # not to be kept while the next one is waited for
 
 
 def _ahead(items: Generator, depth: int) -> Iterator:

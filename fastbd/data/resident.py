@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,10 @@ def _memory(where: str, need: int, device: torch.device) -> Tensor:
         return torch.empty(need, dtype=torch.uint8, device=device)
     pixels = torch.empty(need, dtype=torch.uint8)
     if device.type == "cuda":  # locked in place; pin_memory() would round up to a power of two
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(pixels.data_ptr(), need, 0))
+        runtime = torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostRegister(pixels.data_ptr(), need, 0))
+        # Else what is allocated in its place would count as locked, and be copied from after it is freed.
+        weakref.finalize(pixels, runtime.cudaHostUnregister, pixels.data_ptr())
     return pixels
 
 

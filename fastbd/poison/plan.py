@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastbd import draws
@@ -103,7 +104,9 @@ class Plan:
         which = self.attack_of[rows]
         for k in np.unique(which[which >= 0]):
             hit = np.flatnonzero(which == k)
-            images[hit] = stamp(images[hit], self.attacks[k].trigger, seed=self.seed, ids=rows[hit])
+            # A slice where it can be: uploading an index waits for the GPU.
+            places = slice(None) if len(hit) == len(rows) else torch.from_numpy(hit).to(images.device)
+            images[places] = stamp(images[places], self.attacks[k].trigger, seed=self.seed, ids=rows[hit])
 
     def save(self, path: Path | str) -> None:
         write_json(Path(path), self.to_dict())

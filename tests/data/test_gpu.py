@@ -18,7 +18,9 @@ from fastbd.data.decode import BadImage, open_decoder, read
 from fastbd.data.loader import RECIPES, Pairs, batches
 from fastbd.data.tokenizer import tokenize
 from fastbd.dist import World
-from fastbd.kernels.augment import Ragged
+from fastbd.kernels import views
+from fastbd.kernels.augment import Ragged, render
+from fastbd.kernels.views import plain
 from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec
 
@@ -145,11 +147,38 @@ def test_dali_decodes_on_the_gpu_nearly_what_pillow_does(beton, files, load):
     assert decoder.decoded == 2 * ROWS
 
 
+@needs_dali
+@pytest.mark.parametrize("load", [0.0, 0.65, 1.0])
+def test_an_image_does_not_depend_on_its_batch(beton, load):
+    """The JPEG engines and CUDA share a batch: which of them takes an image must not show in it."""
+    decoder, seen = open_decoder("dali", 4, "cuda", load), []
+    for order in (np.arange(ROWS), np.random.default_rng(2).permutation(ROWS)):
+        streams, found = [order[first : first + BATCH] for first in range(0, ROWS, BATCH)], {}
+        for ids, images in zip(streams, decoder.stream(beton, streams, None, host=False), strict=True):
+            found |= {int(row): pixels(images, k) for k, row in enumerate(ids)}
+        seen.append(found)
+    assert all(np.array_equal(seen[0][row], seen[1][row]) for row in range(ROWS))
+
+
+def test_memory_does_not_grow_with_the_epochs(beton):
+    pairs, reserved = pairs_of(beton, "pil", "cuda"), []
+    for _ in range(5):
+        epoch(pairs, "cuda", RECIPES["cleanclip"])
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[1]
+
+
+def test_images_of_many_pixels():
+    """More blocks than the second axis of a grid could have."""
+    image = torch.randint(0, 256, (4200, 4100, 3), dtype=torch.uint8)
+    view = plain(np.array([image.shape[:2]]), SIZE)
+    for turn, code in enumerate((views.EQUALIZE, views.SHARPNESS)):
+        view.params["before"][:, turn] = views.operation(code, *([1.5] if turn else []))
+    assert torch.equal(render([image.cuda()], view, SIZE).cpu(), render([image], view, SIZE))
+
+
 def pixels(images: Ragged, k: int) -> np.ndarray:
     """Image k of a Ragged: the plain view of its own size is the image."""
-    from fastbd.kernels.augment import render
-    from fastbd.kernels.views import plain
-
     height, width = images.sizes[k].tolist()
     side = max(height, width)
     view = plain(images.sizes[k : k + 1], side)
