@@ -16,7 +16,7 @@ from fastbd import draws
 from fastbd.config import Views
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import RECIPES, Pairs, _ahead, batches
+from fastbd.data.loader import RECIPES, Pairs, _ahead, _Rooms, batches
 from fastbd.data.tokenizer import tokenize
 from fastbd.dist import World
 from fastbd.errors import UserError
@@ -358,3 +358,15 @@ def test_leaving_early_ends_the_maker_thread(beton):
     found.close()
     maker.join(2)
     assert not maker.is_alive()
+
+
+def test_memory_is_taken_again_only_when_nothing_refers_to_it():
+    rooms, shape = _Rooms(), (2, 8, 8, 3)
+    first, second = rooms.empty(shape, torch.float32), rooms.empty(shape, torch.float32)
+    place, part = first.data_ptr(), first[1, :, 2:4]
+    assert second.data_ptr() != place
+    del first
+    assert rooms.empty(shape, torch.float32).data_ptr() not in (place, second.data_ptr())
+    del part
+    assert rooms.empty(shape, torch.float32).data_ptr() == place
+    assert rooms.empty((2, 8, 8, 4), torch.float32).data_ptr() not in (place, second.data_ptr())
