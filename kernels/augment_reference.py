@@ -8,6 +8,7 @@ off, very few two. It takes rows before columns, as Pillow does up to version 12
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fastbd.kernels import views
 from fastbd.kernels.constants import noise_levels, normalisation
-from fastbd.kernels.views import PARAMS, View
+from fastbd.kernels.views import View
 
 
 def render(images: Sequence[Tensor], view: View, size: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -27,7 +28,10 @@ def render(images: Sequence[Tensor], view: View, size: int, dtype: torch.dtype, 
     if out is None:
         out = torch.empty(len(images), size, size, 3, dtype=dtype)
     if dtype != torch.uint8 and _only_normalised(images, view, size):
-        normalise(torch.stack(list(images)).flatten(2).float(), out)
+        levels = torch.empty(len(images), size, 3 * size)
+        for image, place in zip(images, levels, strict=True):
+            place.copy_(image.flatten(1))
+        normalise(levels, out)
         return out.permute(0, 3, 1, 2)
     for image, params, place in zip(images, view.params, out, strict=True):
         square = _square(image, params, size, view.cubic)
@@ -40,9 +44,14 @@ def render(images: Sequence[Tensor], view: View, size: int, dtype: torch.dtype, 
 
 def _only_normalised(images: Sequence[Tensor], view: View, size: int) -> bool:
     """Whether the images are their views already, as base views that are kept."""
-    nothing = np.zeros(1, PARAMS)
-    nothing["box"], nothing["resized"] = (0, 0, size, size), size
-    return all(image.shape[:2] == (size, size) for image in images) and (view.params == nothing).all()
+    fit = all(image.shape[:2] == (size, size) for image in images)
+    return fit and view.params.tobytes() == _plain(size) * len(images)
+
+
+@cache
+def _plain(size: int) -> bytes:
+    """The parameters of the plain view of an image that has the view's size."""
+    return views.plain([(size, size)], size).params.tobytes()
 
 
 def normalise(levels: Tensor, out: Tensor) -> None:
