@@ -71,5 +71,5 @@ def render(
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [B, S, S, 3] to [B, 3, S, S] in channels_last memory, with CLIP's mean and std. Computed in float32."""
     out = torch.empty(images.shape, dtype=dtype, device=images.device)
-    augment_reference.normalise(images.flatten(2).float(), out)
+    augment_reference.normalise(images, out)
     return out.permute(0, 3, 1, 2)

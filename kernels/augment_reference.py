@@ -28,10 +28,8 @@ def render(images: Sequence[Tensor], view: View, size: int, dtype: torch.dtype, 
     if out is None:
         out = torch.empty(len(images), size, size, 3, dtype=dtype)
     if dtype != torch.uint8 and _only_normalised(images, view, size):
-        levels = torch.empty(len(images), size, 3 * size)
-        for image, place in zip(images, levels, strict=True):
-            place.copy_(image.flatten(1))
-        normalise(levels, out)
+        for image, place in zip(images, out, strict=True):
+            normalise(image, place)
         return out.permute(0, 3, 1, 2)
     for image, params, place in zip(images, view.params, out, strict=True):
         square = _square(image, params, size, view.cubic)
@@ -54,14 +52,20 @@ def _plain(size: int) -> bytes:
     return views.plain([(size, size)], size).params.tobytes()
 
 
-def normalise(levels: Tensor, out: Tensor) -> None:
-    """With CLIP's mean and std: float32 levels [..., S, 3 S], which are used up, into `out` [..., S, S, 3]."""
-    scale, shift = normalisation(levels.device, levels.shape[-1] // 3)
-    levels.mul_(scale)
-    if out.dtype == torch.float32:
-        torch.add(levels, shift, out=out.view(levels.shape))
-    else:
-        out.copy_(levels.add_(shift).view(out.shape))
+def normalise(images: Tensor, out: Tensor, noise: Tensor | None = None) -> None:
+    """With CLIP's mean and std: uint8 [..., S, S, 3] into `out` of the same shape, computed in float32.
+
+    `noise`, levels [..., S, 3 S], is added before.
+    """
+    scale, shift = normalisation(images.device, images.shape[-2])
+    rows = images.flatten(-2)
+    levels = out.flatten(-2) if out.dtype == torch.float32 else torch.empty_like(rows, dtype=torch.float32)
+    levels.copy_(rows)
+    if noise is not None:
+        levels.add_(noise).clamp_(max=255)
+    levels.mul_(scale).add_(shift)
+    if out.dtype != torch.float32:
+        out.copy_(levels.view(out.shape))
 
 
 def _square(image: Tensor, params: np.void, size: int, cubic: bool) -> Tensor:
@@ -98,11 +102,7 @@ def resize(image: Tensor, shape: tuple[int, int], cubic: bool) -> Tensor:
 
 def _finish(image: Tensor, params: np.void, out: Tensor) -> None:
     """Noise, normalisation in float32, erasing; from uint8 [S, S, 3] into `out`."""
-    size = len(image)
-    levels = image.flatten(1).float()
-    if params["noise"][0]:
-        levels.add_(_noise(params["noise"], size)).clamp_(max=255)
-    normalise(levels, out)
+    normalise(image, out, _noise(params["noise"], len(image)) if params["noise"][0] else None)
     if params["erase"][2]:
         top, left, height, width = params["erase"].tolist()
         out[top : top + height, left : left + width] = 0

@@ -43,7 +43,7 @@ Images = Sequence[Tensor] | Ragged
 Draw = Callable[[np.ndarray, np.ndarray], list[View]]  # (row ids, sizes of their source images)
 Texts = Callable[[np.ndarray], list[Tensor]]  # row ids to tokens
 
-TASK = 4  # images that one thread takes at a time
+TASK = 8  # images that one thread takes at a time
 
 RECIPES = {
     "cleanclip": ("plain", "auto_augment"),
