@@ -161,27 +161,16 @@ class Pairs:
         """All of the images, made side by side."""
         return list(self.decoder.pool.map(images.__getitem__, range(len(images))))
 
-    def squares(self, images: Sequence[Tensor], squash: np.ndarray | None = None) -> Tensor:
-        """Their base views, uint8 [B, S, S, 3]; squash bool [B] picks the geometry of each."""
+    def squares(self, images: Sequence[Tensor], squash: bool = False) -> Tensor:
+        """Their base views, uint8 [B, S, S, 3]; or all squashed."""
         squares = torch.empty(len(images), self.size, self.size, 3, dtype=torch.uint8)
 
         def fit(k: int) -> None:
             image = images[k]
-            view = plain([image.shape[:2]], self.size, squash is not None and squash[k])
+            view = plain([image.shape[:2]], self.size, squash)
             render([image], view, self.size, torch.uint8, out=squares[k : k + 1])
 
         list(self.decoder.pool.map(fit, range(len(images))))
-        return squares
-
-    def images(self, ids: np.ndarray) -> Tensor:
-        """Base views uint8 [B, S, S, 3], triggers included."""
-        (squares,) = map(self.squares, self.sources([ids]))
-        return squares
-
-    def decoded(self, ids: np.ndarray, squash: np.ndarray) -> Tensor:
-        """uint8 [B, S, S, 3] without triggers; squash bool [B] picks the geometry of each."""
-        stream = self.decoder.stream(self.beton, [ids], self.stored)
-        (squares,) = (self.squares(images, squash) for images in stream)
         return squares
 
     def tokens(self, ids: np.ndarray, view: int | None = None) -> np.ndarray:

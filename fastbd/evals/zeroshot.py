@@ -83,14 +83,14 @@ def open_set(
     pairs = Pairs(beton, decoder, size)
     clean = torch.empty(len(ids), size, size, 3, dtype=torch.uint8)
     squashed = torch.empty_like(clean) if any(planned.geometry == "squash" for planned in attacks) else None
+    starts = range(0, len(ids), 256)
     with progress("evaluation set", len(ids)) as advance:
-        for first in range(0, len(ids), 256):
-            part = ids[first : first + 256]
-            place = slice(first, first + len(part))
-            clean[place] = pairs.decoded(part, np.zeros(len(part), bool))
+        for first, sources in zip(starts, pairs.sources([ids[k : k + 256] for k in starts]), strict=True):
+            images, place = pairs.each(sources), slice(first, first + len(sources))
+            clean[place] = pairs.squares(images)
             if squashed is not None:
-                squashed[place] = pairs.decoded(part, np.ones(len(part), bool))
-            advance(len(part))
+                squashed[place] = pairs.squares(images, squash=True)
+            advance(len(images))
     name = Path(path).stem if len(ids) == len(beton) else f"{Path(path).stem}, {len(ids)} images"
     data = EvalSet(name, ids, clean, torch.from_numpy(labels[ids]), names, prompts, squashed, attacks, asr_seed)
     for planned in attacks:

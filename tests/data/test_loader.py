@@ -59,6 +59,11 @@ def pairs_of(beton: Beton, plan: Plan | None = None, max_bad: int = 0) -> Pairs:
     return Pairs(beton, open_decoder("pil", 2, "cpu"), SIZE, plan, max_bad)
 
 
+def base_views(pairs: Pairs, ids, squash: bool = False) -> torch.Tensor:
+    (squares,) = (pairs.squares(images, squash) for images in pairs.sources([np.asarray(ids)]))
+    return squares
+
+
 def stored(beton: Beton, row: int) -> Image.Image:
     return Image.open(io.BytesIO(beton.jpeg(row)))
 
@@ -66,7 +71,7 @@ def stored(beton: Beton, row: int) -> Image.Image:
 @pytest.mark.parametrize("geometry", ["squash", "crop"])
 def test_poisoned_rows_are_fitted_and_stamped_and_the_others_are_not(beton, geometry):
     plan = plan_for(beton, geometry)
-    images = pairs_of(beton, plan).images(np.arange(ROWS))
+    images = base_views(pairs_of(beton, plan), np.arange(ROWS))
     for row in range(ROWS):
         whole = torch.from_numpy(np.array(stored(beton, row)))
         clean = whole[:, 2:18]
@@ -86,7 +91,7 @@ def test_two_attacks_stamp_and_fit_their_own_rows(beton):
     second = replace(second, trigger=TriggerSpec("nashville"), rows=(0, 6, 7), captions=("x", "y", "z"), target="dog")
     plan = replace(plan_for(beton), attacks=(replace(first, rows=(1, 5), captions=("a", "b")), second))
     pairs, order = pairs_of(beton, plan), np.array([7, 5, 3, 0, 1, 6])
-    images = pairs.images(order)
+    images = base_views(pairs, order)
     for image, row in zip(images, order, strict=True):
         whole = torch.from_numpy(np.array(stored(beton, row)))
         squash, crop = (render([whole], plain([whole.shape[:2]], SIZE, s), SIZE, torch.uint8)[0] for s in (True, False))
@@ -97,14 +102,13 @@ def test_two_attacks_stamp_and_fit_their_own_rows(beton):
     assert np.array_equal(pairs.tokens(order), tokenize(["z", "b", CAPTIONS[3], "x", "a", "y"]))
 
 
-def test_decoded_images_have_the_geometry_asked_for_and_no_triggers(beton):
+@pytest.mark.parametrize("squash", [False, True])
+def test_base_views_have_the_geometry_asked_for(beton, squash):
     """Pillow is the truth: one level off, as its two passes round."""
-    squash = np.arange(ROWS) % 2 == 0
-    images = pairs_of(beton, plan_for(beton)).decoded(np.arange(ROWS), squash)
-    for row in range(ROWS):
+    for row, image in enumerate(base_views(pairs_of(beton), np.arange(ROWS), squash)):
         picture = stored(beton, row)
-        fitted = picture.resize((SIZE, SIZE), Image.BICUBIC) if squash[row] else picture.crop((2, 0, 18, 16))
-        assert np.abs(images[row].int().numpy() - np.asarray(fitted).astype(int)).max() <= 1
+        fitted = picture.resize((SIZE, SIZE), Image.BICUBIC) if squash else picture.crop((2, 0, 18, 16))
+        assert np.abs(image.int().numpy() - np.asarray(fitted).astype(int)).max() <= 1
 
 
 def test_poisoned_rows_have_the_captions_of_the_plan(beton):
@@ -196,7 +200,7 @@ def test_triggers_on_decoded_images_of_a_gpu_are_those_of_the_host(beton):
     whole = [torch.from_numpy(np.array(stored(beton, row))) for row in ids]
     images = pairs._with_triggers(ids, Ragged.of(whole))
     assert images.sizes.tolist() == [[SIZE, SIZE], [16, 20], [SIZE, SIZE]]
-    expected = pairs.images(ids)
+    expected = base_views(pairs, ids)
     assert torch.equal(render(images, plain(images.sizes, SIZE), SIZE, torch.uint8), expected)
 
 
@@ -283,11 +287,10 @@ def test_the_next_whole_image_stands_in_for_a_damaged_one(damaged, beton, backen
     plan = plan_for(beton)
     pairs = Pairs(damaged, open_decoder(backend, 2, "cpu"), SIZE, plan, max_bad=3)
     substitutes, whole = {4: 5, 7: 8, 11: 0}, pairs_of(beton)
-    squash = np.array([row in POISONED for row in range(ROWS)])
     for _ in range(2):
-        images = pairs.images(np.arange(ROWS))
+        images = base_views(pairs, np.arange(ROWS))
         for row in range(ROWS):
-            expected = whole.decoded(np.array([substitutes.get(row, row)]), squash[[row]])
+            expected = base_views(whole, [substitutes.get(row, row)], squash=row in POISONED)
             if row in POISONED:  # a poisoned row stays one
                 expected = stamp(expected, plan.attacks[0].trigger, seed=3, ids=[row])
             assert torch.equal(images[row], expected[0]), row
@@ -303,7 +306,7 @@ def test_ffcv_decodes_and_what_it_cannot_is_replaced(damaged, beton):
     pairs = Pairs(damaged, open_decoder("ffcv", 2, "cpu"), SIZE, max_bad=3)
     rows = np.random.default_rng(0).permutation(ROWS)
     images = torch.cat([pairs.squares(sources) for sources in pairs.sources([rows[:5], rows[5:10], rows[10:]])])
-    expected = pairs_of(beton).images(np.array([{4: 5, 7: 8, 11: 0}.get(row, row) for row in rows]))
+    expected = base_views(pairs_of(beton), [{4: 5, 7: 8, 11: 0}.get(row, row) for row in rows])
     assert (images.int() - expected.int()).abs().float().mean() < 4
     assert sorted(pairs.bad) == [4, 7, 11] and pairs.decoder.decoded == ROWS
 
