@@ -1,0 +1,224 @@
+"""The least time that a training step can take on a machine: an op-by-op roofline (Williams et al. 2009).
+
+An op takes the longer of FLOPs / matmul rate and bytes / bandwidth, and a step the sum over its ops. An op reads its
+inputs from memory once and writes its outputs once. Three ways to cut a network into ops:
+
+  eager     every layer is one
+  compiled  elementwise layers merge with the norm beside them, as in torch.compile
+  fused     batch norm has no forward pass: the convolution before it takes the statistics, the one behind it
+            normalises, and its gradient takes the sums (Jung et al. 2019, arXiv 1807.01702)
+
+Left out: reading weights and writing their gradients (8 bytes a parameter in bf16: 1 % of RN50's step of 128 pairs);
+looking up tokens, adding positions and the loss (below 1 %).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+WAYS = ("eager", "compiled", "fused")
+ADAMW_BYTES = 28  # a parameter, in float32: reads it, its gradient and two moments, writes all but the gradient
+FORMATS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
+SIDE = {"cpu": 1536, "cuda": 8192}  # of the matrices
+COPIED = {"cpu": 128 << 20, "cuda": 1 << 30}  # bytes: far more than a cache holds
+TRIES = 4
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of a large matmul; bytes/s that a copy reads and writes."""
+
+    matmul: float
+    bandwidth: float
+
+
+class Op(NamedTuple):
+    """FLOPs of an op, and the elements that it reads and writes in each of the WAYS."""
+
+    flops: float
+    eager: float
+    compiled: float
+    fused: float
+
+
+def step_seconds(
+    model: nn.Module, rates: Rates, *, batch: int, views: int, texts: int, tokens: float, precision: str
+) -> dict[str, float]:
+    """The least seconds of a training step in each of the WAYS; under "flops", if memory cost nothing.
+
+    `model` is a CLIP; a pair is `views` images and `texts` captions of `tokens` tokens on average, without padding;
+    `precision`: fp32, tf32 or bf16.
+    """
+    towers = [(views, list(image_ops(model.visual, model.image_size))), (texts, list(text_ops(model, tokens)))]
+    size = 2 if precision == "bf16" else 4
+    update = ADAMW_BYTES * sum(p.numel() for p in model.parameters()) / rates.bandwidth
+
+    def pair(way: str) -> float:
+        return sum(
+            count * max(op.flops / rates.matmul, size * getattr(op, way) / rates.bandwidth)
+            for count, ops in towers
+            for op in ops
+        )
+
+    flops = sum(count * op.flops for count, ops in towers for op in ops)
+    return {"flops": batch * flops / rates.matmul, **{way: batch * pair(way) + update for way in WAYS}}
+
+
+def image_ops(visual: nn.Module, image_size: int) -> Iterator[Op]:
+    """Forward and backward of one image through an image tower."""
+    if not hasattr(visual, "transformer"):
+        yield from _convolutional(visual, 3, image_size)
+        return
+    width, side = yield from _convolutional(visual.conv1, 3, image_size)
+    positions = side**2 + 1  # the class token's too
+    yield _layer_norm(positions * width)
+    yield from _blocks(visual.transformer, width, positions, attended=positions**2)
+    yield _layer_norm(width)
+    yield from _linear(1, *visual.proj.shape)
+
+
+def text_ops(model: nn.Module, tokens: float) -> Iterator[Op]:
+    """Forward and backward of one caption; a token attends to itself and to those before it."""
+    width, embed_dim = model.text_projection.shape
+    yield from _blocks(model.transformer, width, tokens, attended=tokens * (tokens + 1) / 2)
+    yield _layer_norm(width)
+    yield from _linear(1, width, embed_dim)
+
+
+def _convolutional(module: nn.Module, channels: int, side: int) -> Iterator[Op]:
+    """Ops of a module that gets [channels, side, side]; returns channels and side of what it gives."""
+    x = channels * side**2
+    match module:
+        case nn.Conv2d(kernel_size=(kernel, _), stride=(stride, _), padding=(padding, _)):
+            side = (side + 2 * padding - kernel) // stride + 1
+            y = module.out_channels * side**2
+            flops = 2 * y * channels * kernel**2
+            yield from 2 * [_op(x + y, flops)]  # forward, gradient of the weight
+            if channels != 3:  # pixels need no gradient; fused, it reads the input for the sums of the norm before
+                yield Op(flops, x + y, x + y, 2 * x + y)
+            return module.out_channels, side
+        case _BatchNorm():  # statistics 1, normalise 2; backward: sums 2, gradient 3
+            yield Op(0, 8 * x, 8 * x, 3 * x)
+        case nn.AvgPool2d(kernel_size=stride):
+            side //= stride
+            yield _op(2 * (x + channels * side**2))
+        case nn.Linear():  # of the mean over all positions
+            yield _op(2 * x)
+            yield from _linear(1, channels, module.out_features)
+        case nn.Module(q_proj=_):
+            yield from _attention_pool(module)
+        case nn.Identity():
+            pass
+        case _:
+            return (yield from _in_turn(module, channels, side))
+    return channels, side
+
+
+def _in_turn(module: nn.Module, channels: int, side: int) -> Iterator[Op]:
+    """Children run in the order in which they are registered, but for a block's shortcut."""
+    inputs, children = (channels, side), dict(module.named_children())
+    if not children:
+        raise TypeError(f"the work of a {type(module).__name__} is unknown here")
+    shortcut = children.pop("downsample", None)
+    for name, child in children.items():
+        channels, side = yield from _convolutional(child, channels, side)
+        if name.startswith("bn"):  # ReLU: 2 forward, 3 backward
+            yield Op(0, 5 * channels * side**2, 0, 0)
+    if shortcut is not None:
+        yield from _convolutional(shortcut, *inputs)
+    if hasattr(module, "downsample"):
+        # The sum with the shortcut and that of two gradients, 3 each. Merged, the norm reads the shortcut forward, and
+        # in both passes backward the second gradient and the output, whose sign is the ReLU's mask.
+        y = channels * side**2
+        yield Op(0, 6 * y, 5 * y, 6 * y)
+    return channels, side
+
+
+def _attention_pool(pool: nn.Module) -> Iterator[Op]:
+    """Keys and values of all positions for the one query that is used."""
+    positions, width = pool.positional_embedding.shape
+    yield from _linear(positions, width, 2 * width)
+    yield from _linear(1, width, width)
+    yield from _attention(width, 1, positions, attended=positions)
+    yield from _linear(1, width, pool.c_proj.out_features)
+
+
+def _blocks(transformer: nn.Module, width: int, tokens: float, attended: float) -> Iterator[Op]:
+    """A transformer's blocks; `attended`: pairs of query and key that count."""
+    x = tokens * width
+    for _ in transformer.resblocks:
+        for inputs, outputs in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)):
+            yield from _linear(tokens, inputs, outputs)
+        yield from _attention(width, tokens, tokens, attended)
+        yield _op(5 * 4 * x)  # GELU: 2 forward, 3 backward
+        # Sums as in a ResNet's block. Merged, the norm behind reads the other summand and writes the sum, and reads the
+        # second gradient.
+        yield from 2 * [_layer_norm(x), Op(0, 6 * x, 3 * x, 3 * x)]
+
+
+def _linear(rows: float, inputs: int, outputs: int) -> list[Op]:
+    """Forward, gradient of the input, gradient of the weight."""
+    return 3 * [_op(rows * (inputs + outputs), 2 * rows * inputs * outputs)]
+
+
+def _attention(width: int, queries: float, keys: float, attended: float) -> list[Op]:
+    """Scores stay on the chip (FlashAttention, arXiv 2205.14135); that they are computed twice is not counted."""
+    x = (queries + keys) * width
+    return [_op(2 * x, 4 * attended * width), _op(4 * x, 8 * attended * width)]
+
+
+def _layer_norm(x: float) -> Op:
+    """A row stays on the chip: 2 forward, 3 backward."""
+    return _op(5 * x)
+
+
+def _op(elements: float, flops: float = 0) -> Op:
+    """An op that is the same in all WAYS."""
+    return Op(flops, elements, elements, elements)
+
+
+def measure_rates(device: torch.device, precision: str) -> Rates:
+    """What `device` reaches at fp32, tf32 or bf16: half a second of work."""
+    return Rates(matmul_rate(device, precision), copy_rate(device))
+
+
+def matmul_rate(device: torch.device, number_format: str) -> float:
+    """FLOP/s, on random data: zeros multiply faster than numbers."""
+    side = SIDE[device.type] // (2 if number_format == "fp64" else 1)  # few GPUs are fast at fp64
+    a, b = (torch.randn(side, side, device=device).to(FORMATS[number_format]) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if number_format == "tf32" else "highest")
+    try:
+        return 2 * side**3 / _shortest(device, lambda: a @ b)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s read and written."""
+    source = torch.full((COPIED[device.type],), 7, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _shortest(device, lambda: target.copy_(source))
+
+
+def _shortest(device: torch.device, call: Callable[[], object]) -> float:
+    """Seconds of the shortest of TRIES calls in a row, after one to warm up; on a GPU by its own clock."""
+    cuda = device.type == "cuda"
+    marks = []
+    for _ in range(1 + TRIES):
+        call()
+        marks.append(torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter())
+        if cuda:
+            marks[-1].record()
+    if not cuda:
+        return min(after - before for before, after in pairwise(marks))
+    marks[-1].synchronize()
+    return min(before.elapsed_time(after) for before, after in pairwise(marks)) / 1e3
