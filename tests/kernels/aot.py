@@ -27,17 +27,18 @@ from fastbd.kernels import augment_triton as augment
 from fastbd.kernels import contrastive_small as small
 from fastbd.kernels import contrastive_tile as tile
 from fastbd.kernels import stamp_triton as stamp
+from fastbd.kernels import text_pack_triton as text
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 COLUMNS = ["kernel", "case", "arch", "registers", "shared", "spills", "hgmma", "hmma", "f64"]
 INTS = {"M", "N", "D", "L", "NP", "offset", "m0", "rows", "pm0", "all_blocks_m", "blocks_m", "blocks_n", "parts",
         "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch", "size", "H", "W",
-        "h", "w", *(f"{plane}_{axis}" for plane in ("keep", "add") for axis in "byxc")}  # fmt: skip
+        "h", "w", "captions", "T", *(f"{plane}_{axis}" for plane in ("keep", "add") for axis in "byxc")}  # fmt: skip
 POINTERS = {"i32": {"TERMS", "DIRECTIONS", "widths", "params", "weights", "first", "shape", "means", "histograms",
-                    "KEEP", "ADD", "PLACES", "FIELD"},
+                    "KEEP", "ADD", "PLACES", "FIELD", "STARTS"},
             "i64": {"addresses", "jobs"}, "u8": {"tables", "IMAGES", "STAMPED", "LEVELS"}}  # fmt: skip
 ALIGNED = {"D", "NP", "pitch", "H", "W"}  # multiples of 16, as Triton sees them when they are launched
-KIND = re.compile(r"^([QKXG]\d?|out)$")  # pointers to what the case is named after
+KIND = re.compile(r"^([QKXG]\d?|out|OUT|QKV|OF_QKV|GRADIENT)$")  # pointers to what the case is named after
 
 
 def tiles(shape: tile.Tile, dim: int, ip: str, stored: bool = False, sigmoid: bool = False, **more) -> dict:
@@ -50,6 +51,7 @@ def cases(arch: int):
     yield from contrastive_cases(arch)
     yield from augment_cases()
     yield from stamp_cases()
+    yield from text_cases()
 
 
 def augment_cases():
@@ -71,6 +73,17 @@ def stamp_cases():
     yield stamp.stamp_kernel, "whole", "u8", dict(N=1, **no_levels, **no_field, BLOCK=stamp.BLOCK)
     yield stamp.stamp_kernel, "warp", "u8", dict(N=0, HAS_FIELD=True, **no_levels, BLOCK=stamp.BLOCK)
     yield stamp.stamp_kernel, "everything", "u8", dict(N=4, HAS_FIELD=True, HAS_LEVELS=True, BLOCK=stamp.BLOCK)
+
+
+def text_cases():
+    for kernel in (text.attention_kernel, text.attention_backward_kernel):
+        for kind, dtype, dim in (
+            ("bf16", torch.bfloat16, 16),
+            ("bf16", torch.bfloat16, 64),
+            ("fp32", torch.float32, 64),
+        ):
+            out = torch.empty(0, 8 * dim, dtype=dtype)
+            yield kernel, f"{kind} {dim}", kind, text.arguments(out, 8) | dict(IP="tf32")
 
 
 def contrastive_cases(arch: int):
