@@ -92,13 +92,15 @@ def parse(verb: str, flags: list[str]):
             description = f"{kind.__doc__}\n\nPreset {name}: {preset.__doc__}"
     settings = tyro.cli(kind, args=flags, default=default, prog=f"python -m fastbd {verb}", description=description)
     _check_numbers(settings)
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and kind in (config.PretrainConfig, config.CleanConfig):
+        return _restarted(settings)
     return settings
 
 
 def _check_numbers(settings) -> None:
     for name, least in config.LEAST.items():
         value = getattr(settings, name, None)
-        if value is not None and not value >= least:  # so that not-a-number is refused too
+        if isinstance(value, int | float) and not value >= least:  # so that not-a-number is refused too
             raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least {least}.")
 
 
@@ -128,3 +130,25 @@ def _resumed(kind: type, folder: Path, flags: list[str]):
             f"{folder} was made by {recorded['verb']}: python -m fastbd {recorded['verb']} --resume {folder}"
         )
     return dataclasses.replace(config.from_dict(kind, recorded["config"]), resume=folder)
+
+
+def _restarted(settings):
+    """The settings, to go on in --out where the same command has begun there.
+
+    torchrun --max-restarts starts every process again when one has died. Its count of restarts is of no use here: the
+    machines where none died may leave it at 0.
+    """
+    folder = settings.out
+    if folder is None:
+        raise UserError("torchrun --max-restarts starts a run again, to go on in its folder: name one with --out.")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "torchrun --max-restarts would hand the addresses of the dead to those started again (PyTorch issue "
+            "135712): set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, and --rdzv-backend c10d on several machines."
+        )
+    if (folder / "config.json").is_file():
+        recorded = read_config(folder)["config"]
+        found = {"batch_size": recorded.get("batch_size")} if settings.batch_size == "auto" else {}
+        if recorded == config.to_dict(settings) | found:
+            return dataclasses.replace(settings, resume=folder, **found)
+    return settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import time
@@ -23,11 +24,41 @@ def append(path: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+@contextmanager
+def new_folder(path: Path):
+    """Yields a folder that is called `path` when the block is done with it; after an error it is gone."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def rewind(path: Path, step: int) -> None:
+    """Keep the lines of a .jsonl file, if there is one, up to a step; none that a kill has torn."""
+    if path.exists():
+        rows = map(_row, path.read_text(errors="replace").splitlines())
+        _write(path, "".join(json.dumps(row) + "\n" for row in rows if row and row["step"] <= step))
+
+
+def _row(line: str) -> dict | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
 def write_json(path: Path, value: dict) -> None:
     """Write a .json file atomically."""
+    _write(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(text)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -132,8 +132,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _first(rows: list[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
     """The first row of each key, in order of steps.
 
-    A resumed run repeats the steps after its last checkpoint, and `fastbd evaluate` adds rows that may be of another
-    subset or trigger; what training itself measured comes first.
+    `fastbd evaluate` adds rows that may be of another subset or trigger; what training itself measured comes first.
     """
     unique = {tuple(row[k] for k in key): row for row in reversed(rows)}
     return tuple(sorted(unique.values(), key=lambda row: row["step"]))
