@@ -23,6 +23,7 @@ Geometry = Literal["squash", "crop"]
 Preset = Literal["demo", "paper-cc3m", "paper-cc6m"]
 Views = Literal["cleanclip", "randaugment", "slip", "par"]
 Decode = Literal["auto", "dali", "ffcv", "pil"]
+Switch = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +150,13 @@ class TrainConfig:
 
     epochs: int = 64
     """Passes over the data."""
-    batch_size: int = 128
-    """Pairs in a step, over all GPUs together."""
+    batch_size: int | Literal["auto"] = 128
+    """Pairs in a step, over all GPUs together; auto is the most that the GPUs' memory holds."""
+    accumulate: int = 1
+    """Parts that a step's batch is embedded in, one after the other, to save memory; its gradient stays that of the
+    whole (GradCache)."""
+    grad_checkpointing: bool = False
+    """Save memory: compute the activations within blocks again in the backward pass."""
     lr: float = 1e-3
     """Peak learning rate."""
     warmup: int = 10_000
@@ -179,6 +185,13 @@ class TrainConfig:
     """Seed of weights, order and augmentation."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+    compile: Switch = "auto"
+    """torch.compile the towers; auto is on with a GPU."""
+    graph: Switch = "auto"
+    """Capture the whole step in a CUDA graph; auto is on with one GPU."""
+    bn_group: int | Literal["batch", "sync"] = "batch"
+    """Images whose batch-norm statistics are taken together: this many (32, as published on 8 GPUs), all those of a
+    process, or (sync) of all processes. With SSL both views of a pair count."""
     device: str = "auto"
     """cuda, cpu, or auto."""
     views: Views = "cleanclip"
@@ -361,8 +374,8 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 
 LEAST = dict(
-    batch_size=1, count=1, epoch=0, epochs=0, eval_every=0, eval_subset=0, hw_decoder_load=0, log_every=1, max_bad=0,
-    max_pixels=1, rows=1, save_every=0, text_views=0, warmup=0, workers=0,
+    accumulate=1, batch_size=1, bn_group=1, count=1, epoch=0, epochs=0, eval_every=0, eval_subset=0, hw_decoder_load=0,
+    log_every=1, max_bad=0, max_pixels=1, rows=1, save_every=0, text_views=0, warmup=0, workers=0,
 )  # fmt: skip
 """The smallest value of flags that a negative number, or zero, would make no sense for."""
 

@@ -32,11 +32,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank."""
+        return self.least(int(not flag)) == 0
+
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
         if self.size == 1:
-            return flag
-        value = torch.tensor(float(flag), device=self.device)
-        td.all_reduce(value, td.ReduceOp.MAX)
-        return bool(value)
+            return number
+        value = torch.tensor(number, device=self.device)
+        td.all_reduce(value, td.ReduceOp.MIN)
+        return int(value)
 
     def barrier(self) -> None:
         """Wait for the other ranks."""

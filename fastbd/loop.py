@@ -9,11 +9,13 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fastbd import log
 from fastbd.data.loader import Batch
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.step import Step
+from fastbd.readback import Readback
 
 
 class Stopped(Exception):
@@ -45,12 +47,13 @@ def every(epochs: float, steps_per_epoch: int, total: int) -> set[int]:
 
 
 def train(
-    step: Step,
+    step: Callable[[Batch], dict[str, Tensor]],
     batches: Callable[[int, int], Iterable[Batch]],
     table: Timetable,
     *,
     start: int,
     label: str,
+    pairs_limit: float,
     world: World,
     evaluate: Callable[[int], None],
     save: Callable[[int], None],
@@ -59,43 +62,49 @@ def train(
     """Do steps start .. table.total - 1.
 
     batches(epoch, offset) gives an epoch's batches from its step `offset` on; save(step) and evaluate(step) are called
-    after a step, record(row) gets a log line every table.log_every steps. Raises Stopped after a SIGINT or SIGTERM,
+    after a step, record(row) gets a log line every table.log_every steps, with the mean losses since the last one and
+    the share of `pairs_limit`, the pairs a second that the hardware allows. Raises Stopped after a SIGINT or SIGTERM,
     saved.
     """
-    at = start
+    at, losses = start, Readback(table.log_every)
     with _signals() as caught, log.progress(label, table.total, start, quiet=not world.main) as advance:
+
+        def tell(wait: bool) -> None:
+            for row in losses.arrived(wait):
+                record(row)
+                advance(0, _line(row))
+                if not math.isfinite(row["loss"]):
+                    raise UserError(f"the loss is {row['loss']} at step {row['step']}: the run diverged; lower --lr.")
+
         while at < table.total:
             epoch, offset = divmod(at, table.steps_per_epoch)
             clock, before = _Clock(), at
             for batch in clock.waiting(batches(epoch, offset)):
-                parts = step(batch, at)
+                losses.add(step(batch))
                 at += 1
                 clock.pairs += len(batch.ids) * world.size
                 if at % table.log_every == 0 or at == table.total:
-                    row = {"step": at, "epoch": at / table.steps_per_epoch, **{k: float(v) for k, v in parts.items()}}
-                    row |= clock.read()
-                    record(row)
-                    advance(0, _line(row))
-                    if not math.isfinite(row["loss"]):
-                        raise UserError(f"the loss is {row['loss']} at step {at}: the run diverged; lower --lr.")
-                advance(1)
-                if at in table.evaluate_at or at in table.save_at:
-                    if at in table.evaluate_at:
-                        evaluate(at)
-                    if at in table.save_at:
-                        save(at)
-                    clock.start()  # neither counts as training time
+                    losses.send({"step": at, "epoch": at / table.steps_per_epoch, **clock.read(pairs_limit)})
                 # Several processes agree only now and then: asking each step would cost a wait for the GPU.
-                if at < table.total and (world.size == 1 or at % table.log_every == 0) and world.any(bool(caught)):
+                asked = at < table.total and (world.size == 1 or at % table.log_every == 0) and world.any(bool(caught))
+                milestone = at in table.evaluate_at or at in table.save_at
+                tell(wait=asked or milestone)
+                advance(1)
+                if at in table.evaluate_at:
+                    evaluate(at)
+                if at in table.save_at or asked:
                     save(at)
+                if asked:
                     raise Stopped(caught[0] if caught else signal.SIGTERM)
+                if milestone:
+                    clock.start()  # neither counts as training time
             if at == before:
                 raise RuntimeError(f"epoch {epoch} has no batch from step {offset} on")
 
 
 def _line(row: dict) -> str:
-    parts = " ".join(f"{k} {row[k]:.3f}" for k in ("loss", "mmcl", "ssl_image", "ssl_text") if k in row)
-    return f"{parts}  {row['pairs_per_s']:,.0f} pairs/s  wait {row['data_wait']:.0%}"
+    share = f"{row['of_limit']:.0%} of the roofline"
+    return f"loss {row['loss']:.3f}  {row['pairs_per_s']:,.0f} pairs/s ({share})  wait {row['data_wait']:.0%}"
 
 
 class _Clock:
@@ -117,9 +126,10 @@ class _Clock:
                 return
             yield batch
 
-    def read(self) -> dict:
+    def read(self, pairs_limit: float) -> dict:
         seconds = max(1e-9, time.perf_counter() - self.since)
-        row = {"pairs_per_s": self.pairs / seconds, "data_wait": self.waited / seconds}
+        rate = self.pairs / seconds
+        row = {"pairs_per_s": rate, "of_limit": rate / pairs_limit, "data_wait": self.waited / seconds}
         self.start()
         return row
 

@@ -25,6 +25,11 @@ class Objective:
     gather: str = "exact"
 
     @property
+    def weights(self) -> tuple[float, float]:
+        """Of MMCL and SSL."""
+        return self.mmcl_weight, self.ssl_weight
+
+    @property
     def augments_images(self) -> bool:
         """Whether a second view of each image is needed."""
         return self.ssl_weight > 0 and self.ssl_image
@@ -34,14 +39,30 @@ class Objective:
         """Whether a second version of each caption is needed."""
         return self.ssl_weight > 0 and self.ssl_text
 
+    @property
+    def idle(self) -> str | None:
+        """The tower that no term looks at: image, text, or None."""
+        if self.mmcl_weight or (self.ssl_image and self.ssl_text):
+            return None
+        return "text" if self.ssl_image else "image"
+
     def __call__(
-        self, images: Sequence[Tensor], texts: Sequence[Tensor], log_scale: Tensor, group: td.ProcessGroup | None = None
+        self,
+        images: Sequence[Tensor],
+        texts: Sequence[Tensor],
+        log_scale: Tensor,
+        group: td.ProcessGroup | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Raw embeddings [B, D] of this process, of each view -> (loss, parts), all scalars.
 
         MMCL compares the first views. SSL compares the second with the first; of three images the third with the
         second, as SLIP does (Mu et al., arXiv 2112.12750). With a group, the batch is that of all its processes.
+        `weights` [2], on the device, are those of MMCL and SSL in place of the objective's own, which still say by
+        being 0 that a term is left out.
         """
+        given = self.weights if weights is None else weights
+        mmcl_weight, ssl_weight = (weight if own else 0 for own, weight in zip(self.weights, given, strict=True))
         image, text = images[0], texts[0]
         image_aug = images[-1] if self.augments_images else None
         text_aug = texts[-1] if self.augments_texts else None
@@ -49,11 +70,11 @@ class Objective:
             contrastive_loss, log_scale=log_scale, ssl_symmetric=self.ssl_symmetric, gather=self.gather, group=group
         )
         if image_aug is None or len(images) == 2:
-            return loss_of(image, text, image_aug, text_aug, mmcl_weight=self.mmcl_weight, ssl_weight=self.ssl_weight)
-        weight = self.ssl_weight / (1 + self.augments_texts)
+            return loss_of(image, text, image_aug, text_aug, mmcl_weight=mmcl_weight, ssl_weight=ssl_weight)
+        weight = ssl_weight / (1 + self.augments_texts)
         loss, parts = loss_of(images[1], text, image_aug, mmcl_weight=0, ssl_weight=weight)
         if self.mmcl_weight or self.augments_texts:
-            rest, others = loss_of(image, text, None, text_aug, mmcl_weight=self.mmcl_weight, ssl_weight=weight)
+            rest, others = loss_of(image, text, None, text_aug, mmcl_weight=mmcl_weight, ssl_weight=weight)
             loss, parts = loss + rest, others | parts
         return loss, parts
 

@@ -5,27 +5,39 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 MAX_LOG_SCALE = math.log(100)
 
 
 def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float):
-    """AdamW; biases, norm gains and the temperature (every parameter below 2 dimensions) are not decayed."""
+    """AdamW; biases, norm gains and the temperature (every parameter below 2 dimensions) are not decayed.
+
+    Its learning rate is a tensor beside the parameters, which both groups share.
+    """
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     exempt = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    rate = torch.tensor(lr, device=model.logit_scale.device)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True, capturable=rate.is_cuda)
 
 
-def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
-    """Linear warm-up over `warmup` steps, then half a cosine to 0 at `total`; steps count from 0."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load the state of an optimizer of any device, and its settings but the learning rate."""
+    rate = optimizer.param_groups[0]["lr"]
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group |= {"lr": rate, "fused": True, "capturable": rate.is_cuda}
+
+
+def learning_rates(peak: float, *, warmup: int, total: int) -> Tensor:
+    """float32 [total]: linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
+    step = torch.arange(total, dtype=torch.float64)
+    cosine = 0.5 * (1 + torch.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return (peak * torch.where(step < warmup, (step + 1) / max(1, warmup), cosine)).float()
 
 
 @torch.no_grad()
-def clamp_log_scale(log_scale: torch.Tensor) -> None:
+def clamp_log_scale(log_scale: Tensor) -> None:
     """Keep the temperature's factor within 1 and 100, as CLIP does."""
     log_scale.clamp_(0, MAX_LOG_SCALE)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +15,22 @@ from fastbd import __version__, checkpoint, dist, log
 from fastbd.config import CleanConfig, PretrainConfig, portable, to_dict
 from fastbd.data import eda, resident, sheet
 from fastbd.data.decode import Decoder, open_decoder
-from fastbd.data.loader import RECIPES, Batch, Pairs, batches
+from fastbd.data.loader import RECIPES, Batch, Pairs, batches, text_room
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.evals.zeroshot import evaluate, open_set
+from fastbd.fit import Shares, batch_that_fits
+from fastbd.limits import measure_rates, step_seconds
 from fastbd.loop import Stopped, Timetable, every, train
 from fastbd.models import CLIP
+from fastbd.models.batchnorm import batch_norms, share_statistics
+from fastbd.models.blocks import recompute
 from fastbd.objectives import Objective
-from fastbd.optim import learning_rate, make_optimizer
+from fastbd.optim import learning_rates, make_optimizer, restore
 from fastbd.poison.plan import Plan
-from fastbd.precision import set_precision
-from fastbd.step import make_step
+from fastbd.precision import is_captured, is_compiled, set_precision
+from fastbd.step import Step
 
 Config = PretrainConfig | CleanConfig
 
@@ -101,8 +104,14 @@ class Run:
         self.config, self.task, self.world = config, task, world
         self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
         self.precision = set_precision(config.precision, world.device)
-        self.steps_per_epoch = steps_per_epoch(config.batch_size, len(task.rows), world)
-        self.total = config.epochs * self.steps_per_epoch
+        self.compiled, self.captured = is_compiled(config.compile, world), is_captured(config.graph, world)
+        norms = bool(batch_norms(task.model))
+        group = config.bn_group if norms and isinstance(config.bn_group, int) else 0
+        self.shares = Shares(world.size, config.accumulate, group, len(self.policies), norms)
+        auto = config.batch_size == "auto"
+        if auto and world.device.type != "cuda":
+            raise UserError("--batch-size auto finds what fits in a GPU's memory; without a GPU give a number.")
+        self.shares.check(world.size * self.shares.unit if auto else config.batch_size, len(task.rows))
         resumed = checkpoint.load(config.resume / "ckpt_last.pt") if config.resume else None
 
         self.pairs = self._open_pairs()
@@ -111,18 +120,39 @@ class Run:
         if resumed:
             self.model.load_state_dict(resumed["model"])
         self.model.to(world.device, memory_format=torch.channels_last).train()
+        if config.grad_checkpointing:
+            recompute(self.model)
+        self.tokens, _ = text_room(self.pairs, task.rows, 1, self.text_view(0))
+        if group:
+            share_statistics(self.model, group)
+        if auto:
+            found = batch_that_fits(
+                self.model, task.objective, self.shares, texts=self.texts, tokens=self.tokens, most=len(task.rows),
+                precision=self.precision, world=world,
+            )  # fmt: skip
+            self._say(f"--batch-size {found} fits")
+            config = self.config = replace(config, batch_size=found)
+        self.steps_per_epoch = len(task.rows) // config.batch_size
+        self.total = config.epochs * self.steps_per_epoch
+        part = self.shares.part(config.batch_size)
+        fixed = self.compiled or self.captured
+        self.room = text_room(self.pairs, task.rows, part, self.text_view(0))[1] if fixed else 1
+        if config.bn_group == "sync" and world.size > 1:
+            share_statistics(self.model, 0, world.group)
         betas = (config.beta1, config.beta2)
         self.optimizer = make_optimizer(
             self.model, lr=config.lr, weight_decay=config.weight_decay, betas=betas, eps=config.eps
         )
         if state := resumed["optimizer"] if resumed else task.optimizer:
-            self.optimizer.load_state_dict(state)
+            restore(self.optimizer, state)
         self.done = resumed["step"] if resumed else 0
         if resumed:
             checkpoint.set_random_state(resumed["random"])
             if resumed["decode"] != self.decoded_by:
                 self._say(f"images were decoded by {resumed['decode']}, now by {self.decoded_by}: pixels may differ")
         self.folder = config.resume or self._make_folder()
+        if resumed:
+            self._rewind()
 
     def _open_pairs(self) -> Pairs:
         """The training pairs, decoded to where --resident says."""
@@ -172,6 +202,11 @@ class Run:
             return None
         return epoch % self.pairs.beton.num_text_views if self.config.eda == "epoch" else 0
 
+    @property
+    def texts(self) -> int:
+        """Captions of a pair in a step."""
+        return 2 if self.task.objective.augments_texts else 1
+
     def _decoder(self) -> Decoder:
         config = self.config
         return open_decoder(config.decode, config.workers, str(self.world.device), config.hw_decoder_load)
@@ -187,20 +222,30 @@ class Run:
             classes=task.classes, templates=task.templates, plan=task.plan, subset=config.eval_subset,
         )  # fmt: skip
 
+    def _rewind(self) -> None:
+        """Drop what a process that was killed has written after its last checkpoint: those steps come again."""
+        if self.world.main:
+            for name in ("log.jsonl", "metrics.jsonl"):
+                log.rewind(self.folder / name, self.done)
+
     def _make_folder(self) -> Path:
-        """--out, or the first free runs/NAME; with config.json, env.json, plan.json, samples.png."""
+        """--out, or the first free runs/NAME; with config.json, env.json, plan.json, samples.png and a checkpoint.
+
+        All at once, so that there is no run folder which --resume could not go on from.
+        """
         config, task = self.config, self.task
         folder = config.out or free_folder(Path("runs") / task.name)
         samples = sheet.samples(self.pairs, task.rows, self.policies, seed=config.seed, text_view=self.text_view(0))
         self.world.barrier()  # every rank has looked before one makes it
         if self.world.main:
-            folder.mkdir(parents=True)
             about = {"name": folder.name, "fastbd": __version__, **task.about(self.verb), "config": to_dict(config)}
-            log.write_json(folder / "config.json", about)
-            log.write_json(folder / "env.json", {**log.environment(), "plan_eda_synonyms": eda.synonyms_source()})
-            if task.plan:
-                task.plan.save(folder / "plan.json")
-            samples.save(folder / "samples.png")
+            with log.new_folder(folder) as new:
+                log.write_json(new / "env.json", {**log.environment(), "plan_eda_synonyms": eda.synonyms_source()})
+                if task.plan:
+                    task.plan.save(new / "plan.json")
+                samples.save(new / "samples.png")
+                checkpoint.save(checkpoint.path_of(new, "last"), self._state(0))
+                log.write_json(new / "config.json", about)  # last: with it, it looks like a run
         return folder
 
     def train(self) -> None:
@@ -212,15 +257,14 @@ class Run:
             f"{len(task.rows):,} pairs of {task.data} ({planned:,} poisoned), {self.total:,} steps, "
             f"evaluated on {task.eval_data or 'nothing: no --eval-data'}"
         )
-        if self.done == 0:
-            self.save(0)
-            if self.verb == "clean" or self.total == 0:
-                self.measure(0)
+        if self.done == 0 and (self.verb == "clean" or self.total == 0):
+            self.measure(0)
         warmup = min(config.warmup, self.total // 2)
-        schedule = partial(learning_rate, peak=config.lr, warmup=warmup, total=self.total)
-        step = make_step(
-            self.model, task.objective, self.optimizer, schedule, precision=self.precision, world=self.world
-        )
+        rates = learning_rates(config.lr, warmup=warmup, total=self.total)
+        step = Step(
+            self.model, task.objective, self.optimizer, rates, precision=self.precision, world=self.world,
+            start=self.done, parts=config.accumulate, compiled=self.compiled, captured=self.captured,
+        )  # fmt: skip
         table = Timetable(
             self.steps_per_epoch,
             self.total,
@@ -230,11 +274,26 @@ class Run:
         )
         began = time.perf_counter()
         train(
-            step, self.batches, table, start=self.done, label=self.folder.name, world=self.world,
-            evaluate=self.measure, save=self.save, record=self.record,
+            step, self.batches, table, start=self.done, label=self.folder.name,
+            pairs_limit=self.pairs_limit(), world=self.world, evaluate=self.measure, save=self.save, record=self.record,
         )  # fmt: skip
         steps, seconds = self.total - self.done, time.perf_counter() - began
         self._say(f"done: {steps:,} steps in {seconds:.0f} s, evaluations included; {self.folder}")
+
+    def pairs_limit(self) -> float:
+        """Pairs a second of all GPUs by the compiled roofline."""
+        rates = measure_rates(self.world.device, self.precision)
+        batch = self.config.batch_size // self.world.size
+        least = step_seconds(
+            self.model, rates, batch=batch, views=len(self.policies), texts=self.texts, tokens=self.tokens,
+            precision=self.precision,
+        )  # fmt: skip
+        limits = {way: batch * self.world.size / seconds for way, seconds in least.items()}
+        self._say(
+            f"{rates.matmul / 1e12:.3g} TFLOP/s and {rates.bandwidth / 1e9:.3g} GB/s allow {limits['compiled']:,.0f} "
+            f"pairs/s with compiled ops (eager {limits['eager']:,.0f}, fused {limits['fused']:,.0f})"
+        )
+        return limits["compiled"]
 
     def batches(self, epoch: int, offset: int) -> Iterator[Batch]:
         """This rank's batches of an epoch, from its step `offset` on."""
@@ -242,7 +301,7 @@ class Run:
         return batches(
             self.pairs, self.task.rows, self.config.batch_size, seed=self.config.seed, policies=self.policies,
             text_view=self.text_view(epoch), world=self.world, epoch=epoch, start=offset,
-            dtype=torch.bfloat16 if narrow else torch.float32,
+            dtype=torch.bfloat16 if narrow else torch.float32, parts=self.config.accumulate, room=self.room,
         )  # fmt: skip
 
     def measure(self, step: int) -> None:
@@ -257,22 +316,26 @@ class Run:
     def save(self, step: int) -> None:
         """Write ckpt_last.pt, and the checkpoint to be kept where --save-every ends an epoch."""
         if self.world.main:
-            state = {
-                "fastbd": __version__,
-                "about": self.task.about(self.verb),
-                "config": to_dict(self.config),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": step,
-                "epoch": step / self.steps_per_epoch,
-                "random": checkpoint.random_state(),
-                "plan": self.task.plan and self.task.plan.to_dict(),
-                "decode": self.decoded_by,
-            }
-            checkpoint.save(checkpoint.path_of(self.folder, "last"), state)
-            if step and self.config.save_every and step % (self.config.save_every * self.steps_per_epoch) == 0:
+            state = self._state(step)
+            if self.config.save_every and step % (self.config.save_every * self.steps_per_epoch) == 0:
                 checkpoint.save(checkpoint.path_of(self.folder, str(step // self.steps_per_epoch)), state)
+            checkpoint.save(checkpoint.path_of(self.folder, "last"), state)  # last: what it is past is not done again
         self.world.barrier()
+
+    def _state(self, step: int) -> dict:
+        """What a checkpoint holds."""
+        return {
+            "fastbd": __version__,
+            "about": self.task.about(self.verb),
+            "config": to_dict(self.config),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "random": checkpoint.random_state(),
+            "plan": self.task.plan and self.task.plan.to_dict(),
+            "decode": self.decoded_by,
+        }
 
     def record(self, row: dict) -> None:
         """Add a line to log.jsonl."""
@@ -288,15 +351,6 @@ def free_folder(path: Path) -> Path:
     """`path`, or path-2, path-3, ... when it is taken."""
     candidates = (path if k == 1 else path.with_name(f"{path.name}-{k}") for k in range(1, 10_000))
     return next(p for p in candidates if not p.exists())
-
-
-def steps_per_epoch(batch_size: int, rows: int, world: World) -> int:
-    """Whole batches in an epoch; UserError when there is none, or it cannot be shared out."""
-    if batch_size < 1 or batch_size % world.size:
-        raise UserError(f"--batch-size {batch_size} is no multiple of the {world.size} processes: choose one that is.")
-    if rows < batch_size:
-        raise UserError(f"--batch-size {batch_size} is larger than the {rows} pairs there are: make it smaller.")
-    return rows // batch_size
 
 
 def result_line(row: dict) -> str:

@@ -1,51 +1,153 @@
-"""One training step on one screen: forward, loss, backward, schedule, update, clamp."""
+"""One training step: forward, loss, backward, schedule, update, clamp.
+
+All that it reads and counts lies on the device, so that nothing waits for the host and the whole can be captured in a
+CUDA graph, which then serves any learning rate and any weights of the losses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastbd.capture import Captured
 from fastbd.data.loader import Batch
 from fastbd.dist import World
+from fastbd.kernels.text_pack import PackedText
+from fastbd.models.batchnorm import batch_norms, unrecorded
 from fastbd.objectives import Objective
 from fastbd.optim import clamp_log_scale
 from fastbd.precision import autocast
 
-Step = Callable[[Batch, int], dict[str, Tensor]]
+Losses = dict[str, Tensor]
 
 
-def make_step(
-    model: nn.Module,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    schedule: Callable[[int], float],
-    *,
-    precision: str,
-    world: World,
-) -> Step:
-    """The function that does one optimiser step and returns the loss and its parts as scalars on the device."""
-    towers = model
-    if world.size > 1:
-        one_tower = objective.mmcl_weight == 0 and not (objective.ssl_image and objective.ssl_text)
-        towers = DistributedDataParallel(model, find_unused_parameters=one_tower)
+class Step:
+    """step(batch) does one optimiser step and returns the loss, its parts and the temperature, scalars on the device.
 
-    def step(batch: Batch, at: int) -> dict[str, Tensor]:
-        texts = batch.tokens if batch.tokens_aug is None else torch.cat([batch.tokens, batch.tokens_aug])
-        with autocast(precision, world.device):
-            # All views in one forward, so batch norm sees them together, as published.
-            image, text, log_scale = towers(torch.cat(batch.views), texts)
-        images, texts = image.split(len(batch.ids)), text.split(len(batch.ids))
-        loss, parts = objective(images, texts, log_scale, world.group)
+    `rates` [steps] are the learning rates, `start` the number of the first step. A batch comes in `parts`, by its
+    captions, and is embedded in as many, with the gradient of the whole. `weights` [2] of MMCL and SSL may be written
+    between steps.
+    """
 
-        optimizer.zero_grad(set_to_none=True)
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        rates: Tensor,
+        *,
+        precision: str,
+        world: World,
+        start: int = 0,
+        parts: int = 1,
+        compiled: bool = False,
+        captured: bool = False,
+    ):
+        self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.precision, self.world = precision, world
+        self.rates, self.at = rates.to(world.device, copy=True), torch.tensor(start, device=world.device)
+        self.lr = optimizer.param_groups[0]["lr"]
+        self.weights = torch.tensor(objective.weights, device=world.device)
+        self.norms = batch_norms(model)
+        for name, parameter in model.named_parameters():  # an idle tower is left alone, by weight decay too
+            tower = "both" if name == "logit_scale" else "image" if name.startswith("visual.") else "text"
+            parameter.requires_grad_(tower != objective.idle)
+        self.alone = _compile(model) if compiled else model
+        self.towers = self.alone
+        if world.size > 1:
+            ddp = _parallel(model, static=parts == 1)
+            self.towers = _compile(ddp) if compiled else ddp
+        self.call = Captured(self._step, world.device) if captured else self._step
+
+    def __call__(self, batch: Batch) -> Losses:
+        return self.call(batch.views, batch.texts)
+
+    def _step(self, views: Sequence[Tensor], texts: Sequence[PackedText]) -> Losses:
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._gradients(views, texts[0]) if len(texts) == 1 else self._gradients_by_parts(views, texts)
+        self.lr.copy_(self.rates.take(self.at))
+        self.optimizer.step()
+        clamp_log_scale(self.model.logit_scale)
+        self.at += 1
+        return losses
+
+    def _gradients(self, views: Sequence[Tensor], text: PackedText) -> Losses:
+        self._take_in(1.0)
+        images, captions, log_scale = self._embed(views, text, self.towers)
+        loss, losses = self._loss(images, captions, log_scale)
         loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(at)
-        optimizer.step()
-        clamp_log_scale(model.logit_scale)
-        return {"loss": loss.detach(), **parts, "scale": log_scale.detach().exp()}
+        return losses
 
-    return step
+    def _gradients_by_parts(self, views: Sequence[Tensor], texts: Sequence[PackedText]) -> Losses:
+        """GradCache (Gao et al., arXiv 2101.06983): embed all, then the gradients of the embeddings part by part."""
+        count = len(texts)
+        parts = list(zip(zip(*(view.chunk(count) for view in views), strict=True), texts, strict=True))
+        with torch.no_grad(), unrecorded():
+            images, captions, scales = zip(*(self._embed(*part, self.alone) for part in parts), strict=True)
+        images, captions = ([torch.cat(x).requires_grad_() for x in zip(*y, strict=True)] for y in (images, captions))
+        log_scale = scales[0].requires_grad_()
+        loss, losses = self._loss(images, captions, log_scale)
+        *of_rows, of_scale = torch.autograd.grad(loss, [*images, *captions, log_scale], allow_unused=True)
+        for k, part in enumerate(parts):
+            last = k == count - 1
+            # The statistics of all parts count alike in the end, as if taken in at once.
+            self._take_in(1 / count, behind=count - 1 - k)
+            # The processes' gradients are averaged with the last part's, and are then those of all parts.
+            images, captions, scale = self._embed(*part, self.towers if last else self.alone)
+            rows = [None if g is None else g.chunk(count)[k] for g in of_rows]  # None: no term has this view
+            outputs = [*zip([*images, *captions], rows, strict=True), (scale, of_scale if last else 0 * of_scale)]
+            torch.autograd.backward(*zip(*(pair for pair in outputs if pair[1] is not None), strict=True))
+        return losses
+
+    def _embed(
+        self, views: Sequence[Tensor], text: PackedText, towers: nn.Module
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """Embeddings of each view and of each version of the captions. One forward, so batch norm sees all views."""
+        pixels, per_group = self._in_groups(views)
+        with autocast(self.precision, self.world.device):
+            images, captions, log_scale = towers(pixels, text)
+        images = images.unflatten(0, (-1, len(views), per_group)).unbind(1)
+        return tuple(x.flatten(0, 1) for x in images), captions.split(len(views[0])), log_scale
+
+    def _in_groups(self, views: Sequence[Tensor]) -> tuple[Tensor, int]:
+        """The views joined, those of a batch norm's group side by side; and pairs in a group."""
+        group = self.norms[0].group if self.norms else 0
+        pairs = group // len(views) or len(views[0])
+        if len(views) == 1:
+            return views[0], pairs
+        rows = [view.permute(0, 2, 3, 1).unflatten(0, (-1, pairs)) for view in views]  # keeps channels_last
+        return torch.stack(rows, 1).flatten(0, 2).permute(0, 3, 1, 2), pairs
+
+    def _loss(self, images: Sequence[Tensor], captions: Sequence[Tensor], log_scale: Tensor) -> tuple[Tensor, Losses]:
+        loss, parts = self.objective(images, captions, log_scale, self.world.group, self.weights)
+        return loss, {"loss": loss.detach(), **parts, "scale": log_scale.detach().exp()}
+
+    def _take_in(self, share: float, behind: int = 0) -> None:
+        """How much of the running statistics the next forward replaces: `share` of the momentum in the end, when as
+        many forwards as are `behind` have replaced theirs."""
+        if self.norms and self.norms[0].rate is not None:
+            part = share * self.norms[0].momentum
+            self.norms[0].rate.fill_(part / (1 - behind * part))  # one tensor, which all share
+
+
+def _parallel(model: nn.Module, static: bool) -> nn.Module:
+    """The model, its gradients averaged over all processes.
+
+    Not `static` where parts leave gradients behind, which a static graph takes for its own without a word.
+    """
+    for harmless in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides"):
+        warnings.filterwarnings("ignore", harmless)  # newer PyTorch's name; strides of 1 x 1 kernels
+    # Of the buffers only running statistics change, and only the first process evaluates and saves.
+    return DistributedDataParallel(
+        model, gradient_as_bucket_view=True, static_graph=static, broadcast_buffers=False
+    )  # fmt: skip
+
+
+def _compile(towers: nn.Module) -> nn.Module:
+    """For each shape by itself: one batch with longer captions is not to slow down all that follow."""
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # left off on purpose
+    return torch.compile(towers, dynamic=False)

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbd.kernels import contrastive_reference
-from fastbd.kernels.constants import table
 
 WAYS = ("auto", "small", "tile", "hybrid", "reference")
 GATHERS = ("exact", "local-grad")
 TRITON = find_spec("triton") is not None
+_reduce_scatter = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor  # its name before 2.13
 SMALL = 512  # columns up to which a strip of rows fits in registers
 
 
@@ -36,8 +36,8 @@ def contrastive_loss(
     text_aug: Tensor | None = None,
     *,
     log_scale: Tensor,
-    mmcl_weight: float = 1.0,
-    ssl_weight: float = 1.0,
+    mmcl_weight: float | Tensor = 1.0,
+    ssl_weight: float | Tensor = 1.0,
     ssl_symmetric: bool = False,
     gather: str = "exact",
     group: td.ProcessGroup | None = None,
@@ -45,20 +45,21 @@ def contrastive_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """mmcl_weight * MMCL + ssl_weight * mean of the SSL halves given (Verma et al., arXiv 2311.14948, eq. 1 and 2).
 
-    Embeddings [B, D], not normalised, bf16 or fp32; log_scale a scalar. Returns the loss, fp32, and its detached
+    Embeddings [B, D], not normalised, bf16 or fp32; log_scale a scalar. A weight of 0 leaves its term out; a scalar on
+    the device, which a captured step can be told anew, does not. Returns the loss, fp32, and its detached
     parts. With a group the batch is that of all its processes, in rank order, and the loss is the whole batch's on
     each. gather "exact": the mean over the processes of the gradients (DDP's) is the loss's gradient; "local-grad":
     the embeddings' part of it divided by the number of processes, as published programs have it. Raises ValueError
     for arguments that do not fit.
     """
-    terms = [("mmcl", "image", "text", mmcl_weight, True)] if mmcl_weight else []
+    terms = [("mmcl", "image", "text", mmcl_weight, True)] if _given(mmcl_weight) else []
     halves = [(f"ssl_{x}", x, f"{x}_aug") for x, aug in (("image", image_aug), ("text", text_aug)) if aug is not None]
-    terms += [(*half, ssl_weight / len(halves), ssl_symmetric) for half in halves if ssl_weight]
+    terms += [(*half, ssl_weight / len(halves), ssl_symmetric) for half in halves if _given(ssl_weight)]
     given = {"image": image, "text": text, "image_aug": image_aug, "text_aug": text_aug}
     used = [name for name in given if any(name in term[1:3] for term in terms)]
     loss, parts = _loss(
         [given[name] for name in used], [(used.index(q), used.index(k), both) for _, q, k, _, both in terms],
-        [w for *_, weight, both in terms for w in ((weight / 2, weight / 2) if both else (weight, 0.0))],
+        [(weight / 2, weight / 2) if both else (weight, 0.0) for *_, weight, both in terms],
         log_scale, None, gather, group, way,
     )  # fmt: skip
     return loss, {name: parts[t].sum() / (1 + both) for t, (name, *_, both) in enumerate(terms)}
@@ -69,7 +70,17 @@ def sigmoid_loss(
     group: td.ProcessGroup | None = None, way: str = "auto",
 ) -> Tensor:  # fmt: skip
     """SigLIP's loss (Zhai et al., arXiv 2303.15343, eq. 1): sum over all pairs / B. Arguments as above."""
-    return _loss([image, text], [(0, 1, False)], [1.0, 0.0], log_scale, bias, gather, group, way)[0]
+    return _loss([image, text], [(0, 1, False)], [(1.0, 0.0)], log_scale, bias, gather, group, way)[0]
+
+
+def _given(weight: float | Tensor) -> bool:
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def _table(weights: list[tuple], device: torch.device) -> Tensor:
+    """float32 [n, 2]: weights of the rows and of the columns of each term."""
+    zero = torch.zeros((), device=device)  # and not torch.tensor, for a copy from the host cannot be captured
+    return torch.stack([zero + weight for pair in weights for weight in pair]).view(-1, 2).float()
 
 
 def _loss(towers, terms, weights, log_scale, bias, gather, group, way) -> tuple[Tensor, Tensor]:
@@ -91,7 +102,7 @@ def _loss(towers, terms, weights, log_scale, bias, gather, group, way) -> tuple[
         raise ValueError("the kernels take bf16 and fp32, for fp16 cannot hold small gradients: give way reference")
     name = "" if group is None else group.group_name
     flat = [int(x) for term in terms for x in term]
-    arguments = (weights, flat, name, gather == "exact")
+    arguments = (_table(weights, log_scale.device), flat, name, gather == "exact")
     if way == "small":
         loss, parts, *_ = torch.ops.fastbd.contrastive_small(towers, log_scale, *arguments)
     else:
@@ -123,7 +134,7 @@ def _triples(terms: list[int]) -> list[contrastive_reference.Term]:
 
 @torch.library.custom_op("fastbd::contrastive", mutates_args=())
 def contrastive(
-    towers: list[Tensor], log_scale: Tensor, bias: Tensor | None, weights: list[float], terms: list[int], group: str,
+    towers: list[Tensor], log_scale: Tensor, bias: Tensor | None, weights: Tensor, terms: list[int], group: str,
     exact: bool, way: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """-> loss [], parts [n, 2], and what the backward needs."""
@@ -134,13 +145,13 @@ def contrastive(
         keys, key_rn = processes.keys(towers[1:], rn[1:])
         offset, own = processes.rows(rows)
         sums = backend.sums(towers, keys, rn, key_rn, scale, bias, _triples(terms), offset)
-        w = table((tuple(weights[::2]), tuple(weights[1::2])), torch.float32, rn.device)
         finish = _softmax if bias is None else _sigmoid
-        parts, row_log, column_log, diagonal, *rest = finish(*processes.join(*sums, bias is None), w[..., None], bias)
+        joined = processes.join(*sums, bias is None)
+        parts, row_log, column_log, diagonal, *rest = finish(*joined, weights.T[..., None], bias)
         saved = [row_log[:, own].contiguous(), column_log, diagonal[:, own].contiguous(), rn, *rest]
         if processes.size > 1:
             saved += [keys, key_rn]
-        return (w.T * parts).sum(), parts, saved
+        return (weights * parts).sum(), parts, saved
 
 
 def _softmax(positive: Tensor, rows: Tensor, columns: Tensor, w: Tensor, _) -> tuple[Tensor, ...]:
@@ -225,7 +236,7 @@ contrastive.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("fastbd::contrastive_small", mutates_args=())
 def contrastive_small(
-    towers: list[Tensor], log_scale: Tensor, weights: list[float], terms: list[int], group: str, exact: bool
+    towers: list[Tensor], log_scale: Tensor, weights: Tensor, terms: list[int], group: str, exact: bool
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """-> loss [], parts [n, 2], gradients of the towers and of log_scale, all made in the forward by two launches."""
     from fastbd.kernels import contrastive_small
@@ -301,5 +312,5 @@ class _Processes:
         count = len(x)
         x = x.unflatten(1, (self.size, -1)).transpose(0, 1).flatten(0, 1)  # gloo takes it joined along the first axis
         out = torch.empty_like(x[:count])
-        td.reduce_scatter_tensor(out, x, group=self._group)
+        _reduce_scatter(out, x, group=self._group)
         return out

@@ -154,20 +154,20 @@ def gradients_kernel(X0, X1, X2, X3, G0, G1, G2, G3, TERMS, WEIGHTS, P, RN, ROW_
 
 
 def losses_and_gradients(
-    towers: list[Tensor], log_scale: Tensor, weights: list[float], terms: list[int], start: int, stop: int
+    towers: list[Tensor], log_scale: Tensor, weights: Tensor, terms: list[int], start: int, stop: int
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """Towers [N, D], terms flat (query, key, both directions) -> loss, parts [n, 2], gradients.
+    """Towers [N, D], weights [n, 2], terms flat (query, key, both directions) -> loss, parts [n, 2], gradients.
 
     The gradients are those of rows [start, stop) of each tower, and that of log_scale.
     """
     towers, (count, dim), device = [x.contiguous() for x in towers], towers[0].shape, towers[0].device
-    directions, term_table, direction_weights = plan(tuple(terms), tuple(weights))
+    directions, term_table, places = plan(tuple(terms))
     n, padded = len(directions), max(16, triton.next_power_of_2(count))
     strips = triton.cdiv(count, STRIP)
     new = log_scale.float().new_empty
     p, rn, losses = new(n, count, padded), new(len(towers), count), new(n, count)
     row_dots, column_dots = new(n, count), new(n, strips, count)
-    w, ip = table(direction_weights, torch.float32, device), input_precision()
+    w, ip = weights.take(table(places, torch.int64, device)), input_precision()
     low = towers[0].dtype == torch.bfloat16
     losses_kernel[(strips, n)](
         *four(towers), table(directions, torch.int32, device), w, p, rn, row_dots, column_dots, losses, log_scale,
@@ -185,21 +185,21 @@ def losses_and_gradients(
     return loss, parts, gradients, of_scale
 
 
-def plan(terms: tuple[int, ...], weights: tuple[float, ...]) -> tuple[tuple, tuple, tuple]:
-    """-> the kernels' DIRECTIONS and TERMS, and the weight of each direction."""
-    directions, entries, direction_weights, normed = [], [], [], set()
+def plan(terms: tuple[int, ...]) -> tuple[tuple, tuple, tuple]:
+    """-> the kernels' DIRECTIONS and TERMS, and the place of each direction's weight among those of all terms."""
+    directions, entries, places, normed = [], [], [], set()
 
-    def add(query: int, key: int, weight: float) -> int:
+    def add(query: int, key: int, place: int) -> int:
         writes = []
         for tower in (query, key):
             writes.append(int(tower not in normed))
             normed.add(tower)
         directions.append((query, key, *writes))
-        direction_weights.append(weight)
+        places.append(place)
         return len(directions) - 1
 
     for t in range(len(terms) // 3):
         query, key, both = terms[3 * t : 3 * t + 3]
-        rows = add(query, key, weights[2 * t])
-        entries.append((query, key, rows, add(key, query, weights[2 * t + 1]) if both else -1))
-    return tuple(directions), tuple(entries), tuple(direction_weights)
+        rows = add(query, key, 2 * t)
+        entries.append((query, key, rows, add(key, query, 2 * t + 1) if both else -1))
+    return tuple(directions), tuple(entries), tuple(places)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,25 @@ def study(tmp_path_factory) -> Path:
     _fastbd("build", "--source", "val.csv", "--out", "val.beton", "--class-key", "class", "--text-views", 0, cwd=folder)
     _fastbd("poison", "--data", "train.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo", cwd=folder)
     return folder
+
+
+@pytest.fixture
+def together():
+    """together(script, size) runs a script in as many processes that know one another, and gives their outputs."""
+
+    def run(script: Path, size: int) -> list[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size),
+                               "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+        processes = [
+            subprocess.Popen([sys.executable, script], env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True)
+            for rank in range(size)
+        ]  # fmt: skip
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+        return outputs
+
+    return run

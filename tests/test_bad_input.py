@@ -162,3 +162,20 @@ def test_a_checkpoint_that_is_not_there(refused, place, study, fastbd):
     said = fastbd("clean", "--run", "run", "--checkpoint", 7, "--out", "cleaned", cwd=place, code=2).stderr
     assert "there is no checkpoint run/ckpt_epoch_007.pt; checkpoints there: ckpt_last.pt" in said
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--bn-group", 5), "--bn-group 5 does not share out the 24 images, 1 of a pair, that are embedded together"),
+        (("--bn-group", 3, "--objective", "mmcl_ssl"), "--bn-group 3 does not share out the 48 images, 2 of a pair"),
+        (("--accumulate", 5), "--batch-size 24 is no multiple of the 5 parts of --accumulate"),
+        (("--accumulate", 2), "--accumulate 2 needs --bn-group, as batch norm sees one part at a time: give 12"),
+        (("--accumulate", 2, "--bn-group", "sync"), "--accumulate 2 needs --bn-group"),
+        (("--bn-group", 0), "--bn-group 0 is too small: give at least 1"),
+        (("--batch-size", "auto"), "--batch-size auto finds what fits in a GPU's memory; without a GPU give a number"),
+        (("--graph", "on"), "--graph on captures the step of one process on a GPU, with Triton; give --graph off here"),
+    ],
+)
+def test_a_step_that_cannot_be(refused, flags, message):
+    assert message in refused(*TRAIN, *flags)

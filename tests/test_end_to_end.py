@@ -170,3 +170,16 @@ def test_weights_become_a_run_without_training(study, fastbd):
     (row,) = rows(study / "runs/imported/metrics.jsonl")
     trained = rows(study / "runs/a/metrics.jsonl")[-1]
     assert row["step"] == 0 and all(row[k] == trained[k] for k in ("top1", "asr", "recovery"))
+
+
+def test_a_batch_in_parts_with_recomputed_activations_trains_like_the_whole(study, fastbd):
+    """Statistics over 12 images: a part of 12 pairs with both their views is two groups."""
+    arguments = ("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 1, "--eval-every", 0, "--log-every", 1,
+                 "--bn-group", 12, "--eps", 0.01)  # fmt: skip
+    fastbd(*arguments, "--out", "runs/joined", cwd=study)
+    fastbd(*arguments, "--accumulate", 2, "--grad-checkpointing", "--out", "runs/parts", cwd=study)
+    one, other = (rows(study / "runs" / name / "log.jsonl") for name in ("joined", "parts"))
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in other], rel=1e-4)
+    whole, parts = weights(study / "runs/joined"), weights(study / "runs/parts")
+    assert max(float((whole[k] - parts[k]).abs().max()) for k in whole) < 1e-4
+    assert all(0 < r["of_limit"] < 1 for r in one)

@@ -148,6 +148,19 @@ def _precision() -> Finding:
     return name, "auto: bf16 on a GPU, fp32 on a CPU; --precision changes it"
 
 
+def _step() -> Finding:
+    import torch
+
+    from fastbd.dist import World
+    from fastbd.precision import is_captured, is_compiled
+
+    world = World(0, 1, torch.device(_device()))
+    if not is_compiled("auto", world):
+        return "eager", "on a GPU towers are compiled and the step is one CUDA graph; --compile on works here too"
+    captured = ", captured in a CUDA graph" if is_captured("auto", world) else ""
+    return f"compiled{captured}", "--compile off and --graph off change it; several GPUs run without the graph"
+
+
 def _text_views() -> Finding:
     if _wordnet()[0] == "none":
         return "EDA without synonyms", "no WordNet: only swaps and deletions change a caption"
@@ -176,5 +189,6 @@ PATHS = {
     "augment": _augment,
     "losses": _losses,
     "precision": _precision,
+    "step": _step,
     "second text views": _text_views,
 }

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,11 +28,12 @@ from fastbd.data import sampler
 from fastbd.data.beton import Beton
 from fastbd.data.decode import BadImage, Decoder, OnDemand, read
 from fastbd.data.eda import N_DRAWS, eda
-from fastbd.data.tokenizer import longest, tokenize
+from fastbd.data.tokenizer import tokenize
 from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.policies import POLICIES
+from fastbd.kernels.text_pack import PackedText, lengths_of, pack, room_for
 from fastbd.kernels.views import View, plain
 from fastbd.log import console
 from fastbd.poison.plan import Plan
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 Images = Sequence[Tensor] | Ragged
 Draw = Callable[[np.ndarray, np.ndarray], list[View]]  # (row ids, sizes of their source images)
-Texts = Callable[[np.ndarray], list[Tensor]]  # row ids to tokens
+Texts = Callable[[np.ndarray], tuple[PackedText, ...]]  # of row ids
 
 TASK = 8  # images that one thread takes at a time
 
@@ -56,13 +58,12 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs: ids int64 [B]; views of their images, each [B, 3, S, S] in channels_last memory, normalised; tokens and,
-    of the captions' second views, tokens_aug: int64 [B, L]."""
+    """B pairs: ids int64 [B]; views of their images, each [B, 3, S, S] in channels_last memory, normalised; captions in
+    one or several parts, each of as many pairs in their order: first the captions, then their second versions."""
 
     ids: np.ndarray
     views: tuple[Tensor, ...]
-    tokens: Tensor
-    tokens_aug: Tensor | None = None
+    texts: tuple[PackedText, ...]
 
 
 class Pairs:
@@ -182,6 +183,11 @@ class Pairs:
             tokens[hit] = (self._captions if view is None else self._captions_aug[view])[planned[hit]]
         return tokens
 
+    def captions(self, ids: np.ndarray, text_view: int | None) -> np.ndarray:
+        """uint16 [B, 77], or [2 B, 77] where there is a second view of each, behind all the first ones."""
+        views = (None,) if text_view is None else (None, text_view)
+        return np.concatenate([self.tokens(ids, view) for view in views])
+
 
 def draw_views(
     policies: Sequence[str], size: int, ids: np.ndarray, sizes: np.ndarray, *, seed: int, epoch: int
@@ -210,34 +216,39 @@ def batches(
     epoch: int,
     start: int,
     dtype: torch.dtype = torch.float32,
+    parts: int = 1,
+    room: int = 1,
 ) -> Iterator[Batch]:
     """This rank's batches of an epoch from step `start` on, over `rows` in the order of (seed, epoch), on its device.
 
     batch_size counts all ranks. Each image has a view by each of the `policies`; `text_view` is the number of the
-    captions' second view. The next batches are made by a thread meanwhile, on a GPU in a stream of its own.
+    captions' second view. Captions come in `parts`, whose tokens are a multiple of `room`. The next batches are made by
+    a thread meanwhile, on a GPU in a stream of its own.
     """
     places = sampler.batches(len(rows), batch_size, seed, epoch, rank=world.rank, world=world.size, start=start)
     order = [rows[picked] for picked in places]
     draw = partial(draw_views, policies, pairs.size, seed=seed, epoch=epoch)
 
-    def texts(ids: np.ndarray) -> list[Tensor]:
-        return _trim(pairs.tokens(ids), *([] if text_view is None else [pairs.tokens(ids, text_view)]))
+    def texts(ids: np.ndarray) -> tuple[PackedText, ...]:
+        return tuple(pack(pairs.captions(part, text_view), room) for part in np.split(ids, parts))
 
+    depth = 2 if parts == 1 else 1  # a batch that is used in parts is large
     if world.device.type == "cuda":
-        return _received(_ahead(_made_on_gpu(pairs, order, draw, texts, dtype, world.device), 2))
-    return _ahead(_made_on_cpu(pairs, order, draw, texts, dtype), 2)
+        return _received(_ahead(_made_on_gpu(pairs, order, draw, texts, dtype, world.device), depth))
+    return _ahead(_made_on_cpu(pairs, order, draw, texts, dtype), depth)
 
 
-def _trim(*tokens: np.ndarray) -> list[Tensor]:
-    """int64, cut to the longest caption among them: exact, as the text tower is causal and reads the end token."""
-    length = max(map(longest, tokens))
-    return [torch.from_numpy(t[:, :length].astype(np.int64)) for t in tokens]
+def text_room(pairs: Pairs, rows: np.ndarray, count: int, text_view: int | None) -> tuple[float, int]:
+    """Mean tokens of a caption, and room for those of `count` pairs: by the lengths of some rows."""
+    some = rows[:: max(1, len(rows) // 4096)]
+    lengths = lengths_of(pairs.captions(some, text_view))
+    return float(lengths.mean()), room_for(lengths.reshape(-1, len(some)).sum(0), count)
 
 
 def _made_on_cpu(pairs: Pairs, order: Sequence[np.ndarray], draw: Draw, texts: Texts, dtype) -> Iterator[Batch]:
     rooms = _Rooms()
     for ids, sources in zip(order, pairs.sources(order), strict=True):
-        yield Batch(ids, _views(pairs, ids, sources, draw, partial(rooms.empty, dtype=dtype)), *texts(ids))
+        yield Batch(ids, _views(pairs, ids, sources, draw, partial(rooms.empty, dtype=dtype)), texts(ids))
 
 
 def _views(pairs: Pairs, ids: np.ndarray, sources: Sequence[Tensor], draw: Draw, empty) -> tuple[Tensor, ...]:
@@ -297,16 +308,20 @@ def _made_on_gpu(
                 if not isinstance(sources, Ragged):
                     sources = _uploaded(pairs, sources, device)
                 views = tuple(render(sources, view, pairs.size, dtype) for view in draw(ids, sources.sizes))
-                tokens = [t.pin_memory().to(device, non_blocking=True) for t in texts(ids)]
+                packed = tuple(PackedText(*(_sent(x, device) for x in text)) for text in texts(ids))
                 ready = torch.cuda.Event()
                 ready.record()
                 held.append((ready, sources))  # DALI's memory is not PyTorch's: it must outlive the kernels' reading
                 while held[0][0].query() and len(held) > 1:
                     held.popleft()
-                yield Batch(ids, views, *tokens), ready
+                yield Batch(ids, views, packed), ready
         finally:
             if held:
                 held[-1][0].synchronize()
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def _uploaded(pairs: Pairs, sources: Sequence[Tensor], device: torch.device) -> Ragged:
@@ -331,9 +346,8 @@ def _received(made: Iterator[tuple[Batch, torch.cuda.Event]]) -> Iterator[Batch]
     for batch, ready in made:
         stream = torch.cuda.current_stream()
         stream.wait_event(ready)
-        for tensor in (*batch.views, batch.tokens, batch.tokens_aug):
-            if tensor is not None:
-                tensor.record_stream(stream)  # else its memory could be given away while it is read
+        for tensor in (*batch.views, *chain(*batch.texts)):
+            tensor.record_stream(stream)  # else its memory could be given away while it is read
         yield batch
         del batch, tensor  # not to be kept while the next one is waited for
 

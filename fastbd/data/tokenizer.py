@@ -10,6 +10,8 @@ import ftfy
 import instant_clip_tokenizer
 import numpy as np
 
+from fastbd.kernels.text_pack import lengths_of
+
 CONTEXT = 77
 VOCABULARY = 49408
 
@@ -36,14 +38,7 @@ def tokenize(texts: Sequence[str], context: int = CONTEXT) -> np.ndarray:
     return _tokenizer().tokenize_batch(list(texts), context_length=context)
 
 
-def longest(tokens: np.ndarray) -> int:
-    """Length of the longest text in tokens [B, L], its end token included.
-
-    The end token has the highest id of all. Zeros do not tell padding from text: token 0 is "!".
-    """
-    return int(tokens.argmax(1).max()) + 1
-
-
 def detokenize(tokens: np.ndarray) -> list[str]:
     """Texts of tokens [B, context], as the model reads them: lower-cased, and cut where they were too long."""
-    return [_tokenizer().decode(row[1 : longest(row[None]) - 1].tolist()) for row in tokens]
+    ends = lengths_of(tokens) - 1
+    return [_tokenizer().decode(row[1:end].tolist()) for row, end in zip(tokens, ends, strict=True)]

@@ -15,10 +15,11 @@ from fastbd import draws
 from fastbd.data.decode import Decoder
 from fastbd.data.loader import Pairs
 from fastbd.data.shards import open_beton
-from fastbd.data.tokenizer import longest, tokenize
+from fastbd.data.tokenizer import tokenize
 from fastbd.errors import UserError
 from fastbd.evals.metrics import accuracy, attack, mean_by_class, most_successful
 from fastbd.kernels.augment import normalise
+from fastbd.kernels.text_pack import PackedText, pack
 from fastbd.log import progress
 from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import stamp
@@ -127,10 +128,13 @@ def evaluate(model: nn.Module, data: EvalSet, *, precision: str, device: torch.d
 
     began, training = time.perf_counter(), model.training
     model.eval()
-    prompts = torch.from_numpy(data.prompts[:, : longest(data.prompts)].astype(np.int64))
-    texts = embed(lambda places: model.encode_text(prompts[places].to(device)), len(prompts))
+    texts = embed(lambda places: model.encode_text(_packed(data.prompts[places], device)), len(data.prompts))
     classifier = mean_by_class(texts, len(data.classes))
     row = {"set": data.name, **accuracy(cosines(lambda places: data.clean[places].to(device)), data.labels)}
     row |= most_successful([measured(planned) for planned in data.attacks])
     model.train(training)
     return {**row, "seconds": round(time.perf_counter() - began, 3)}
+
+
+def _packed(prompts: np.ndarray, device: torch.device) -> PackedText:
+    return PackedText(*(tensor.to(device) for tensor in pack(prompts)))

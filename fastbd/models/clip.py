@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastbd.errors import UserError
+from fastbd.kernels.text_pack import PackedText
 from fastbd.models.resnet import ModifiedResNet, SmallResNet
 from fastbd.models.text import Transformer, init_text_transformer
 from fastbd.models.vit import VisionTransformer
@@ -43,7 +45,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.image_size, self.embed_dim = spec.image_size, spec.embed_dim
         self.visual = _vision_tower(spec)
-        self.transformer = Transformer(spec.text_width, spec.text_layers, spec.text_heads, causal=True)
+        self.transformer = Transformer(spec.text_width, spec.text_layers, spec.text_heads)
         self.token_embedding = nn.Embedding(VOCABULARY, spec.text_width)
         self.positional_embedding = nn.Parameter(torch.empty(CONTEXT, spec.text_width))
         self.ln_final = nn.LayerNorm(spec.text_width)
@@ -58,21 +60,17 @@ class CLIP(nn.Module):
         """Normalised pixels [B, 3, image_size, image_size] -> [B, embed_dim]."""
         return self.visual(pixels)
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Token ids, int32 or int64 [B, L <= 77] -> [B, embed_dim].
+    def encode_text(self, text: PackedText) -> Tensor:
+        """B packed captions -> [B, embed_dim]."""
+        x = self.token_embedding(text.tokens) + F.embedding(text.positions, self.positional_embedding)
+        x = self.transformer(x, text.starts)
+        ends = x.index_select(0, text.starts[1:] - 1)
+        return self.ln_final(ends) @ self.text_projection
 
-        Padding behind the end token may be trimmed: under the causal mask it changes nothing.
-        """
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        x = self.transformer(x)
-        end = tokens.argmax(dim=1)  # the end token has the highest id
-        rows = torch.arange(tokens.shape[0], device=tokens.device)
-        return self.ln_final(x[rows, end]) @ self.text_projection
-
-    def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> image [B, embed_dim], text [B, embed_dim], log of the logit scale []."""
+    def forward(self, pixels: Tensor, text: PackedText) -> tuple[Tensor, Tensor, Tensor]:
+        """-> embeddings of images and of captions, [B, embed_dim] each, and the log of the logit scale []."""
         # A copy: DDP loses count of a parameter that comes out as it is, and the optimizer would change it in place.
-        return self.encode_image(pixels), self.encode_text(tokens), self.logit_scale.clone()
+        return self.encode_image(pixels), self.encode_text(text), self.logit_scale.clone()
 
 
 def _vision_tower(spec: ModelSpec) -> nn.Module:

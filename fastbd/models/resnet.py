@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastbd.models.batchnorm import BatchNorm
+from fastbd.models.blocks import Blocks
+
 
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions; a stride is an average pool after the second one, and on the shortcut."""
@@ -16,19 +19,19 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, planes: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
+        self.bn1 = BatchNorm(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
+        self.bn2 = BatchNorm(planes)
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * planes)
+        self.bn3 = BatchNorm(4 * planes)
         self.downsample = None
         if stride > 1 or inputs != 4 * planes:
             self.downsample = nn.Sequential()
             if stride > 1:
                 self.downsample.add_module("-1", nn.AvgPool2d(stride))
             self.downsample.add_module("0", nn.Conv2d(inputs, 4 * planes, 1, bias=False))
-            self.downsample.add_module("1", nn.BatchNorm2d(4 * planes))
+            self.downsample.add_module("1", BatchNorm(4 * planes))
         nn.init.zeros_(self.bn3.weight)  # the block starts as its shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,18 +70,18 @@ class ModifiedResNet(nn.Module):
     def __init__(self, image_size: int, layers: tuple[int, ...], width: int, embed_dim: int):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.bn1 = BatchNorm(width // 2)
         self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.bn2 = BatchNorm(width // 2)
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width)
+        self.bn3 = BatchNorm(width)
         self.avgpool = nn.AvgPool2d(2)
         for stage, blocks in enumerate(layers):
             planes = width << stage
             inputs = width if stage == 0 else 2 * planes
             first = Bottleneck(inputs, planes, stride=1 if stage == 0 else 2)
             rest = (Bottleneck(4 * planes, planes, stride=1) for _ in range(blocks - 1))
-            self.add_module(f"layer{stage + 1}", nn.Sequential(first, *rest))
+            self.add_module(f"layer{stage + 1}", Blocks(first, *rest))
         self.attnpool = AttentionPool(image_size // 32, 32 * width, width // 2, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,13 +99,13 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, planes: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, planes, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
+        self.bn1 = BatchNorm(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
+        self.bn2 = BatchNorm(planes)
         self.downsample = None
         if stride > 1 or inputs != planes:
             convolution = nn.Conv2d(inputs, planes, 1, bias=False)
-            self.downsample = nn.Sequential(nn.AvgPool2d(stride), convolution, nn.BatchNorm2d(planes))
+            self.downsample = nn.Sequential(nn.AvgPool2d(stride), convolution, BatchNorm(planes))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -119,8 +122,8 @@ class SmallResNet(nn.Module):
     def __init__(self, layers: tuple[int, ...], width: int, embed_dim: int):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.stages = nn.Sequential()
+        self.bn1 = BatchNorm(width)
+        self.stages = Blocks()
         inputs = width
         for stage, blocks in enumerate(layers):
             planes = width << stage

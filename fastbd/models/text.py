@@ -9,23 +9,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastbd.kernels.text_pack import packed_attention
+from fastbd.models.blocks import Blocks
+
 
 class Attention(nn.Module):
-    """Multi-head self-attention, [B, L, width] -> [B, L, width]; parameters as in torch.nn.MultiheadAttention."""
+    """Multi-head self-attention; parameters as in torch.nn.MultiheadAttention.
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    [B, L, width] -> the same; or packed captions [T, width] and their starts -> the same, causal within each.
+    """
+
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, L, width / heads] each
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        if starts is not None:
+            return self.out_proj(packed_attention(qkv, starts, self.heads))
+        query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(query, key, value)  # [B, heads, L, width / heads] each
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -46,27 +54,27 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        self.attn = Attention(width, heads, causal)
+        self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = MLP(width)
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), starts)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """Pre-norm transformer, [B, L, width] -> [B, L, width]."""
+    """Pre-norm transformer on [B, L, width], or causal on packed captions [T, width] and their starts."""
 
-    def __init__(self, width: int, layers: int, heads: int, causal: bool = False):
+    def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
-        self.resblocks = nn.Sequential(*(Block(width, heads, causal) for _ in range(layers)))
+        self.resblocks = Blocks(*(Block(width, heads) for _ in range(layers)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resblocks(x)
+    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
+        return self.resblocks(x, starts)
 
 
 def init_text_transformer(transformer: Transformer) -> None:

@@ -81,7 +81,7 @@ def epoch(pairs: Pairs, device: str, policies, dtype=torch.float32) -> list[torc
     world = World(0, 1, torch.device(device))
     made = batches(pairs, np.arange(ROWS), BATCH, seed=2, policies=policies, text_view=0, world=world, epoch=3, start=0,
                    dtype=dtype)  # fmt: skip
-    return [tensor for batch in made for tensor in (*batch.views, batch.tokens, batch.tokens_aug)]
+    return [tensor for batch in made for tensor in (*batch.views, *batch.texts[0])]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

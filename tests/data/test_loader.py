@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
+import math
 import threading
 import time
 from dataclasses import replace
@@ -16,13 +18,14 @@ from fastbd import draws
 from fastbd.config import Views
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import RECIPES, Pairs, _ahead, _Rooms, batches
+from fastbd.data.loader import RECIPES, Pairs, _ahead, _Rooms, batches, text_room
 from fastbd.data.tokenizer import tokenize
 from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.constants import CLIP_MEAN, CLIP_STD
 from fastbd.kernels.policies import POLICIES, auto_augment
+from fastbd.kernels.text_pack import PackedText
 from fastbd.kernels.views import plain
 from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec, stamp
@@ -135,16 +138,19 @@ def batches_of(pairs: Pairs, batch_size: int, rows=np.arange(ROWS), **changed): 
     return batches(pairs, rows, batch_size, **settings)
 
 
-def padded(tokens: torch.Tensor) -> np.ndarray:
-    return np.pad(tokens.numpy(), ((0, 0), (0, 77 - tokens.shape[1])))
+def padded(text: PackedText) -> np.ndarray:
+    """The captions as rows of 77 tokens."""
+    starts = text.starts.tolist()
+    rows = [text.tokens[first:end].numpy() for first, end in itertools.pairwise(starts)]
+    assert text.positions[: starts[-1]].tolist() == [place for row in rows for place in range(len(row))]
+    return np.stack([np.pad(row, (0, 77 - len(row))) for row in rows])
 
 
 def by_sample(pairs: Pairs, batch_size: int, **changed) -> dict[int, list[np.ndarray]]:
     """What each sample brings into the model in one epoch."""
     found = {}
     for batch in batches_of(pairs, batch_size, **dict(policies=RECIPES["cleanclip"], text_view=0, epoch=4) | changed):
-        columns = [view.numpy() for view in batch.views] + [padded(batch.tokens)]
-        columns += [] if batch.tokens_aug is None else [padded(batch.tokens_aug)]
+        columns = [view.numpy() for view in batch.views] + np.split(padded(*batch.texts), 2)
         for i, row in enumerate(batch.ids):
             assert row not in found
             found[int(row)] = [column[i] for column in columns]
@@ -230,21 +236,32 @@ def test_two_ranks_together_are_one_process(beton):
     assert same(ranks[0] | ranks[1], by_sample(pairs, 4))
 
 
-def test_trimming_keeps_the_end_token_and_both_views_of_one_length(beton):
-    (batch,) = batches_of(pairs_of(beton), 3, rows=np.arange(3), text_view=1)
-    # "a thing with many many words" has 6 words; with start and end, 8 tokens.
-    assert batch.tokens.shape == batch.tokens_aug.shape == (3, 8)
-    assert (batch.tokens == 49407).sum(1).tolist() == [1, 1, 1] == (batch.tokens_aug == 49407).sum(1).tolist()
-    assert np.array_equal(padded(batch.tokens_aug), tokenize([f"view 1 of {row}" for row in batch.ids]))
+def test_captions_come_packed_in_parts_of_as_many_pairs(beton):
+    (batch,) = batches_of(pairs_of(beton), 6, rows=np.arange(6), text_view=1, parts=2)
+    assert len(batch.texts) == 2
+    for text, ids in zip(batch.texts, np.split(batch.ids, 2), strict=True):
+        expected = tokenize([CAPTIONS[row] for row in ids] + [f"view 1 of {row}" for row in ids])
+        assert np.array_equal(padded(text), expected)
+        assert len(text.tokens) == int((expected == 49407).argmax(1).sum()) + 6  # no token of padding
 
 
-def test_trimming_keeps_the_end_token_of_a_caption_with_token_zero(beton):
+def test_room_for_captions_is_their_mean_and_five_deviations(beton):
+    pairs = pairs_of(beton)
+    lengths = np.array([len(c.split()) + 2 for c in CAPTIONS])
+    mean, room = text_room(pairs, np.arange(ROWS), 100, None)
+    assert mean == pytest.approx(lengths.mean())
+    assert room == math.ceil((100 * lengths.mean() + 50 * lengths.std()) / 64) * 64
+    (batch,) = batches_of(pairs, 3, rows=np.arange(3), room=room)
+    assert len(batch.texts[0].tokens) == room and batch.texts[0].starts[-1] == lengths[batch.ids].sum()
+
+
+def test_packing_keeps_the_end_token_of_a_caption_with_token_zero(beton):
     """The first token of "!-)" is number 0, as the padding is."""
     plan = plan_for(beton)
     plan = replace(plan, attacks=(replace(plan.attacks[0], rows=(2,), captions=("a banana !-) !-)",)),))
     assert (tokenize(plan.captions)[0, :8] == 0).sum() == 2
     (batch,) = batches_of(pairs_of(beton, plan), 1, rows=np.array([2]))
-    assert batch.tokens.tolist() == [[49406, 320, 8922, 0, 3535, 0, 3535, 49407]]
+    assert batch.texts[0].tokens.tolist() == [49406, 320, 8922, 0, 3535, 0, 3535, 49407]
 
 
 def test_an_error_in_the_maker_reaches_the_consumer(beton):

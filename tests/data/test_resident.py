@@ -52,7 +52,7 @@ def pairs_of(beton: Beton, max_bad: int = 0, seed: int = 3) -> Pairs:
 
 def epoch(pairs: Pairs, rows: np.ndarray, policies, number: int) -> list[torch.Tensor]:
     settings = dict(seed=1, policies=policies, text_view=0, world=World(0, 1, CPU), epoch=number, start=0)
-    return [x for batch in batches(pairs, rows, 3, **settings) for x in (*batch.views, batch.tokens, batch.tokens_aug)]
+    return [x for batch in batches(pairs, rows, 3, **settings) for x in (*batch.views, *batch.texts[0])]
 
 
 def alike(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:

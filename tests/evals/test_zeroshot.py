@@ -53,8 +53,9 @@ class ByColour(nn.Module):
         self.modes.append(self.training)
         return self.seen[-1].mean((2, 3))
 
-    def encode_text(self, tokens):
-        return torch.stack([next(self.words[int(t)] for t in row if int(t) in self.words) for row in tokens])
+    def encode_text(self, text):
+        rows = text.tokens.split(text.starts.diff().tolist())
+        return torch.stack([next(self.words[int(t)] for t in row if int(t) in self.words) for row in rows])
 
 
 def write(path: Path, images: Sequence, size: tuple[int, int] = (8, 8), labelled: bool = True) -> Path:

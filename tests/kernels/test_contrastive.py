@@ -325,7 +325,7 @@ def test_arguments_that_do_not_fit(bad, message):
         contrastive_loss(**{**towers, "log_scale": torch.tensor(1.0), **bad})
 
 
-TERMS = ([0.5, 0.5, 0.5, 0.0, 0.5, 0.0], [0, 1, 1, 0, 2, 0, 1, 3, 0])
+TERMS = (torch.tensor([[0.5, 0.5], [0.5, 0.0], [0.5, 0.0]]), [0, 1, 1, 0, 2, 0, 1, 3, 0])
 
 
 @pytest.mark.parametrize("way", ["reference", "tile"])
@@ -333,7 +333,10 @@ def test_the_operations_are_registered_right(way):
     towers = [x.requires_grad_() for x in embeddings(20, 16).values()]
     scale, bias = (torch.tensor(v, device=DEVICE, requires_grad=True) for v in (2.0, -1.0))
     opcheck(torch.ops.fastbd.contrastive.default, (towers, scale, None, *TERMS, "", True, way))
-    opcheck(torch.ops.fastbd.contrastive.default, (towers[:2], scale, bias, [1.0, 0.0], [0, 1, 0], "", True, way))
+    opcheck(
+        torch.ops.fastbd.contrastive.default,
+        (towers[:2], scale, bias, torch.tensor([[1.0, 0.0]]), [0, 1, 0], "", True, way),
+    )
 
 
 def test_the_small_operation_is_registered_right():

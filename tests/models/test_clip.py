@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastbd.errors import UserError
+from fastbd.kernels.text_pack import pack
 from fastbd.models import create
 from fastbd.models.clip import CLIP, MODELS
 from fastbd.models.resnet import AttentionPool
@@ -30,9 +31,10 @@ def model(request):
     return model
 
 
-def batch(rows=4, length=77):
+def batch(rows=4):
+    """Pixels, and captions of 4, 5, ... tokens, padded to 77."""
     noise = torch.Generator().manual_seed(1)
-    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    tokens = torch.zeros(rows, 77, dtype=torch.int64)
     for row in range(rows):
         tokens[row, : 3 + row] = torch.randint(1, 49_406, (3 + row,), generator=noise)
         tokens[row, 0], tokens[row, 3 + row] = 49_406, 49_407
@@ -125,28 +127,54 @@ def test_unknown_name_lists_the_names():
 
 def test_forward_is_both_towers_and_the_scale(model):
     pixels, tokens = batch()
-    image, text, log_scale = model.eval()(pixels, tokens)
+    captions = pack(tokens.numpy())
+    image, text, log_scale = model.eval()(pixels, captions)
     assert image.shape == text.shape == (4, model.embed_dim)
     assert log_scale.item() == pytest.approx(math.log(1 / 0.07), abs=0.2)
     torch.testing.assert_close(image, model.encode_image(pixels))
-    torch.testing.assert_close(text, model.encode_text(tokens))
+    torch.testing.assert_close(text, model.encode_text(captions))
     assert (image.norm(dim=1) - 1).abs().min() > 1e-3  # raw
 
 
-def test_trimmed_text_equals_padded(model):
-    _, tokens = batch()
-    padded = model.encode_text(tokens)
-    for trimmed in (tokens[:, :7], tokens[:, :20].int()):
-        torch.testing.assert_close(model.encode_text(trimmed), padded, rtol=0, atol=5e-6)
+def plain_text(model, tokens):
+    """The text tower on padded captions, with PyTorch's attention and a mask."""
+    x = (model.token_embedding(tokens) + model.positional_embedding).transpose(0, 1)
+    mask = torch.full((77, 77), -torch.inf, dtype=x.dtype).triu(1)
+    for block in model.transformer.resblocks:
+        h, own = block.ln_1(x), block.attn
+        x = x + F.multi_head_attention_forward(
+            h, h, h, h.shape[-1], own.heads, own.in_proj_weight, own.in_proj_bias, None, None, False, 0.0,
+            own.out_proj.weight, own.out_proj.bias, attn_mask=mask, need_weights=False,
+        )[0]  # fmt: skip
+        x = x + block.mlp(block.ln_2(x))
+    return model.ln_final(x)[tokens.argmax(1), torch.arange(len(tokens))] @ model.text_projection
+
+
+@pytest.mark.parametrize("room", [1, 64])
+def test_packed_text_has_the_outputs_and_gradients_of_padded_text(model, room):
+    """In float64, to 1e-9: packing leaves out what nothing depends on."""
+    model = model.double()
+    _, tokens = batch(6)
+    weights = torch.randn(6, model.embed_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found = []
+    for embedded in (plain_text(model, tokens), model.encode_text(pack(tokens.numpy(), room))):
+        model.zero_grad()
+        (embedded * weights).sum().backward()
+        found.append({"embedded": embedded} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert len(found[0]) == 6 + 12 * len(model.transformer.resblocks)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
 
 
 def test_text_is_read_at_the_end_token_and_only_up_to_it(model):
     _, tokens = batch()
-    changed = tokens.clone()
-    changed[0, 10:] = 1000  # behind the end token
-    torch.testing.assert_close(model.encode_text(changed), model.encode_text(tokens), rtol=0, atol=5e-6)
-    changed[0, 2] = 1000  # before it
-    assert not torch.allclose(model.encode_text(changed)[0], model.encode_text(tokens)[0], atol=1e-4)
+    text = pack(tokens.numpy(), 64)
+    embedded = model.encode_text(text)
+    behind, before = text.tokens.clone(), text.tokens.clone()
+    behind[text.starts[-1] :] = 1000
+    before[2] = 1000  # of the first caption
+    assert torch.equal(model.encode_text(text._replace(tokens=behind)), embedded)
+    changed = model.encode_text(text._replace(tokens=before))
+    assert torch.equal(changed[1:], embedded[1:]) and not torch.allclose(changed[0], embedded[0], atol=1e-4)
 
 
 def reference_transformer(transformer, x, mask):
@@ -172,7 +200,7 @@ def test_text_tower_equals_torch_nn(model):
     x = model.token_embedding(tokens) + model.positional_embedding
     x = reference_transformer(model.transformer, x, nn.Transformer.generate_square_subsequent_mask(77))
     expected = torch.stack([model.ln_final(x)[row, 3 + row] for row in range(4)]) @ model.text_projection
-    torch.testing.assert_close(model.encode_text(tokens), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.encode_text(pack(tokens.numpy())), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("model", ["tiny-vit"], indirect=True)
@@ -242,7 +270,7 @@ def test_channels_last_changes_nothing(model):
 
 def test_gradients_reach_every_parameter(model):
     pixels, tokens = batch()
-    image, text, log_scale = model(pixels, tokens)
+    image, text, log_scale = model(pixels, pack(tokens.numpy()))
     logits = log_scale.exp() * F.normalize(image) @ F.normalize(text).T
     F.cross_entropy(logits, torch.arange(4)).backward()
     still = {name for name, p in model.named_parameters() if not p.grad.abs().max() > 1e-9}
@@ -255,7 +283,8 @@ def test_compiles_to_one_graph(name):
     model = create(name, 0).eval()
     pixels, tokens = batch()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for mine, theirs in zip(compiled(pixels, tokens), model(pixels, tokens), strict=True):
+    text = pack(tokens.numpy())
+    for mine, theirs in zip(compiled(pixels, text), model(pixels, text), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -263,8 +292,9 @@ def test_compiles_to_one_graph(name):
 def test_runs_under_bf16_autocast(name):
     model = create(name, 0)
     pixels, tokens = batch()
-    image, text, _ = model(pixels, tokens)
+    captions = pack(tokens.numpy())
+    image, text, _ = model(pixels, captions)
     with torch.autocast("cpu", torch.bfloat16):
-        low_image, low_text, _ = model(pixels, tokens)
+        low_image, low_text, _ = model(pixels, captions)
     assert F.cosine_similarity(low_image.float(), image).min() > 0.98
     assert F.cosine_similarity(low_text.float(), text).min() > 0.98

@@ -73,8 +73,8 @@ def test_torchscript_archive(source, tmp_path):
     model = create("tiny-rn", 3).eval()
     model.load_state_dict(source.state_dict())
     model.register_buffer("input_resolution", torch.tensor(32))
-    example = torch.zeros(2, 3, 32, 32), torch.tensor([[49406, 49407], [49406, 49407]])
-    archive = torch.jit.trace(model, example, check_trace=False).half()
+    example = {"encode_image": torch.zeros(2, 3, 32, 32)}
+    archive = torch.jit.trace_module(model, example, check_trace=False).half()
     archive.save(tmp_path / "weights.pt")
     assert_loads(tmp_path / "weights.pt", source, atol=2e-3)
 

@@ -1,0 +1,43 @@
+"""Batches and steps that several tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastbd.data.loader import Batch
+from fastbd.dist import World
+from fastbd.kernels.text_pack import pack
+from fastbd.objectives import Objective
+from fastbd.optim import learning_rates, make_optimizer
+from fastbd.step import Step
+
+ONE = World(0, 1, torch.device("cpu"))
+MMCL, BOTH = Objective(), Objective(mmcl_weight=0.7, ssl_weight=1.3)
+BATCH = 16
+RATES = learning_rates(0.01, warmup=2, total=8)
+
+
+def captions_of(count: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros((count, 77), np.uint16)
+    for row, length in enumerate(rng.integers(3, 14, count)):
+        tokens[row, :length] = rng.integers(1, 49_000, length)
+        tokens[row, 0], tokens[row, length - 1] = 49_406, 49_407
+    return tokens
+
+
+def batch_of(views: int, seed: int = 0, parts: int = 1, room: int = 1, own: slice = slice(BATCH)) -> Batch:
+    """BATCH random pairs, or the own ones of them; with two views two captions each."""
+    noise = torch.Generator().manual_seed(seed)
+    pixels = [torch.randn(BATCH, 3, 32, 32, generator=noise)[own] for _ in range(views)]
+    captions = [captions_of(BATCH, 10 * seed + k)[own] for k in range(views)]
+    texts = zip(*(np.split(view, parts) for view in captions), strict=True)
+    views = tuple(x.contiguous(memory_format=torch.channels_last) for x in pixels)
+    return Batch(np.arange(BATCH)[own], views, tuple(pack(np.concatenate(text), room) for text in texts))
+
+
+def make_step(model, objective: Objective, world: World = ONE, **settings) -> Step:
+    """Adam hides the scale of a gradient and blows up rounding; with a large eps its steps follow the gradient."""
+    optimizer = make_optimizer(model.train(), lr=1.0, weight_decay=0.1, betas=(0.9, 0.99), eps=0.01)
+    return Step(model, objective, optimizer, RATES, world=world, **{"precision": "fp32"} | settings)

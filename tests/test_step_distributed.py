@@ -1,0 +1,10 @@
+"""Several processes: averaged gradients, shared statistics, parts, one idle tower, compiled towers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def test_two_processes_step_like_one(together):
+    for output in together(Path(__file__).with_name("step_worker.py"), 2):
+        assert output.count(" done") == 7, output
