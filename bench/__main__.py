@@ -24,7 +24,9 @@ from bench.limits import Limits, measure_limits
 from bench.run import Outcome, reason, run
 
 # name -> module with cases(device, quick); imported when asked for, so that a missing package skips one bench only
-BENCHES = {"loss": "bench.loss", "text_tower": "bench.text_tower", "augment": "bench.augment", "data": "bench.data"}
+BENCHES = {
+    "step": "bench.step", "text": "bench.text", "loss": "bench.loss", "augment": "bench.augment", "data": "bench.data",
+}  # fmt: skip
 SECONDS_A_CASE = {True: 1.0, False: 4.0}  # of timing, by --quick
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fastbd.limits import Rates
+
 Output = dict[str, Tensor]
 Call = Callable[[], Output]
 
@@ -37,8 +39,9 @@ class Case:
     """Providers that do the same `units` of work; the first one is what ratios refer to.
 
     `truth` computes the outputs in float64 for the gate; without it the first provider is the truth. `flops` and
-    `bytes` are the fewest that the work needs; 0 means not counted. `sizes` says below which norm an output's error
-    is not taken relative to the output itself.
+    `bytes` are the fewest that the work needs; 0 means not counted. `least` takes their place where the work has many
+    parts: the fewest seconds at some rates in a number format. `sizes` says below which norm an output's error is not
+    taken relative to the output itself.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Case:
     truth_flops: float = 0.0
     flops: float = 0.0
     bytes: float = 0.0
+    least: Callable[[Rates, str], float] | None = None
     rate: str = "fp32"
     sizes: dict[str, float] = field(default_factory=dict)
 

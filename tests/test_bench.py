@@ -10,16 +10,29 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import gpu_check, loss, records
+from bench import gpu_check, loss, records, step
+from bench.captions import captions, lengths
 from bench.case import Case, Provider, Unavailable, errors, objection
 from bench.limits import Limits
 from bench.measure import LEAST, measure, most_in_use, peak_bytes, spread
 from bench.peers import autocast, one_matrix, two_matrices
+from bench.published_step import text_tower, trimmed
 from bench.run import Outcome, prepare, run
+from bench.text import text_case
+from fastbd.dist import World
+from fastbd.kernels.text_pack import lengths_of, pack, room_for
+from fastbd.limits import Rates, step_seconds, text_ops
+from fastbd.models import create
+from fastbd.objectives import Objective
+from fastbd.optim import learning_rates, make_optimizer
+from fastbd.step import Step
 
 ROOT = Path(__file__).parents[1]
 LIMITS = Limits("cpu", {"fp32": 1e9, "bf16": 1e9, "fp64": 1e9}, 1e9)
@@ -119,14 +132,131 @@ def test_without_a_truth_the_first_provider_is_it():
     assert len(run(slow, LIMITS, seconds=0).rows) == 1  # float64 would take 1000 s here
 
 
-@pytest.mark.parametrize("name", ["text_tower", "augment", "data"])
+@pytest.mark.parametrize("name", ["step", "text", "augment", "data"])
 def test_the_ways_of_a_bench_do_the_same(name):
     for case in import_module(f"bench.{name}").cases("cpu", quick=True):
         outcome = Outcome()
         calls, _ = prepare(case, LIMITS, outcome)
         there = [way for way in case.providers if way not in outcome.skipped]
         assert list(calls) == there and len(calls) >= 2 and not outcome.refused
-        assert all("ffcv" in way.lower() or "dali" in way for way in outcome.skipped)  # may not be installed
+        # Packages may not be installed, and nothing is compiled for --quick on a CPU.
+        assert all("ffcv" in way.lower() or "dali" in way or "compiled" in way for way in outcome.skipped)
+
+
+def test_captions_are_as_long_as_those_of_cc3m():
+    """Of the real ones the longest of 128 has 32.1 tokens on average."""
+    all_lengths = lengths()
+    assert all_lengths.mean() == pytest.approx(12.64, abs=0.005)
+    assert np.quantile(all_lengths, [0, 0.5, 0.95, 0.99, 1]).tolist() == [5, 11, 22, 30, 48]
+    batches = np.random.default_rng(0).choice(all_lengths, (5000, 128))
+    assert batches.max(1).mean() == pytest.approx(32.1, abs=0.5)
+    tokens = captions(200, seed=1)
+    for caption, length in zip(tokens, lengths_of(tokens), strict=True):
+        assert caption[0] == 49_406 and caption[length - 1] == 49_407 and not caption[length:].any()
+        assert 5 <= length <= 48 and caption[1 : length - 1].min() > 0 and caption[1 : length - 1].max() < 49_406
+    assert np.array_equal(tokens, captions(200, seed=1)) and not np.array_equal(tokens, captions(200, seed=2))
+
+
+def test_hardly_any_batch_needs_more_room():
+    taken = np.random.default_rng(0).choice(lengths(), (10_000, 128)).sum(1)
+    assert taken.max() <= room_for(lengths(), 128) <= 1.22 * taken.mean() and room_for(lengths(), 128) % 64 == 0
+
+
+def linear_flops(call) -> int:
+    """FLOPs of its matrix products, forward and backward, without attention's."""
+    with FlopCounterMode(display=False) as counter:
+        call().sum().backward()
+    flops = counter.get_flop_counts()["Global"]
+    return sum(flops.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+def test_tokens_and_flops_of_padded_trimmed_and_packed_captions():
+    """Of the demo's text tower: 2 layers of width 64, embeddings of 128."""
+    model, tokens = create("demo", 0), captions(128, seed=0)
+    padded, seen = torch.from_numpy(tokens), []
+    model.transformer.resblocks[1].mlp.c_fc.register_forward_hook(lambda _, x, y: seen.append(y.numel() // 256))
+    ways = [
+        (77 * 128, lambda: text_tower(model, padded)),
+        (-(-lengths_of(tokens).max() // 8) * 8 * 128, lambda: text_tower(model, trimmed(padded)[0])),
+        (lengths_of(tokens).sum(), lambda: model.encode_text(pack(tokens))),
+        (room_for(lengths(), 128), lambda: model.encode_text(pack(tokens, room_for(lengths(), 128)))),
+    ]
+    for rows, embed in ways:
+        linear = 2 * (3 + 1 + 4 + 4) * 64 * 64 * rows + 64 * 128 * 128
+        assert linear_flops(embed) == 3 * 2 * linear
+    assert seen == [rows for rows, _ in ways]
+    assert seen[0] / seen[2] > 5.5
+
+
+def our_step(name: str, objective: Objective) -> Step:
+    """As the trainer makes it, in float32 on the CPU."""
+    model = create(name, 0).to(memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
+    rates = learning_rates(1e-3, warmup=0, total=20)
+    return Step(model, objective, optimizer, rates, precision="fp32", world=World(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("objective", step.OBJECTIVES)
+def test_batches_of_all_lengths_share_one_compilation(objective):
+    torch._dynamo.reset()
+    size, counter = step.Size("tiny-rn", 8, objective, "fp32"), CompileCounter()
+    ours = our_step(size.model, step.OBJECTIVES[objective])
+    ours.towers = torch.compile(ours.towers, backend=counter)
+    taken = set()
+    for fixed, compilations in ((True, 1), (False, 2)):  # one more for all lengths there are
+        for seed in range(4):
+            data = step.Data(step.made(size, 32, "cpu").images, [captions(8, 9 * seed + k) for k in range(size.views)])
+            batch = step.our_batch(size, data, fixed)
+            taken.add((fixed, len(batch.texts[0].tokens)))
+            ours(batch)
+        assert counter.frame_count == compilations
+    assert len([of for of in taken if of[0]]) == 1 and len(taken) > 3
+
+
+@pytest.mark.parametrize(("name", "objective"), [("tiny-rn", "mmcl_ssl"), ("tiny-vit", "mmcl")])
+def test_the_eager_steps_of_a_gpus_case_do_the_same(name, objective):
+    """In bf16, which a CPU computes too."""
+    size = step.Size(name, 8, objective, "bf16")
+    model, data = create(name, 0), step.made(size, 32, "cpu")
+    found = step.providers(size, "cuda", True, model, data)
+    eager = {way: found[way] for way in ("CleanCLIP", "open_clip", "fastbd")}
+    outcome = Outcome()
+    calls, _ = prepare(Case("", "", 8, "cpu", eager), LIMITS, outcome)
+    assert list(calls) == list(eager) and not outcome.refused
+    with pytest.raises(Unavailable, match="too long for --quick"):
+        found["open_clip, step compiled"].build()
+
+
+def test_our_batch_is_the_peers_as_the_loader_would_make_it():
+    size = step.Size("tiny-rn", 8, "mmcl_ssl", "fp32")
+    data = step.made(size, 32, "cpu")
+    batch = step.our_batch(size, data, fixed=True)
+    for view, image in zip(batch.views, data.images, strict=True):
+        assert torch.equal(view, image) and view.is_contiguous(memory_format=torch.channels_last)
+        assert image.is_contiguous()
+    (text,) = batch.texts
+    assert len(text.tokens) == room_for(lengths(), 16) and len(text.starts) == 17
+    second = text.tokens[text.starts[8] : text.starts[9]].numpy()
+    assert np.array_equal(second, data.tokens[1][0, : len(second)]) and second[-1] == 49_407
+
+
+def test_the_limit_of_work_of_many_parts_is_in_each_providers_own_arithmetic():
+    limits = Limits("cpu", {"fp32": 2e9, "bf16": 8e9}, 3e9)
+    case = Case("sum", "x/s", 1, "cpu", {}, least=lambda rates, name: len(name) * rates.matmul + rates.bandwidth)
+    assert limits.seconds(case, work(1.0)) == 4 * 2e9 + 3e9
+    assert limits.seconds(case, Provider(work, {}, rate="bf16")) == 4 * 8e9 + 3e9
+
+
+def test_limits_of_the_step_and_of_the_text_tower():
+    rates, size = Rates(1e11, 2e10), step.Size("tiny-rn", 8, "mmcl_ssl", "fp32")
+    model, tokens = create("tiny-rn", 0), np.concatenate([captions(8, seed) for seed in (0, 1)])
+    want = step_seconds(
+        model, rates, batch=8, views=2, texts=2, tokens=lengths_of(tokens).mean(), precision="fp32"
+    )["compiled"]  # fmt: skip
+    assert step.step_case(size, "cpu", quick=True).least(rates, "fp32") == pytest.approx(want)
+    ops = list(text_ops(model, lengths_of(tokens[:8]).mean()))
+    want = 8 * sum(max(op.flops / 1e11, 2 * op.compiled / 2e10) for op in ops)
+    assert text_case("tiny-rn", 8, "fp32", "cpu").least(rates, "bf16") == pytest.approx(want)
 
 
 def test_errors_are_relative_and_a_rival_bounds_them():
@@ -241,7 +371,7 @@ def test_an_unknown_name_is_answered_with_the_names_there_are(capsys):
 
     assert main(["loss", "los"]) == 2
     captured = capsys.readouterr()
-    assert captured.err == "error: no bench los; there are loss, text_tower, augment, data.\n" and not captured.out
+    assert captured.err == "error: no bench los; there are step, text, loss, augment, data.\n" and not captured.out
 
 
 def test_gpu_check_says_that_there_is_no_gpu(tmp_path):

@@ -1,0 +1,238 @@
+"""A training step as published programs do it, in our words, on the weights of one of our models.
+
+CleanCLIP (Bansal et al., ICCV 2023): float32, NCHW, always 77 tokens. open_clip (Ilharco et al.): bf16 autocast, and
+the step through torch.compile. Both run OpenAI's wiring of the towers: attention over sequences laid [L, B, width]
+under an additive mask, and an attention pool that answers every position, of which the first is kept.
+
+Each way takes (images, tokens, tokens_aug): float32 [B, 3, S, S] in NCHW memory, one tensor for each view; int64
+[B, L]; the same or None. It trains a copy of the model it was made from, and returns the loss and some gradients. So
+the first call shows, at the weights of the model, what the calls timed afterwards do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.case import Output
+from bench.limits import float32_precision
+from bench.peers import one_matrix, two_matrices
+from fastbd.models import CLIP
+from fastbd.models.clip import CONTEXT
+from fastbd.models.resnet import SmallResNet
+from fastbd.models.vit import VisionTransformer
+from fastbd.optim import clamp_log_scale
+
+Step = Callable[[Sequence[Tensor], Tensor, Tensor | None], Output]
+WATCHED = {
+    "visual.conv1.weight", "token_embedding.weight", "text_projection", "logit_scale",
+    "visual.attnpool.c_proj.weight", "visual.proj", "visual.projection.weight",  # of the three image towers
+}  # fmt: skip
+NAMES_EXEMPT = ("bn", "ln", "bias", "logit_scale")  # from weight decay; a shortcut's batch norm has no such name
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What AdamW is given; the values are CleanCLIP's for pretraining."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+def published(model: CLIP, hyper: Hyper) -> Step:
+    """CleanCLIP: towers in float32 with TF32 convolutions; on a GPU the loss in fp16 with a gradient scaler."""
+    clip = nchw_copy(model)
+    optimizer = adamw(clip, hyper, lambda name, _: any(part in name for part in NAMES_EXEMPT))
+    cuda = clip.logit_scale.is_cuda
+    scaler = torch.amp.GradScaler("cuda", enabled=cuda)
+
+    def step(images: Sequence[Tensor], tokens: Tensor, tokens_aug: Tensor | None = None) -> Output:
+        with switches("highest"):
+            optimizer.zero_grad()
+            towers = embed(clip, images, tokens, tokens_aug)
+            with torch.autocast("cuda", torch.float16, enabled=cuda):  # not around the towers: its slip, kept
+                loss = one_matrix(towers, clip.logit_scale)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+            scaler.update()
+            clamp_log_scale(clip.logit_scale)
+        return outputs(clip, loss)
+
+    return step
+
+
+def open_clip(model: CLIP, hyper: Hyper, backend: str | None = None) -> Step:
+    """open_clip --precision amp_bf16; with a `backend` ("inductor") also --torchcompile-strategy step.
+
+    That strategy compiles forward, loss, backward and update; its text is to be `trimmed`. Building it makes
+    everything that was compiled before be compiled anew on its next call.
+    """
+    clip = nchw_copy(model)
+    device = clip.logit_scale.device
+    capturable = backend is not None and device.type == "cuda"
+    optimizer = adamw(
+        clip, hyper, lambda name, p: p.ndim < 2 or any(part in name for part in NAMES_EXEMPT), capturable=capturable
+    )
+    if capturable:
+        for group in optimizer.param_groups:  # a number would be compiled in
+            group["lr"] = torch.tensor(hyper.lr, device=device)
+
+    def train(images: Sequence[Tensor], tokens: Tensor, tokens_aug: Tensor | None) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = two_matrices(embed(clip, images, tokens, tokens_aug), clip.logit_scale)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    if backend is not None:
+        torch._dynamo.reset()  # all models share the code of `train`, and only a few variants of a code are kept
+        train = torch.compile(train, backend=backend)
+
+    def step(images: Sequence[Tensor], tokens: Tensor, tokens_aug: Tensor | None = None) -> Output:
+        with switches("high"):
+            optimizer.zero_grad()
+            loss = train(images, tokens, tokens_aug)
+            clamp_log_scale(clip.logit_scale)
+        return outputs(clip, loss)
+
+    return step
+
+
+def trimmed(tokens: Tensor, tokens_aug: Tensor | None = None, multiple: int = 8) -> tuple[Tensor, Tensor | None]:
+    """Both cut to the longest caption, rounded up to a multiple (--text-pad-multiple). It is the loader's work."""
+    longest = 1 + max(int(text.argmax(1).max()) for text in (tokens, tokens_aug) if text is not None)
+    length = min(CONTEXT, -(-longest // multiple) * multiple)
+    return tokens[:, :length].contiguous(), None if tokens_aug is None else tokens_aug[:, :length].contiguous()
+
+
+def outputs(model: nn.Module, loss: Tensor) -> Output:
+    """The loss, and by name the gradients of WATCHED: of the first and last weights of both towers."""
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if name in WATCHED}}
+
+
+def nchw_copy(model: CLIP) -> CLIP:
+    """In training mode. Weights laid out for channels_last would draw the convolutions there."""
+    return deepcopy(model).to(memory_format=torch.contiguous_format).train()
+
+
+def adamw(model: nn.Module, hyper: Hyper, exempt: Callable[[str, Tensor], bool], **about) -> torch.optim.AdamW:
+    """As both programs call it: not fused; `exempt` (name, parameter) tells what is not decayed."""
+    free = [p for name, p in model.named_parameters() if exempt(name, p)]
+    decayed = [p for name, p in model.named_parameters() if not exempt(name, p)]
+    groups = [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": hyper.weight_decay}]
+    return torch.optim.AdamW(groups, lr=hyper.lr, betas=hyper.betas, eps=hyper.eps, **about)
+
+
+@contextmanager
+def switches(matmul: str):
+    """Both programs time cuDNN's algorithms and allow TF32 in convolutions; `matmul` as in float32_precision."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32 = cudnn.benchmark = True
+    try:
+        with float32_precision(matmul):
+            yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark = before
+
+
+def embed(clip: CLIP, images: Sequence[Tensor], tokens: Tensor, tokens_aug: Tensor | None) -> list[Tensor]:
+    """Raw embeddings [B, D]: image, text, and of the second views image_aug, text_aug. One forward for both views."""
+    texts = tokens if tokens_aug is None else torch.cat([tokens, tokens_aug])
+    image, text = image_tower(clip.visual, torch.cat(list(images))), text_tower(clip, texts)
+    pairs = zip(image.split(len(tokens)), text.split(len(tokens)), strict=True)
+    return [tower for pair in pairs for tower in pair]
+
+
+def image_tower(visual: nn.Module, pixels: Tensor) -> Tensor:
+    """[B, 3, S, S] -> [B, embed_dim]."""
+    if isinstance(visual, VisionTransformer):
+        return vision_transformer(visual, pixels)
+    if isinstance(visual, SmallResNet):
+        return small_resnet(visual, pixels)
+    return modified_resnet(visual, pixels)
+
+
+def modified_resnet(visual: nn.Module, x: Tensor) -> Tensor:
+    for i in (1, 2, 3):
+        x = activated(x, getattr(visual, f"conv{i}"), getattr(visual, f"bn{i}"))
+    x = F.avg_pool2d(x, 2)
+    for block in (*visual.layer1, *visual.layer2, *visual.layer3, *visual.layer4):
+        y = activated(activated(x, block.conv1, block.bn1), block.conv2, block.bn2)
+        y = block.bn3(block.conv3(block.avgpool(y)))
+        y += x if block.downsample is None else block.downsample(x)
+        x = F.relu(y, inplace=True)
+    return attention_pool(visual.attnpool, x)
+
+
+def small_resnet(visual: SmallResNet, x: Tensor) -> Tensor:
+    """No published program has it: the same manner for the same network."""
+    x = activated(x, visual.conv1, visual.bn1)
+    for block in visual.stages:
+        y = block.bn2(block.conv2(activated(x, block.conv1, block.bn1)))
+        y += x if block.downsample is None else block.downsample(x)
+        x = F.relu(y, inplace=True)
+    return visual.projection(x.mean((2, 3)))
+
+
+def activated(x: Tensor, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    return F.relu(norm(convolution(x)), inplace=True)
+
+
+def attention_pool(pool: nn.Module, x: Tensor) -> Tensor:
+    """[B, width, side, side] -> [B, embed_dim]."""
+    x = x.flatten(2).permute(2, 0, 1)
+    x = torch.cat([x.mean(0, keepdim=True), x])
+    x = x + pool.positional_embedding[:, None].to(x.dtype)
+    projections = pool.q_proj, pool.k_proj, pool.v_proj
+    answers, _ = F.multi_head_attention_forward(
+        x, x, x, x.shape[-1], pool.heads, None, torch.cat([p.bias for p in projections]), None, None, False, 0.0,
+        pool.c_proj.weight, pool.c_proj.bias, need_weights=False, use_separate_proj_weight=True,
+        q_proj_weight=pool.q_proj.weight, k_proj_weight=pool.k_proj.weight, v_proj_weight=pool.v_proj.weight,
+    )  # fmt: skip
+    return answers[0]
+
+
+def vision_transformer(visual: VisionTransformer, pixels: Tensor) -> Tensor:
+    patches = visual.conv1(pixels).flatten(2).permute(0, 2, 1)
+    first = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+    x = torch.cat([first, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
+    x = transformer(visual.transformer, normed(visual.ln_pre, x), None)
+    return normed(visual.ln_post, x[:, 0]) @ visual.proj
+
+
+def text_tower(clip: CLIP, tokens: Tensor) -> Tensor:
+    """[B, L] -> [B, embed_dim]."""
+    length = tokens.shape[1]
+    x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
+    mask = x.new_full((length, length), float("-inf")).triu(1)
+    x = normed(clip.ln_final, transformer(clip.transformer, x, mask))
+    return x[torch.arange(len(x), device=x.device), tokens.argmax(-1)] @ clip.text_projection
+
+
+def transformer(blocks: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, L, width] -> [B, L, width]; `mask` is added to the logits."""
+    x = x.permute(1, 0, 2).contiguous()
+    for block in blocks.resblocks:
+        attn, mlp, y = block.attn, block.mlp, normed(block.ln_1, x)
+        y, _ = F.multi_head_attention_forward(
+            y, y, y, y.shape[-1], attn.heads, attn.in_proj_weight, attn.in_proj_bias, None, None, False, 0.0,
+            attn.out_proj.weight, attn.out_proj.bias, need_weights=False, attn_mask=mask,
+        )  # fmt: skip
+        x = x + y
+        y = mlp.c_fc(normed(block.ln_2, x))
+        x = x + mlp.c_proj(y * torch.sigmoid(1.702 * y))
+    return x.permute(1, 0, 2)
+
+
+def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """LayerNorm that keeps the type: autocast would widen the residual stream of the vision transformer."""
+    return norm(x).to(x.dtype)

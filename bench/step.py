@@ -1,0 +1,197 @@
+"""The training step on data that lies ready: ours against CleanCLIP's and open_clip's, on the same weights and batch.
+
+Pixels are random and normalised, as none is decoded here; captions are as long as CC3M's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import partial
+from shutil import which
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.captions import captions, lengths
+from bench.case import Call, Case, Output, Provider, Unavailable
+from bench.measure import MOST
+from bench.published_step import Hyper, open_clip, outputs, published, trimmed
+from bench.published_step import Step as Peer
+from bench.run import release
+from fastbd.capture import WARM
+from fastbd.data.loader import Batch
+from fastbd.dist import World
+from fastbd.kernels.text_pack import PackedText, lengths_of, pack, room_for
+from fastbd.limits import Rates, step_seconds
+from fastbd.models import CLIP, create
+from fastbd.models.clip import MODELS
+from fastbd.objectives import Objective
+from fastbd.optim import make_optimizer
+from fastbd.precision import set_precision
+from fastbd.step import Step
+
+Build = Callable[[], Call]
+
+HYPER = Hyper()
+OBJECTIVES = {"mmcl": Objective(), "mmcl_ssl": Objective(ssl_weight=1.0)}
+# Relative L2 errors. Rounding moves numbers across the kink of a ReLU, behind a batch norm even that of float32: one
+# such number moves the gradient of a ResNet's first convolution by 1e-3, and bf16 leaves little of it.
+TOLERANCE = {"fp32": {"": 1e-4}, "bf16": {"loss": 1e-2, "": 8e-2}}
+FIRST_CONVOLUTION = {"fp32": 2e-2, "bf16": 4e-1}
+
+
+@dataclass(frozen=True)
+class Size:
+    """B pairs; with SSL two views of each."""
+
+    model: str
+    batch: int
+    objective: str
+    precision: str
+
+    @property
+    def views(self) -> int:
+        return 1 + OBJECTIVES[self.objective].augments_images
+
+    @property
+    def tolerance(self) -> dict[str, float]:
+        if MODELS[self.model].patch is not None:
+            return TOLERANCE[self.precision]
+        return TOLERANCE[self.precision] | {"visual.conv1.weight": FIRST_CONVOLUTION[self.precision]}
+
+    def __str__(self) -> str:
+        return f"step {self.model} B={self.batch} {self.objective} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Data:
+    """A batch as published programs get it: float32 [B, 3, S, S] in NCHW memory and int64 [B, 77], one of each view."""
+
+    images: list[Tensor]
+    tokens: list[np.ndarray]
+
+
+def sizes(device: str, quick: bool) -> list[Size]:
+    if device == "cpu":
+        return [Size("demo", 64, objective, "fp32") for objective in OBJECTIVES]
+    found = [Size("rn50", 256, "mmcl", "bf16"), Size("rn50", 128, "mmcl_ssl", "bf16")]
+    return found if quick else [*found, Size("rn50", 128, "mmcl", "bf16"), Size("vit-b-32", 256, "mmcl", "bf16")]
+
+
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    for size in sizes(device, quick):
+        torch._dynamo.reset()  # what the case before has left: other sizes would be compiled for any size
+        release(device)
+        yield step_case(size, device, quick)
+
+
+def step_case(size: Size, device: str, quick: bool) -> Case:
+    """All providers on the same weights and batch; each trains a copy of its own."""
+    model = create(size.model, 0).to(device)
+    data = made(size, model.image_size, device)
+    texts = np.concatenate(data.tokens)
+    return Case(
+        name=str(size),
+        unit="pairs/s",
+        units=size.batch,
+        device=device,
+        providers=providers(size, device, quick, model, data),
+        least=partial(least, model, size, lengths_of(texts).mean().item()),
+        rate=size.precision,
+        sizes={"logit_scale": 1e-2},
+    )
+
+
+def made(size: Size, side: int, device: str) -> Data:
+    noise = torch.Generator(device).manual_seed(0)
+    images = [torch.randn(size.batch, 3, side, side, generator=noise, device=device) for _ in range(size.views)]
+    return Data(images, [captions(size.batch, seed) for seed in range(size.views)])
+
+
+def least(model: CLIP, size: Size, tokens: float, rates: Rates, precision: str) -> float:
+    """Seconds by the compiled roofline, without padding."""
+    about = {"batch": size.batch, "views": size.views, "texts": size.views, "tokens": tokens, "precision": precision}
+    return step_seconds(model, rates, **about)["compiled"]
+
+
+def providers(size: Size, device: str, quick: bool, model: CLIP, data: Data) -> dict[str, Provider]:
+    """By name; the first is what ratios refer to. The compiled peer comes before ours, as it resets the compiler."""
+
+    def provider(build: Build, why_not: str = "", **about) -> Provider:
+        return Provider(partial(unless, why_not, build), size.tolerance, **about)
+
+    peer, our = partial(peer_step, model, data), partial(our_step, size, model, data)
+    if device == "cpu":
+        return {
+            "CleanCLIP": provider(partial(peer, published)),
+            "fastbd": provider(our, ours=True),
+            "fastbd, compiled": provider(partial(our, compiled=True), no_compiler(quick), ours=True),
+        }
+    haste = "takes minutes to compile, too long for --quick" if quick else ""
+    whole = partial(open_clip, backend="inductor")
+    return {
+        "CleanCLIP": provider(partial(peer, published), rate="tf32"),  # its convolutions
+        "open_clip": provider(partial(peer, open_clip)),
+        "open_clip, step compiled": provider(partial(peer, whole, cut=True), haste),
+        "fastbd": provider(our, ours=True),
+        "fastbd, compiled": provider(partial(our, compiled=True), ours=True),
+        "fastbd, compiled, captured": provider(partial(our, compiled=True, captured=True), ours=True, own_memory=False),
+    }
+
+
+def unless(why_not: str, build: Build) -> Call:
+    if why_not:
+        raise Unavailable(why_not)
+    return build()
+
+
+def no_compiler(quick: bool) -> str:
+    """Why nothing is compiled for a CPU; "" where it can be."""
+    if quick:
+        return "compilation takes too long for --quick on a CPU"
+    return "" if any(map(which, ("g++", "c++", "clang++"))) else "needs a C++ compiler"
+
+
+def peer_step(model: CLIP, data: Data, make: Callable[[CLIP, Hyper], Peer], cut: bool = False) -> Call:
+    """A step of bench/published_step.py; `cut` trims the captions."""
+    step = make(model, HYPER)
+    texts = [torch.from_numpy(tokens).to(data.images[0].device) for tokens in data.tokens]
+    return partial(step, data.images, *(trimmed(*texts) if cut else texts))
+
+
+def our_step(size: Size, model: CLIP, data: Data, compiled: bool = False, captured: bool = False) -> Call:
+    """A step as the trainer makes it. When it is first called it has been captured, its weights still as given."""
+    device = data.images[0].device
+    set_precision(size.precision, device)
+    clip = deepcopy(model).to(memory_format=torch.channels_last).train()
+    warm = WARM + 1 if captured else 0
+    rates = torch.full((2 * MOST,), HYPER.lr)
+    rates[:warm] = 0
+    step = Step(
+        clip, OBJECTIVES[size.objective], make_optimizer(clip, **asdict(HYPER)), rates, precision=size.precision,
+        world=World(0, 1, device), compiled=compiled, captured=captured,
+    )  # fmt: skip
+    batch = our_batch(size, data, fixed=compiled or captured)
+
+    def call() -> Output:
+        return outputs(clip, step(batch)["loss"])
+
+    for _ in range(warm):
+        call()
+    return call
+
+
+def our_batch(size: Size, data: Data, fixed: bool) -> Batch:
+    """As the loader makes it; with `fixed`, captions in a room for any batch of this size."""
+    device = data.images[0].device
+    dtype = torch.bfloat16 if size.precision == "bf16" and device.type == "cuda" else torch.float32
+    texts = np.concatenate(data.tokens)
+    packed = pack(texts, room_for(lengths(), len(texts)) if fixed else 1)
+    return Batch(
+        ids=np.arange(size.batch),
+        views=tuple(image.to(dtype, memory_format=torch.channels_last) for image in data.images),
+        texts=(PackedText(*(x.to(device) for x in packed)),),
+    )
