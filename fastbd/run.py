@@ -105,13 +105,7 @@ class Run:
         self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
         self.precision = set_precision(config.precision, world.device)
         self.compiled, self.captured = is_compiled(config.compile, world), is_captured(config.graph, world)
-        norms = bool(batch_norms(task.model))
-        group = config.bn_group if norms and isinstance(config.bn_group, int) else 0
-        self.shares = Shares(world.size, config.accumulate, group, len(self.policies), norms)
-        auto = config.batch_size == "auto"
-        if auto and world.device.type != "cuda":
-            raise UserError("--batch-size auto finds what fits in a GPU's memory; without a GPU give a number.")
-        self.shares.check(world.size * self.shares.unit if auto else config.batch_size, len(task.rows))
+        self.shares = self._shares()
         resumed = checkpoint.load(config.resume / "ckpt_last.pt") if config.resume else None
 
         self.pairs = self._open_pairs()
@@ -122,23 +116,7 @@ class Run:
         self.model.to(world.device, memory_format=torch.channels_last).train()
         if config.grad_checkpointing:
             recompute(self.model)
-        self.tokens, _ = text_room(self.pairs, task.rows, 1, self.text_view(0))
-        if group:
-            share_statistics(self.model, group)
-        if auto:
-            found = batch_that_fits(
-                self.model, task.objective, self.shares, texts=self.texts, tokens=self.tokens, most=len(task.rows),
-                precision=self.precision, world=world,
-            )  # fmt: skip
-            self._say(f"--batch-size {found} fits")
-            config = self.config = replace(config, batch_size=found)
-        self.steps_per_epoch = len(task.rows) // config.batch_size
-        self.total = config.epochs * self.steps_per_epoch
-        part = self.shares.part(config.batch_size)
-        fixed = self.compiled or self.captured
-        self.room = text_room(self.pairs, task.rows, part, self.text_view(0))[1] if fixed else 1
-        if config.bn_group == "sync" and world.size > 1:
-            share_statistics(self.model, 0, world.group)
+        self._lay_out()
         betas = (config.beta1, config.beta2)
         self.optimizer = make_optimizer(
             self.model, lr=config.lr, weight_decay=config.weight_decay, betas=betas, eps=config.eps
@@ -153,6 +131,40 @@ class Run:
         self.folder = config.resume or self._make_folder()
         if resumed:
             self._rewind()
+
+    def _shares(self) -> Shares:
+        """How a batch is shared out, checked before anything is opened."""
+        config, world, norms = self.config, self.world, bool(batch_norms(self.task.model))
+        group = config.bn_group if norms and isinstance(config.bn_group, int) else 0
+        shares = Shares(world.size, config.accumulate, group, len(self.policies), norms)
+        batch_size = config.batch_size
+        if batch_size == "auto":
+            if world.device.type != "cuda":
+                raise UserError("--batch-size auto finds what fits in a GPU's memory; without a GPU give a number.")
+            batch_size = world.size * shares.unit
+        shares.check(batch_size, len(self.task.rows))
+        return shares
+
+    def _lay_out(self) -> None:
+        """Batch norm's groups, the size of a batch, the length of the run, room for captions."""
+        config, task, world = self.config, self.task, self.world
+        self.tokens, _ = text_room(self.pairs, task.rows, 1, self.text_view(0))
+        if self.shares.group:
+            share_statistics(self.model, self.shares.group)
+        if config.batch_size == "auto":
+            found = batch_that_fits(
+                self.model, task.objective, self.shares, texts=self.texts, tokens=self.tokens, most=len(task.rows),
+                precision=self.precision, world=world,
+            )  # fmt: skip
+            self._say(f"--batch-size {found} fits")
+            config = self.config = replace(config, batch_size=found)
+        if config.bn_group == "sync" and world.size > 1:
+            share_statistics(self.model, 0, world.group)
+        self.steps_per_epoch = len(task.rows) // config.batch_size
+        self.total = config.epochs * self.steps_per_epoch
+        part = self.shares.part(config.batch_size)
+        fixed = self.compiled or self.captured
+        self.room = text_room(self.pairs, task.rows, part, self.text_view(0))[1] if fixed else 1
 
     def _open_pairs(self) -> Pairs:
         """The training pairs, decoded to where --resident says."""

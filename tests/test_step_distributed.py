@@ -1,4 +1,7 @@
-"""Several processes: averaged gradients, shared statistics, parts, one idle tower, compiled towers."""
+"""Several processes: averaged gradients, shared statistics, parts, an idle tower, compiled towers.
+
+The published PAR program calls the towers inside DDP's wrapper directly, so that its gradients are never averaged.
+"""
 
 from __future__ import annotations
 

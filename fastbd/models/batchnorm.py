@@ -44,7 +44,7 @@ class BatchNorm(nn.BatchNorm2d):
         if _recording:
             with torch.no_grad():
                 self.running_mean.lerp_(mean.mean(0), self.rate)
-                self.running_var.lerp_(var.mean(0) * (count / (count - 1)), self.rate)
+                self.running_var.lerp_(var.mean(0) * (count / max(1, count - 1)), self.rate)
         scale = self.weight * (var + self.eps).rsqrt()
         y = torch.addcmul((self.bias - mean * scale)[:, None, :, None, None], y, scale[:, None, :, None, None])
         return y.flatten(0, 1).to(x.dtype)
