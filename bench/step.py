@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
-from shutil import which
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from fastbd.models import CLIP, create
 from fastbd.models.clip import MODELS
 from fastbd.objectives import Objective
 from fastbd.optim import make_optimizer
-from fastbd.precision import set_precision
+from fastbd.precision import has_compiler, set_precision
 from fastbd.step import Step
 
 Build = Callable[[], Call]
@@ -152,7 +151,7 @@ def no_compiler(quick: bool) -> str:
     """Why nothing is compiled for a CPU; "" where it can be."""
     if quick:
         return "compilation takes too long for --quick on a CPU"
-    return "" if any(map(which, ("g++", "c++", "clang++"))) else "needs a C++ compiler"
+    return "" if has_compiler() else "needs a C++ compiler"
 
 
 def peer_step(model: CLIP, data: Data, make: Callable[[CLIP, Hyper], Peer], cut: bool = False) -> Call:

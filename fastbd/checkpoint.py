@@ -25,7 +25,7 @@ def save(path: Path, state: dict) -> None:
         free = shutil.disk_usage(path.parent).free // 2**20
         raise UserError(
             f"the checkpoint {path} could not be written ({free} MiB free there): {str(error).splitlines()[0]}; "
-            "make room, then go on with --resume, or begin again where the run has no folder yet."
+            "make room, then go on with --resume, or begin again if the run has no folder yet."
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -154,7 +154,7 @@ class TrainConfig:
     """Pairs in a step, over all GPUs together; auto is the most that the GPUs' memory holds."""
     accumulate: int = 1
     """Parts that a step's batch is embedded in, one after the other, to save memory; its gradient stays that of the
-    whole (GradCache)."""
+    whole (GradCache). Batch norm then needs a number for --bn-group."""
     grad_checkpointing: bool = False
     """Save memory: compute the activations within blocks again in the backward pass."""
     lr: float = 1e-3
@@ -190,8 +190,8 @@ class TrainConfig:
     graph: Switch = "auto"
     """Capture the whole step in a CUDA graph; auto is on with one GPU."""
     bn_group: int | Literal["batch", "sync"] = "batch"
-    """Images whose batch-norm statistics are taken together: this many (32, as published on 8 GPUs), all those of a
-    process, or (sync) of all processes. With SSL both views of a pair count."""
+    """Images whose batch-norm statistics are taken together: this many, all those of a process, or (sync) of all
+    processes. With SSL both views of a pair count. Published: those of one of 8 GPUs. A ViT has none."""
     device: str = "auto"
     """cuda, cpu, or auto."""
     views: Views = "cleanclip"
@@ -374,7 +374,7 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 
 LEAST = dict(
-    accumulate=1, batch_size=1, bn_group=1, count=1, epoch=0, epochs=0, eval_every=0, eval_subset=0, hw_decoder_load=0,
+    accumulate=1, batch_size=1, bn_group=2, count=1, epoch=0, epochs=0, eval_every=0, eval_subset=0, hw_decoder_load=0,
     log_every=1, max_bad=0, max_pixels=1, rows=1, save_every=0, text_views=0, warmup=0, workers=0,
 )  # fmt: skip
 """The smallest value of flags that a negative number, or zero, would make no sense for."""

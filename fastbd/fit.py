@@ -21,7 +21,7 @@ from fastbd.optim import learning_rates, make_optimizer
 from fastbd.step import Step
 
 WAITING = 6  # batches in memory: two wait, one is made, one used, one has just been; and the graph's own
-FINENESS = 32  # pairs
+FINENESS = 32  # pairs by which to try
 SPARE = 0.95  # of what was found: memory gets into pieces
 
 
@@ -59,12 +59,12 @@ class Shares:
         if self.group and (images % self.group or self.group % self.views):
             raise UserError(
                 f"--bn-group {self.group} does not share out the {images} images, {self.views} of a pair, that are "
-                "embedded together: choose another."
+                f"embedded together: choose a divisor of {images} that is a multiple of {self.views}."
             )
         if self.parts > 1 and self.norms and not self.group:
             raise UserError(
-                f"--accumulate {self.parts} needs --bn-group, as batch norm sees one part at a time: give {images}, or "
-                "a divisor of it."
+                f"--accumulate {self.parts} needs a number for --bn-group, as batch norm sees one part at a time: a "
+                f"divisor of {images} that is a multiple of {self.views}."
             )
 
 
@@ -117,13 +117,13 @@ def batch_that_fits(
         return True
 
     most //= world.size
-    unit = shares.unit * max(1, min(FINENESS, most) // shares.unit)
-    found = largest(fits, unit, most)
-    if found < most // unit * unit:
-        found = max(min(found, unit), int(SPARE * found) // unit * unit)
+    coarse = shares.unit * max(1, min(FINENESS, most) // shares.unit)
+    found = largest(fits, coarse, most)
+    if found + coarse <= most:
+        found = max(shares.unit, int(SPARE * found) // shares.unit * shares.unit) if found or fits(shares.unit) else 0
     if not (found := world.least(found)):
         raise UserError(
-            f"not even {unit} pairs fit in the memory of {world.device}: try --grad-checkpointing, or a larger "
+            f"not even {shares.unit} pairs fit in the memory of {world.device}: try --grad-checkpointing, or a larger "
             "--accumulate."
         )
     return found * world.size

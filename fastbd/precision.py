@@ -29,11 +29,16 @@ def autocast(precision: str, device: torch.device):
 
 def is_compiled(choice: str, world: World) -> bool:
     """Whether --compile asks for it; UserError where it cannot be."""
-    if choice == "on" and not any(map(which, ("g++", "c++", "clang++"))):
+    if choice == "on" and not has_compiler():
         raise UserError(
             "--compile on needs a C++ compiler, and there is neither g++ nor clang++: install one, or leave it off."
         )
-    return choice == "on" or (choice == "auto" and world.device.type == "cuda")
+    return choice == "on" or (choice == "auto" and world.device.type == "cuda" and find_spec("triton") is not None)
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler, which torch.compile needs on a CPU."""
+    return any(map(which, ("g++", "c++", "clang++")))
 
 
 def is_captured(choice: str, world: World) -> bool:

@@ -15,12 +15,13 @@ from fastbd import __version__, checkpoint, dist, log
 from fastbd.config import CleanConfig, PretrainConfig, portable, to_dict
 from fastbd.data import eda, resident, sheet
 from fastbd.data.decode import Decoder, open_decoder
-from fastbd.data.loader import RECIPES, Batch, Pairs, batches, text_room
+from fastbd.data.loader import RECIPES, Batch, Pairs, batches, text_lengths
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.evals.zeroshot import evaluate, open_set
 from fastbd.fit import Shares, batch_that_fits
+from fastbd.kernels.text_pack import room_for
 from fastbd.limits import measure_rates, step_seconds
 from fastbd.loop import Stopped, Timetable, every, train
 from fastbd.models import CLIP
@@ -148,7 +149,8 @@ class Run:
     def _lay_out(self) -> None:
         """Batch norm's groups, the size of a batch, the length of the run, room for captions."""
         config, task, world = self.config, self.task, self.world
-        self.tokens, _ = text_room(self.pairs, task.rows, 1, self.text_view(0))
+        lengths = text_lengths(self.pairs, task.rows, self.text_view(0))
+        self.tokens = float(lengths.mean())
         if self.shares.group:
             share_statistics(self.model, self.shares.group)
         if config.batch_size == "auto":
@@ -162,9 +164,8 @@ class Run:
             share_statistics(self.model, 0, world.group)
         self.steps_per_epoch = len(task.rows) // config.batch_size
         self.total = config.epochs * self.steps_per_epoch
-        part = self.shares.part(config.batch_size)
         fixed = self.compiled or self.captured
-        self.room = text_room(self.pairs, task.rows, part, self.text_view(0))[1] if fixed else 1
+        self.room = room_for(lengths.sum(1), self.shares.part(config.batch_size)) if fixed else 1
 
     def _open_pairs(self) -> Pairs:
         """The training pairs, decoded to where --resident says."""
@@ -257,7 +258,7 @@ class Run:
                     task.plan.save(new / "plan.json")
                 samples.save(new / "samples.png")
                 checkpoint.save(checkpoint.path_of(new, "last"), self._state(0))
-                log.write_json(new / "config.json", about)  # last: with it, it looks like a run
+                log.write_json(new / "config.json", about)
         return folder
 
     def train(self) -> None:

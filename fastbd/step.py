@@ -142,9 +142,7 @@ def _parallel(model: nn.Module, static: bool) -> nn.Module:
     for harmless in ("`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides"):
         warnings.filterwarnings("ignore", harmless)  # newer PyTorch's name; strides of 1 x 1 kernels
     # Of the buffers only running statistics change, and only the first process evaluates and saves.
-    return DistributedDataParallel(
-        model, gradient_as_bucket_view=True, static_graph=static, broadcast_buffers=False
-    )  # fmt: skip
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static, broadcast_buffers=False)
 
 
 def _compile(towers: nn.Module) -> nn.Module:

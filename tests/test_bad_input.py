@@ -168,11 +168,17 @@ def test_a_checkpoint_that_is_not_there(refused, place, study, fastbd):
     ("flags", "message"),
     [
         (("--bn-group", 5), "--bn-group 5 does not share out the 24 images, 1 of a pair, that are embedded together"),
-        (("--bn-group", 3, "--objective", "mmcl_ssl"), "--bn-group 3 does not share out the 48 images, 2 of a pair"),
+        (
+            ("--bn-group", 3, "--objective", "mmcl_ssl"),
+            "2 of a pair, that are embedded together: choose a divisor of 48 that is a multiple of 2",
+        ),
         (("--accumulate", 5), "--batch-size 24 is no multiple of the 5 parts of --accumulate"),
-        (("--accumulate", 2), "--accumulate 2 needs --bn-group, as batch norm sees one part at a time: give 12"),
-        (("--accumulate", 2, "--bn-group", "sync"), "--accumulate 2 needs --bn-group"),
-        (("--bn-group", 0), "--bn-group 0 is too small: give at least 1"),
+        (
+            ("--accumulate", 2),
+            "--accumulate 2 needs a number for --bn-group, as batch norm sees one part at a time: a divisor of 12",
+        ),
+        (("--accumulate", 2, "--bn-group", "sync"), "--accumulate 2 needs a number for --bn-group"),
+        (("--bn-group", 1), "--bn-group 1 is too small: give at least 2"),
         (("--batch-size", "auto"), "--batch-size auto finds what fits in a GPU's memory; without a GPU give a number"),
         (("--graph", "on"), "--graph on captures the step of one process on a GPU, with Triton; give --graph off here"),
     ],

@@ -206,6 +206,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("objective", [MMCL, BOTH], ids=["one view", "two views"])
 def test_nothing_in_a_step_waits_for_the_device(objective, parts):
+    """As far as PyTorch dispatches it: into our own operations, which on a GPU are Triton's, it does not look."""
     model = create("tiny-rn", 0)
     share_statistics(model, 8)
     step = make_step(model, objective)
@@ -226,6 +227,17 @@ def test_one_compilation_serves_captions_of_any_lengths(monkeypatch):
     compiled = trained(model, BOTH, steps=4, room=512, compiled=True)
     assert counter.frame_count == 1
     assert_alike(compiled, trained(model, BOTH, steps=4))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_compiled_parts_with_recomputed_activations_are_the_eager_ones(monkeypatch, parts):
+    """Running statistics too, which a second forward must not move twice."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = create("tiny-rn", 0)
+    share_statistics(model, 8)
+    eager = trained(model, BOTH, steps=2)
+    recompute(model)
+    assert_alike(trained(model, BOTH, steps=2, parts=parts, compiled=True), eager, 1e-4)
 
 
 def test_tokens_are_counted_once():

@@ -33,7 +33,7 @@ from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.policies import POLICIES
-from fastbd.kernels.text_pack import PackedText, lengths_of, pack, room_for
+from fastbd.kernels.text_pack import PackedText, lengths_of, pack
 from fastbd.kernels.views import View, plain
 from fastbd.log import console
 from fastbd.poison.plan import Plan
@@ -238,11 +238,10 @@ def batches(
     return _ahead(_made_on_cpu(pairs, order, draw, texts, dtype), depth)
 
 
-def text_room(pairs: Pairs, rows: np.ndarray, count: int, text_view: int | None) -> tuple[float, int]:
-    """Mean tokens of a caption, and room for those of `count` pairs: by the lengths of some rows."""
+def text_lengths(pairs: Pairs, rows: np.ndarray, text_view: int | None) -> np.ndarray:
+    """Tokens of the captions of some 4,096 of the rows, int [N, captions of a pair]."""
     some = rows[:: max(1, len(rows) // 4096)]
-    lengths = lengths_of(pairs.captions(some, text_view))
-    return float(lengths.mean()), room_for(lengths.reshape(-1, len(some)).sum(0), count)
+    return lengths_of(pairs.captions(some, text_view)).reshape(-1, len(some)).T
 
 
 def _made_on_cpu(pairs: Pairs, order: Sequence[np.ndarray], draw: Draw, texts: Texts, dtype) -> Iterator[Batch]:

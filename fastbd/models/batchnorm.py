@@ -1,6 +1,6 @@
 """Batch norm over the whole batch, over groups of its images, or over the batches of all processes.
 
-The published programs ran on 8 GPUs without SyncBN, so that their statistics were those of 32 images each: a group.
+The published programs ran on 8 GPUs without SyncBN: their statistics were those of the images of one GPU, a group.
 """
 
 from __future__ import annotations

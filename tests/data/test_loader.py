@@ -18,14 +18,14 @@ from fastbd import draws
 from fastbd.config import Views
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import RECIPES, Pairs, _ahead, _Rooms, batches, text_room
+from fastbd.data.loader import RECIPES, Pairs, _ahead, _Rooms, batches, text_lengths
 from fastbd.data.tokenizer import tokenize
 from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.constants import CLIP_MEAN, CLIP_STD
 from fastbd.kernels.policies import POLICIES, auto_augment
-from fastbd.kernels.text_pack import PackedText
+from fastbd.kernels.text_pack import PackedText, room_for
 from fastbd.kernels.views import plain
 from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec, stamp
@@ -248,8 +248,10 @@ def test_captions_come_packed_in_parts_of_as_many_pairs(beton):
 def test_room_for_captions_is_their_mean_and_five_deviations(beton):
     pairs = pairs_of(beton)
     lengths = np.array([len(c.split()) + 2 for c in CAPTIONS])
-    mean, room = text_room(pairs, np.arange(ROWS), 100, None)
-    assert mean == pytest.approx(lengths.mean())
+    of_pairs = text_lengths(pairs, np.arange(ROWS), None)
+    assert np.array_equal(of_pairs, lengths[:, None])
+    assert text_lengths(pairs, np.arange(3), 1)[:, 1].tolist() == [6, 6, 6]  # view 1 of 0
+    room = room_for(of_pairs.sum(1), 100)
     assert room == math.ceil((100 * lengths.mean() + 50 * lengths.std()) / 64) * 64
     (batch,) = batches_of(pairs, 3, rows=np.arange(3), room=room)
     assert len(batch.texts[0].tokens) == room and batch.texts[0].starts[-1] == lengths[batch.ids].sum()
