@@ -179,7 +179,7 @@ def test_a_batch_in_parts_with_recomputed_activations_trains_like_the_whole(stud
     fastbd(*arguments, "--out", "runs/joined", cwd=study)
     fastbd(*arguments, "--accumulate", 2, "--grad-checkpointing", "--out", "runs/parts", cwd=study)
     one, other = (rows(study / "runs" / name / "log.jsonl") for name in ("joined", "parts"))
-    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in other], rel=1e-4)
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in other], rel=1e-3)
     whole, parts = weights(study / "runs/joined"), weights(study / "runs/parts")
-    assert max(float((whole[k] - parts[k]).abs().max()) for k in whole) < 1e-4
+    assert max(float((whole[k] - parts[k]).abs().max()) for k in whole) < 1e-3
     assert all(0 < r["of_limit"] < 1 for r in one)

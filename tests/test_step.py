@@ -226,7 +226,7 @@ def test_one_compilation_serves_captions_of_any_lengths(monkeypatch):
     model = create("tiny-rn", 0)
     compiled = trained(model, BOTH, steps=4, room=512, compiled=True)
     assert counter.frame_count == 1
-    assert_alike(compiled, trained(model, BOTH, steps=4))
+    assert_alike(compiled, trained(model, BOTH, steps=4), 1e-3)  # four steps let rounding grow
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -237,7 +237,7 @@ def test_compiled_parts_with_recomputed_activations_are_the_eager_ones(monkeypat
     share_statistics(model, 8)
     eager = trained(model, BOTH, steps=2)
     recompute(model)
-    assert_alike(trained(model, BOTH, steps=2, parts=parts, compiled=True), eager, 1e-4)
+    assert_alike(trained(model, BOTH, steps=2, parts=parts, compiled=True), eager, 1e-3)
 
 
 def test_tokens_are_counted_once():
