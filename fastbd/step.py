@@ -18,6 +18,7 @@ from fastbd.data.loader import Batch
 from fastbd.dist import World
 from fastbd.kernels.text_pack import PackedText
 from fastbd.models.batchnorm import batch_norms, unrecorded
+from fastbd.models.clip import tower_of
 from fastbd.objectives import Objective
 from fastbd.optim import clamp_log_scale
 from fastbd.precision import autocast
@@ -54,8 +55,7 @@ class Step:
         self.weights = torch.tensor(objective.weights, device=world.device)
         self.norms = batch_norms(model)
         for name, parameter in model.named_parameters():  # an idle tower is left alone, by weight decay too
-            tower = "both" if name == "logit_scale" else "image" if name.startswith("visual.") else "text"
-            parameter.requires_grad_(tower != objective.idle)
+            parameter.requires_grad_(tower_of(name) != objective.idle)
         self.alone = _compile(model) if compiled else model
         self.towers = self.alone
         if world.size > 1:

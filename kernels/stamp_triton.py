@@ -66,9 +66,10 @@ def stamp_triton(images: Tensor, overlay: Overlay) -> Tensor:
     count, height, width, _ = images.shape
     keep, add = overlay.patch()
     if count:
-        stamp_kernel[(count, triton.cdiv(height * width * 3, BLOCK))](
-            images, out, keep, add, overlay.places.contiguous(), overlay.levels, overlay.field, height, width,
-            *keep.shape[1:3], *keep.stride(), *add.stride(), N=overlay.places.shape[1],
-            HAS_LEVELS=overlay.levels is not None, HAS_FIELD=overlay.field is not None, BLOCK=BLOCK,
-        )  # fmt: skip
+        with torch.cuda.device_of(images):  # Triton starts a kernel on the thread's device, wherever the tensors are
+            stamp_kernel[(count, triton.cdiv(height * width * 3, BLOCK))](
+                images, out, keep, add, overlay.places.contiguous(), overlay.levels, overlay.field, height, width,
+                *keep.shape[1:3], *keep.stride(), *add.stride(), N=overlay.places.shape[1],
+                HAS_LEVELS=overlay.levels is not None, HAS_FIELD=overlay.field is not None, BLOCK=BLOCK,
+            )  # fmt: skip
     return out

@@ -30,6 +30,14 @@ class PackedText(NamedTuple):
     positions: Tensor
     starts: Tensor
 
+    @property
+    def ends(self) -> Tensor:
+        """Places of the captions' last tokens [B]."""
+        return self.starts[1:] - 1
+
+    def attention(self, qkv: Tensor, heads: int) -> Tensor:
+        return packed_attention(qkv, self.starts, heads)
+
 
 def lengths_of(tokens: np.ndarray) -> np.ndarray:
     """Tokens of each row [B, L], its end token included. Zeros do not tell padding from text: token 0 is "!"."""

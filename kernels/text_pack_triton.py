@@ -138,18 +138,21 @@ def attention(qkv: Tensor, starts: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """-> output [T, width] and log-sum-exp in log2 units, fp32 [T, heads]; zeros for tokens of no caption."""
     out, lse = qkv.new_empty(len(qkv), qkv.shape[1] // 3), qkv.new_empty(len(qkv), heads, dtype=torch.float32)
     captions = len(starts) - 1
-    attention_kernel[(captions * heads,)](
-        qkv.contiguous(), starts, out, lse, captions, len(qkv), **arguments(out, heads)
-    )
+    with torch.cuda.device_of(qkv):  # Triton starts a kernel on the thread's device, wherever the tensors are
+        attention_kernel[(captions * heads,)](
+            qkv.contiguous(), starts, out, lse, captions, len(qkv), **arguments(out, heads)
+        )
     return out, lse
 
 
 def attention_backward(gradient: Tensor, qkv: Tensor, starts: Tensor, out: Tensor, lse: Tensor, heads: int) -> Tensor:
     """Of `attention`, with its results: the gradient of qkv."""
     of_qkv, captions = qkv.new_empty(qkv.shape), len(starts) - 1
-    attention_backward_kernel[(captions * heads,)](
-        gradient.contiguous(), qkv.contiguous(), out, lse, starts, of_qkv, captions, len(qkv), **arguments(out, heads)
-    )
+    with torch.cuda.device_of(qkv):
+        attention_backward_kernel[(captions * heads,)](
+            gradient.contiguous(), qkv.contiguous(), out, lse, starts, of_qkv, captions, len(qkv),
+            **arguments(out, heads),
+        )  # fmt: skip
     return of_qkv
 
 

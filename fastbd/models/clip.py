@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastbd.errors import UserError
 from fastbd.kernels.text_pack import PackedText
+from fastbd.kernels.text_tree import TextTree
 from fastbd.models.resnet import ModifiedResNet, SmallResNet
 from fastbd.models.text import Transformer, init_text_transformer
 from fastbd.models.vit import VisionTransformer
@@ -60,17 +61,21 @@ class CLIP(nn.Module):
         """Normalised pixels [B, 3, image_size, image_size] -> [B, embed_dim]."""
         return self.visual(pixels)
 
-    def encode_text(self, text: PackedText) -> Tensor:
-        """B packed captions -> [B, embed_dim]."""
+    def encode_text(self, text: PackedText | TextTree) -> Tensor:
+        """B captions, packed or as a tree -> [B, embed_dim]."""
         x = self.token_embedding(text.tokens) + F.embedding(text.positions, self.positional_embedding)
-        x = self.transformer(x, text.starts)
-        ends = x.index_select(0, text.starts[1:] - 1)
+        ends = self.transformer(x, text).index_select(0, text.ends)
         return self.ln_final(ends) @ self.text_projection
 
     def forward(self, pixels: Tensor, text: PackedText) -> tuple[Tensor, Tensor, Tensor]:
         """-> embeddings of images and of captions, [B, embed_dim] each, and the log of the logit scale []."""
         # A copy: DDP loses count of a parameter that comes out as it is, and the optimizer would change it in place.
         return self.encode_image(pixels), self.encode_text(text), self.logit_scale.clone()
+
+
+def tower_of(parameter: str) -> str:
+    """The tower, image or text, that a parameter of CLIP belongs to; "both" for the temperature."""
+    return "both" if parameter == "logit_scale" else "image" if parameter.startswith("visual.") else "text"
 
 
 def _vision_tower(spec: ModelSpec) -> nn.Module:

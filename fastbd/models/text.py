@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastbd.kernels.text_pack import packed_attention
+from fastbd.kernels.text_pack import PackedText
+from fastbd.kernels.text_tree import TextTree
 from fastbd.models.blocks import Blocks
 
 
 class Attention(nn.Module):
     """Multi-head self-attention; parameters as in torch.nn.MultiheadAttention.
 
-    [B, L, width] -> the same; or packed captions [T, width] and their starts -> the same, causal within each.
+    [B, L, width] -> the same; or the tokens of a text [T, width] -> the same, causal within each caption.
     """
 
     def __init__(self, width: int, heads: int):
@@ -28,10 +29,10 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: PackedText | TextTree | None = None) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        if starts is not None:
-            return self.out_proj(packed_attention(qkv, starts, self.heads))
+        if text is not None:
+            return self.out_proj(text.attention(qkv, self.heads))
         query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(query, key, value)  # [B, heads, L, width / heads] each
         return self.out_proj(y.transpose(1, 2).flatten(2))
@@ -61,20 +62,20 @@ class Block(nn.Module):
         self.mlp = MLP(width)
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), starts)
+    def forward(self, x: Tensor, text: PackedText | TextTree | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), text)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """Pre-norm transformer on [B, L, width], or causal on packed captions [T, width] and their starts."""
+    """Pre-norm transformer on [B, L, width], or causal on the tokens of a text [T, width]."""
 
     def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
         self.resblocks = Blocks(*(Block(width, heads) for _ in range(layers)))
 
-    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
-        return self.resblocks(x, starts)
+    def forward(self, x: Tensor, text: PackedText | TextTree | None = None) -> Tensor:
+        return self.resblocks(x, text)
 
 
 def init_text_transformer(transformer: Transformer) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastbd.kernels.stamp import ONE, STEPS, Overlay, stamp, stamp_reference
 from fastbd.kernels.stamp_triton import stamp_triton
-from fastbd.poison import patterns
+from fastbd.poison import patterns, triggers
 from fastbd.poison.triggers import LOCATIONS, PATCHES, TRIGGERS, TriggerSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,3 +135,10 @@ def test_real_sizes(name: str) -> None:
             some = images[part].cpu()
             expected = stamp_reference(some, TRIGGERS[name](spec_of(name), 0, ids[part], some))
             assert torch.equal(out[part].cpu(), expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_images_may_lie_on_another_gpu_than_the_threads():
+    images, ids, yellow = noisy(3, 32, 32), np.arange(3), TriggerSpec("yellow")
+    here, there = (triggers.stamp(images.to(device), yellow, seed=0, ids=ids).cpu() for device in ("cpu", "cuda:1"))
+    assert torch.equal(here, there)

@@ -249,3 +249,13 @@ def test_pack_leaves_room_behind_the_last_caption(room, expected):
     tokens, positions, starts = pack(rows([1, 5, END], [1, END]), room)
     assert len(tokens) == len(positions) == expected and starts.tolist() == [0, 3, 5]
     assert tokens[:5].tolist() == [1, 5, END, 1, END] and not tokens[5:].any() and not positions[5:].any()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_captions_may_lie_on_another_gpu_than_the_threads():
+    qkv, starts, gradient = captions(LENGTHS, 2, 16)
+    here, there = (
+        run(packed_attention, *(x.to(device) for x in (qkv, starts, gradient)), 2) for device in ("cuda:0", "cuda:1")
+    )
+    for mine, theirs in zip(here, there, strict=True):
+        assert torch.equal(mine.cpu(), theirs.cpu())
