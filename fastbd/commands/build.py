@@ -13,7 +13,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,7 @@ from fastbd.data.tokenizer import clean, tokenize
 from fastbd.data.workers import WorkerDied, map_in_order
 from fastbd.errors import UserError
 from fastbd.log import console, progress
-from fastbd.prompts import read_templates
+from fastbd.prompts import read_classes, read_templates
 
 CHUNK = 32  # rows a worker handles at a time
 SAVE_EVERY = 5.0  # seconds of work that a kill may cost
@@ -64,15 +64,18 @@ def run(config: BuildConfig) -> int:
     out, rejects_path = config.out, config.out.with_suffix(".rejects.csv")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give the name of the .beton file to write.")
-    templates = read_templates(config.templates)
+    classes = read_classes(config.classes) if config.classes else None
+    templates = read_templates(config.templates, classes)
+    names = dict(zip(classes.codes, classes, strict=True)) if classes else {}
     # Workers are forked from a server process; let it import once what they all need.
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    items = read_items(config.source, config.image_key, config.caption_key, config.class_key, config.workers)
-    job, journal = _job(items, templates, config), None
+    items = read_items(config)
+    pack = partial(_pack_chunk, templates=templates, names=names, config=config)
+    job, journal = _job(items, [templates, names], config), None
     try:
         journal = Journal(out.with_name(out.name + ".journal"), job)
         out.parent.mkdir(parents=True, exist_ok=True)
-        kept, rejects = _pack(items, templates, config, rejects_path, journal, began)
+        kept, rejects = _pack(items, pack, config, rejects_path, journal, began)
     except KeyboardInterrupt:
         console.print(f"{out} is not finished: {_left(journal)}", markup=False)
         raise
@@ -90,11 +93,11 @@ def run(config: BuildConfig) -> int:
     return 0
 
 
-def _job(items: list[Item], templates: list[str], config: BuildConfig) -> str:
+def _job(items: list[Item], wording: list, config: BuildConfig) -> str:
     """sha256 of what decides the bytes of the file: settings, rows, and the versions of what works on them."""
     settings = to_dict(config) | {"out": None, "workers": None}
     made_by = [__version__, *map(version, ("ftfy", "instant-clip-tokenizer", "pillow")), synonyms_source()]
-    digest = hashlib.sha256(json.dumps([made_by, settings, templates]).encode())
+    digest = hashlib.sha256(json.dumps([made_by, settings, wording]).encode())
     for item in items:
         digest.update(repr((item.name, item.caption, item.class_name, item.offset, item.size, item.problem)).encode())
     return digest.hexdigest()
@@ -108,21 +111,21 @@ def _left(journal: Journal | None) -> str:
 
 def _pack(
     items: list[Item],
-    templates: list[str],
+    pack: Callable[[Sequence[Item]], list[Row | str]],
     config: BuildConfig,
     rejects_path: Path,
     journal: Journal,
     began: int,
 ) -> tuple[int, list[tuple[Item, str]]]:
     """Write the .beton file; returns the number of rows kept, and the rejected with their reasons."""
-    usable, rejects = _split(items)
+    usable, rejects = _split(items, repeats=config.source.suffix == ".json")
     done, rejected = _done_before(journal, usable, config.out)
     began = journal.entries[0]["began"] if done else began
     rejects += [(usable[i], reason) for i, reason in rejected.items()]
     kept = Counter(item.class_name for i, item in enumerate(usable[:done]) if i not in rejected)
     classes = sorted({item.class_name for item in usable if item.class_name})
     labels = {name: label for label, name in enumerate(classes)}
-    pack = partial(_pack_chunk, templates=templates, config=config)
+    before = next((usable[i] for i in reversed(range(done)) if i not in rejected), None)  # the last that was kept
     started = saved = time.monotonic()
     unsaved: list[tuple[int, str]] = []  # rejects since the last save
     with (
@@ -131,12 +134,13 @@ def _pack(
         progress("build", len(usable), done) as advance,
     ):
         for i, (item, row) in enumerate(packed, done):
-            reason = row if isinstance(row, str) else _add(writer, item, row, labels)
+            reason = row if isinstance(row, str) else _add(writer, item, row, labels, before)
             if reason:
                 rejects.append((item, reason))
                 unsaved.append((i, reason))
             else:
                 kept[item.class_name] += 1
+                before = item
             now = time.monotonic()
             advance(1, f"{(i + 1 - done) / (now - started):,.0f} images/s")
             if now - saved > SAVE_EVERY:
@@ -150,12 +154,17 @@ def _pack(
     return kept.total(), rejects
 
 
-def _add(writer: BetonWriter, item: Item, row: Row, labels: dict[str, int]) -> str | None:
-    """Store a row; a string says why that is not possible."""
+def _add(writer: BetonWriter, item: Item, row: Row, labels: dict[str, int], before: Item | None) -> str | None:
+    """Store a row, its image only where that is not the one of the row before; a string says why it is not possible."""
+    values = vars(row) | ({"jpeg": None} if _same_image(item, before) else {})
     try:
-        writer.add(**vars(row), row_id=item.row_id, label=labels.get(item.class_name), class_name=item.class_name)
+        writer.add(**values, row_id=item.row_id, label=labels.get(item.class_name), class_name=item.class_name)
     except ValueError as error:
         return f"cannot be stored: {error}; try --store short256"
+
+
+def _same_image(item: Item, before: Item | None) -> bool:
+    return before is not None and (item.file, item.offset) == (before.file, before.offset)
 
 
 def _done_before(journal: Journal, usable: list[Item], out: Path) -> tuple[int, dict[int, str]]:
@@ -195,12 +204,12 @@ def _changed(items: list[Item], rejected: Container[int], since: int) -> str | N
     return None
 
 
-def _split(items: list[Item]) -> tuple[list[Item], list[tuple[Item, str]]]:
-    """(usable, rejected): what shows before any file is read."""
+def _split(items: list[Item], repeats: bool) -> tuple[list[Item], list[tuple[Item, str]]]:
+    """(usable, rejected): what shows before any file is read. A retrieval set may repeat itself, as published."""
     usable, rejects, first = [], [], {}
     for item in items:
         row = first.setdefault((item.name, item.caption, item.class_name), item.row_id)
-        reason = item.problem or (f"duplicate of row {row}" if row != item.row_id else None)
+        reason = item.problem or (f"duplicate of row {row}" if row != item.row_id and not repeats else None)
         if reason:
             rejects.append((item, reason))
         else:
@@ -208,7 +217,9 @@ def _split(items: list[Item]) -> tuple[list[Item], list[tuple[Item, str]]]:
     return usable, rejects
 
 
-def _pack_in_order(items: list[Item], pack, workers: int) -> Iterator[tuple[Item, Row | str]]:
+def _pack_in_order(
+    items: list[Item], pack: Callable[[Sequence[Item]], list[Row | str]], workers: int
+) -> Iterator[tuple[Item, Row | str]]:
     """(item, its row or the reason against it) in the items' order."""
     chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
     with closing(map_in_order(pack, chunks, workers)) as packed:
@@ -216,8 +227,13 @@ def _pack_in_order(items: list[Item], pack, workers: int) -> Iterator[tuple[Item
             yield from zip(chunk, rows, strict=True)
 
 
-def _pack_chunk(items: Sequence[Item], *, templates: list[str], config: BuildConfig) -> list[Row | str]:
-    """Read, check and convert the items, in a worker process; a string says why an item is rejected."""
+def _pack_chunk(
+    items: Sequence[Item], *, templates: list[str], names: dict[str, str], config: BuildConfig
+) -> list[Row | str]:
+    """Read, check and convert the items, in a worker process; a string says why an item is rejected.
+
+    `names`: what templates are to call a class, where that is not its own name.
+    """
     warnings.simplefilter("ignore")  # what PIL warns of is either accepted or rejected with a reason
     Image.MAX_IMAGE_PIXELS = None  # --max-pixels is checked before the pixels are read
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -226,7 +242,8 @@ def _pack_chunk(items: Sequence[Item], *, templates: list[str], config: BuildCon
     captions = [clean(item.caption) for item in items]
     for i, item in enumerate(items):
         if item.class_name and not captions[i]:
-            captions[i] = clean(templates[int(choices[i] * len(templates))].replace("{}", item.class_name))
+            name = names.get(item.class_name, item.class_name)
+            captions[i] = clean(templates[int(choices[i] * len(templates))].replace("{}", name))
     tokens = tokenize(captions)
     text_views = np.zeros((len(items), config.text_views, tokens.shape[1]), np.uint16)
     for k in range(config.text_views):
@@ -235,14 +252,23 @@ def _pack_chunk(items: Sequence[Item], *, templates: list[str], config: BuildCon
 
     rows: list[Row | str] = []
     for i, item in enumerate(items):
-        try:
-            if not captions[i]:
-                raise BadImage("empty caption")
-            jpeg, width, height = to_jpeg(_read(item), config.store, config.max_pixels)
-            rows.append(Row(jpeg, width, height, captions[i], tokens[i], text_views[i]))
-        except BadImage as error:
-            rows.append(error.reason)
+        if not i or not _same_image(item, items[i - 1]):
+            image = _image(item, config)
+        if not captions[i]:
+            rows.append("empty caption")
+        elif isinstance(image, str):
+            rows.append(image)
+        else:
+            rows.append(Row(*image, captions[i], tokens[i], text_views[i]))
     return rows
+
+
+def _image(item: Item, config: BuildConfig) -> tuple[bytes, int, int] | str:
+    """(JPEG, width, height); a string says what is wrong."""
+    try:
+        return to_jpeg(_read(item), config.store, config.max_pixels)
+    except BadImage as error:
+        return error.reason
 
 
 def _read(item: Item) -> bytes:

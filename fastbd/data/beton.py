@@ -44,8 +44,8 @@ class Beton:
     """A .beton file, mapped into memory: opening checks the tables, samples are read when asked for.
 
     Attributes, with N the number of samples: `path`; `width`, `height`: uint16 [N], px; `row_id`: int64 [N], row in
-    the source; `labels`: int64 [N] or None; `class_names`: list or None; `num_text_views`. The columns are views of
-    the file, which all processes share.
+    the source; `image_of`: int64 [N]; `labels`: int64 [N] or None; `class_names`: list or None; `num_text_views`. The
+    columns, but for image_of, are views of the file, which all processes share.
     Raises UserError for a file that is no .beton, is cut short, or holds raw pixels in place of JPEG.
     """
 
@@ -142,6 +142,22 @@ class Beton:
         names = {int(label): self._text("class_name", i) for label, i in zip(labels, first, strict=True)}
         return [names.get(label, "") for label in range(max(names, default=-1) + 1)]
 
+    @cached_property
+    def image_of(self) -> np.ndarray:
+        """int64 [N]: number of the image of each row, in order of first appearance; rows may share one.
+
+        By content: an image whose rows do not follow one another was stored several times.
+        """
+        return number_images(self, *self.stored_images())
+
+    def stored_images(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For number_images: the stored JPEG of each row, [N]; a row of each JPEG and what it ends with, uint64 [M]."""
+        ptr, row, stored = np.unique(self._jpeg_ptr, return_index=True, return_inverse=True)
+        size = self._jpeg_size[row]
+        last = sliding_window_view(self._bytes, 8)[ptr + size - np.uint64(10)]  # before the marker that ends a JPEG
+        self._release()
+        return stored, row, last.view("<u8")[:, 0] ^ size
+
     def jpeg(self, i: int) -> np.ndarray:
         """uint8 [bytes], a view of the file: nothing is copied."""
         ptr = int(self._jpeg_ptr[i])
@@ -159,6 +175,20 @@ class Beton:
 
     def caption(self, i: int) -> str:
         return self._text("caption", i)
+
+
+def number_images(data, stored: np.ndarray, row: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """int64 [N]: number of the image of each row of `data`, in order of first appearance.
+
+    Only JPEGs of the same `end` are read in whole, so a file without repeats costs no more than its ends. They must
+    be: pictures on a white ground often share their length and more than 1,024 of their last bytes.
+    """
+    _, like, times = np.unique(end, return_inverse=True, return_counts=True)
+    image, known = np.arange(len(row)), {}
+    for i in np.flatnonzero(times[like] > 1).tolist():
+        image[i] = known.setdefault(hashlib.sha256(data.jpeg(row[i])).digest(), i)
+    _, first, inverse = np.unique(image[stored], return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
 
 
 def _array_arguments(*shape: int) -> bytes:
@@ -228,7 +258,7 @@ class BetonWriter:
     def add(
         self,
         *,
-        jpeg: bytes,
+        jpeg: bytes | None,
         width: int,
         height: int,
         tokens: np.ndarray,
@@ -238,8 +268,12 @@ class BetonWriter:
         label: int | None = None,
         class_name: str | None = None,
     ) -> None:
-        """Append a sample: tokens uint16 [77], text_views uint16 [K, 77]. ValueError: it does not fit into a page."""
-        values = {"image": bytes(jpeg), "tokens": np.asarray(tokens, "<u2").reshape(CONTEXT).tobytes()}
+        """Append a sample: tokens uint16 [77], text_views uint16 [K, 77]; jpeg None: it shares that of the one before.
+
+        ValueError: it does not fit into a page.
+        """
+        values = {} if jpeg is None else {"image": bytes(jpeg)}
+        values["tokens"] = np.asarray(tokens, "<u2").reshape(CONTEXT).tobytes()
         if self._text_shape[0]:
             values["text_views"] = np.asarray(text_views, "<u2").reshape(self._text_shape).tobytes()
         values["caption"] = caption.encode()
@@ -255,7 +289,8 @@ class BetonWriter:
         ptr = np.cumsum([self._free, *sizes])
         spans = dict(zip(values, zip(ptr, sizes, strict=False), strict=True))
         record = {name: span if name in ("caption", "class_name") else span[0] for name, span in spans.items()}
-        record |= {"image": (0, width, height, ptr[0]), "row_id": row_id, "label": label}
+        image_ptr = self._metadata["image"]["ptr"][self._count - 1] if jpeg is None else ptr[0]
+        record |= {"image": (0, width, height, image_ptr), "row_id": row_id, "label": label}
         self._metadata[self._count] = tuple(record[name] for name in self._metadata.dtype.names)
         self._file.writelines(values.values())
         self._free = int(ptr[-1])
@@ -278,7 +313,10 @@ class BetonWriter:
         os.fsync(self._file.fileno())
 
     def _allocations(self, start: int, end: int) -> np.ndarray:
-        """Allocation table of some samples: their values lie back to back, and the last is a text of known length."""
+        """Allocation table of some samples: their values lie back to back, and the last is a text of known length.
+
+        An image that several share lies before the values of the first of them.
+        """
         metadata = self._metadata[start:end]
         columns = [metadata[name] for name in self._stored]
         ptr = np.stack([column["ptr"] if column.dtype.names else column for column in columns], 1)
@@ -286,6 +324,8 @@ class BetonWriter:
         table["sample"] = np.arange(start, end)[:, None]
         table["ptr"] = ptr
         table["size"] = np.diff(ptr, axis=1, append=ptr[:, -1:] + columns[-1]["size"][:, None])
+        first = np.searchsorted(self._metadata["image"]["ptr"][: self._count], ptr[:, 0])
+        table["size"][:, 0] = self._metadata["tokens"][first] - ptr[:, 0]
         return table
 
     def _finish(self) -> None:

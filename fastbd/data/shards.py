@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbd.data.beton import Beton
+from fastbd.data.beton import Beton, number_images
 from fastbd.data.tokenizer import CONTEXT
 from fastbd.errors import UserError
 
@@ -25,13 +25,13 @@ def open_beton(path: str | os.PathLike) -> Beton | Shards:
     """
     if Path(path).exists() or not glob.has_magic(str(path)):
         return Beton(path)
-    files = sorted(glob.glob(str(path)), key=_natural)
+    files = sorted(glob.glob(str(path)), key=natural)
     if not files:
         raise UserError(f"no file matches {path}: make them with `fastbd build`, or mend the pattern.")
     return Beton(files[0]) if len(files) == 1 else Shards(path, [Beton(file) for file in files])
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Sorts numbers in names by their value: a-2 comes before a-10."""
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", name)]
 
@@ -76,6 +76,15 @@ class Shards:
     @cached_property
     def row_id(self) -> np.ndarray:
         return self._column("row_id")
+
+    @cached_property
+    def image_of(self) -> np.ndarray:
+        """int64 [N]: number of the image of each row, in order of first appearance."""
+        stored, row, end = zip(*(shard.stored_images() for shard in self._shards), strict=True)
+        *firsts, _ = np.cumsum([0, *map(len, row)])
+        stored = np.concatenate([part + first for part, first in zip(stored, firsts, strict=True)])
+        row = np.concatenate([part + start for part, start in zip(row, self._starts, strict=True)])
+        return number_images(self, stored, row, np.concatenate(end))
 
     @cached_property
     def labels(self) -> np.ndarray | None:

@@ -14,8 +14,12 @@ from fastbd.errors import UserError
 
 
 def jpeg(i: int, width: int = 20, height: int = 10) -> bytes:
+    return flat((i * 40 % 256, 128, 255 - i), width, height)
+
+
+def flat(colour: tuple[int, int, int], width: int, height: int) -> bytes:
     data = io.BytesIO()
-    Image.new("RGB", (width, height), (i * 40 % 256, 128, 255 - i)).save(data, "JPEG")
+    Image.new("RGB", (width, height), colour).save(data, "JPEG")
     return data.getvalue()
 
 
@@ -134,6 +138,41 @@ def test_no_sample_crosses_a_page(tmp_path):
     assert all(set(data.jpeg(i).tolist()) == {i} for i in range(5))
 
 
+def test_rows_that_share_an_image(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastbd.data.beton.ROWS", 2)  # so that a part of the table begins with a shared one
+    with BetonWriter(tmp_path / "a.beton", 9, 2, True) as writer:
+        for i, owner in enumerate([0, 0, 0, 3, 4, 4]):
+            shared = {"jpeg": jpeg(owner, 20 + owner) if i == owner else None, "width": 20 + owner}
+            writer.add(**sample(i) | shared)
+    data = Beton(tmp_path / "a.beton")
+    assert data.image_of.tolist() == [0, 0, 0, 1, 2, 2] and data.image_of.dtype == np.int64
+    for i, owner in enumerate([0, 0, 0, 3, 4, 4]):
+        assert data.jpeg(i).tobytes() == jpeg(owner, 20 + owner) and data.width[i] == 20 + owner
+        assert np.array_equal(data.tokens(i)[0], sample(i)["tokens"]) and data.caption(i) == sample(i)["caption"]
+    table = data._allocations.reshape(6, 5)
+    assert table["sample"].tolist() == [[i] * 5 for i in range(6)]
+    assert table["size"][:, 0].tolist() == [len(data.jpeg(i)) for i in range(6)]
+    raw = data.path.read_bytes()
+    assert [raw.count(jpeg(i, 20 + i)) for i in (0, 3, 4)] == [1, 1, 1]
+
+
+def test_images_are_numbered_as_they_appear(tmp_path):
+    data = Beton(write(tmp_path / "a.beton", 4))
+    order = [2, 1, 2, 0]  # FFCV's writer has several processes, and no order
+    data._jpeg_ptr, data._jpeg_size = data._jpeg_ptr[order], data._jpeg_size[order]
+    assert data.image_of.tolist() == [0, 1, 0, 2]
+
+
+def test_an_image_that_is_stored_several_times_is_one(tmp_path):
+    """Flat pictures of one length, whose colour is at the beginning alone."""
+    a, b, c = images = [flat((red, 0, 200), 400, 400) for red in (3, 9, 15)]
+    assert len(set(images)) == 3 and len({(len(image), image[-1024:]) for image in images}) == 1
+    with BetonWriter(tmp_path / "a.beton", 9, 0, False) as writer:
+        for i, image in enumerate([a, b, a, None, c, b, jpeg(1), None]):
+            writer.add(**sample(i, 0, False) | {"jpeg": image})
+    assert Beton(tmp_path / "a.beton").image_of.tolist() == [0, 1, 0, 0, 2, 1, 3, 3]
+
+
 def test_an_error_leaves_the_old_file_alone(tmp_path):
     path = write(tmp_path / "a.beton", 2)
     before = path.read_bytes()
@@ -207,6 +246,32 @@ def test_ffcv_reads_our_file(tmp_path, os_cache):
         text = sample(i)["caption"].encode()
         assert caption[i][: len(text)].tobytes() == text and chr(class_name[i][0]) == "abc"[i % 3]
     assert row_id[:, 0].tolist() == [3 * i for i in range(7)] and label[:, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_ffcv_reads_images_that_rows_share(tmp_path, os_cache):
+    """Also from a page that lies before that of the row's other values."""
+    pytest.importorskip("ffcv")
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    views = PAGE // 154 // 3  # three rows fill a page
+    with BetonWriter(tmp_path / "a.beton", 10, views, False) as writer:
+        for i in range(10):
+            shared = {"jpeg": None if i % 5 else jpeg(i * 20, 16, 16), "width": 16, "height": 16}
+            writer.add(**sample(i, views, False) | shared)
+    table = Beton(tmp_path / "a.beton")._allocations.reshape(10, 4)["ptr"] // PAGE
+    assert (table[:, 0] < table[:, 1]).sum() >= 4
+    pipelines = dict.fromkeys(["tokens", "text_views", "caption"])
+    pipelines |= {"image": [CenterCropRGBImageDecoder((16, 16), 1)], "row_id": [IntDecoder()]}
+    order = OrderOption.SEQUENTIAL
+    loader = Loader(str(tmp_path / "a.beton"), 1, 1, os_cache, order, pipelines=pipelines, batches_ahead=1)
+    images = np.concatenate([batch[0].copy() for batch in loader])
+    for i, image in enumerate(images):
+        pixels = np.asarray(Image.open(io.BytesIO(jpeg(i // 5 * 100, 16, 16)))).astype(int)
+        assert np.abs(image.astype(int) - pixels).max() <= 8
+    assert len(images) == 10
 
 
 def test_we_read_ffcvs_file(tmp_path):

@@ -169,6 +169,176 @@ def test_a_truncated_shard_keeps_its_whole_samples(tmp_path):
     assert data.row_id.tolist() == [0] and [row[0] for row in rejects] == ["1"]
 
 
+def test_an_image_that_follows_itself_is_stored_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastbd.commands.build.CHUNK", 2)  # so that other workers see the same image
+    a, b = save(tmp_path / "a.jpg"), save(tmp_path / "b.jpg", (0, 0, 250))
+    (tmp_path / "copy.jpg").write_bytes(b)  # stored again, but the same image
+    names = ["a", "a", "a", "b", "nowhere", "b", "a", "copy", "b"]
+    source = table(tmp_path / "a.csv", ("path", "caption"), *((f"{n}.jpg", f"row {i}") for i, n in enumerate(names)))
+    data, rejects = build(tmp_path, source, store="crop224")
+    assert data.row_id.tolist() == [0, 1, 2, 3, 5, 6, 7, 8] and [row for row, *_ in rejects] == ["4"]
+    assert data.image_of.tolist() == [0, 0, 0, 1, 1, 0, 1, 1]
+    assert [data.caption(i) for i in range(8)] == [f"row {i}" for i in data.row_id]
+    data, _ = build(tmp_path, source)
+    assert [data.jpeg(i).tobytes() for i in range(8)] == [a, a, a, b, b, a, b, b]
+    assert data.path.read_bytes().count(a) == 2
+
+
+@pytest.fixture
+def flat(tmp_path) -> Path:
+    """Three images, whose colours tell them apart, and a text file; sorted they are a, b, c."""
+    for name in ("b", "a", "c"):
+        save(tmp_path / "flat" / f"val_{name}.JPEG", (80 * "abc".index(name), 0, 0))
+    (tmp_path / "flat/readme.txt").write_text("no image")
+    return tmp_path / "flat"
+
+
+def as_tar(folder: Path) -> Path:
+    with tarfile.open(folder.with_suffix(".tar"), "w") as tar:
+        for name in ("val_c.JPEG", "val_a.JPEG", "readme.txt", "val_b.JPEG"):
+            tar.add(folder / name, name)
+    return folder.with_suffix(".tar")
+
+
+LOC = "ImageId,PredictionString\nval_b,n01440764 1 2 30 40 n01440764 5 5 9 9 \nval_c,n02 1\nval_a,n01440764 1 2 3 4\n"
+
+
+@pytest.mark.parametrize("kind", [lambda folder: folder, as_tar])
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ("great white shark\ntench\n\ngreat white shark\n", ["great white shark", "tench", "great white shark"]),
+        ("val_c.JPEG 2\nval_a.JPEG 0\nval_b.JPEG 65\n", ["0", "65", "2"]),
+        ('file,label\nval_c.JPEG,x\nsub/val_a.JPEG,"y, z"\nval_b.JPEG, x\n', ["y, z", "x", "x"]),
+        ("val_a\tsea lion\nval_b\tcat\nval_c\tcat", ["sea lion", "cat", "cat"]),
+        (LOC, ["n01440764", "n01440764", "n02 1"]),
+    ],
+)
+def test_a_list_of_labels(tmp_path, flat, kind, labels, classes):
+    (tmp_path / "labels.txt").write_text(labels)
+    data, rejects = build(tmp_path, kind(flat), labels=tmp_path / "labels.txt")
+    assert [data.class_names[label] for label in data.labels] == classes and rejects == []
+    colours = [Image.open(io.BytesIO(data.jpeg(i))).getpixel((5, 5))[0] for i in range(3)]
+    assert np.allclose(colours, [0, 80, 160], atol=3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ("cat\ndog\n", {}, r"labels.txt holds 2 labels, and .*flat 3 images, val_c.JPEG without one: give a label a"),
+        ("cat\n" * 4, {}, r"holds 4 labels, and .*flat 3 images: give"),
+        ("val_a x\nval_c x\n", {}, r"holds 2 labels, and .* 3 images, val_b.JPEG without one"),
+        ("val_a x\nval_d x\n", {}, r"line 2 of .*labels.txt, 'val_d x', gives no image of .*flat a label: mend it"),
+        ("val_d.jpeg x\nval_a x\n", {}, "line 1 of .*, 'val_d.jpeg x', gives no image"),
+        (
+            "1\n1000\n3\n",
+            {},
+            "numbers from 1, and those of the ILSVRC development kit.*WordNet ids as in imagenet_2012",
+        ),
+        ("1\n2\n3\n", {"classes": "imagenet1k"}, "numbers from 1"),
+        ("cat\ndog\nbird", {"classes": "imagenet1k"}, "all 3 rows .* most for: class not in imagenet1k"),
+    ],
+)
+def test_labels_that_do_not_fit(tmp_path, flat, labels, options, message):
+    (tmp_path / "labels.txt").write_text(labels)
+    with pytest.raises(UserError, match=message):
+        run(BuildConfig(source=flat, out=tmp_path / "set.beton", labels=tmp_path / "labels.txt", workers=1, **options))
+
+
+def test_a_label_a_line_needs_names_of_one_order(tmp_path):
+    """Tiny-ImageNet's names: sorted as words 10 comes before 9."""
+    config = BuildConfig(source=tmp_path / "flat", out=tmp_path / "set.beton", labels=tmp_path / "l.txt", workers=1)
+    for i in (8, 9, 10):
+        save(tmp_path / f"flat/val_{i}.JPEG", (20 * i, 0, 0))
+    config.labels.write_text("cat\ndog\nbird\n")
+    with pytest.raises(UserError, match="val_10.JPEG comes before val_8.JPEG by letters.* give lines `file label`"):
+        run(config)
+    config.labels.write_text("val_8.JPEG cat\nval_9.JPEG dog\nval_10.JPEG bird\n")
+    assert run(config) == 0
+    (tmp_path / "flat/val_10.JPEG").unlink()
+    config.labels.write_text("cat\ndog\n")
+    assert run(config) == 0
+
+
+def test_a_damaged_tar_cannot_be_labelled(tmp_path, flat):
+    source = as_tar(flat)
+    source.write_bytes(source.read_bytes()[:1500])
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+    with pytest.raises(UserError, match=r"flat.tar/.* cannot be read \(damaged tar"):
+        run(BuildConfig(source=source, out=tmp_path / "set.beton", labels=tmp_path / "labels.txt", workers=1))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "codes"),
+    [
+        ("1\n2\n1\n", "flowers102", ["1", "2", "1"]),  # codes, and so no numbers from 1
+        ("0\n2\n0\n", "imagenet1k", ["n01440764", "n01484850", "n01440764"]),
+        ("tench\nn01484850\ntench\n", "imagenet1k", ["n01440764", "n01484850", "n01440764"]),
+    ],
+)
+def test_labels_are_kept_by_their_codes(tmp_path, flat, labels, classes, codes):
+    (tmp_path / "labels.txt").write_text(labels)
+    data, _ = build(tmp_path, flat, labels=tmp_path / "labels.txt", classes=classes)
+    assert [data.class_names[label] for label in data.labels] == codes
+
+
+def test_only_the_classes_in_a_list(tmp_path):
+    for name in ("squeegee", "banana", "full_sized_towel"):
+        save(tmp_path / "images" / name / "1.png")
+    (tmp_path / "classes.txt").write_text("see the {}!\nfull_sized_towel = bath towel\nbanana\nmissing\n")
+    data, rejects = build(tmp_path, tmp_path / "images", classes=str(tmp_path / "classes.txt"))
+    assert data.class_names == ["banana", "full_sized_towel"]
+    assert [data.caption(i) for i in range(2)] == ["see the banana!", "see the bath towel!"]
+    assert rejects == [["2", "squeegee/1.png", f"class not in {tmp_path}/classes.txt"]]
+    data, _ = build(tmp_path, tmp_path / "images", classes="objectnet", templates="mnist")
+    assert data.caption(1) == 'a photo of the number: "bath towel".'
+
+
+KARPATHY = {
+    "dataset": "coco",
+    "images": [
+        {"filepath": "val2014", "filename": "2.jpg", "split": "test",
+         "sentences": [{"raw": "A red square."}, {"raw": "It is red."}]},
+        {"filepath": "val2014", "filename": "1.jpg", "split": "val", "sentences": [{"raw": "Blue."}]},
+        {"filename": "3.jpg", "split": "test", "sentences": [{"raw": "Green, at the top."}]},
+        {"filepath": "train2014", "filename": "4.jpg", "split": "restval", "sentences": []},
+    ],
+}  # fmt: skip
+
+
+def test_karpathys_splits(tmp_path):
+    red, green = save(tmp_path / "images/val2014/2.jpg"), save(tmp_path / "images/3.jpg", (0, 250, 0))
+    save(tmp_path / "images/val2014/1.jpg", (0, 0, 250))
+    (tmp_path / "dataset_coco.json").write_text(json.dumps(KARPATHY))
+    options = {"images": tmp_path / "images"}
+    data, _ = build(tmp_path, tmp_path / "dataset_coco.json", split="test", **options)
+    assert [data.caption(i) for i in range(3)] == ["A red square.", "It is red.", "Green, at the top."]
+    assert [data.jpeg(i).tobytes() for i in range(3)] == [red, red, green]
+    assert data.image_of.tolist() == [0, 0, 1] and data.row_id.tolist() == [0, 1, 2] and data.labels is None
+    data, _ = build(tmp_path, tmp_path / "dataset_coco.json", **options)
+    assert data.image_of.tolist() == [0, 0, 1, 2]
+    (tmp_path / "dataset_coco.json").rename(tmp_path / "images/dataset_coco.json")
+    assert len(build(tmp_path, tmp_path / "images/dataset_coco.json", split="val")[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (KARPATHY, {"split": "minival"}, "has no split 'minival'; its splits are: restval, test, val"),
+        (KARPATHY, {"split": "restval"}, "holds no rows"),
+        ([1], {}, "is no file of Karpathy's"),
+        ({"images": [{"split": "test"}]}, {}, "is no file of Karpathy's"),
+        (KARPATHY, {"images": Path("nowhere")}, "--images nowhere is no folder: give that of the images that"),
+        (KARPATHY, {"labels": Path("x.txt")}, "--labels belongs to a folder or tars of images"),
+        (KARPATHY, {"classes": "cifar10"}, "--classes is for labelled images"),
+    ],
+)
+def test_json_that_cannot_be_used(tmp_path, content, options, message):
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        run(BuildConfig(source=tmp_path / "dataset.json", out=tmp_path / "set.beton", workers=1, **options))
+
+
 def test_the_same_file_whatever_the_workers(tmp_path):
     for i in range(40):
         save(tmp_path / f"{i}.png", (i, 2 * i, 255 - i))
@@ -204,10 +374,18 @@ def test_mistakes_are_told_and_leave_no_beton(tmp_path, rows, options, message):
     assert not list(tmp_path.glob("*.beton*")) and not list(tmp_path.glob("*.tmp"))
 
 
-def test_sources_that_are_none(tmp_path):
+def test_flags_of_another_kind_of_source(tmp_path):
+    source = table(tmp_path / "a.csv", ("path", "caption"), ("a.jpg", "x"))
+    with pytest.raises(UserError, match="--images and --split belong to a .json file"):
+        run(BuildConfig(source=source, out=tmp_path / "set.beton", split="test"))
+
+
+def test_sources_that_are_none(tmp_path, flat):
     (tmp_path / "pairs.xlsx").touch()
     (tmp_path / "empty").mkdir()
-    for name, message in {"nowhere.csv": "not exist", "pairs.xlsx": "is not a .csv", "empty": "holds no rows"}.items():
+    messages = {"nowhere.csv": "not exist", "pairs.xlsx": "is not a .csv", "empty": "holds no rows",
+                "flat": "the images of .*flat are in no class folders: give --labels"}  # fmt: skip
+    for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             run(BuildConfig(source=tmp_path / name, out=tmp_path / "set.beton"))
     (tmp_path / "latin.csv").write_bytes("path,caption\na.jpg,café\n".encode("latin-1"))
@@ -268,11 +446,11 @@ def test_no_room_is_told(tmp_path):
 
 @pytest.fixture
 def mixed_source(tmp_path) -> Path:
-    """A labelled table of 40 rows, a fifth of them bad; an image takes some 10 ms."""
+    """A labelled table of 40 rows, a fifth of them bad, with images that follow themselves; each takes some 10 ms."""
     rng = np.random.default_rng(0)
-    for i in range(6):
+    for i in range(5):
         Image.fromarray(rng.integers(0, 256, (250, 250, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    names = ["nowhere.png" if i % 5 == 3 else "0.png" if i % 20 == 7 else f"{i % 6}.png" for i in range(40)]
+    names = ["nowhere.png" if i % 5 == 3 else "0.png" if i % 20 == 7 else f"{i // 2 % 5}.png" for i in range(40)]
     rows = [(name, f"image {i % 30} of many", "ab"[i % 3 == 0]) for i, name in enumerate(names)]
     return table(tmp_path / "a.csv", ("path", "caption", "kind"), *rows)
 

@@ -46,6 +46,17 @@ def test_shards_read_as_the_one_file_they_were_cut_from(tmp_path):
         data.text_view(ids, 1)
 
 
+def test_images_are_numbered_through(tmp_path):
+    """Image 7 is in two shards, and stored twice in one of them."""
+    for name, images in {"a1": [5, None, 7], "a2": [9], "a3": [8, 7, None, 6, 7]}.items():
+        with BetonWriter(tmp_path / f"{name}.beton", 5, 0, False) as writer:
+            for i, image in enumerate(images):
+                writer.add(jpeg=image and bytes([image] * 99), width=1, height=1, caption="", row_id=i,
+                           tokens=np.zeros(77), text_views=None)  # fmt: skip
+    images = open_beton(tmp_path / "a*.beton").image_of
+    assert images.tolist() == [0, 0, 1, 2, 3, 1, 1, 4, 1] and images.dtype == np.int64
+
+
 def test_the_fingerprint_names_the_shards_and_their_order(tmp_path):
     write(tmp_path / "a1.beton", range(3))
     alone = open_beton(tmp_path / "a*.beton")
@@ -92,6 +103,6 @@ def test_a_study_on_shards(fastbd, study, tmp_path):
     fastbd("pretrain", "--data", "train-*.beton", *train, *evaluated, cwd=tmp_path)
     other = tmp_path / "elsewhere"
     other.mkdir()
-    fastbd("clean", "--run", "../run", *common, "--out", "cleaned", cwd=other)
+    fastbd("clean", "--run", "../run", "--force", *common, "--out", "cleaned", cwd=other)
     said = fastbd("pretrain", "--data", "train-1*.beton", *train, cwd=tmp_path, code=2)
     assert "made for other data than train-1.beton" in said.stderr
