@@ -1,0 +1,141 @@
+"""fastbd detect"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbd import dist, draws, log
+from fastbd.commands.evaluate import open_model
+from fastbd.config import DetectConfig
+from fastbd.data.decode import open_decoder
+from fastbd.data.loader import Pairs
+from fastbd.data.rows import write_rows
+from fastbd.data.shards import open_beton
+from fastbd.errors import UserError
+from fastbd.evals.detection import clip_score, dao, detection, k_distance, neighbours, slof
+from fastbd.evals.towers import Towers
+from fastbd.poison.plan import Plan
+from fastbd.precision import set_precision
+
+CHUNK = 2048  # pairs decoded at once
+FIGURES = {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "tpr_at_1_fpr": "TPR at 1 % FPR"}
+
+
+def run(config: DetectConfig) -> int:
+    """Score the pairs, print how well the scores tell the poisoned ones, write the row list."""
+    world = dist.join(config.device)
+    if world.size > 1:
+        raise UserError("detect runs in one process: start it without torchrun.")
+    _check_drop(config)
+    log.console.stderr = config.json  # stdout is for the object alone
+    state, model = open_model(config.run, config.checkpoint, world.device)
+    data = config.data or state["about"]["data"]
+    beton = open_beton(data)
+    plan = _plan(config, state, beton.fingerprint)
+    if plan is None and config.drop is None:
+        raise UserError(
+            "there is no plan, so nothing tells which pairs are poisoned: give --plan, or --drop and --out."
+        )
+    precision = set_precision(config.precision, world.device)
+    pairs = Pairs(beton, open_decoder("auto", 0, str(world.device)), model.image_size, plan, max_bad=len(beton))
+    rows = np.arange(len(beton))
+    if 0 < config.subset < len(rows):
+        rows = np.sort(draws.generator(0, "detect-subset").permutation(len(rows))[: config.subset])
+    poisoned = torch.from_numpy(pairs.planned[rows] >= 0)
+    towers = Towers(model, precision=precision, device=world.device)
+    scores = _scores(config, *embed(towers, pairs, rows))
+
+    found = {
+        "run": str(config.run),
+        "checkpoint": config.checkpoint,
+        "epoch": state["epoch"],
+        "data": str(data),
+        "pairs": len(rows),
+        "poisoned": int(poisoned.sum()) if plan else None,
+        "k": config.k,
+        "detect_batch": config.detect_batch,
+        "detectors": {name: detection(score, poisoned) for name, score in scores.items()} if plan else {},
+    }
+    if config.drop is not None:
+        found["dropped"] = _drop(config, scores[config.by], beton.fingerprint, poisoned if plan else None)
+    if config.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(config, found)
+    return 0
+
+
+def _check_drop(config: DetectConfig) -> None:
+    if (config.drop is None) != (config.out is None):
+        raise UserError("--drop and --out belong together: the share to drop, and the row list to write.")
+    if config.drop is None:
+        return
+    if not 0 < config.drop < 1:
+        raise UserError(f"--drop {config.drop:g} is no share of the pairs to leave out: give a number between 0 and 1.")
+    if config.subset:
+        raise UserError("--drop needs the scores of all pairs: leave --subset out.")
+    if config.out.exists():
+        raise UserError(f"{config.out} exists already: name another file with --out.")
+
+
+def _plan(config: DetectConfig, state: dict, fingerprint: str) -> Plan | None:
+    """--plan, or the run's own, unless that is for other data than a --data that was given."""
+    if config.plan or not state["plan"]:
+        return Plan.load(config.plan) if config.plan else None
+    plan = Plan.from_dict(state["plan"])
+    return plan if plan.data == fingerprint or not config.data else None
+
+
+def embed(towers: Towers, pairs: Pairs, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Embeddings of the base views and of the captions of some rows, float32 [N, D] each, raw, on the device."""
+    images, texts = [], []
+    parts = [rows[first : first + CHUNK] for first in range(0, len(rows), CHUNK)]
+    with log.progress("embedding", len(rows)) as advance:
+        for ids, sources in zip(parts, pairs.sources(parts), strict=True):
+            images.append(towers.images(pairs.squares(sources)))
+            texts.append(towers.captions(pairs.tokens(ids)))
+            advance(len(ids))
+    return torch.cat(images), torch.cat(texts)
+
+
+def _scores(config: DetectConfig, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    """Of each detector, on the CPU."""
+    torch.set_float32_matmul_precision("highest")  # TF32 would confuse neighbours
+    near = neighbours(images, config.k, batch=config.detect_batch, seed=config.seed)
+    scores = {
+        "clip_score": clip_score(images, texts),
+        "k_distance": k_distance(near),
+        "slof": slof(near),
+        "dao": dao(near),
+    }
+    return {name: score.cpu() for name, score in scores.items()}
+
+
+def _drop(config: DetectConfig, scores: Tensor, fingerprint: str, poisoned: Tensor | None) -> dict:
+    """Write the rows whose scores are not among the highest; say which went."""
+    count = round(config.drop * len(scores))
+    worst = scores.argsort(descending=True, stable=True)[:count]
+    kept = np.setdiff1d(np.arange(len(scores)), worst)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(config.out, kept, fingerprint, f"without the {config.drop:g} that {config.by} finds worst")
+    caught = None if poisoned is None else int(poisoned[worst].sum())
+    return {"by": config.by, "share": config.drop, "rows": count, "poisoned": caught, "out": str(config.out)}
+
+
+def _show(config: DetectConfig, found: dict) -> None:
+    if found["detectors"]:
+        title = (
+            f"{config.run} at epoch {found['epoch']:g}: {found['poisoned']:,} of {found['pairs']:,} pairs are poisoned"
+        )
+        lines = [
+            [name, *(f"{numbers[figure]:.1%}" for figure in FIGURES)] for name, numbers in found["detectors"].items()
+        ]
+        log.console.print(f"{title}\n\n{log.markdown(['detector', *FIGURES.values()], lines)}", markup=False)
+    if gone := found.get("dropped"):
+        among = "" if gone["poisoned"] is None else f", {gone['poisoned']:,} of the {found['poisoned']:,} poisoned ones"
+        line = f"dropped {gone['rows']:,} of {found['pairs']:,} rows by {gone['by']}{among}; wrote {gone['out']}"
+        log.console.print(line, markup=False)
