@@ -23,6 +23,7 @@ Geometry = Literal["squash", "crop"]
 Preset = Literal["demo", "paper-cc3m", "paper-cc6m"]
 Views = Literal["cleanclip", "randaugment", "slip", "par"]
 Decode = Literal["auto", "dali", "ffcv", "pil"]
+Detector = Literal["clip_score", "k_distance", "slof", "dao"]
 Switch = Literal["auto", "on", "off"]
 
 
@@ -31,7 +32,8 @@ class BuildConfig:
     """Pack images and captions into one .beton file, checking every image."""
 
     source: Path
-    """A .csv/.tsv file, a folder of img2dataset .tar shards, one .tar, or a folder of class folders."""
+    """A .csv/.tsv file, a folder of img2dataset .tar shards, one .tar, a folder of class folders, a folder or tars of
+    images with --labels, or Karpathy's dataset_coco.json or dataset_flickr30k.json."""
     out: Path
     """The .beton file to write; rejects go to NAME.rejects.csv. A build that was cut short goes on when run again."""
     image_key: str = "path"
@@ -40,8 +42,18 @@ class BuildConfig:
     """CSV column holding the caption; may be empty when --class-key names the class."""
     class_key: str | None = None
     """CSV column holding the class name of labelled (evaluation) images."""
-    templates: str = "imagenet80"
-    """Captions of images with only a class: imagenet80, or a text file with one template a line, {} for the class."""
+    labels: Path | None = None
+    """Classes of the images in a folder or in tars: one a line in the order of the file names, or lines `file label`,
+    as Kaggle's LOC_val_solution.csv has them. WordNet ids, names, or numbers from 0."""
+    classes: str | None = None
+    """Take only images of the classes in this list, a shipped one such as imagenet1k or a text file with one a line."""
+    images: Path | None = None
+    """Folder of the images that a .json source names [that of the source]."""
+    split: str | None = None
+    """Take only this split of a .json source: train, restval, val, test."""
+    templates: str | None = None
+    """Captions of images with only a class: imagenet80, or a text file with one template a line, {} for the class
+    [those in the file of --classes, else imagenet80]."""
     store: Literal["original", "short256", "crop224"] = "original"
     """Keep the JPEG bytes as they are, or resize the short side to 256 px, or also crop the middle 224x224 px."""
     text_views: int = 1
@@ -138,6 +150,8 @@ class CleanInputs:
     """.beton file or pattern to clean with [the clean pairs of the pre-training data]."""
     rows: int = 100_000
     """Clean pairs to use, drawn from the seed; all where there are fewer."""
+    force: bool = False
+    """Clean even a model whose attack has not landed (--landed)."""
     keep_optimizer: bool = False
     """Start from the pre-training run's optimizer state and weight decay, as the published program does."""
     resume: Path | None = None
@@ -203,6 +217,8 @@ class TrainConfig:
     """What decodes JPEG; auto is dali where it is installed."""
     hw_decoder_load: float = 0.65
     """DALI on a GPU: share of the images, 0 to 1, that the JPEG engines take; CUDA decodes the others."""
+    rows_file: Path | None = None
+    """Train only on the pairs that this file lists, made by detect --drop [all pairs]."""
     resident: Literal["auto", "gpu", "ram", "disk", "none"] = "auto"
     """Where decoded images are kept (disk: a file beside --data); auto is gpu where they fill at most half of what is
     free, else ram, at most a quarter, else none."""
@@ -215,11 +231,16 @@ class TrainConfig:
     classes: str | None = None
     """Class names: imagenet1k, or a text file with one a line [those in --eval-data; cleaning: the run's]."""
     templates: str | None = None
-    """Prompt templates: imagenet80, demo, or a text file with one template a line [imagenet80; cleaning: the run's]."""
-    eval_every: float = 1.0
-    """Epochs between evaluations; 0 evaluates only at the start (cleaning) and the end."""
+    """Prompt templates: imagenet80, demo, or a text file with one a line [demo, with --data demo; else those in the
+    class list; else imagenet80; cleaning: the run's]."""
+    eval_every: str = "epoch"
+    """Time between evaluations: epoch, 3epoch, 1/3epoch, or a number of steps; 0: only start (cleaning) and end."""
+    eval_device: str | None = None
+    """Another GPU, such as cuda:1, to evaluate on while training goes on [that of the training, which waits]."""
     eval_subset: int = 0
     """Evaluate this many images, always the same ones; 0 means all."""
+    landed: float = 0.5
+    """ASR, 0 to 1, from which the attack counts as landed; if it has not, cleaning it shows nothing."""
     save_every: int = 1
     """Epochs between checkpoints of which each is kept; 0 keeps only the last."""
     log_every: int = 10
@@ -240,24 +261,77 @@ class CleanConfig(TrainConfig, CleanInputs):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measure zero-shot accuracy, ASR and recovery accuracy of a checkpoint."""
+    """Measure a checkpoint: accuracy, ASR and recovery on sets with classes; retrieval on sets with captions."""
 
     run: Path
-    """Run folder; the result is added to its metrics.jsonl."""
+    """Run folder; the results are added to its metrics.jsonl."""
     checkpoint: str = "last"
     """Which of its checkpoints: last, or an epoch's number."""
-    eval_data: Path | None = None
-    """Labelled .beton [the run's]."""
+    eval_data: tuple[Path, ...] = ()
+    """One or more .beton files [the run's]: zero-shot where they have classes, else retrieval."""
     classes: str | None = None
-    """Class names: imagenet1k, or a text file with one class a line [the run's]."""
+    """Class list: one that is shipped, such as imagenet1k, or a text file [the run's, on its set; else the shipped one
+    whose classes the data has; else the data's]."""
     templates: str | None = None
-    """Prompt templates: imagenet80, or a text file with one template a line [the run's]."""
+    """Prompt templates: imagenet80, or a text file with one template a line [the run's, on its set; else those in the
+    class list; else imagenet80]."""
     plan: Path | None = None
     """Another plan to attack with [the plan in the checkpoint]."""
-    eval_subset: int = 0
-    """Evaluate this many images, always the same ones; 0 means all."""
-    asr_seed: int = 0
-    """Seed of the triggers put on evaluation images."""
+    geometry: Literal["plan", "squash", "crop"] = "plan"
+    """Fit triggered images as the plan says, or squashed (as published), or cropped like the clean ones."""
+    subset: int = 0
+    """Evaluate this many images of a set with classes, always the same ones, with intervals for all; 0 means all."""
+    asr_seed: tuple[int, ...] = (0,)
+    """Seeds of the triggers put on evaluation images; several give an interval over their draws."""
+    per_class: bool = False
+    """Print accuracy and ASR of each class too."""
+    probe_data: Path | None = None
+    """Labelled .beton to train a linear probe on, and to find neighbours in; its classes are those of --eval-data."""
+    val_batch: int = 256
+    """Pairs in a batch of the contrastive loss that is reported for sets with captions."""
+    rebound: int = 0
+    """Then fine-tune for so many steps on clean pairs of the run's data, and watch ASR come back."""
+    rebound_lr: float = 1e-6
+    """Learning rate of --rebound."""
+    rebound_batch_size: int = 16
+    """Pairs in a step of --rebound."""
+    json: bool = False
+    """Print one JSON object, with the classes one by one, in place of the table."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectConfig:
+    """Rank training pairs by how poisoned they look to a model, measure that by the plan, and drop the worst."""
+
+    run: Path
+    """Run folder of the model."""
+    checkpoint: str = "last"
+    """Which of its checkpoints: last, or an epoch's number."""
+    data: Path | None = None
+    """.beton file, or pattern, of the pairs [the run's training data]."""
+    plan: Path | None = None
+    """Plan whose triggers and captions are put on the pairs, and which tells the poisoned ones [the run's]."""
+    subset: int = 0
+    """Look at this many pairs, always the same ones; 0 means all."""
+    k: int = 16
+    """Neighbours that the detectors look at; published: 16."""
+    detect_batch: int = 2048
+    """Neighbours are looked for within random batches of about so many pairs, published: 512 on each of 4 GPUs; 0 means
+    among all. A batch that holds more than k poisoned pairs hides them behind one another."""
+    seed: int = 0
+    """Seed of the batches."""
+    drop: float | None = None
+    """Share of the pairs, 0 to 1, to leave out of the row list --out: those that look worst."""
+    by: Detector = "dao"
+    """Detector that --drop goes by."""
+    out: Path | None = None
+    """Row list to write, for --rows-file of pretrain and clean."""
+    json: bool = False
+    """Print one JSON object in place of the table."""
     device: str = "auto"
     """cuda, cpu, or auto."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
@@ -331,7 +405,7 @@ def demo() -> Settings:
     """
     common = dict(preset="demo", batch_size=64, beta2=0.98, warmup=50)
     return Settings(
-        PretrainConfig(**common, templates="demo", epochs=12, lr=2e-3, eval_every=3.0, save_every=0),
+        PretrainConfig(**common, epochs=12, lr=2e-3, eval_every="3epoch", save_every=0),
         CleanConfig(**common, epochs=4, lr=1e-3, rows=2_000, save_every=0),
     )
 
@@ -349,7 +423,7 @@ def paper_cc3m() -> Settings:
     """
     return Settings(
         PretrainConfig(preset="paper-cc3m", model="rn50", data="cc3m.beton", classes="imagenet1k", batch_size=2048),
-        CleanConfig(preset="paper-cc3m", epochs=20, batch_size=64, lr=1e-4, warmup=50, eval_every=1 / 3),
+        CleanConfig(preset="paper-cc3m", epochs=20, batch_size=64, lr=1e-4, warmup=50, eval_every="1/3epoch"),
     )
 
 
@@ -374,8 +448,9 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 
 LEAST = dict(
-    accumulate=1, batch_size=1, bn_group=2, count=1, epoch=0, epochs=0, eval_every=0, eval_subset=0, hw_decoder_load=0,
-    log_every=1, max_bad=0, max_pixels=1, rows=1, save_every=0, text_views=0, warmup=0, workers=0,
+    accumulate=1, batch_size=1, bn_group=2, count=1, detect_batch=0, epoch=0, epochs=0, eval_subset=0,
+    hw_decoder_load=0, k=1, landed=0, log_every=1, max_bad=0, max_pixels=1, rebound=0, rebound_batch_size=2, rows=1,
+    save_every=0, subset=0, text_views=0, val_batch=2, warmup=0, workers=0,
 )  # fmt: skip
 """The smallest value of flags that a negative number, or zero, would make no sense for."""
 

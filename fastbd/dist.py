@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -67,6 +68,16 @@ def join(device: str) -> World:
         # The other ranks wait while the first one evaluates; the default of ten minutes is too short for that.
         td.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=4))
     return World(rank, size, torch.device(device))
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this machine that is called cpu or cuda:N. UserError where there is none."""
+    found = re.fullmatch(r"cpu|cuda:(\d+)", name)
+    if not found:
+        raise UserError(f"there is no device {name}; give one of several GPUs by its number, such as cuda:1.")
+    if found[1] and int(found[1]) >= torch.cuda.device_count():
+        raise UserError(f"there is no {name}: torch sees {torch.cuda.device_count()} GPUs, counted from 0.")
+    return torch.device(name)
 
 
 def leave() -> None:

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def rewind(path: Path, step: int) -> None:
     """Keep the lines of a .jsonl file, if there is one, up to a step; none that a kill has torn."""
     if path.exists():
         rows = map(_row, path.read_text(errors="replace").splitlines())
-        _write(path, "".join(json.dumps(row) + "\n" for row in rows if row and row["step"] <= step))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row and row["step"] <= step))
 
 
 def _row(line: str) -> dict | None:
@@ -52,10 +53,11 @@ def _row(line: str) -> dict | None:
 
 def write_json(path: Path, value: dict) -> None:
     """Write a .json file atomically."""
-    _write(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_text(text)
@@ -106,10 +108,23 @@ def progress(label: str, total: int, done: int = 0, quiet: bool = False):
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
         task = bar.add_task(label, total=total, completed=done, text="")
 
         def advance(n: int = 1, text: str | None = None) -> None:
             bar.update(task, advance=n, **({} if text is None else {"text": text}))
 
         yield advance
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, to be pasted: the first column to the left, the others to the right."""
+    cells = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = zip(row, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
+
+    return "\n".join(map(line, [cells[0], rule, *cells[1:]]))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import Tensor
 
@@ -36,11 +38,17 @@ class Timetable:
     log_every: int
 
 
-def every(epochs: float, steps_per_epoch: int, total: int) -> set[int]:
-    """Steps that end each `epochs`-th part of the run, and the last one; 0 means the last only."""
-    marks = {total}
-    k = 1
-    while epochs > 0 and (at := round(k * epochs * steps_per_epoch)) < total:
+def every(interval: str, steps_per_epoch: int, total: int) -> set[int]:
+    """Steps that end each interval of the run, and the last one; 0 means the last only.
+
+    An interval is in epochs, such as epoch, 3epoch or 1/3epoch, or a number of steps. UserError for anything else.
+    """
+    found = re.fullmatch(r"(?P<epochs>\d*|\d+/[1-9]\d*)\s*epochs?|(?P<steps>\d+)", interval.strip())
+    if not found:
+        raise UserError(f"--eval-every {interval} is no interval: give epoch, 1/3epoch, 2epoch, or a number of steps.")
+    steps = Fraction(found["steps"] or steps_per_epoch * Fraction(found["epochs"] or 1))
+    marks, k = {total}, 1
+    while steps and (at := round(k * steps)) < total:
         marks.add(max(1, at))
         k += 1
     return marks
@@ -90,10 +98,10 @@ def train(
                 milestone = at in table.evaluate_at or at in table.save_at
                 tell(wait=asked or milestone)
                 advance(1)
+                if at in table.save_at or asked:
+                    save(at)  # first, so that an evaluation that fails costs no training
                 if at in table.evaluate_at:
                     evaluate(at)
-                if at in table.save_at or asked:
-                    save(at)
                 if asked:
                     raise Stopped(caught[0] if caught else signal.SIGTERM)
                 if milestone:

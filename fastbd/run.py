@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -9,17 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from fastbd import __version__, checkpoint, dist, log
 from fastbd.config import CleanConfig, PretrainConfig, portable, to_dict
 from fastbd.data import eda, resident, sheet
+from fastbd.data.beton import Beton
 from fastbd.data.decode import Decoder, open_decoder
 from fastbd.data.loader import RECIPES, Batch, Pairs, batches, text_lengths
+from fastbd.data.rows import read_rows
+from fastbd.data.shards import Shards as BetonShards
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.evals.zeroshot import evaluate, open_set
+from fastbd.evals.background import Background
+from fastbd.evals.sets import Labelled, open_set
+from fastbd.evals.towers import Towers
+from fastbd.evals.zeroshot import ZeroShot
 from fastbd.fit import Shares, batch_that_fits
 from fastbd.kernels.text_pack import room_for
 from fastbd.limits import measure_rates, step_seconds
@@ -32,8 +39,10 @@ from fastbd.optim import learning_rates, make_optimizer, restore
 from fastbd.poison.plan import Plan
 from fastbd.precision import is_captured, is_compiled, set_precision
 from fastbd.step import Step
+from fastbd.study.runs import read
 
 Config = PretrainConfig | CleanConfig
+ROWS = "kept.rows"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,14 @@ class Task:
         }
 
 
+def allowed_rows(config: Config, beton: Beton | BetonShards) -> np.ndarray:
+    """int64 [N], ascending: the rows of --rows-file, of which a run keeps a copy to go on with; all without it."""
+    if config.rows_file is None:
+        return np.arange(len(beton))
+    path = config.resume / ROWS if config.resume else config.rows_file
+    return read_rows(path, beton.fingerprint, len(beton))
+
+
 def execute(config: Config, make_task: Callable[[World], Task]) -> int:
     """Do the task that make_task gives in a run folder; exit code 0, or 128 + signal when stopped (and saved)."""
     world = dist.join(config.device)
@@ -106,11 +123,12 @@ class Run:
         self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
         self.precision = set_precision(config.precision, world.device)
         self.compiled, self.captured = is_compiled(config.compile, world), is_captured(config.graph, world)
+        self.eval_device = dist.device_of(config.eval_device) if config.eval_device else world.device
         self.shares = self._shares()
         resumed = checkpoint.load(config.resume / "ckpt_last.pt") if config.resume else None
 
+        evaluated = self._open_evaluation()
         self.pairs = self._open_pairs()
-        self.evaluation = self._open_evaluation()
         self.model = task.model
         if resumed:
             self.model.load_state_dict(resumed["model"])
@@ -118,6 +136,9 @@ class Run:
         if config.grad_checkpointing:
             recompute(self.model)
         self._lay_out()
+        self.zeroshot = evaluated and self._zeroshot(evaluated)
+        self.background = Background(aside=self.eval_device != world.device)
+        self.start = None if resumed else self._checked_start()
         betas = (config.beta1, config.beta2)
         self.optimizer = make_optimizer(
             self.model, lr=config.lr, weight_decay=config.weight_decay, betas=betas, eps=config.eps
@@ -175,8 +196,9 @@ class Run:
             raise UserError(
                 f"{task.data} holds no second text views: build it with --text-views 1, or train with --no-ssl-text."
             )
-        if config.max_bad > 1:
-            raise UserError(f"--max-bad {config.max_bad} is no share: give 0 to 1.")
+        for flag, share in (("--max-bad", config.max_bad), ("--landed", config.landed)):
+            if share > 1:
+                raise UserError(f"{flag} {share} is no share: give 0 to 1.")
         decoder = self._decoder()
         plan = task.plan if task.poisoned else None
         pairs = Pairs(beton, decoder, task.model.image_size, plan, int(config.max_bad * len(task.rows)))
@@ -220,20 +242,45 @@ class Run:
         """Captions of a pair in a step."""
         return 2 if self.task.objective.augments_texts else 1
 
-    def _decoder(self) -> Decoder:
+    def _decoder(self, threads: int = 0) -> Decoder:
         config = self.config
-        return open_decoder(config.decode, config.workers, str(self.world.device), config.hw_decoder_load)
+        threads = config.workers or threads
+        return open_decoder(config.decode, threads, str(self.world.device), config.hw_decoder_load)
 
-    def _open_evaluation(self):
+    def _open_evaluation(self) -> Labelled | None:
         """The evaluation set on the main rank, if there is one."""
         config, task = self.config, self.task
+        every(config.eval_every, 1, 1)  # what it cannot read is to be known before training
         if task.eval_data is None or not self.world.main:
             return None
-        decoder = self._decoder()
+        if open_beton(task.eval_data).class_names is None:
+            raise UserError(
+                f"{task.eval_data} has no classes and cannot be evaluated while training; build it from class folders "
+                "or with --class-key."
+            )
+        decoder = self._decoder(os.cpu_count() or 1)  # the other processes have nothing to decode meanwhile
         return open_set(
-            task.eval_data, decoder, task.model.image_size,
-            classes=task.classes, templates=task.templates, plan=task.plan, subset=config.eval_subset,
+            task.eval_data, decoder, task.model.image_size, classes=task.classes, templates=task.templates,
+            plan=task.plan, subset=config.eval_subset, device=self.eval_device,
         )  # fmt: skip
+
+    def _zeroshot(self, data: Labelled) -> ZeroShot:
+        """Compiled where the step is, but not for another device: compilation is no work for a second thread."""
+        compiled = self.compiled and self.eval_device == self.world.device
+        towers = Towers(self.model, precision=self.precision, device=self.eval_device, compiled=compiled)
+        return ZeroShot(towers, data)
+
+    def _checked_start(self) -> dict | None:
+        """The model that is to be cleaned, evaluated. UserError when there is no backdoor in it to be removed."""
+        if self.zeroshot is None or (self.verb == "pretrain" and self.total):
+            return None
+        row, config = self.zeroshot(), self.config
+        if self.verb == "clean" and row.get("asr") is not None and row["asr"] < config.landed and not config.force:
+            raise UserError(
+                f"the attack on {self.task.start} has not landed: ASR {row['asr']:.1%} is below {config.landed:.0%} "
+                "(--landed), so a low ASR after cleaning would show nothing; clean it all the same with --force."
+            )
+        return row
 
     def _rewind(self) -> None:
         """Drop what a process that was killed has written after its last checkpoint: those steps come again."""
@@ -242,7 +289,7 @@ class Run:
                 log.rewind(self.folder / name, self.done)
 
     def _make_folder(self) -> Path:
-        """--out, or the first free runs/NAME; with config.json, env.json, plan.json, samples.png and a checkpoint.
+        """--out, or the first free runs/NAME; with a checkpoint, samples.png, plan.json, and so on.
 
         All at once, so that there is no run folder which --resume could not go on from.
         """
@@ -256,6 +303,8 @@ class Run:
                 log.write_json(new / "env.json", {**log.environment(), "plan_eda_synonyms": eda.synonyms_source()})
                 if task.plan:
                     task.plan.save(new / "plan.json")
+                if config.rows_file:
+                    shutil.copyfile(config.rows_file, new / ROWS)
                 samples.save(new / "samples.png")
                 checkpoint.save(checkpoint.path_of(new, "last"), self._state(0))
                 log.write_json(new / "config.json", about)
@@ -264,14 +313,14 @@ class Run:
     def train(self) -> None:
         """From where the run stands to its end."""
         config, task = self.config, self.task
-        planned = len(task.plan.rows) if task.plan and task.poisoned else 0
+        planned = int((task.plan.attack_of[task.rows] >= 0).sum()) if task.plan and task.poisoned else 0
         self._say(
             f"{self.folder}: {task.method or 'pre-training'} of {task.model_name} with {task.objective_name}, "
             f"{len(task.rows):,} pairs of {task.data} ({planned:,} poisoned), {self.total:,} steps, "
-            f"evaluated on {task.eval_data or 'nothing: no --eval-data'}"
+            f"evaluated on {self._evaluated_on()}"
         )
-        if self.done == 0 and (self.verb == "clean" or self.total == 0):
-            self.measure(0)
+        if self.start:
+            self._report(0, self.start)
         warmup = min(config.warmup, self.total // 2)
         rates = learning_rates(config.lr, warmup=warmup, total=self.total)
         step = Step(
@@ -282,16 +331,43 @@ class Run:
             self.steps_per_epoch,
             self.total,
             every(config.eval_every, self.steps_per_epoch, self.total),
-            every(1, self.steps_per_epoch, self.total),
+            every("epoch", self.steps_per_epoch, self.total),
             config.log_every,
         )
+        if self.zeroshot and self.done in table.evaluate_at and self.done not in self._measured():
+            self._evaluate(self.done)  # on another device, it had not ended when the run was stopped
         began = time.perf_counter()
-        train(
-            step, self.batches, table, start=self.done, label=self.folder.name,
-            pairs_limit=self.pairs_limit(), world=self.world, evaluate=self.measure, save=self.save, record=self.record,
-        )  # fmt: skip
+        try:
+            train(
+                step, self.batches, table, start=self.done, label=self.folder.name,
+                pairs_limit=self.pairs_limit(), world=self.world, evaluate=self.measure, save=self.save,
+                record=self.record,
+            )  # fmt: skip
+        finally:
+            self.background.wait()
         steps, seconds = self.total - self.done, time.perf_counter() - began
         self._say(f"done: {steps:,} steps in {seconds:.0f} s, evaluations included; {self.folder}")
+        self._say_whether_they_landed()
+
+    def _evaluated_on(self) -> str:
+        if self.zeroshot is None:
+            return "nothing: no --eval-data"
+        return f"{self.task.eval_data}, templates {self.zeroshot.data.about['templates']}"
+
+    def _measured(self) -> set[int]:
+        """Steps that have been evaluated."""
+        return {row["step"] for row in read(self.folder).metrics}
+
+    def _say_whether_they_landed(self) -> None:
+        """Each attack, by the last evaluation of pre-training."""
+        rows = read(self.folder).attacks if self.world.main and self.verb == "pretrain" and self.task.poisoned else ()
+        for attack in rows[-1].get("attacks", [rows[-1]]) if rows else ():
+            landed = attack["asr"] >= self.config.landed
+            self._say(
+                f"the attack, {attack['trigger']} to '{attack['target']}', has {'' if landed else 'not '}landed: ASR "
+                f"{attack['asr']:.1%} is {'' if landed else 'not '}at least {self.config.landed:.0%} (--landed)"
+                + ("" if landed else "; poison more pairs (poison --rate) or train longer (--epochs)")
+            )
 
     def pairs_limit(self) -> float:
         """Pairs a second of all GPUs by the compiled roofline."""
@@ -318,17 +394,28 @@ class Run:
         )  # fmt: skip
 
     def measure(self, step: int) -> None:
-        """Evaluate, and add a line to metrics.jsonl."""
-        if self.evaluation:
-            row = evaluate(self.model, self.evaluation, precision=self.precision, device=self.world.device)
-            row = {"step": step, "epoch": step / self.steps_per_epoch, **row}
-            log.append(self.folder / "metrics.jsonl", row)
-            self._say(result_line(row))
+        """Evaluate, and add a line to metrics.jsonl; on another device later, while training goes on."""
+        if self.zeroshot:
+            self._evaluate(step)
         self.world.barrier()
+
+    def _evaluate(self, step: int) -> None:
+        def work() -> None:
+            self._report(step, self.zeroshot())
+
+        self.background.wait()
+        self.zeroshot.towers.refresh()
+        self.background.start(work)
+
+    def _report(self, step: int, row: dict) -> None:
+        row = {"step": step, "epoch": step / self.steps_per_epoch, "precision": self.precision, **row}
+        log.append(self.folder / "metrics.jsonl", row)
+        self._say(result_line(row))
 
     def save(self, step: int) -> None:
         """Write ckpt_last.pt, and the checkpoint to be kept where --save-every ends an epoch."""
         if self.world.main:
+            self.background.wait()  # an evaluation that is due is made up for only at the last checkpoint
             state = self._state(step)
             if self.config.save_every and step % (self.config.save_every * self.steps_per_epoch) == 0:
                 checkpoint.save(checkpoint.path_of(self.folder, str(step // self.steps_per_epoch)), state)
@@ -372,25 +459,3 @@ def result_line(row: dict) -> str:
     if "asr" in row:
         line += f"  ASR {row['asr']:6.1%}  recovery {row['recovery']:6.1%}"
     return f"{line}  ({row['set']}, {row['seconds']:.1f} s)"
-
-
-def result_table(folder: Path, row: dict) -> Table:
-    """One evaluation as a table with intervals."""
-    names = {
-        "top1": "zero-shot top-1",
-        "top5": "zero-shot top-5",
-        "top10": "zero-shot top-10",
-        "asr": f"ASR to '{row.get('target')}'",
-        "asr_all": "ASR, target-class images too",
-        "recovery": "triggered, true class found",
-    }
-    table = Table(title=f"{folder} at epoch {row['epoch']:g} on {row['set']}")
-    for column in ("measure", "share", "95 % interval", "images"):
-        table.add_column(column, justify="left" if column == "measure" else "right")
-    shown = [(row, key, names[key]) for key in names if key in row]
-    shown += [(one, "asr", f"  of {one['trigger']} to '{one['target']}'") for one in row.get("attacks", [])]
-    for of, key, name in shown:
-        interval = f"{of[f'{key}_low']:.1%} - {of[f'{key}_high']:.1%}" if f"{key}_low" in of else ""
-        images = of["n_asr"] if key in ("asr", "recovery") else row["n"]
-        table.add_row(name, f"{of[key]:.1%}", interval, f"{images:,}")
-    return table

@@ -101,6 +101,12 @@ def test_evaluation_data_without_classes(refused):
     assert "train.beton has no classes and cannot be evaluated" in refused(*TRAIN, "--eval-data", "train.beton")
 
 
+def test_what_evaluation_refuses_costs_no_decoding(place, fastbd):
+    for flags in (("--eval-every", "0.5"), ("--eval-data", "train.beton"), ("--landed", 50)):
+        done = fastbd(*TRAIN, *flags, cwd=place, code=2)
+        assert "decoded" not in done.stdout, flags
+
+
 def test_a_target_that_is_no_class(refused, place):
     edited_plan(place, target="zebra")
     said = refused(*TRAIN, "--plan", "other.json")

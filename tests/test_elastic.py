@@ -20,7 +20,7 @@ from fastbd.errors import UserError
 TRAIN = (
     "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model", "tiny-vit",
     "--objective", "mmcl_ssl", "--epochs", 4, "--batch-size", 24, "--warmup", 5, "--device", "cpu",
-    "--templates", "demo", "--resident", "none", "--eval-every", 2, "--log-every", 1,
+    "--templates", "demo", "--resident", "none", "--eval-every", "2epoch", "--log-every", 1,
 )  # fmt: skip
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
 

@@ -32,9 +32,22 @@ def test_build_poison_pretrain_clean_evaluate_report(study, fastbd):
     fastbd(
         "pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 3, "--save-every", 2, "--out", "runs/a", cwd=study
     )
-    fastbd(
-        "clean", "--run", "runs/a", "--epochs", 2, "--batch-size", 24, "--eval-every", 0.5, "--out", "runs/b", cwd=study
+    clean = (
+        "clean",
+        "--run",
+        "runs/a",
+        "--epochs",
+        2,
+        "--batch-size",
+        24,
+        "--eval-every",
+        "1/2epoch",
+        "--out",
+        "runs/b",
     )
+    refused = fastbd(*clean, "--landed", 1, cwd=study, code=2)
+    assert "the attack on runs/a has not landed: ASR" in refused.stderr and not (study / "runs/b").exists()
+    fastbd(*clean, "--landed", 1, "--force", cwd=study)
     shown = fastbd("evaluate", "--run", "runs/b", "--asr-seed", 5, cwd=study).stdout
     fastbd("report", "--runs", "runs", "--out", "report.html", cwd=study)
 
@@ -44,7 +57,7 @@ def test_build_poison_pretrain_clean_evaluate_report(study, fastbd):
     assert [row["epoch"] for row in cleaning] == [0.0, 0.4444444444444444, 1.0, 1.5555555555555556, 2.0, 2.0]
     # The cleaning run starts from the pre-trained model, and the evaluation does not move it.
     assert all(cleaning[0][k] == before[-1][k] for k in ("top1", "asr", "recovery"))
-    assert cleaning[-1]["top1"] == cleaning[-2]["top1"] and cleaning[-1]["asr_seed"] == 5
+    assert cleaning[-1]["top1"] == cleaning[-2]["top1"] and cleaning[-1]["asr_seed"] == [5]
     assert "zero-shot top-1" in shown and "ASR to 'banana'" in shown
     plan = json.loads((study / "train.poison.json").read_text())
     assert json.loads((study / "runs/b/plan.json").read_text()) == plan
@@ -135,19 +148,8 @@ def test_slips_views_kept_or_decoded_and_text_views_that_change_with_the_epoch(s
 def test_finetuning_keeps_the_optimizer_when_asked(study, fastbd):
     if not (study / "runs/a").exists():
         fastbd("pretrain", "--objective", "mmcl", *SMALL, "--epochs", 1, "--out", "runs/a", cwd=study)
-    arguments = (
-        "clean",
-        "--run",
-        "runs/a",
-        "--method",
-        "finetune",
-        "--objective",
-        "mmcl",
-        "--epochs",
-        1,
-        "--batch-size",
-        24,
-    )
+    arguments = ("clean", "--run", "runs/a", "--method", "finetune", "--objective", "mmcl", "--epochs", 1,
+                 "--batch-size", 24, "--force")  # fmt: skip
     fastbd(*arguments, "--weight-decay", 0.7, "--out", "runs/fresh", cwd=study)
     fastbd(*arguments, "--weight-decay", 0.7, "--keep-optimizer", "--out", "runs/kept", cwd=study)
     states = [

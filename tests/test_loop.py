@@ -8,26 +8,35 @@ import torch
 
 from fastbd.data.loader import Batch
 from fastbd.dist import World
+from fastbd.errors import UserError
 from fastbd.loop import Stopped, Timetable, every, train
 
 ONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("epochs", "marks"),
+    ("interval", "marks"),
     [
-        (1, {9, 18}),
-        (2, {18}),
-        (1 / 3, {3, 6, 9, 12, 15, 18}),
-        (1 / 2, {4, 9, 14, 18}),  # 4.5 and 13.5, to the even neighbour
-        (0.75, {7, 14, 18}),  # 6.75, 13.5; the end is always marked
-        (0, {18}),
-        (5, {18}),
-        (1 / 90, set(range(1, 19))),  # more often than each step is each step
+        ("epoch", {9, 18}),
+        ("1 epoch", {9, 18}),
+        ("2epochs", {18}),
+        ("1/3epoch", {3, 6, 9, 12, 15, 18}),
+        ("1/2epoch", {4, 9, 14, 18}),  # 4.5 and 13.5, to the even neighbour
+        ("3/4epoch", {7, 14, 18}),  # 6.75, 13.5; the end is always marked
+        ("0", {18}),
+        ("5", {5, 10, 15, 18}),
+        ("100", {18}),
+        ("1/90epoch", set(range(1, 19))),  # more often than each step is each step
     ],
 )
-def test_every(epochs, marks):
-    assert every(epochs, steps_per_epoch=9, total=18) == marks
+def test_every(interval, marks):
+    assert every(interval, steps_per_epoch=9, total=18) == marks
+
+
+@pytest.mark.parametrize("interval", ["", "0.5", "1.0", "1/3", "-3", "1/0epoch", "often", "nan", "3 steps"])
+def test_what_is_no_interval(interval):
+    with pytest.raises(UserError, match="--eval-every .* is no interval: give epoch, 1/3epoch"):
+        every(interval, 9, 18)
 
 
 class Diary:
@@ -66,14 +75,14 @@ def test_steps_evaluations_and_checkpoints_follow_the_timetable():
         ("evaluate", 2),
         ("step", 2, 2),
         ("step", 3, 3),
-        ("evaluate", 4),
         ("save", 4),
+        ("evaluate", 4),
         ("step", 4, 10),
         ("step", 5, 11),
         ("step", 6, 12),
         ("step", 7, 13),
-        ("evaluate", 8),
         ("save", 8),
+        ("evaluate", 8),
     ]
     # Lines at each third step and at the end, with the mean loss since the last one; that of step k is (k - 1) / 2.
     assert [(r["step"], r["epoch"], r["loss"]) for r in diary.rows] == [(3, 0.75, 0.5), (6, 1.5, 2), (8, 2, 3.25)]
@@ -81,7 +90,7 @@ def test_steps_evaluations_and_checkpoints_follow_the_timetable():
 
 
 def test_it_starts_in_the_middle_of_an_epoch():
-    assert Diary().train(start=6) == [("step", 6, 12), ("step", 7, 13), ("evaluate", 8), ("save", 8)]
+    assert Diary().train(start=6) == [("step", 6, 12), ("step", 7, 13), ("save", 8), ("evaluate", 8)]
     assert Diary().train(start=8) == []
 
 
@@ -97,7 +106,7 @@ def test_a_signal_lets_the_step_end_saves_and_stops(signum, code):
 
 
 def test_a_signal_in_the_last_step_changes_nothing():
-    assert Diary(stop_at=7).train()[-3:] == [("step", 7, 13), ("evaluate", 8), ("save", 8)]
+    assert Diary(stop_at=7).train()[-3:] == [("step", 7, 13), ("save", 8), ("evaluate", 8)]
 
 
 def test_an_error_in_a_step_puts_the_handlers_back():

@@ -16,7 +16,7 @@ from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.models import create
 from fastbd.poison.plan import Plan
-from fastbd.run import Task, execute
+from fastbd.run import Task, allowed_rows, execute
 
 
 def run(config: CleanConfig) -> int:
@@ -48,7 +48,7 @@ def task(config: CleanConfig, world: World) -> Task:
         method=config.method,
         start=config.run,
         data=data,
-        rows=clean_rows(beton, plan, config.rows, config.seed),
+        rows=clean_rows(beton, allowed_rows(config, beton), plan, config.rows, config.seed),
         plan=plan,
         poisoned=False,
         eval_data=config.eval_data or (Path(source["eval_data"]) if source["eval_data"] else None),
@@ -58,9 +58,8 @@ def task(config: CleanConfig, world: World) -> Task:
     )
 
 
-def clean_rows(beton: Beton | Shards, plan: Plan | None, count: int, seed: int) -> np.ndarray:
-    """`count` rows drawn from the seed, ascending, or all where there are fewer; none that the plan poisons."""
-    rows = np.arange(len(beton))
+def clean_rows(beton: Beton | Shards, rows: np.ndarray, plan: Plan | None, count: int, seed: int) -> np.ndarray:
+    """`count` of the rows drawn from the seed, ascending, or all where there are fewer; none that the plan poisons."""
     if plan and plan.data == beton.fingerprint:
         rows = np.setdiff1d(rows, plan.rows)
     picked = draws.generator(seed, "clean-rows").permutation(len(rows))[:count]

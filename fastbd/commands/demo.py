@@ -44,14 +44,14 @@ def run(config: DemoConfig) -> int:
         "with two objectives, both cleaned with CleanCLIP, a report. About 7 minutes on 2 CPU cores; everything goes\n"
         f"to {out}."
     )
-    epochs = ["--epochs", str(config.epochs)] if config.epochs else []
+    epochs, force = (["--epochs", str(config.epochs)], ["--force"]) if config.epochs else ([], [])
     cleaned = []
     for objective in OBJECTIVES:
         start = out / objective
         step("pretrain", "--objective", objective, "--out", start, *epochs)
         step("evaluate", "--run", start)
         cleaned.append(out / f"{objective}-cleanclip")
-        step("clean", "--run", start, "--method", "cleanclip", "--out", cleaned[-1])
+        step("clean", "--run", start, "--method", "cleanclip", "--out", cleaned[-1], *force)
         step("evaluate", "--run", cleaned[-1])
     step("report", "--runs", out, "--out", out / "report.html")
     result = {objective: outcome(run) for objective, run in zip(OBJECTIVES, cleaned, strict=True)}

@@ -2,56 +2,233 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fastbd import checkpoint, dist, log
 from fastbd.config import EvaluateConfig
 from fastbd.data.decode import open_decoder
+from fastbd.data.loader import Pairs
+from fastbd.data.shards import open_beton
 from fastbd.errors import UserError
-from fastbd.evals.zeroshot import evaluate, open_set
-from fastbd.models import create
+from fastbd.evals import probe, retrieval
+from fastbd.evals.sets import Attacked, EvalSet, Labelled, open_set
+from fastbd.evals.towers import Towers
+from fastbd.evals.zeroshot import ZeroShot
+from fastbd.models import CLIP, create
 from fastbd.poison.plan import Plan
 from fastbd.precision import set_precision
-from fastbd.run import result_table
+from fastbd.rebound import clean_pairs, rebound
 from fastbd.study.runs import read_config
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluate a checkpoint, print the table, add a line to the run's metrics.jsonl."""
-    world = dist.join(config.device)
-    if world.size > 1:
-        raise UserError("evaluate runs in one process: start it without torchrun.")
-    recorded = read_config(config.run)
-    state = checkpoint.load(checkpoint.path_of(config.run, config.checkpoint))
-    data = config.eval_data or (recorded["eval_data"] and Path(recorded["eval_data"]))
-    if data is None:
-        raise UserError(f"{config.run} was trained without an evaluation set; name a labelled .beton with --eval-data.")
-    saved = Plan.from_dict(state["plan"]) if state["plan"] else None
-    plan = Plan.load(config.plan) if config.plan else saved
-    model = create(recorded["model"], seed=None)
-    model.load_state_dict(state["model"])
-    model.to(world.device, memory_format=torch.channels_last)
-    precision = set_precision(config.precision, world.device)
-    evaluation = open_set(
-        data,
-        open_decoder("auto", 0, str(world.device)),
-        model.image_size,
-        classes=config.classes or (None if config.eval_data else recorded["classes"]),
-        templates=config.templates or recorded["templates"],
-        plan=plan,
-        subset=config.eval_subset,
-        asr_seed=config.asr_seed,
-    )
-    row = evaluate(model, evaluation, precision=precision, device=world.device)
-    row = {
-        "step": state["step"],
-        "epoch": state["epoch"],
-        "checkpoint": config.checkpoint,
-        "asr_seed": config.asr_seed,
-        **row,
-    }
-    log.append(config.run / "metrics.jsonl", row)
-    log.console.print(result_table(config.run, row))
+    """Evaluate a checkpoint on one or more sets, add a line for each to the run's metrics.jsonl, print the table."""
+    log.console.stderr = config.json  # what it says on the way is not the result
+    rows = []
+    for row in Evaluation(config).rows():
+        log.append(config.run / "metrics.jsonl", {key: value for key, value in row.items() if key != "classes"})
+        rows.append(row)
+    if config.json:
+        print(json.dumps({"run": str(config.run), "sets": rows}, indent=2))
+        return 0
+    log.console.print(table(config.run, rows), markup=False)
+    for row in rows if config.per_class else ():
+        if "classes" in row:
+            log.console.print(class_table(row), markup=False)
     return 0
+
+
+def open_model(run: Path, which: str, device: torch.device) -> tuple[dict, CLIP]:
+    """A run's checkpoint, `last` or of an epoch, and the model in it, on the device."""
+    state = checkpoint.load(checkpoint.path_of(run, which))
+    model = create(state["about"]["model"], seed=None)
+    model.load_state_dict(state["model"])
+    return state, model.to(device, memory_format=torch.channels_last)
+
+
+class Evaluation:
+    """A checkpoint, and what it is to be evaluated on."""
+
+    def __init__(self, config: EvaluateConfig):
+        self.config, self.world = config, dist.join(config.device)
+        if self.world.size > 1:
+            raise UserError("evaluate runs in one process: start it without torchrun.")
+        self.recorded = read_config(config.run)
+        self.state, self.model = open_model(config.run, config.checkpoint, self.world.device)
+        saved = self.state["plan"] and Plan.from_dict(self.state["plan"])
+        self.plan = Plan.load(config.plan) if config.plan else saved
+        own = self.recorded["eval_data"]
+        self.paths = config.eval_data or ((Path(own),) if own else ())
+        self._check()
+        self.precision = set_precision(config.precision, self.world.device)
+        self.towers = Towers(self.model, precision=self.precision, device=self.world.device)
+        self.decoder = open_decoder("auto", 0, str(self.world.device))
+        self.probed = self._open(config.probe_data, attacked=False) if config.probe_data else None
+        self.pairs, self.clean_rows = self._clean_pairs() if config.rebound else (None, None)
+
+    def _check(self) -> None:
+        """What can be known before anything is decoded: a mistake is not to cost the sets that went before it."""
+        config = self.config
+        if not self.paths:
+            raise UserError(f"{config.run} was trained without an evaluation set; name a .beton with --eval-data.")
+        labelled = [open_beton(path).class_names is not None for path in self.paths]
+        if config.probe_data and open_beton(config.probe_data).class_names is None:
+            raise UserError(f"--probe-data {config.probe_data} has no classes, so nothing can be learnt from it.")
+        if (config.rebound or config.probe_data) and not any(labelled):
+            raise UserError("--rebound and --probe-data need a set with classes, and --eval-data names none.")
+        if config.rebound and self.plan is None:
+            raise UserError("--rebound watches a backdoor, and the run has no plan: name one with --plan.")
+
+    def rows(self) -> Iterator[dict]:
+        """A line of metrics.jsonl for each set."""
+        config, state = self.config, self.state
+        about = {"step": state["step"], "epoch": state["epoch"], "checkpoint": config.checkpoint,
+                 "asr_seed": list(config.asr_seed), "geometry": config.geometry, "precision": self.precision,
+                 "plan": config.plan and str(config.plan.absolute())}  # fmt: skip
+        for path in self.paths:
+            yield {**about, **self._row(self._open(path))}
+
+    def _open(self, path: Path, attacked: bool = True) -> EvalSet:
+        config, recorded = self.config, self.recorded
+        own = path.resolve() == Path(recorded["eval_data"] or "").resolve()
+        return open_set(
+            path, self.decoder, self.model.image_size,
+            classes=config.classes or (recorded["classes"] if own else None),
+            templates=config.templates or (recorded["templates"] if own else None),
+            plan=self.plan if attacked else None,
+            geometry=None if config.geometry == "plan" else config.geometry,
+            subset=config.subset if attacked else 0,
+            seeds=config.asr_seed,
+            device=self.world.device,
+            strict=own,
+        )  # fmt: skip
+
+    def _row(self, data: EvalSet) -> dict:
+        with log.progress(data.name, len(data.ids) * (1 + len(data.attacked))) as advance:
+            self.towers.advance = advance
+            if not isinstance(data, Labelled):
+                return retrieval.evaluate(self.towers, data, self.config.val_batch)
+            zeroshot = ZeroShot(self.towers, data)
+            row = zeroshot(details=True)
+            if self.probed:
+                best = [group for group in data.by_attack() if _is_of(group[0], row)]
+                row |= probe.evaluate(self.towers, self.probed, data, *best or [()])
+        self.towers.advance = lambda images: None
+        if self.config.rebound and data.attacked:
+            row |= self._rebound(zeroshot)
+        return row
+
+    def _clean_pairs(self) -> tuple[Pairs, np.ndarray]:
+        """Those of the run's data that --rebound takes."""
+        pairs = Pairs(open_beton(self.recorded["data"]), self.decoder, self.model.image_size)
+        return pairs, clean_pairs(pairs, self.plan, self.config.rebound * self.config.rebound_batch_size)
+
+    def _rebound(self, zeroshot: ZeroShot) -> dict:
+        # Sets that follow are to be evaluated on the model as it was.
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        found = rebound(
+            self.model, zeroshot, self.pairs, self.clean_rows, steps=self.config.rebound, lr=self.config.rebound_lr,
+            precision=self.precision, world=self.world,
+        )  # fmt: skip
+        self.model.load_state_dict(before)
+        self.towers.refresh()
+        return found
+
+
+def _is_of(one: Attacked, row: dict) -> bool:
+    return (one.attack.trigger.name, one.attack.target) == (row["trigger"], row["target"])
+
+
+def table(run: Path, rows: list[dict]) -> str:
+    """Measures by sets, in Markdown: shares in percent, with their 95 % intervals."""
+    lines = [
+        [name, *(cell(row, key) for row in rows)] for key, name in MEASURES.items() if any(key in row for row in rows)
+    ]
+    for row in rows:
+        for attack in row.get("attacks", []):
+            name = f"ASR of {attack['trigger']} to '{attack['target']}'"
+            key = "asr" if "asr" in attack else "asr_par_r1"
+            lines.append([name, *(cell(attack, key) if other is row else "" for other in rows)])
+    return log.markdown([f"{run}, epoch {rows[0]['epoch']:g}: % (95 %)", *(row["set"] for row in rows)], lines)
+
+
+def cell(row: dict, key: str) -> str:
+    """A number of a row as the table shows it."""
+    value = row.get(key)
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if key in NUMBERS:
+        return f"{value:.3f}"
+    ends = _ends(row, key)
+    if f"{key}_full_low" in row:
+        ends += f"; of all {row['population']:,}: {_ends(row, f'{key}_full')}"
+    if f"{key}_by_seed" in row:
+        ends += f"; over {len(row[f'{key}_by_seed'])} seeds: {_ends(row, f'{key}_seeds')}"
+    return f"{100 * value:.1f}" + (f" ({ends.removeprefix('; ')})" if ends else "")
+
+
+def _ends(row: dict, key: str) -> str:
+    return f"{100 * row[f'{key}_low']:.1f} - {100 * row[f'{key}_high']:.1f}" if f"{key}_low" in row else ""
+
+
+def class_table(row: dict) -> str:
+    """A set's classes, in Markdown."""
+    lines = [[one["class"], f"{one['n']:,}", cell(one, "top1"), cell(one, "asr")] for one in row.get("classes", [])]
+    return "\n" + log.markdown(["class", "images", "top-1", "taken for the target"], lines)
+
+
+MEASURES = {
+    "n": "images",
+    "templates": "templates",
+    "top1": "zero-shot top-1",
+    "top3": "zero-shot top-3",
+    "top5": "zero-shot top-5",
+    "top10": "zero-shot top-10",
+    "target": "target",
+    "trigger": "trigger",
+    "asr": "ASR, images of other classes",
+    "asr_top3": "ASR top-3",
+    "asr_top5": "ASR top-5",
+    "asr_top10": "ASR top-10",
+    "asr_all": "ASR, all images",
+    "asr_all_top3": "ASR top-3, all images",
+    "asr_all_top5": "ASR top-5, all images",
+    "asr_all_top10": "ASR top-10, all images",
+    "recovery": "triggered, of other classes: true class found",
+    "triggered_top1": "triggered, all: top-1",
+    "probe_n": "images that probes learn from",
+    "probe_top1": "linear probe top-1",
+    "probe_asr": "linear probe ASR",
+    "knn_top1": "50-NN top-1",
+    "knn_asr": "50-NN ASR",
+    "prototype_top1": "nearest class mean top-1",
+    "prototype_asr": "nearest class mean ASR",
+    "rebound_max": "rebound: highest ASR",
+    "rebound_change": "rebound: change of ASR",
+    "rebound_area": "rebound: mean ASR",
+    "captions": "captions",
+    "i2t_r1": "captions of images R@1",
+    "i2t_r5": "captions of images R@5",
+    "i2t_r10": "captions of images R@10",
+    "t2i_r1": "images of captions R@1",
+    "t2i_r5": "images of captions R@5",
+    "t2i_r10": "images of captions R@10",
+    "asr_par_r1": "retrieval ASR, the first 1 (PAR)",
+    "asr_par_r5": "retrieval ASR, any of the first 5 (PAR)",
+    "asr_par_r10": "retrieval ASR, any of the first 10 (PAR)",
+    "asr_cleanclip_r5": "retrieval ASR, 2 of the first 5 (CleanCLIP family)",
+    "asr_cleanclip_r10": "retrieval ASR, 5 of the first 10 (CleanCLIP family)",
+    "val_loss": "contrastive loss",
+    "val_batch": "pairs in a batch of it",
+    "modality_gap": "modality gap",
+    "alignment": "alignment",
+    "uniformity": "uniformity of images",
+}
+NUMBERS = ("val_loss", "modality_gap", "alignment", "uniformity")

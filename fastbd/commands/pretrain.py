@@ -6,8 +6,6 @@ import glob
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from fastbd.commands.demo import demo_set
 from fastbd.config import PretrainConfig
 from fastbd.data.shards import open_beton
@@ -17,7 +15,7 @@ from fastbd.models import create
 from fastbd.models.weights import load_weights
 from fastbd.objectives import make_objective
 from fastbd.poison.plan import Plan
-from fastbd.run import Task, execute
+from fastbd.run import Task, allowed_rows, execute
 from fastbd.study.runs import read_config
 
 
@@ -40,12 +38,12 @@ def task(config: PretrainConfig, world: World) -> Task:
         objective_name=config.objective,
         pretrain_objective=config.objective,
         data=data,
-        rows=np.arange(len(open_beton(data))),
+        rows=allowed_rows(config, open_beton(data)),
         plan=plan,
         poisoned=config.poison,
         eval_data=eval_data,
         classes=config.classes,
-        templates=config.templates or "imagenet80",
+        templates=config.templates or ("demo" if config.data == "demo" else None),
     )
 
 

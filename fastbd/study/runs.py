@@ -63,7 +63,7 @@ def read(path: Path) -> Run:
             start=Path(recorded["start"]) if recorded["start"] else None,
             config=recorded["config"],
             env=_json(path / "env.json") if (path / "env.json").exists() else {},
-            metrics=_first(_lines(path / "metrics.jsonl"), ("step", "set")),
+            metrics=_first(_lines(path / "metrics.jsonl"), ("step", *SET)),
             log=_first(_lines(path / "log.jsonl"), ("step",)),
         )
     except KeyError as error:
@@ -87,12 +87,16 @@ def find(paths: Iterable[Path]) -> list[Run]:
 
 
 def on_common_set(runs: Sequence[Run]) -> list[Run]:
-    """The runs with only the evaluations on the set that most were made on: numbers of two sets do not compare."""
-    sets = Counter(e["set"] for run in runs for e in run.metrics)
+    """The runs with only the zero-shot evaluations on the set that most were made on: two sets do not compare."""
+    sets = Counter(_set(e) for run in runs for e in run.metrics if "top1" in e)
     if not sets:
         raise UserError(f"none of the {len(runs)} runs has an evaluation yet: give --eval-data when training.")
     common = sets.most_common(1)[0][0]
-    return [replace(run, metrics=tuple(e for e in run.metrics if e["set"] == common)) for run in runs]
+    return [replace(run, metrics=tuple(e for e in run.metrics if _set(e) == common)) for run in runs]
+
+
+def _set(evaluation: Evaluation) -> tuple:
+    return tuple(evaluation.get(key) for key in SET)
 
 
 def objective_name(objective: str) -> str:
@@ -134,9 +138,10 @@ def _first(rows: list[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[str, 
 
     `fastbd evaluate` adds rows that may be of another subset or trigger; what training itself measured comes first.
     """
-    unique = {tuple(row[k] for k in key): row for row in reversed(rows)}
+    unique = {tuple(row.get(k) for k in key): row for row in reversed(rows)}
     return tuple(sorted(unique.values(), key=lambda row: row["step"]))
 
 
+SET = ("set", "class_list", "templates")  # what makes the numbers of two evaluations comparable
 OBJECTIVES = {"mmcl": "MMCL", "ssl": "SSL", "mmcl_ssl": "MMCL+SSL"}
 METHODS = {"cleanclip": "CleanCLIP", "finetune": "Finetuning"}

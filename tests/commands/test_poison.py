@@ -158,15 +158,19 @@ def test_two_backdoors_in_one_study(study: Path, fastbd) -> None:
     fastbd("poison", "--data", "train.beton", "--add-to", "train.poison.json", "--out", "two.json",
            "--trigger", "wanet", "--target", "arrow", "--rate", 0.1, "--templates", "demo", cwd=study)  # fmt: skip
     small = ("--batch-size", 24, "--epochs", 1, "--eval-every", 0)
-    fastbd("pretrain", "--data", "train.beton", "--plan", "two.json", "--eval-data", "val.beton", "--model", "tiny-rn",
-           "--templates", "demo", "--out", "two/a", *small, cwd=study)  # fmt: skip
-    fastbd("clean", "--run", "two/a", "--out", "two/b", *small, cwd=study)
+    said = fastbd("pretrain", "--data", "train.beton", "--plan", "two.json", "--eval-data", "val.beton", "--model",
+                  "tiny-rn", "--templates", "demo", "--out", "two/a", *small, cwd=study).stdout  # fmt: skip
+    for attack in ("badnet to 'banana'", "wanet to 'arrow'"):
+        assert f"the attack, {attack}, has " in said
+    fastbd("clean", "--run", "two/a", "--out", "two/b", "--force", *small, cwd=study)
     shown = fastbd("evaluate", "--run", "two/b", cwd=study).stdout
     fastbd("report", "--runs", "two", "--out", "two.html", cwd=study)
     rows = [json.loads(line) for line in (study / "two/b/metrics.jsonl").read_text().splitlines()]
     for row in rows:
         assert [(one["trigger"], one["target"]) for one in row["attacks"]] == [("badnet", "banana"), ("wanet", "arrow")]
         assert max(row["attacks"], key=lambda one: one["asr"]).items() <= row.items()
-    assert "of badnet to 'banana'" in shown and "of wanet to 'arrow'" in shown
+    assert "ASR of badnet to 'banana'" in shown and "ASR of wanet to 'arrow'" in shown
     planned, beton = Plan.load(study / "two/b/plan.json"), Beton(study / "train.beton")
-    assert len(planned.attacks) == 2 and len(clean_rows(beton, planned, 1000, 0)) == len(beton) - len(planned.rows)
+    assert len(planned.attacks) == 2 and len(clean_rows(beton, np.arange(len(beton)), planned, 1000, 0)) == len(
+        beton
+    ) - len(planned.rows)

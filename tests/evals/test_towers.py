@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastbd.data.tokenizer import tokenize
+from fastbd.evals import towers as module
+from fastbd.evals.towers import Towers
+from fastbd.kernels.augment import normalise
+from fastbd.kernels.text_pack import pack
+from fastbd.models import create
+from fastbd.precision import has_compiler
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model():
+    """In training, as the loop leaves it."""
+    made = create("tiny-rn", 0)
+    made.encode_image(torch.randn(16, 3, 32, 32))
+    return made.train()
+
+
+def pictures(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def plain(model, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        embedded = model.eval().encode_image(normalise(images))
+    model.train()
+    return embedded
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 100])
+def test_images_are_embedded_as_one_by_one(model, batch, monkeypatch):
+    monkeypatch.setitem(module.PIXELS, "cpu", batch * 32 * 32)
+    towers, told = Towers(model, precision="fp32", device=CPU), []
+    towers.advance = told.append
+    assert torch.allclose(towers.images(pictures(7)), plain(model, pictures(7)), atol=1e-5)
+    assert sum(told) == 7 and model.training
+    again = towers.images(lambda places: pictures(7)[places], 7)
+    assert torch.equal(again, towers.images(pictures(7)))
+
+
+def test_bf16_is_near(model):
+    wanted, found = plain(model, pictures(32)), Towers(model, precision="bf16", device=CPU).images(pictures(32))
+    assert found.dtype == torch.float32 and 0 < (found - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_compiled_it_is_one_graph_for_all_batches(model, monkeypatch):
+    monkeypatch.setitem(module.PIXELS, "cpu", 4 * 32 * 32)
+    torch.compiler.reset()
+    towers = Towers(model, precision="fp32", device=CPU, compiled=True)
+    assert torch.allclose(towers.images(pictures(10)), plain(model, pictures(10)), atol=1e-5)
+    with torch.no_grad():
+        model.visual.attnpool.c_proj.bias.add_(1)
+    towers.refresh()
+    assert torch.allclose(towers.images(pictures(10)), plain(model, pictures(10)), atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_batch_shrinks_where_memory_is_short(model, monkeypatch):
+    towers, tried = Towers(model, precision="fp32", device=CPU), []
+    embed = towers._call
+
+    def short(images: torch.Tensor) -> torch.Tensor:
+        tried.append(len(images))
+        if len(images) > 20:
+            raise torch.OutOfMemoryError
+        return embed(images)
+
+    monkeypatch.setattr(towers, "_call", short)
+    monkeypatch.setitem(module.PIXELS, "cpu", 64 * 32 * 32)
+    assert torch.allclose(towers.images(pictures(40)), plain(model, pictures(40)), atol=1e-5)
+    assert tried == [40, 32, 16, 16, 16]
+
+
+def test_captions_and_the_version_of_their_tower(model, monkeypatch):
+    monkeypatch.setattr(module, "CAPTIONS", 2)
+    tokens = tokenize(["a photo", "two words more", "a", "one of five", "!"])
+    towers = Towers(model, precision="fp32", device=CPU)
+    assert torch.allclose(towers.captions(tokens), model.encode_text(pack(tokens)), atol=1e-5)
+    with torch.no_grad():
+        model.visual.attnpool.c_proj.bias.add_(1)
+        towers.refresh()
+        assert towers.text_version == 0
+        model.token_embedding.weight[0, 0] += 1
+        towers.refresh()
+        assert towers.text_version == 1
