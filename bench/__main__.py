@@ -25,7 +25,8 @@ from bench.run import Outcome, reason, run
 
 # name -> module with cases(device, quick); imported when asked for, so that a missing package skips one bench only
 BENCHES = {
-    "step": "bench.step", "text": "bench.text", "loss": "bench.loss", "augment": "bench.augment", "data": "bench.data",
+    "step": "bench.step", "text": "bench.text", "eval": "bench.eval", "loss": "bench.loss", "augment": "bench.augment",
+    "data": "bench.data",
 }  # fmt: skip
 SECONDS_A_CASE = {True: 1.0, False: 4.0}  # of timing, by --quick
 

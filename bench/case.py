@@ -38,10 +38,10 @@ class Provider:
 class Case:
     """Providers that do the same `units` of work; the first one is what ratios refer to.
 
-    `truth` computes the outputs in float64 for the gate; without it the first provider is the truth. `flops` and
-    `bytes` are the fewest that the work needs; 0 means not counted. `least` takes their place where the work has many
-    parts: the fewest seconds at some rates in a number format. `sizes` says below which norm an output's error is not
-    taken relative to the output itself.
+    `truth` computes the outputs for the gate, mostly in float64; without it the first provider is the truth. `flops`
+    and `bytes` are the fewest that the work needs; 0 means not counted. `least` takes their place where the work has
+    many parts: the fewest seconds at some rates in a number format. `sizes` says below which norm an output's error is
+    not taken relative to the output itself.
     """
 
     name: str

@@ -43,14 +43,16 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
             yield epoch(name, recipe, path, files, device, (0.0, 0.65, 1.0) if quick else HW_LOADS)
 
 
-def write(path: Path, files: list[np.ndarray]) -> None:
+def write(path: Path, files: list[np.ndarray], classes: int = 0) -> None:
+    """A .beton of JPEG files; with `classes` they take turns, and are named by their numbers."""
     tokens = np.zeros(CONTEXT, np.uint16)
-    with BetonWriter(path, len(files), 0, labelled=False) as writer:
+    with BetonWriter(path, len(files), 0, labelled=classes > 0) as writer:
         for i, file in enumerate(files):
             width, height = Image.open(io.BytesIO(file)).size
+            about = {"label": i % classes, "class_name": str(i % classes)} if classes else {}
             # A caption, as FFCV mistakes an empty value for the image that follows it.
             writer.add(jpeg=file.tobytes(), width=width, height=height, tokens=tokens, text_views=None, caption="-",
-                       row_id=i)  # fmt: skip
+                       row_id=i, **about)  # fmt: skip
 
 
 def epoch(
@@ -83,7 +85,7 @@ def epoch(
         beton = Beton(path)
         sizes = np.stack([beton.height[order], beton.width[order]], -1)
         views = draw_views(recipe, SIZE, order, sizes, seed=0, epoch=1)
-        loader = published.loader([files[i] for i in order], views, SIZE, BATCH, os.cpu_count())
+        loader = published.loader(published.Views([files[i] for i in order], views, SIZE), BATCH, os.cpu_count())
         return partial(first_of, lambda: ([view.to(place, dtype) for view in views] for views in loader))
 
     providers = {"Pillow, float32, DataLoader": Provider(as_published, TOLERANCE)}

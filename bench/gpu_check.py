@@ -25,10 +25,11 @@ PACKAGES = ("torch", "triton", "numpy", "rich", "pytest", "tyro", "pillow", "ftf
 # of these the step's first.
 STAGES = (
     ("tests", ("-m", "pytest", "tests/kernels", "tests/data/test_gpu.py", "tests/test_step_gpu.py",
-               "-pno:cacheprovider", "--durations=5"), 170),
-    ("step", ("-m", "bench", "step", "--quick", "--seconds", "100", "--out", "{out}"), 170),
-    ("pixels", ("-m", "bench", "data", "augment", "--quick", "--seconds", "70", "--out", "{out}"), 110),
-    ("bench", ("-m", "bench", "loss", "text", "--quick", "--seconds", "45", "--out", "{out}"), 80),
+               "-pno:cacheprovider", "--durations=5"), 145),
+    ("step", ("-m", "bench", "step", "--quick", "--seconds", "80", "--out", "{out}"), 140),
+    ("eval", ("-m", "bench", "eval", "--quick", "--seconds", "90", "--out", "{out}"), 140),
+    ("pixels", ("-m", "bench", "data", "augment", "--quick", "--seconds", "60", "--out", "{out}"), 95),
+    ("bench", ("-m", "bench", "loss", "text", "--quick", "--seconds", "35", "--out", "{out}"), 65),
 )  # fmt: skip
 
 

@@ -28,8 +28,8 @@ def pillow_view(image: Image.Image, params: np.void, size: int) -> Tensor:
     return normalised(image.crop((left, top, left + size, top + size)))
 
 
-def normalised(image: Image.Image) -> Tensor:
-    """torchvision's ToTensor and Normalize."""
+def normalised(image: Image.Image | Tensor) -> Tensor:
+    """torchvision's ToTensor and Normalize; of uint8 [H, W, 3]."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return pixels.sub_(mean).div_(std)

@@ -32,9 +32,9 @@ class Views(Dataset):
         return [pillow_view(image, view.params[i], self.size) for image, view in zip(opened, self.views, strict=True)]
 
 
-def loader(files: Sequence[np.ndarray], views: Sequence[View], size: int, batch: int, workers: int) -> DataLoader:
-    """In the order of the files; the workers stay from one epoch to the next, which the published ones do not."""
+def loader(images: Dataset, batch: int, workers: int) -> DataLoader:
+    """In their order; the workers stay from one epoch to the next, which the published ones do not."""
     return DataLoader(
-        Views(files, views, size), batch, num_workers=workers, persistent_workers=True, multiprocessing_context="fork",
+        images, batch, num_workers=workers, persistent_workers=True, multiprocessing_context="fork",
         worker_init_fn=lambda _: torch.set_num_threads(1),
     )  # fmt: skip

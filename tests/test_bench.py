@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import gpu_check, loss, records, step
 from bench.captions import captions, lengths
 from bench.case import Case, Provider, Unavailable, errors, objection
+from bench.eval import every_other, protocol_case
 from bench.limits import Limits
 from bench.measure import LEAST, measure, most_in_use, peak_bytes, spread
 from bench.peers import autocast, one_matrix, two_matrices
@@ -27,6 +29,7 @@ from bench.published_step import text_tower, trimmed
 from bench.run import Outcome, prepare, run
 from bench.text import text_case
 from fastbd.dist import World
+from fastbd.evals.classifier import Classifier
 from fastbd.kernels.text_pack import lengths_of, pack, room_for
 from fastbd.limits import Rates, step_seconds, text_ops
 from fastbd.models import create
@@ -132,7 +135,7 @@ def test_without_a_truth_the_first_provider_is_it():
     assert len(run(slow, LIMITS, seconds=0).rows) == 1  # float64 would take 1000 s here
 
 
-@pytest.mark.parametrize("name", ["step", "text", "augment", "data"])
+@pytest.mark.parametrize("name", ["step", "text", "eval", "augment", "data"])
 def test_the_ways_of_a_bench_do_the_same(name):
     for case in import_module(f"bench.{name}").cases("cpu", quick=True):
         outcome = Outcome()
@@ -225,6 +228,21 @@ def test_the_eager_steps_of_a_gpus_case_do_the_same(name, objective):
     assert list(calls) == list(eager) and not outcome.refused
     with pytest.raises(Unavailable, match="too long for --quick"):
         found["open_clip, step compiled"].build()
+
+
+def test_the_evaluations_of_a_gpus_case_do_the_same(monkeypatch):
+    """In bf16, and not compiled. Each of ours builds its classifier, though the weights are the same."""
+    built, build = [], Classifier.__call__
+    monkeypatch.setattr(Classifier, "__call__", lambda self, tower: built.append(build(self, tower)) or built[-1])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    case = protocol_case("tiny-rn", 200, every_other(50), "bf16", "cpu")
+    there = {way: case.providers[way] for way in ("open_clip, arithmetic", "fastbd, compiled")}
+    outcome = Outcome()
+    calls, found = prepare(replace(case, providers=there), LIMITS, outcome)
+    assert list(calls) == list(there) and not outcome.refused
+    assert found["fastbd, compiled"]["clean"] > 1e-4  # as a CPU's open_clip is in float32
+    calls["fastbd, compiled"]()
+    assert len(built) == 2
 
 
 def test_our_batch_is_the_peers_as_the_loader_would_make_it():
@@ -371,7 +389,8 @@ def test_an_unknown_name_is_answered_with_the_names_there_are(capsys):
 
     assert main(["loss", "los"]) == 2
     captured = capsys.readouterr()
-    assert captured.err == "error: no bench los; there are step, text, loss, augment, data.\n" and not captured.out
+    assert captured.err == "error: no bench los; there are step, text, eval, loss, augment, data.\n"
+    assert not captured.out
 
 
 def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
