@@ -178,7 +178,7 @@ def protocol_case(name: str, count: int, names: Sequence[str], precision: str, d
     shape = count, model.image_size, model.image_size, 3
     clean, triggered = (torch.randint(256, shape, dtype=torch.uint8, device=place, generator=noise) for _ in range(2))
     data = Labelled(
-        name="random", ids=np.arange(count), population=count, clean=clean, classes=list(names),
+        name="random", about={}, ids=np.arange(count), population=count, clean=clean, classes=list(names),
         attacked=(Attacked(attack_of(model), 0, triggered),), labels=torch.arange(count, device=place) % len(names),
         prompts=tokenize([form.replace("{}", noun) for noun in names for form in forms]),
     )  # fmt: skip

@@ -58,7 +58,7 @@ def test_build_poison_pretrain_clean_evaluate_report(study, fastbd):
     # The cleaning run starts from the pre-trained model, and the evaluation does not move it.
     assert all(cleaning[0][k] == before[-1][k] for k in ("top1", "asr", "recovery"))
     assert cleaning[-1]["top1"] == cleaning[-2]["top1"] and cleaning[-1]["asr_seed"] == [5]
-    assert "zero-shot top-1" in shown and "ASR to 'banana'" in shown
+    assert "zero-shot top-1" in shown and "banana" in shown
     plan = json.loads((study / "train.poison.json").read_text())
     assert json.loads((study / "runs/b/plan.json").read_text()) == plan
     html = (study / "report.html").read_text()
