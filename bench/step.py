@@ -21,6 +21,7 @@ from bench.published_step import Hyper, open_clip, outputs, published, trimmed
 from bench.published_step import Step as Peer
 from bench.run import release
 from fastbd.capture import WARM
+from fastbd.cleaning.method import Method
 from fastbd.data.loader import Batch
 from fastbd.dist import World
 from fastbd.kernels.text_pack import PackedText, lengths_of, pack, room_for
@@ -170,8 +171,8 @@ def our_step(size: Size, model: CLIP, data: Data, compiled: bool = False, captur
     rates = torch.full((2 * MOST,), HYPER.lr)
     rates[:warm] = 0
     step = Step(
-        clip, OBJECTIVES[size.objective], make_optimizer(clip, **asdict(HYPER)), rates, precision=size.precision,
-        world=World(0, 1, device), compiled=compiled, captured=captured,
+        clip, Method(OBJECTIVES[size.objective]), make_optimizer(clip, **asdict(HYPER)), rates,
+        precision=size.precision, world=World(0, 1, device), compiled=compiled, captured=captured,
     )  # fmt: skip
     batch = our_batch(size, data, fixed=compiled or captured)
 
@@ -190,7 +191,7 @@ def our_batch(size: Size, data: Data, fixed: bool) -> Batch:
     texts = np.concatenate(data.tokens)
     packed = pack(texts, room_for(lengths(), len(texts)) if fixed else 1)
     return Batch(
-        ids=np.arange(size.batch),
+        ids=torch.arange(size.batch, device=device),
         views=tuple(image.to(dtype, memory_format=torch.channels_last) for image in data.images),
         texts=(PackedText(*(x.to(device) for x in packed)),),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -16,11 +16,12 @@ class Captured:
     """The same function, captured at the first call after WARM ones with inputs of some shapes.
 
     Inputs and the output are tensors in any nesting of tuples and dicts. What the function writes beside its output
-    must lie where it lay at the capture. The output of a call is overwritten by the next one.
+    must lie where it lay at the capture. The output of a call is overwritten by the next one. A function that does
+    other things at other times tells them apart by a `variant`.
     """
 
-    def __init__(self, function: Callable, device: torch.device):
-        self.function, self.stream = function, torch.cuda.Stream(device)
+    def __init__(self, function: Callable, device: torch.device, variant: Callable[[], Hashable] = lambda: None):
+        self.function, self.variant, self.stream = function, variant, torch.cuda.Stream(device)
         self.seen = Counter()
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], object]] = {}
         self.pool = torch.cuda.graph_pool_handle()
@@ -28,7 +29,7 @@ class Captured:
     def __call__(self, *inputs):
         """Everything runs on one stream of its own, the calls before the capture too: autograd remembers streams."""
         flat, form = pytree.tree_flatten(inputs)
-        shapes = tuple(tensor.shape for tensor in flat)
+        shapes = (self.variant(), *(tensor.shape for tensor in flat))
         self.seen[shapes] += 1
         here = torch.cuda.current_stream()
         self.stream.wait_stream(here)

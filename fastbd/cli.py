@@ -8,6 +8,7 @@ import errno
 import importlib
 import os
 import sys
+import typing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,8 @@ def parse(verb: str, flags: list[str]):
         name = _value(flags, "--preset") or _preset_of_run(_value(flags, "--run"))
         if name in config.PRESETS:
             preset = config.PRESETS[name]
-            default = getattr(preset(), verb)
+            method = _value(flags, "--method") if verb == "clean" else None
+            default = preset().defaults(verb, method if method in typing.get_args(config.Method) else None)
             description = f"{kind.__doc__}\n\nPreset {name}: {preset.__doc__}"
     settings = tyro.cli(kind, args=flags, default=default, prog=f"python -m fastbd {verb}", description=description)
     _check_numbers(settings)

@@ -149,7 +149,9 @@ class CleanInputs:
     data: Path | None = None
     """.beton file or pattern to clean with [the clean pairs of the pre-training data]."""
     rows: int = 100_000
-    """Clean pairs to use, drawn from the seed; all where there are fewer."""
+    """Pairs to use, drawn from the seed; all where there are fewer."""
+    poison_left: int = 0
+    """So many of them are poisoned pairs of the pre-training data that were overlooked."""
     force: bool = False
     """Clean even a model whose attack has not landed (--landed)."""
     keep_optimizer: bool = False
@@ -393,6 +395,15 @@ class Settings:
 
     pretrain: PretrainConfig
     clean: CleanConfig
+    methods: dict[str, dict] = dataclasses.field(default_factory=dict)
+    """What cleaning methods do not share with `clean`."""
+
+    def defaults(self, verb: str, method: str | None = None):
+        """Of a training verb; of cleaning, with a method (None: the usual one)."""
+        if verb == "pretrain":
+            return self.pretrain
+        own = self.methods.get(method, {})
+        return dataclasses.replace(self.clean, **own, **({"method": method} if method else {}))
 
 
 def demo() -> Settings:
@@ -449,8 +460,8 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 LEAST = dict(
     accumulate=1, batch_size=1, bn_group=2, count=1, detect_batch=0, epoch=0, epochs=0, eval_subset=0,
-    hw_decoder_load=0, k=1, landed=0, log_every=1, max_bad=0, max_pixels=1, rebound=0, rebound_batch_size=2, rows=1,
-    save_every=0, subset=0, text_views=0, val_batch=2, warmup=0, workers=0,
+    hw_decoder_load=0, k=1, landed=0, log_every=1, max_bad=0, max_pixels=1, poison_left=0, rebound=0,
+    rebound_batch_size=2, rows=1, save_every=0, subset=0, text_views=0, val_batch=2, warmup=0, workers=0,
 )  # fmt: skip
 """The smallest value of flags that a negative number, or zero, would make no sense for."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as td
+from torch import Tensor
 
 from fastbd.errors import UserError
 
@@ -42,6 +44,12 @@ class World:
         value = torch.tensor(number, device=self.device)
         td.all_reduce(value, td.ReduceOp.MIN)
         return int(value)
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the first one's."""
+        if self.size > 1:
+            for tensor in tensors:
+                td.broadcast(tensor, 0)
 
     def barrier(self) -> None:
         """Wait for the other ranks."""

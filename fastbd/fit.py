@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastbd.cleaning.method import Method
 from fastbd.data.loader import Batch
 from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.kernels.text_pack import END, PackedText, pack
 from fastbd.models import CLIP
-from fastbd.objectives import Objective
 from fastbd.optim import learning_rates, make_optimizer
 from fastbd.step import Step
 
@@ -78,7 +78,7 @@ def largest(fits: Callable[[int], bool], unit: int, most: int) -> int:
 
 
 def batch_that_fits(
-    model: CLIP, objective: Objective, shares: Shares, *, texts: int, tokens: float, most: int, precision: str,
+    model: CLIP, method: Method, shares: Shares, *, texts: int, tokens: float, most: int, precision: str,
     world: World,
 ) -> int:  # fmt: skip
     """The largest batch size up to `most`; a pair has `texts` captions of so many `tokens` each.
@@ -94,15 +94,16 @@ def batch_that_fits(
         captions = np.full((texts * count // shares.parts, length), END, np.uint16)
         captions[:, :-1] = 1
         text = PackedText(*(x.to(world.device) for x in pack(captions)))
-        return Batch(np.arange(count), tuple(images + k for k in range(shares.views)), (text,) * shares.parts)
+        ids = torch.arange(count, device=world.device)
+        return Batch(ids, tuple(images + k for k in range(shares.views)), (text,) * shares.parts)
 
     def fits(count: int) -> bool:
-        copy = None
+        copy = trained_by = None
         try:
-            copy = deepcopy(model)
-            optimizer = make_optimizer(copy, lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+            copy, trained_by = deepcopy((model, method))
+            optimizer = make_optimizer(copy, trained_by, lr=0.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
             step = Step(
-                copy, objective, optimizer, learning_rates(0, warmup=0, total=2), precision=precision, world=alone
+                copy, trained_by, optimizer, learning_rates(0, warmup=0, total=2), precision=precision, world=alone
             )
             waiting = [made(count) for _ in range(WAITING)]
             for batch in waiting[:2]:
@@ -111,7 +112,7 @@ def batch_that_fits(
         except torch.OutOfMemoryError:
             return False
         finally:
-            copy = optimizer = step = waiting = batch = None
+            copy = trained_by = optimizer = step = waiting = batch = None
             gc.collect()
             torch.cuda.empty_cache()
         return True

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastbd import log
 from fastbd.data.loader import Batch
 from fastbd.dist import World
-from fastbd.errors import UserError
+from fastbd.errors import Diverged, UserError
 from fastbd.readback import Readback
 
 
@@ -25,6 +25,10 @@ class Stopped(Exception):
 
     def __init__(self, signum: int):
         self.exit_code = 128 + signum
+
+
+class Enough(Exception):
+    """An evaluation has shown that going on is of no use; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def train(
                 record(row)
                 advance(0, _line(row))
                 if not math.isfinite(row["loss"]):
-                    raise UserError(f"the loss is {row['loss']} at step {row['step']}: the run diverged; lower --lr.")
+                    raise Diverged(f"the loss is {row['loss']} at step {row['step']}: the run diverged; lower --lr.")
 
         while at < table.total:
             epoch, offset = divmod(at, table.steps_per_epoch)

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 MAX_LOG_SCALE = math.log(100)
 
 
-def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float):
+def make_optimizer(*modules: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float):
     """AdamW; biases, norm gains and the temperature (every parameter below 2 dimensions) are not decayed.
 
     Its learning rate is a tensor beside the parameters, which both groups share.
     """
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    exempt = [p for p in model.parameters() if p.ndim < 2]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    decayed, exempt = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    rate = torch.tensor(lr, device=model.logit_scale.device)
+    rate = torch.tensor(lr, device=parameters[0].device)
     return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True, capturable=rate.is_cuda)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from fastbd import draws, log
+from fastbd.cleaning.method import Method
 from fastbd.data.loader import Pairs, batches
 from fastbd.dist import World
 from fastbd.errors import UserError
@@ -30,7 +31,9 @@ def rebound(
     """
     batch_size = len(rows) // steps
     optimizer = make_optimizer(model, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), eps=1e-8)
-    step = Step(model.train(), Objective(), optimizer, torch.full((steps,), lr), precision=precision, world=world)
+    step = Step(
+        model.train(), Method(Objective()), optimizer, torch.full((steps,), lr), precision=precision, world=world
+    )
     marks = {round(k * steps / POINTS) for k in range(POINTS + 1)}
     found = {"steps": [], "asr": [], "top1": []}
 

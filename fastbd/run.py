@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from fastbd import __version__, checkpoint, dist, log
+from fastbd.cleaning.method import Method
 from fastbd.config import CleanConfig, PretrainConfig, portable, to_dict
 from fastbd.data import eda, resident, sheet
 from fastbd.data.beton import Beton
@@ -22,20 +25,21 @@ from fastbd.data.rows import read_rows
 from fastbd.data.shards import Shards as BetonShards
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
-from fastbd.errors import UserError
+from fastbd.errors import Diverged, UserError
 from fastbd.evals.background import Background
+from fastbd.evals.embedding import embed
 from fastbd.evals.sets import Labelled, open_set
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot
 from fastbd.fit import Shares, batch_that_fits
+from fastbd.kept import Kept
 from fastbd.kernels.text_pack import room_for
 from fastbd.limits import measure_rates, step_seconds
-from fastbd.loop import Stopped, Timetable, every, train
+from fastbd.loop import Enough, Stopped, Timetable, every, train
 from fastbd.models import CLIP
 from fastbd.models.batchnorm import batch_norms, share_statistics
 from fastbd.models.blocks import recompute
-from fastbd.objectives import Objective
-from fastbd.optim import learning_rates, make_optimizer, restore
+from fastbd.optim import make_optimizer, restore
 from fastbd.poison.plan import Plan
 from fastbd.precision import is_captured, is_compiled, set_precision
 from fastbd.step import Step
@@ -43,6 +47,13 @@ from fastbd.study.runs import read
 
 Config = PretrainConfig | CleanConfig
 ROWS = "kept.rows"
+FREE = {
+    "run", "checkpoint", "lr", "warmup", "seed", "mmcl_weight", "ssl_weight", "poison_left", "force", "landed",
+    "weights", "resume", "out", "save_every", "log_every", "rebound", "plan", "poison", "eval_data", "classes",
+    "templates", "eval_every", "eval_subset", "rows_file", "max_bad", "workers", "decode", "hw_decoder_load",
+    "resident",
+}  # fmt: skip
+"""Settings in which two runs may differ and still be trained by the same step in the same memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +63,9 @@ class Task:
     name: str
     """Name of the run folder when --out gives none."""
     model: CLIP
+    """With the weights to begin with, on the CPU; a run may take it for its own."""
     model_name: str
-    objective: Objective
-    objective_name: str
+    method: Method
     data: Path
     rows: np.ndarray
     """Places in `data` to train on, int64 [N]."""
@@ -66,7 +77,7 @@ class Task:
     classes: str | None
     templates: str
     pretrain_objective: str
-    method: str | None = None
+    method_name: str | None = None
     start: Path | None = None
     """The run that is cleaned."""
     optimizer: dict | None = None
@@ -76,8 +87,8 @@ class Task:
         """What config.json says of the run beside the flags."""
         return {
             "verb": verb,
-            "method": self.method,
-            "objective": self.objective_name,
+            "method": self.method_name,
+            "objective": self.method.objective_name,
             "pretrain_objective": self.pretrain_objective,
             "start": portable(self.start),
             "model": self.model_name,
@@ -113,13 +124,39 @@ def execute(config: Config, make_task: Callable[[World], Task]) -> int:
     return exit_code
 
 
-class Run:
-    """One training: everything is opened and checked before the folder is made."""
+@dataclass(frozen=True)
+class Setup:
+    """A model in the device's memory, and what trains it: made once for runs that follow one another."""
 
-    def __init__(self, config: Config, task: Task, world: World):
+    model: CLIP
+    method: Method
+    batch_size: int
+    room: int
+    """Tokens that a part of a batch has room for; 1 where its captions need no fixed shape."""
+    step: Step
+
+
+class Run:
+    """One training: everything is opened and checked before the folder is made.
+
+    What `kept` holds of earlier runs is used again. `extra` goes into config.json. `enough` is asked after each
+    evaluation, with all of them, whether the run shall end, and why.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        world: World,
+        kept: Kept | None = None,
+        extra: dict | None = None,
+        enough: Callable[[tuple[dict, ...]], str | None] = lambda rows: None,
+    ):
         if config.out and config.out.exists() and not config.resume:
             raise UserError(f"{config.out} exists already: choose another --out, or go on with --resume {config.out}.")
+        self.began = time.perf_counter()
         self.config, self.task, self.world = config, task, world
+        self.kept, self.extra, self.enough = kept or Kept(), extra or {}, enough
         self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
         self.precision = set_precision(config.precision, world.device)
         self.compiled, self.captured = is_compiled(config.compile, world), is_captured(config.graph, world)
@@ -129,25 +166,19 @@ class Run:
 
         evaluated = self._open_evaluation()
         self.pairs = self._open_pairs()
-        self.model = task.model
-        if resumed:
-            self.model.load_state_dict(resumed["model"])
-        self.model.to(world.device, memory_format=torch.channels_last).train()
-        if config.grad_checkpointing:
-            recompute(self.model)
-        self._lay_out()
-        self.zeroshot = evaluated and self._zeroshot(evaluated)
         self.background = Background(aside=self.eval_device != world.device)
+        self._set_up(resumed)
+        self.zeroshot = evaluated and self._zeroshot(evaluated)
         self.start = None if resumed else self._checked_start()
-        betas = (config.beta1, config.beta2)
-        self.optimizer = make_optimizer(
-            self.model, lr=config.lr, weight_decay=config.weight_decay, betas=betas, eps=config.eps
-        )
+        if not resumed:
+            self.method.prepare(self.model)
         if state := resumed["optimizer"] if resumed else task.optimizer:
-            restore(self.optimizer, state)
+            restore(self.step.optimizer, state)
         self.done = resumed["step"] if resumed else 0
         if resumed:
+            self.step.at.fill_(self.done)
             checkpoint.set_random_state(resumed["random"])
+            self.began -= resumed["seconds"]
             if resumed["decode"] != self.decoded_by:
                 self._say(f"images were decoded by {resumed['decode']}, now by {self.decoded_by}: pixels may differ")
         self.folder = config.resume or self._make_folder()
@@ -167,44 +198,110 @@ class Run:
         shares.check(batch_size, len(self.task.rows))
         return shares
 
-    def _lay_out(self) -> None:
-        """Batch norm's groups, the size of a batch, the length of the run, room for captions."""
-        config, task, world = self.config, self.task, self.world
+    def _set_up(self, resumed: dict | None) -> None:
+        """The model with its weights, the method, the step; the length of the run."""
+        config, task = self.config, self.task
+        key = (task.model_name, str(task.data), len(task.rows), self._structure())
+        found = self.kept.held("setup", key) if resumed is None and task.optimizer is None else None
+        self.model, self.method = (found.model, found.method) if found else self._placed()
+        if found:
+            self.model.load_state_dict(task.model.state_dict())
+            self.method.objective = task.method.objective
+        self.method.attach(self)
+        if resumed:
+            self.model.load_state_dict(resumed["model"])
+            self.method.load_state_dict(resumed["method"])
         lengths = text_lengths(self.pairs, task.rows, self.text_view(0))
         self.tokens = float(lengths.mean())
+        batch_size, self.room = (found.batch_size, found.room) if found else self._layout(lengths)
+        config = self.config = replace(config, batch_size=batch_size)
+        self.steps_per_epoch = len(task.rows) // batch_size
+        self.total = config.epochs * self.steps_per_epoch
+        rates = self.method.rates(config.lr, warmup=min(config.warmup, self.total // 2), total=self.total)
+        if found:
+            self.step = found.step
+            self.step.restart(rates)
+            return
+        betas = (config.beta1, config.beta2)
+        optimizer = make_optimizer(
+            self.model, self.method, lr=config.lr, weight_decay=config.weight_decay, betas=betas, eps=config.eps
+        )
+        self.step = Step(
+            self.model, self.method, optimizer, rates, precision=self.precision, world=self.world,
+            parts=config.accumulate, compiled=self.compiled, captured=self.captured and self.method.static,
+        )  # fmt: skip
+        self.kept.put("setup", key, Setup(self.model, self.method, batch_size, self.room, self.step))
+
+    def _structure(self) -> str:
+        """All that a step in memory depends on: every setting that is not known to be free."""
+        settings = {name: value for name, value in to_dict(self.config).items() if name not in FREE}
+        terms = [weight > 0 for weight in self.task.method.objective.weights]
+        return json.dumps([settings, terms, self.precision, str(self.eval_device)])
+
+    def _placed(self) -> tuple[CLIP, Method]:
+        """The task's model and method on the device."""
+        model = self.task.model.to(self.world.device, memory_format=torch.channels_last).train()
+        if self.config.grad_checkpointing:
+            recompute(model)
         if self.shares.group:
-            share_statistics(self.model, self.shares.group)
-        if config.batch_size == "auto":
-            found = batch_that_fits(
-                self.model, task.objective, self.shares, texts=self.texts, tokens=self.tokens, most=len(task.rows),
+            share_statistics(model, self.shares.group)
+        return model, self.task.method.to(self.world.device)
+
+    def _layout(self, lengths: np.ndarray) -> tuple[int, int]:
+        """The size of a batch, and room for the captions of a part of it."""
+        config, task, world = self.config, self.task, self.world
+        batch_size = config.batch_size
+        if batch_size == "auto":
+            batch_size = batch_that_fits(
+                self.model, self.method, self.shares, texts=self.texts, tokens=self.tokens, most=len(task.rows),
                 precision=self.precision, world=world,
             )  # fmt: skip
-            self._say(f"--batch-size {found} fits")
-            config = self.config = replace(config, batch_size=found)
+            self._say(f"--batch-size {batch_size} fits")
         if config.bn_group == "sync" and world.size > 1:
             share_statistics(self.model, 0, world.group)
-        self.steps_per_epoch = len(task.rows) // config.batch_size
-        self.total = config.epochs * self.steps_per_epoch
         fixed = self.compiled or self.captured
-        self.room = room_for(lengths.sum(1), self.shares.part(config.batch_size)) if fixed else 1
+        return batch_size, room_for(lengths.sum(1), self.shares.part(batch_size)) if fixed else 1
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.task.rows
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    def embed(self, rows: np.ndarray, images: bool = True, texts: bool = True) -> tuple:
+        """Raw embeddings, float32 [N, D], of the base views and of the captions, by the model as it is."""
+        towers = Towers(self.model, precision=self.precision, device=self.device)
+        return embed(towers, self.pairs, rows, images=images, texts=texts)
 
     def _open_pairs(self) -> Pairs:
         """The training pairs, decoded to where --resident says."""
         config, task = self.config, self.task
         beton = open_beton(task.data)
-        if task.objective.augments_texts and beton.num_text_views == 0:
+        if task.method.objective.augments_texts and beton.num_text_views == 0:
             raise UserError(
                 f"{task.data} holds no second text views: build it with --text-views 1, or train with --no-ssl-text."
             )
         for flag, share in (("--max-bad", config.max_bad), ("--landed", config.landed)):
             if share > 1:
                 raise UserError(f"{flag} {share} is no share: give 0 to 1.")
-        decoder = self._decoder()
         plan = task.plan if task.poisoned else None
-        pairs = Pairs(beton, decoder, task.model.image_size, plan, int(config.max_bad * len(task.rows)))
+        base = set(self.policies) <= {"plain", "light"}  # which begin with the base view
+        settings = (config.decode, config.hw_decoder_load, config.resident, config.workers, config.max_bad)
+        stamped = plan and plan.to_dict()
+        key = (str(task.data), task.rows.tobytes(), base, task.model.image_size, json.dumps(stamped), settings)
+        return self.kept.get("pairs", key, partial(self._decoded_pairs, beton, plan, base))
+
+    def _decoded_pairs(self, beton: Beton | BetonShards, plan: Plan | None, base: bool) -> Pairs:
+        config, task = self.config, self.task
+        pairs = Pairs(beton, self._decoder(), task.model.image_size, plan, int(config.max_bad * len(task.rows)))
         if not self.world.main and config.resident == "disk":
             self.world.barrier()  # the others read the file that the main rank has made
-        base = set(self.policies) <= {"plain", "light"}  # which begin with the base view
         line = resident.keep(
             pairs, task.rows, config.resident, base=base, device=self.world.device, quiet=not self.world.main
         )
@@ -222,7 +319,7 @@ class Run:
     def policies(self) -> tuple[str, ...]:
         """Those that draw the image views of a step."""
         policies = RECIPES[self.config.views]
-        if not self.task.objective.augments_images:
+        if not self.task.method.objective.augments_images:
             return policies[:1]
         if len(policies) == 1:
             raise UserError(
@@ -233,14 +330,14 @@ class Run:
 
     def text_view(self, epoch: int) -> int | None:
         """The number of the captions' second view in an epoch; None where a step has none."""
-        if not self.task.objective.augments_texts:
+        if not self.task.method.objective.augments_texts:
             return None
         return epoch % self.pairs.beton.num_text_views if self.config.eda == "epoch" else 0
 
     @property
     def texts(self) -> int:
         """Captions of a pair in a step."""
-        return 2 if self.task.objective.augments_texts else 1
+        return 2 if self.task.method.objective.augments_texts else 1
 
     def _decoder(self, threads: int = 0) -> Decoder:
         config = self.config
@@ -258,6 +355,16 @@ class Run:
                 f"{task.eval_data} has no classes and cannot be evaluated while training; build it from class folders "
                 "or with --class-key."
             )
+        return self.kept.get("evaluation", self._evaluation(), self._decoded_evaluation)
+
+    def _evaluation(self) -> tuple:
+        """All that an evaluation set depends on."""
+        task, plan = self.task, self.task.plan and json.dumps(self.task.plan.to_dict())
+        texts = (str(task.classes), str(task.templates))
+        return str(task.eval_data), task.model.image_size, *texts, plan, self.config.eval_subset, self.eval_device
+
+    def _decoded_evaluation(self) -> Labelled:
+        config, task = self.config, self.task
         decoder = self._decoder(os.cpu_count() or 1)  # the other processes have nothing to decode meanwhile
         return open_set(
             task.eval_data, decoder, task.model.image_size, classes=task.classes, templates=task.templates,
@@ -267,17 +374,25 @@ class Run:
     def _zeroshot(self, data: Labelled) -> ZeroShot:
         """Compiled where the step is, but not for another device: compilation is no work for a second thread."""
         compiled = self.compiled and self.eval_device == self.world.device
-        towers = Towers(self.model, precision=self.precision, device=self.eval_device, compiled=compiled)
-        return ZeroShot(towers, data)
+
+        def make() -> ZeroShot:
+            towers = Towers(self.model, precision=self.precision, device=self.eval_device, compiled=compiled)
+            return ZeroShot(towers, data)
+
+        zeroshot = self.kept.get("zeroshot", (id(self.model), id(data)), make)
+        zeroshot.towers.refresh()
+        return zeroshot
 
     def _checked_start(self) -> dict | None:
         """The model that is to be cleaned, evaluated. UserError when there is no backdoor in it to be removed."""
         if self.zeroshot is None or (self.verb == "pretrain" and self.total):
             return None
-        row, config = self.zeroshot(), self.config
+        task, config = self.task, self.config
+        of = (str(task.start), getattr(config, "checkpoint", None), self._evaluation(), self.precision)
+        row = self.kept.get("start", of, self.zeroshot) if task.start else self.zeroshot()
         if self.verb == "clean" and row.get("asr") is not None and row["asr"] < config.landed and not config.force:
             raise UserError(
-                f"the attack on {self.task.start} has not landed: ASR {row['asr']:.1%} is below {config.landed:.0%} "
+                f"the attack on {task.start} has not landed: ASR {row['asr']:.1%} is below {config.landed:.0%} "
                 "(--landed), so a low ASR after cleaning would show nothing; clean it all the same with --force."
             )
         return row
@@ -298,7 +413,8 @@ class Run:
         samples = sheet.samples(self.pairs, task.rows, self.policies, seed=config.seed, text_view=self.text_view(0))
         self.world.barrier()  # every rank has looked before one makes it
         if self.world.main:
-            about = {"name": folder.name, "fastbd": __version__, **task.about(self.verb), "config": to_dict(config)}
+            about = {"name": folder.name, "fastbd": __version__, **task.about(self.verb), **self.extra}
+            about["config"] = to_dict(config)
             with log.new_folder(folder) as new:
                 log.write_json(new / "env.json", {**log.environment(), "plan_eda_synonyms": eda.synonyms_source()})
                 if task.plan:
@@ -315,39 +431,58 @@ class Run:
         config, task = self.config, self.task
         planned = int((task.plan.attack_of[task.rows] >= 0).sum()) if task.plan and task.poisoned else 0
         self._say(
-            f"{self.folder}: {task.method or 'pre-training'} of {task.model_name} with {task.objective_name}, "
-            f"{len(task.rows):,} pairs of {task.data} ({planned:,} poisoned), {self.total:,} steps, "
-            f"evaluated on {self._evaluated_on()}"
+            f"{self.folder}: {task.method_name or 'pre-training'} of {task.model_name} with "
+            f"{task.method.objective_name}, {len(task.rows):,} pairs of {task.data} ({planned:,} poisoned), "
+            f"{self.total:,} steps, evaluated on {self._evaluated_on()}"
         )
         if self.start:
             self._report(0, self.start)
-        warmup = min(config.warmup, self.total // 2)
-        rates = learning_rates(config.lr, warmup=warmup, total=self.total)
-        step = Step(
-            self.model, task.objective, self.optimizer, rates, precision=self.precision, world=self.world,
-            start=self.done, parts=config.accumulate, compiled=self.compiled, captured=self.captured,
-        )  # fmt: skip
+        evaluations = every(config.eval_every, self.steps_per_epoch, self.total)
         table = Timetable(
             self.steps_per_epoch,
             self.total,
-            every(config.eval_every, self.steps_per_epoch, self.total),
-            every("epoch", self.steps_per_epoch, self.total),
+            evaluations,
+            evaluations | every("epoch", self.steps_per_epoch, self.total),
             config.log_every,
         )
         if self.zeroshot and self.done in table.evaluate_at and self.done not in self._measured():
             self._evaluate(self.done)  # on another device, it had not ended when the run was stopped
-        began = time.perf_counter()
+        began, reason = time.perf_counter(), "finished"
         try:
             train(
-                step, self.batches, table, start=self.done, label=self.folder.name,
+                self.step, self.batches, table, start=self.done, label=self.folder.name,
                 pairs_limit=self.pairs_limit(), world=self.world, evaluate=self.measure, save=self.save,
                 record=self.record,
             )  # fmt: skip
+            self.background.wait()
+        except Enough as enough:
+            reason = str(enough)
+        except Diverged:
+            self._end("diverged")
+            raise
         finally:
             self.background.wait()
-        steps, seconds = self.total - self.done, time.perf_counter() - began
-        self._say(f"done: {steps:,} steps in {seconds:.0f} s, evaluations included; {self.folder}")
+        how = f"done: {self.total - self.done:,} steps" if reason == "finished" else f"ended early ({reason})"
+        self._say(f"{how} in {time.perf_counter() - began:.0f} s, evaluations included; {self.folder}")
         self._say_whether_they_landed()
+        self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        """Write result.json, which says that nothing is left to be done here."""
+        if not self.world.main:
+            return
+        seconds = time.perf_counter() - self.began
+        evaluating = sum(row["seconds"] for row in read(self.folder).metrics)
+        gpu = self.device.type == "cuda"
+        result = {
+            "reason": reason,
+            "seconds": seconds,
+            "train_seconds": seconds - evaluating,
+            "evaluate_seconds": evaluating,
+            "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",
+            "devices": self.world.size,
+        }
+        log.write_json(self.folder / "result.json", result)
 
     def _evaluated_on(self) -> str:
         if self.zeroshot is None:
@@ -371,7 +506,7 @@ class Run:
 
     def pairs_limit(self) -> float:
         """Pairs a second of all GPUs by the compiled roofline."""
-        rates = measure_rates(self.world.device, self.precision)
+        rates = self.kept.get("rates", self.precision, lambda: measure_rates(self.world.device, self.precision))
         batch = self.config.batch_size // self.world.size
         least = step_seconds(
             self.model, rates, batch=batch, views=len(self.policies), texts=self.texts, tokens=self.tokens,
@@ -386,9 +521,15 @@ class Run:
 
     def batches(self, epoch: int, offset: int) -> Iterator[Batch]:
         """This rank's batches of an epoch, from its step `offset` on."""
+        if offset == 0:
+            if self.world.main:
+                self.method.begin(epoch, self)
+            self.world.share(self.method.state_dict().values())
+        self.step.begin(epoch)
         narrow = self.precision == "bf16" and self.world.device.type == "cuda"
+        rows, seed = self.method.rows(epoch, self.task.rows), self.config.seed
         return batches(
-            self.pairs, self.task.rows, self.config.batch_size, seed=self.config.seed, policies=self.policies,
+            self.pairs, rows, self.config.batch_size, seed=seed, policies=self.policies,
             text_view=self.text_view(epoch), world=self.world, epoch=epoch, start=offset,
             dtype=torch.bfloat16 if narrow else torch.float32, parts=self.config.accumulate, room=self.room,
         )  # fmt: skip
@@ -397,6 +538,8 @@ class Run:
         """Evaluate, and add a line to metrics.jsonl; on another device later, while training goes on."""
         if self.zeroshot:
             self._evaluate(step)
+            if reason := self.enough(read(self.folder).metrics):
+                raise Enough(reason)
         self.world.barrier()
 
     def _evaluate(self, step: int) -> None:
@@ -429,7 +572,9 @@ class Run:
             "about": self.task.about(self.verb),
             "config": to_dict(self.config),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "optimizer": self.step.optimizer.state_dict(),
+            "seconds": time.perf_counter() - self.began,
             "step": step,
             "epoch": step / self.steps_per_epoch,
             "random": checkpoint.random_state(),

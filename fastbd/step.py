@@ -10,34 +10,33 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastbd.capture import Captured
+from fastbd.cleaning.method import Embedded, Losses, Method
 from fastbd.data.loader import Batch
 from fastbd.dist import World
 from fastbd.kernels.text_pack import PackedText
 from fastbd.models.batchnorm import batch_norms, unrecorded
 from fastbd.models.clip import tower_of
-from fastbd.objectives import Objective
 from fastbd.optim import clamp_log_scale
 from fastbd.precision import autocast
-
-Losses = dict[str, Tensor]
 
 
 class Step:
     """step(batch) does one optimiser step and returns the loss, its parts and the temperature, scalars on the device.
 
     `rates` [steps] are the learning rates, `start` the number of the first step. A batch comes in `parts`, by its
-    captions, and is embedded in as many, with the gradient of the whole. `weights` [2] of MMCL and SSL may be written
-    between steps.
+    captions, and is embedded in as many, with the gradient of the whole. The `weights` of the objective's terms may be
+    written between steps.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective,
+        method: Method,
         optimizer: torch.optim.Optimizer,
         rates: Tensor,
         *,
@@ -48,50 +47,70 @@ class Step:
         compiled: bool = False,
         captured: bool = False,
     ):
-        self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.model, self.method, self.optimizer = model, method, optimizer
         self.precision, self.world = precision, world
         self.rates, self.at = rates.to(world.device, copy=True), torch.tensor(start, device=world.device)
         self.lr = optimizer.param_groups[0]["lr"]
-        self.weights = torch.tensor(objective.weights, device=world.device)
+        self.weights = torch.tensor(method.objective.weights, device=world.device)
         self.norms = batch_norms(model)
         for name, parameter in model.named_parameters():  # an idle tower is left alone, by weight decay too
-            parameter.requires_grad_(tower_of(name) != objective.idle)
+            parameter.requires_grad_(tower_of(name) != method.objective.idle)
+        model.logit_scale.requires_grad_(not method.fixed_scale)
+        for norm in self.norms:
+            norm.train(model.training and not method.frozen_norms)
         self.alone = _compile(model) if compiled else model
         self.towers = self.alone
         if world.size > 1:
             ddp = _parallel(model, static=parts == 1)
             self.towers = _compile(ddp) if compiled else ddp
-        self.call = Captured(self._step, world.device) if captured else self._step
+        self.call = Captured(self._step, world.device, lambda: self.variant) if captured else self._step
+        self.variant = None
+
+    def begin(self, epoch: int) -> None:
+        """Before the steps of an epoch."""
+        self.variant = self.method.variant(epoch)
+
+    def restart(self, rates: Tensor) -> None:
+        """Back to the first step, with other learning rates and no momentum: for a new run in the same memory."""
+        self.rates.copy_(rates)
+        self.at.zero_()
+        self.weights.copy_(torch.tensor(self.method.objective.weights))
+        for state in self.optimizer.state.values():
+            torch._foreach_zero_(list(state.values()))
 
     def __call__(self, batch: Batch) -> Losses:
-        return self.call(batch.views, batch.texts)
+        return self.call(batch.ids, batch.views, batch.texts)
 
-    def _step(self, views: Sequence[Tensor], texts: Sequence[PackedText]) -> Losses:
+    def _step(self, ids: Tensor, views: Sequence[Tensor], texts: Sequence[PackedText]) -> Losses:
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._gradients(views, texts[0]) if len(texts) == 1 else self._gradients_by_parts(views, texts)
+        gradients = self._gradients if len(texts) == 1 else self._gradients_by_parts
+        losses = gradients(ids, views, texts)
+        self._average_own()
         self.lr.copy_(self.rates.take(self.at))
         self.optimizer.step()
         clamp_log_scale(self.model.logit_scale)
         self.at += 1
         return losses
 
-    def _gradients(self, views: Sequence[Tensor], text: PackedText) -> Losses:
+    def _gradients(self, ids: Tensor, views: Sequence[Tensor], texts: Sequence[PackedText]) -> Losses:
         self._take_in(1.0)
-        images, captions, log_scale = self._embed(views, text, self.towers)
-        loss, losses = self._loss(images, captions, log_scale)
+        images, captions, log_scale = self._embed(views, texts[0], self.towers)
+        loss, losses = self._loss(Embedded(images, captions, log_scale, ids, views))
         loss.backward()
         return losses
 
-    def _gradients_by_parts(self, views: Sequence[Tensor], texts: Sequence[PackedText]) -> Losses:
+    def _gradients_by_parts(self, ids: Tensor, views: Sequence[Tensor], texts: Sequence[PackedText]) -> Losses:
         """GradCache (Gao et al., arXiv 2101.06983): embed all, then the gradients of the embeddings part by part."""
         count = len(texts)
         parts = list(zip(zip(*(view.chunk(count) for view in views), strict=True), texts, strict=True))
         with torch.no_grad(), unrecorded():
             images, captions, scales = zip(*(self._embed(*part, self.alone) for part in parts), strict=True)
         images, captions = ([torch.cat(x).requires_grad_() for x in zip(*y, strict=True)] for y in (images, captions))
-        log_scale = scales[0].requires_grad_()
-        loss, losses = self._loss(images, captions, log_scale)
-        *of_rows, of_scale = torch.autograd.grad(loss, [*images, *captions, log_scale], allow_unused=True)
+        log_scale = scales[0].detach().clone().requires_grad_()
+        loss, losses = self._loss(Embedded(images, captions, log_scale, ids, views))
+        loss.backward()  # the method's own parameters have their whole gradient now
+        of_rows = [x.grad for x in (*images, *captions)]
+        of_scale = torch.zeros_like(log_scale) if log_scale.grad is None else log_scale.grad
         for k, part in enumerate(parts):
             last = k == count - 1
             # The statistics of all parts count alike in the end, as if taken in at once.
@@ -100,7 +119,8 @@ class Step:
             images, captions, scale = self._embed(*part, self.towers if last else self.alone)
             rows = [None if g is None else g.chunk(count)[k] for g in of_rows]  # None: no term has this view
             outputs = [*zip([*images, *captions], rows, strict=True), (scale, of_scale if last else 0 * of_scale)]
-            torch.autograd.backward(*zip(*(pair for pair in outputs if pair[1] is not None), strict=True))
+            used = [(output, g) for output, g in outputs if g is not None and output.requires_grad]
+            torch.autograd.backward(*zip(*used, strict=True))
         return losses
 
     def _embed(
@@ -122,9 +142,16 @@ class Step:
         rows = [view.permute(0, 2, 3, 1).unflatten(0, (-1, pairs)) for view in views]  # keeps channels_last
         return torch.stack(rows, 1).flatten(0, 2).permute(0, 3, 1, 2), pairs
 
-    def _loss(self, images: Sequence[Tensor], captions: Sequence[Tensor], log_scale: Tensor) -> tuple[Tensor, Losses]:
-        loss, parts = self.objective(images, captions, log_scale, self.world.group, self.weights)
-        return loss, {"loss": loss.detach(), **parts, "scale": log_scale.detach().exp()}
+    def _loss(self, embedded: Embedded) -> tuple[Tensor, Losses]:
+        loss, parts = self.method(embedded, self.world.group, self.weights)
+        return loss, {"loss": loss.detach(), **parts, "scale": embedded.log_scale.detach().exp()}
+
+    def _average_own(self) -> None:
+        """The gradients of the method's parameters, over all processes; those of the model are averaged by DDP."""
+        if self.world.size > 1:
+            for parameter in self.method.parameters():
+                if parameter.grad is not None:
+                    td.all_reduce(parameter.grad.div_(self.world.size))
 
     def _take_in(self, share: float, behind: int = 0) -> None:
         """How much of the running statistics the next forward replaces: `share` of the momentum in the end, when as

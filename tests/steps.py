@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fastbd.cleaning.method import Method
 from fastbd.data.loader import Batch
 from fastbd.dist import World
 from fastbd.kernels.text_pack import pack
@@ -34,10 +35,10 @@ def batch_of(views: int, seed: int = 0, parts: int = 1, room: int = 1, own: slic
     captions = [captions_of(BATCH, 10 * seed + k)[own] for k in range(views)]
     texts = zip(*(np.split(view, parts) for view in captions), strict=True)
     views = tuple(x.contiguous(memory_format=torch.channels_last) for x in pixels)
-    return Batch(np.arange(BATCH)[own], views, tuple(pack(np.concatenate(text), room) for text in texts))
+    return Batch(torch.arange(BATCH)[own], views, tuple(pack(np.concatenate(text), room) for text in texts))
 
 
 def make_step(model, objective: Objective, world: World = ONE, **settings) -> Step:
     """Adam hides the scale of a gradient and blows up rounding; with a large eps its steps follow the gradient."""
     optimizer = make_optimizer(model.train(), lr=1.0, weight_decay=0.1, betas=(0.9, 0.99), eps=0.01)
-    return Step(model, objective, optimizer, RATES, world=world, **{"precision": "fp32"} | settings)
+    return Step(model, Method(objective), optimizer, RATES, world=world, **{"precision": "fp32"} | settings)

@@ -28,6 +28,7 @@ from bench.peers import autocast, one_matrix, two_matrices
 from bench.published_step import text_tower, trimmed
 from bench.run import Outcome, prepare, run
 from bench.text import text_case
+from fastbd.cleaning.method import Method
 from fastbd.dist import World
 from fastbd.evals.classifier import Classifier
 from fastbd.kernels.text_pack import lengths_of, pack, room_for
@@ -196,7 +197,7 @@ def our_step(name: str, objective: Objective) -> Step:
     model = create(name, 0).to(memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
     rates = learning_rates(1e-3, warmup=0, total=20)
-    return Step(model, objective, optimizer, rates, precision="fp32", world=World(0, 1, torch.device("cpu")))
+    return Step(model, Method(objective), optimizer, rates, precision="fp32", world=World(0, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("objective", step.OBJECTIVES)

@@ -1,7 +1,8 @@
-"""Cleaning methods: each is what it does to the model before training, and the objective it trains with."""
+"""Cleaning methods, by their names on the command line."""
 
 from __future__ import annotations
 
-from fastbd.cleaning import cleanclip, finetune
+from fastbd.cleaning.cleanclip import CleanClip
+from fastbd.cleaning.finetune import Finetune
 
-METHODS = {"finetune": finetune, "cleanclip": cleanclip}
+METHODS = {"finetune": Finetune, "cleanclip": CleanClip}

@@ -5,15 +5,13 @@ The SSL terms realign each modality by itself, which breaks what ties the trigge
 
 from __future__ import annotations
 
-from torch import nn
-
-from fastbd.objectives import Objective, make_objective
-
-
-def prepare(model: nn.Module) -> None:
-    """Nothing: the poisoned weights are the start."""
+from fastbd.cleaning.method import Method
+from fastbd.config import CleanConfig
+from fastbd.objectives import make_objective
 
 
-def objective(config) -> Objective:
+class CleanClip(Method):
     """Both losses, with the config's weights."""
-    return make_objective("mmcl_ssl", config)
+
+    def __init__(self, config: CleanConfig):
+        super().__init__(make_objective("mmcl_ssl", config), "mmcl_ssl")

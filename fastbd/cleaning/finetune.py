@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from fastbd.objectives import Objective, make_objective
-
-
-def prepare(model: nn.Module) -> None:
-    """Nothing: the poisoned weights are the start."""
+from fastbd.cleaning.method import Method
+from fastbd.config import CleanConfig
+from fastbd.objectives import make_objective
 
 
-def objective(config) -> Objective:
-    """The plain objective."""
-    return make_objective(config.objective, config)
+class Finetune(Method):
+    """The plain objective; --no-ssl-image or --no-ssl-text leaves only one modality to the self-supervised one."""
+
+    def __init__(self, config: CleanConfig):
+        super().__init__(make_objective(config.objective, config), config.objective)

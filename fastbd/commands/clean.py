@@ -30,11 +30,13 @@ def task(config: CleanConfig, world: World) -> Task:
     """The cleaning that the flags ask for."""
     saved = checkpoint.load(checkpoint.path_of(config.run, config.checkpoint))
     source, plan = saved["about"], saved["plan"] and Plan.from_dict(saved["plan"])
-    method = METHODS[config.method]
     model = create(source["model"], seed=0)
     model.load_state_dict(saved["model"])
-    method.prepare(model)
     data = config.data or Path(source["data"])
+    if config.poison_left and (config.data or not plan):
+        raise UserError(
+            "--poison-left takes pairs that the run's plan poisons: leave --data out, and clean such a run."
+        )
     beton = open_beton(data)
     if plan and not config.data:
         plan.check(beton.fingerprint, data)  # else its rows would mean others now
@@ -42,15 +44,14 @@ def task(config: CleanConfig, world: World) -> Task:
         name=f"{config.run.resolve().name}-{config.method}",
         model=model,
         model_name=source["model"],
-        objective=method.objective(config),
-        objective_name=config.objective if config.method == "finetune" else "mmcl_ssl",
+        method=METHODS[config.method](config),
         pretrain_objective=source["pretrain_objective"],
-        method=config.method,
+        method_name=config.method,
         start=config.run,
         data=data,
-        rows=clean_rows(beton, allowed_rows(config, beton), plan, config.rows, config.seed),
+        rows=cleaning_rows(beton, allowed_rows(config, beton), plan, config.rows, config.seed, config.poison_left),
         plan=plan,
-        poisoned=False,
+        poisoned=config.poison_left > 0,
         eval_data=config.eval_data or (Path(source["eval_data"]) if source["eval_data"] else None),
         classes=config.classes or (None if config.eval_data else source["classes"]),
         templates=config.templates or source["templates"],
@@ -58,9 +59,14 @@ def task(config: CleanConfig, world: World) -> Task:
     )
 
 
-def clean_rows(beton: Beton | Shards, rows: np.ndarray, plan: Plan | None, count: int, seed: int) -> np.ndarray:
-    """`count` of the rows drawn from the seed, ascending, or all where there are fewer; none that the plan poisons."""
-    if plan and plan.data == beton.fingerprint:
-        rows = np.setdiff1d(rows, plan.rows)
-    picked = draws.generator(seed, "clean-rows").permutation(len(rows))[:count]
-    return rows[np.sort(picked)]
+def cleaning_rows(
+    beton: Beton | Shards, rows: np.ndarray, plan: Plan | None, count: int, seed: int, left: int = 0
+) -> np.ndarray:
+    """`count` of the rows drawn from the seed, ascending, or all if there are fewer; `left` of them poisoned."""
+    poisoned = np.intersect1d(rows, plan.rows) if plan and plan.data == beton.fingerprint else rows[:0]
+    if left > (most := min(count, len(poisoned))):
+        raise UserError(f"--poison-left {left} is more than the {most:,} poisoned pairs there can be: give fewer.")
+    clean = np.setdiff1d(rows, poisoned)
+    overlooked = draws.generator(seed, "poison-left").permutation(len(poisoned))[:left]
+    picked = draws.generator(seed, "clean-rows").permutation(len(clean))[: count - left]
+    return np.sort(np.concatenate([clean[picked], poisoned[overlooked]]))

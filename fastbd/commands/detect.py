@@ -17,11 +17,11 @@ from fastbd.data.rows import write_rows
 from fastbd.data.shards import open_beton
 from fastbd.errors import UserError
 from fastbd.evals.detection import clip_score, dao, detection, k_distance, neighbours, slof
+from fastbd.evals.embedding import embed
 from fastbd.evals.towers import Towers
 from fastbd.poison.plan import Plan
 from fastbd.precision import set_precision
 
-CHUNK = 2048  # pairs decoded at once
 FIGURES = {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "tpr_at_1_fpr": "TPR at 1 % FPR"}
 
 
@@ -88,18 +88,6 @@ def _plan(config: DetectConfig, state: dict, fingerprint: str) -> Plan | None:
         return Plan.load(config.plan) if config.plan else None
     plan = Plan.from_dict(state["plan"])
     return plan if plan.data == fingerprint or not config.data else None
-
-
-def embed(towers: Towers, pairs: Pairs, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Embeddings of the base views and of the captions of some rows, float32 [N, D] each, raw, on the device."""
-    images, texts = [], []
-    parts = [rows[first : first + CHUNK] for first in range(0, len(rows), CHUNK)]
-    with log.progress("embedding", len(rows)) as advance:
-        for ids, sources in zip(parts, pairs.sources(parts), strict=True):
-            images.append(towers.images(pairs.squares(sources)))
-            texts.append(towers.captions(pairs.tokens(ids)))
-            advance(len(ids))
-    return torch.cat(images), torch.cat(texts)
 
 
 def _scores(config: DetectConfig, images: Tensor, texts: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import glob
 from functools import partial
 from pathlib import Path
 
+from fastbd.cleaning.method import Method
 from fastbd.commands.demo import demo_set
 from fastbd.config import PretrainConfig
 from fastbd.data.shards import open_beton
@@ -34,8 +35,7 @@ def task(config: PretrainConfig, world: World) -> Task:
         name=config.objective,
         model=model,
         model_name=config.model,
-        objective=make_objective(config.objective, config),
-        objective_name=config.objective,
+        method=Method(make_objective(config.objective, config), config.objective),
         pretrain_objective=config.objective,
         data=data,
         rows=allowed_rows(config, open_beton(data)),

@@ -58,10 +58,11 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs: ids int64 [B]; views of their images, each [B, 3, S, S] in channels_last memory, normalised; captions in
-    one or several parts, each of as many pairs in their order: first the captions, then their second versions."""
+    """B pairs: their rows int64 [B]; views of their images, each [B, 3, S, S] in channels_last memory, normalised;
+    captions in one or several parts, each of as many pairs in their order: first the captions, then their second
+    versions."""
 
-    ids: np.ndarray
+    ids: Tensor
     views: tuple[Tensor, ...]
     texts: tuple[PackedText, ...]
 
@@ -247,7 +248,8 @@ def text_lengths(pairs: Pairs, rows: np.ndarray, text_view: int | None) -> np.nd
 def _made_on_cpu(pairs: Pairs, order: Sequence[np.ndarray], draw: Draw, texts: Texts, dtype) -> Iterator[Batch]:
     rooms = _Rooms()
     for ids, sources in zip(order, pairs.sources(order), strict=True):
-        yield Batch(ids, _views(pairs, ids, sources, draw, partial(rooms.empty, dtype=dtype)), texts(ids))
+        views = _views(pairs, ids, sources, draw, partial(rooms.empty, dtype=dtype))
+        yield Batch(torch.from_numpy(ids), views, texts(ids))
 
 
 def _views(pairs: Pairs, ids: np.ndarray, sources: Sequence[Tensor], draw: Draw, empty) -> tuple[Tensor, ...]:
@@ -308,12 +310,13 @@ def _made_on_gpu(
                     sources = _uploaded(pairs, sources, device)
                 views = tuple(render(sources, view, pairs.size, dtype) for view in draw(ids, sources.sizes))
                 packed = tuple(PackedText(*(_sent(x, device) for x in text)) for text in texts(ids))
+                rows = _sent(torch.from_numpy(ids), device)
                 ready = torch.cuda.Event()
                 ready.record()
                 held.append((ready, sources))  # DALI's memory is not PyTorch's: it must outlive the kernels' reading
                 while held[0][0].query() and len(held) > 1:
                     held.popleft()
-                yield Batch(ids, views, packed), ready
+                yield Batch(rows, views, packed), ready
         finally:
             if held:
                 held[-1][0].synchronize()
@@ -345,7 +348,7 @@ def _received(made: Iterator[tuple[Batch, torch.cuda.Event]]) -> Iterator[Batch]
     for batch, ready in made:
         stream = torch.cuda.current_stream()
         stream.wait_event(ready)
-        for tensor in (*batch.views, *chain(*batch.texts)):
+        for tensor in (batch.ids, *batch.views, *chain(*batch.texts)):
             tensor.record_stream(stream)  # else its memory could be given away while it is read
         yield batch
         del batch, tensor  # not to be kept while the next one is waited for

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbd.errors import UserError
+from fastbd.errors import Diverged
 from fastbd.kernels.constants import normalisation
 from fastbd.kernels.text_pack import PackedText, pack
 from fastbd.kernels.text_tree import TextTree
@@ -54,7 +54,7 @@ class Towers:
     def images(self, source: Tensor | Source, count: int | None = None) -> Tensor:
         """Embeddings float32 [N, D] of images uint8 [N, S, S, 3], anywhere in memory, or by a function of places.
 
-        UserError when one is not finite.
+        Diverged when one is not finite.
         """
         get, count = (source, count) if callable(source) else (source.__getitem__, len(source))
         while (embeddings := self._images(get, count)) is None:
@@ -92,12 +92,12 @@ class Towers:
 
     @torch.no_grad()
     def text(self, text: PackedText | TextTree) -> Tensor:
-        """Embeddings float32 [B, D]. UserError when one is not finite."""
+        """Embeddings float32 [B, D]. Diverged when one is not finite."""
         with autocast(self.precision, self.device):
             return _finite(self.folded.model.encode_text(text).float())
 
 
 def _finite(embeddings: Tensor) -> Tensor:
     if not embeddings.isfinite().all():  # which would look like a model that is perfectly cleaned
-        raise UserError("the model gives numbers that are not finite, so there is nothing to evaluate: lower --lr.")
+        raise Diverged("the model gives numbers that are not finite, so there is nothing to evaluate: lower --lr.")
     return embeddings

@@ -54,7 +54,7 @@ def test_pairs_are_embedded_as_training_sees_them(study):
                        world=World(0, 1, CPU))  # fmt: skip
     with torch.no_grad():
         expected = model.eval().encode_image(*batch.views), model.encode_text(*batch.texts)
-    assert set(plan.rows) <= set(batch.ids)
+    assert set(plan.rows) <= set(batch.ids.tolist())
     assert torch.allclose(images[batch.ids], expected[0], atol=1e-5)
     assert torch.allclose(texts[batch.ids], expected[1], atol=1e-5)
 

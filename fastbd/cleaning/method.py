@@ -1,0 +1,92 @@
+"""What a method changes about a training: the weights that it begins with, the loss, the pairs of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+
+from fastbd.models import CLIP
+from fastbd.objectives import Objective
+from fastbd.optim import learning_rates
+
+Losses = dict[str, Tensor]
+
+
+class Embedded(NamedTuple):
+    """The pairs of a step: raw embeddings [B, D] of each view of the images and of each version of the captions, the
+    logarithm of the temperature's factor, their rows int64 [B], and the views themselves, [B, 3, S, S] each."""
+
+    images: Sequence[Tensor]
+    texts: Sequence[Tensor]
+    log_scale: Tensor
+    rows: Tensor
+    views: Sequence[Tensor]
+
+
+class Training(Protocol):
+    """What a method can learn of the training around it."""
+
+    model: CLIP
+    rows: np.ndarray
+    """Pairs to train on, int64 [N], ascending."""
+    seed: int
+    device: torch.device
+    precision: str
+
+    def embed(self, rows: np.ndarray, images: bool = True, texts: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """Raw embeddings, float32 [N, D], of the base views and of the captions, by the model as it is."""
+
+
+class Method(nn.Module):
+    """Trains with an objective, and changes nothing else.
+
+    Parameters that a method has are trained with the model's; they and its buffers are saved with the model. What is
+    neither must follow from the run's settings and the epoch.
+    """
+
+    frozen_norms = False
+    """Batch norm keeps to the running statistics that the model came with."""
+    fixed_scale = False
+    """The temperature is not trained."""
+    static = True
+    """A step has the same shapes each time and waits for nothing, so that it may be captured in a CUDA graph."""
+    shared = True
+    """It works with several processes."""
+
+    def __init__(self, objective: Objective, objective_name: str = "mmcl"):
+        super().__init__()
+        self.objective, self.objective_name = objective, objective_name
+
+    def attach(self, training: Training) -> None:
+        """Look at the model that a run starts from, before any of its weights is changed; again on each resume.
+
+        A second training may follow in the same memory: everything is set anew, in place where it has been made.
+        """
+
+    def prepare(self, model: CLIP) -> None:
+        """Change the weights that a fresh run begins with."""
+
+    def begin(self, epoch: int, training: Training) -> None:
+        """Before an epoch, counted from 0: change parameters and buffers in place. Only the main process is asked."""
+
+    def variant(self, epoch: int) -> Hashable:
+        """Epochs of one variant have the same kernels in their steps; it is set before a step is made."""
+
+    def rows(self, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """Those of an epoch, as many as there are in all."""
+        return rows
+
+    def rates(self, peak: float, *, warmup: int, total: int) -> Tensor:
+        """Learning rates of all steps, float32 [total]."""
+        return learning_rates(peak, warmup=warmup, total=total)
+
+    def forward(
+        self, embedded: Embedded, group: td.ProcessGroup | None = None, weights: Tensor | None = None
+    ) -> tuple[Tensor, Losses]:
+        """(loss, parts), all scalars; `weights` as for Objective."""
+        return self.objective(embedded.images, embedded.texts, embedded.log_scale, group, weights)
