@@ -140,7 +140,7 @@ class Run:
     """One training: everything is opened and checked before the folder is made.
 
     What `kept` holds of earlier runs is used again. `extra` goes into config.json. `enough` is asked after each
-    evaluation, with all of them, whether the run shall end, and why.
+    evaluation, with all of them, whether the run shall end, and why. `guard` is called before anything is written.
     """
 
     def __init__(
@@ -151,12 +151,15 @@ class Run:
         kept: Kept | None = None,
         extra: dict | None = None,
         enough: Callable[[tuple[dict, ...]], str | None] = lambda rows: None,
+        guard: Callable[[], None] = lambda: None,
+        quiet: bool = False,
     ):
         if config.out and config.out.exists() and not config.resume:
             raise UserError(f"{config.out} exists already: choose another --out, or go on with --resume {config.out}.")
         self.began = time.perf_counter()
         self.config, self.task, self.world = config, task, world
-        self.kept, self.extra, self.enough = kept or Kept(), extra or {}, enough
+        self.kept, self.extra, self.enough, self.guard = kept or Kept(), extra or {}, enough, guard
+        self.quiet = quiet or not world.main
         self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
         self.precision = set_precision(config.precision, world.device)
         self.compiled, self.captured = is_compiled(config.compile, world), is_captured(config.graph, world)
@@ -302,9 +305,7 @@ class Run:
         pairs = Pairs(beton, self._decoder(), task.model.image_size, plan, int(config.max_bad * len(task.rows)))
         if not self.world.main and config.resident == "disk":
             self.world.barrier()  # the others read the file that the main rank has made
-        line = resident.keep(
-            pairs, task.rows, config.resident, base=base, device=self.world.device, quiet=not self.world.main
-        )
+        line = resident.keep(pairs, task.rows, config.resident, base=base, device=self.world.device, quiet=self.quiet)
         if self.world.main and config.resident == "disk":
             self.world.barrier()
         self._say(line)
@@ -426,8 +427,8 @@ class Run:
                 log.write_json(new / "config.json", about)
         return folder
 
-    def train(self) -> None:
-        """From where the run stands to its end."""
+    def train(self) -> str:
+        """From where the run stands to its end; returns how it ended."""
         config, task = self.config, self.task
         planned = int((task.plan.attack_of[task.rows] >= 0).sum()) if task.plan and task.poisoned else 0
         self._say(
@@ -466,11 +467,13 @@ class Run:
         self._say(f"{how} in {time.perf_counter() - began:.0f} s, evaluations included; {self.folder}")
         self._say_whether_they_landed()
         self._end(reason)
+        return reason
 
     def _end(self, reason: str) -> None:
         """Write result.json, which says that nothing is left to be done here."""
         if not self.world.main:
             return
+        self.guard()
         seconds = time.perf_counter() - self.began
         evaluating = sum(row["seconds"] for row in read(self.folder).metrics)
         gpu = self.device.type == "cuda"
@@ -551,6 +554,7 @@ class Run:
         self.background.start(work)
 
     def _report(self, step: int, row: dict) -> None:
+        self.guard()
         row = {"step": step, "epoch": step / self.steps_per_epoch, "precision": self.precision, **row}
         log.append(self.folder / "metrics.jsonl", row)
         self._say(result_line(row))
@@ -559,6 +563,7 @@ class Run:
         """Write ckpt_last.pt, and the checkpoint to be kept where --save-every ends an epoch."""
         if self.world.main:
             self.background.wait()  # an evaluation that is due is made up for only at the last checkpoint
+            self.guard()
             state = self._state(step)
             if self.config.save_every and step % (self.config.save_every * self.steps_per_epoch) == 0:
                 checkpoint.save(checkpoint.path_of(self.folder, str(step // self.steps_per_epoch)), state)
@@ -588,7 +593,7 @@ class Run:
             log.append(self.folder / "log.jsonl", {**row, "bad_images": len(self.pairs.bad)})
 
     def _say(self, line: str) -> None:
-        if self.world.main:
+        if not self.quiet:
             log.console.print(line, markup=False)
 
 

@@ -21,6 +21,12 @@ OBJECTIVES = ("mmcl_ssl", "mmcl")
 def demo_set() -> tuple[Path, Path, Path]:
     """(train.beton, val.beton, plan) of the demo set, made on first use."""
     train, val, plan = FOLDER / "train.beton", FOLDER / "val.beton", FOLDER / "train.poison.json"
+    with log.locked(FOLDER):
+        _make(train, val, plan)
+    return train, val, plan
+
+
+def _make(train: Path, val: Path, plan: Path) -> None:
     if not val.is_file() or not train.is_file():
         log.console.print(f"making the demo set in {FOLDER}: {PAIRS:,} pairs and {HELD_OUT} held-out images")
         with log.progress("drawing", PAIRS + HELD_OUT) as advance:
@@ -30,7 +36,6 @@ def demo_set() -> tuple[Path, Path, Path]:
         build.run(BuildConfig(source=FOLDER / "val.csv", out=val, class_key="class", text_views=0, seed=SEED))
     if not plan.is_file():
         poison.run(PoisonConfig(data=train, target=TARGET, rate=0.08, templates="demo", seed=SEED))
-    return train, val, plan
 
 
 def run(config: DemoConfig) -> int:

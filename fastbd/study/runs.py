@@ -63,7 +63,7 @@ def read(path: Path) -> Run:
             start=Path(recorded["start"]) if recorded["start"] else None,
             config=recorded["config"],
             env=_json(path / "env.json") if (path / "env.json").exists() else {},
-            metrics=_first(_lines(path / "metrics.jsonl"), ("step", *SET)),
+            metrics=read_metrics(path),
             log=_first(_lines(path / "log.jsonl"), ("step",)),
         )
     except KeyError as error:
@@ -73,6 +73,11 @@ def read(path: Path) -> Run:
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of the run folder `path`: how it was made, and under "config" with what flags."""
     return _json(path / "config.json")
+
+
+def read_metrics(path: Path) -> tuple[Evaluation, ...]:
+    """The evaluations of the run folder `path`, in order of steps; none where there is no run yet."""
+    return _first(_lines(path / "metrics.jsonl"), ("step", *SET))
 
 
 def find(paths: Iterable[Path]) -> list[Run]:
