@@ -15,8 +15,12 @@ class Kept:
     def held(self, kind: str, key: Hashable) -> Any | None:
         """It, or None where there is none with this key; one with another key is dropped."""
         if kind in self._kept and self._kept[kind][0] != key:
-            del self._kept[kind]
+            self.drop(kind)
         return self._kept[kind][1] if kind in self._kept else None
+
+    def drop(self, kind: str) -> None:
+        """Let go of it, if there is one."""
+        self._kept.pop(kind, None)
 
     def put(self, kind: str, key: Hashable, thing: Any) -> Any:
         self._kept[kind] = key, thing

@@ -28,6 +28,7 @@ from fastbd.dist import World
 from fastbd.errors import Diverged, UserError
 from fastbd.evals.background import Background
 from fastbd.evals.embedding import embed
+from fastbd.evals.monitor import Monitor
 from fastbd.evals.sets import Labelled, open_set
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot
@@ -69,6 +70,8 @@ class Task:
     data: Path
     rows: np.ndarray
     """Places in `data` to train on, int64 [N]."""
+    held_out: np.ndarray = np.empty(0, np.int64)
+    """Clean places in `data`, none of `rows`, on which cleaning is watched."""
     plan: Plan | None
     """The backdoor that evaluation attacks with."""
     poisoned: bool
@@ -157,7 +160,8 @@ class Run:
         if config.out and config.out.exists() and not config.resume:
             raise UserError(f"{config.out} exists already: choose another --out, or go on with --resume {config.out}.")
         self.began = time.perf_counter()
-        self.config, self.task, self.world = config, task, world
+        self.config = self.given = config
+        self.task, self.world = task, world
         self.kept, self.extra, self.enough, self.guard = kept or Kept(), extra or {}, enough, guard
         self.quiet = quiet or not world.main
         self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
@@ -170,11 +174,17 @@ class Run:
         evaluated = self._open_evaluation()
         self.pairs = self._open_pairs()
         self.background = Background(aside=self.eval_device != world.device)
-        self._set_up(resumed)
+        in_place = self._place(resumed)
         self.zeroshot = evaluated and self._zeroshot(evaluated)
+        self.monitor = self._monitor() if self.zeroshot and len(task.held_out) > 1 else None
+        self.method.attach(self)
         self.start = None if resumed else self._checked_start()
-        if not resumed:
+        if resumed:
+            self.model.load_state_dict(resumed["model"])
+            self.method.load_state_dict(resumed["method"])
+        else:
             self.method.prepare(self.model)
+        self._set_up(in_place)
         if state := resumed["optimizer"] if resumed else task.optimizer:
             restore(self.step.optimizer, state)
         self.done = resumed["step"] if resumed else 0
@@ -201,19 +211,28 @@ class Run:
         shares.check(batch_size, len(self.task.rows))
         return shares
 
-    def _set_up(self, resumed: dict | None) -> None:
-        """The model with its weights, the method, the step; the length of the run."""
-        config, task = self.config, self.task
-        key = (task.model_name, str(task.data), len(task.rows), self._structure())
-        found = self.kept.held("setup", key) if resumed is None and task.optimizer is None else None
-        self.model, self.method = (found.model, found.method) if found else self._placed()
-        if found:
+    def _place(self, resumed: dict | None) -> Setup | None:
+        """Put the task's model and method on the device, into the memory of an earlier run's where that fits."""
+        task, world = self.task, self.world
+        found = self.kept.held("setup", self._structure())
+        if found and resumed is None and task.optimizer is None:  # their optimizer states have memory of their own
+            self.model, self.method = found.model, found.method
             self.model.load_state_dict(task.model.state_dict())
+            self.model.train()
             self.method.objective = task.method.objective
-        self.method.attach(self)
-        if resumed:
-            self.model.load_state_dict(resumed["model"])
-            self.method.load_state_dict(resumed["method"])
+            return found
+        self.kept.drop("setup")
+        self.model = task.model.to(world.device, memory_format=torch.channels_last).train()
+        self.method = task.method.to(world.device)
+        if self.config.grad_checkpointing:
+            recompute(self.model)
+        if self.shares.group:
+            share_statistics(self.model, self.shares.group)
+        return None
+
+    def _set_up(self, found: Setup | None) -> None:
+        """The step, and the length of the run."""
+        config, task = self.config, self.task
         lengths = text_lengths(self.pairs, task.rows, self.text_view(0))
         self.tokens = float(lengths.mean())
         batch_size, self.room = (found.batch_size, found.room) if found else self._layout(lengths)
@@ -233,22 +252,15 @@ class Run:
             self.model, self.method, optimizer, rates, precision=self.precision, world=self.world,
             parts=config.accumulate, compiled=self.compiled, captured=self.captured and self.method.static,
         )  # fmt: skip
-        self.kept.put("setup", key, Setup(self.model, self.method, batch_size, self.room, self.step))
+        setup = Setup(self.model, self.method, batch_size, self.room, self.step)
+        self.kept.put("setup", self._structure(), setup)
 
     def _structure(self) -> str:
         """All that a step in memory depends on: every setting that is not known to be free."""
-        settings = {name: value for name, value in to_dict(self.config).items() if name not in FREE}
-        terms = [weight > 0 for weight in self.task.method.objective.weights]
-        return json.dumps([settings, terms, self.precision, str(self.eval_device)])
-
-    def _placed(self) -> tuple[CLIP, Method]:
-        """The task's model and method on the device."""
-        model = self.task.model.to(self.world.device, memory_format=torch.channels_last).train()
-        if self.config.grad_checkpointing:
-            recompute(model)
-        if self.shares.group:
-            share_statistics(model, self.shares.group)
-        return model, self.task.method.to(self.world.device)
+        task, settings = self.task, to_dict(self.given)
+        settings = {name: value for name, value in settings.items() if name not in FREE}
+        terms = [weight > 0 for weight in task.method.objective.weights]
+        return json.dumps([task.model_name, str(task.data), len(task.rows), settings, terms, self.precision])
 
     def _layout(self, lengths: np.ndarray) -> tuple[int, int]:
         """The size of a batch, and room for the captions of a part of it."""
@@ -384,13 +396,22 @@ class Run:
         zeroshot.towers.refresh()
         return zeroshot
 
+    def _monitor(self) -> Monitor:
+        """On the pairs that cleaning does not see, from the model as it is."""
+        key = (id(self.zeroshot.towers), str(self.task.data), self.task.held_out.tobytes())
+        make = partial(Monitor, self.zeroshot.towers, self.pairs, self.task.held_out)
+        monitor = self.kept.get("monitor", key, make)
+        monitor.start()
+        return monitor
+
     def _checked_start(self) -> dict | None:
         """The model that is to be cleaned, evaluated. UserError when there is no backdoor in it to be removed."""
         if self.zeroshot is None or (self.verb == "pretrain" and self.total):
             return None
         task, config = self.task, self.config
         of = (str(task.start), getattr(config, "checkpoint", None), self._evaluation(), self.precision)
-        row = self.kept.get("start", of, self.zeroshot) if task.start else self.zeroshot()
+        row = dict(self.kept.get("start", of, self.zeroshot) if task.start else self.zeroshot())
+        row |= self.monitor() if self.monitor else {}
         if self.verb == "clean" and row.get("asr") is not None and row["asr"] < config.landed and not config.force:
             raise UserError(
                 f"the attack on {task.start} has not landed: ASR {row['asr']:.1%} is below {config.landed:.0%} "
@@ -547,7 +568,8 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         def work() -> None:
-            self._report(step, self.zeroshot())
+            row = self.zeroshot()
+            self._report(step, row | (self.monitor() if self.monitor else {}))
 
         self.background.wait()
         self.zeroshot.towers.refresh()

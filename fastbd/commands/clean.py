@@ -19,6 +19,9 @@ from fastbd.poison.plan import Plan
 from fastbd.run import Task, allowed_rows, execute
 
 
+HELD_OUT = 512  # pairs
+
+
 def run(config: CleanConfig) -> int:
     """Clean a run's model into a run folder of its own; exit code 0, or 128 + signal when stopped."""
     if config.run is None:
@@ -40,6 +43,9 @@ def task(config: CleanConfig, world: World) -> Task:
     beton = open_beton(data)
     if plan and not config.data:
         plan.check(beton.fingerprint, data)  # else its rows would mean others now
+    rows, held_out = cleaning_rows(
+        beton, allowed_rows(config, beton), plan, config.rows, config.seed, config.poison_left
+    )
     return Task(
         name=f"{config.run.resolve().name}-{config.method}",
         model=model,
@@ -49,7 +55,8 @@ def task(config: CleanConfig, world: World) -> Task:
         method_name=config.method,
         start=config.run,
         data=data,
-        rows=cleaning_rows(beton, allowed_rows(config, beton), plan, config.rows, config.seed, config.poison_left),
+        rows=rows,
+        held_out=held_out,
         plan=plan,
         poisoned=config.poison_left > 0,
         eval_data=config.eval_data or (Path(source["eval_data"]) if source["eval_data"] else None),
@@ -61,12 +68,13 @@ def task(config: CleanConfig, world: World) -> Task:
 
 def cleaning_rows(
     beton: Beton | Shards, rows: np.ndarray, plan: Plan | None, count: int, seed: int, left: int = 0
-) -> np.ndarray:
-    """`count` of the rows drawn from the seed, ascending, or all if there are fewer; `left` of them poisoned."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` of the rows drawn from the seed, or all if there are fewer, `left` of them poisoned; and HELD_OUT others
+    that are clean, or as many as there are. Both ascending."""
     poisoned = np.intersect1d(rows, plan.rows) if plan and plan.data == beton.fingerprint else rows[:0]
     if left > (most := min(count, len(poisoned))):
         raise UserError(f"--poison-left {left} is more than the {most:,} poisoned pairs there can be: give fewer.")
     clean = np.setdiff1d(rows, poisoned)
     overlooked = draws.generator(seed, "poison-left").permutation(len(poisoned))[:left]
-    picked = draws.generator(seed, "clean-rows").permutation(len(clean))[: count - left]
-    return np.sort(np.concatenate([clean[picked], poisoned[overlooked]]))
+    picked, others = np.split(draws.generator(seed, "clean-rows").permutation(len(clean)), [count - left])
+    return np.sort(np.concatenate([clean[picked], poisoned[overlooked]])), np.sort(clean[others[:HELD_OUT]])

@@ -87,8 +87,12 @@ class Towers:
     @torch.no_grad()
     def captions(self, tokens: np.ndarray) -> Tensor:
         """Embeddings float32 [T, D] of captions uint16 [T, 77]."""
+        return torch.cat([self.text(part) for part in self.packed(tokens)])
+
+    def packed(self, tokens: np.ndarray) -> list[PackedText]:
+        """Captions uint16 [T, 77] as text() takes them, on the device, a batch each."""
         parts = [tokens[first : first + CAPTIONS] for first in range(0, len(tokens), CAPTIONS)]
-        return torch.cat([self.text(PackedText(*(x.to(self.device) for x in pack(part)))) for part in parts])
+        return [PackedText(*(x.to(self.device) for x in pack(part))) for part in parts]
 
     @torch.no_grad()
     def text(self, text: PackedText | TextTree) -> Tensor:
