@@ -37,6 +37,9 @@ ffcv: install      ## add FFCV for --decode ffcv, and the system libraries it is
 demo: install      ## the study in small on the built-in demo set
 	$(BIN)/python -m fastbd demo
 
+study: install     ## the demo study: two pre-trainings, four ways of cleaning, several rates, a report
+	$(BIN)/python -m fastbd sweep --study demo
+
 test: install      ## run all tests
 	$(BIN)/python -m pytest
 
@@ -55,5 +58,5 @@ clean:             ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install ffcv demo test bench gpu-check lint clean
+.PHONY: help install ffcv demo study test bench gpu-check lint clean
 .DEFAULT_GOAL := help

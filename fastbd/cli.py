@@ -29,6 +29,7 @@ VERBS = {
     "pretrain": Verb(config.PretrainConfig, "python -m fastbd pretrain --objective mmcl_ssl"),
     "clean": Verb(config.CleanConfig, "python -m fastbd clean --run runs/mmcl_ssl --method cleanclip"),
     "evaluate": Verb(config.EvaluateConfig, "python -m fastbd evaluate --run runs/mmcl_ssl"),
+    "sweep": Verb(config.SweepConfig, "python -m fastbd sweep --study paper"),
     "detect": Verb(config.DetectConfig, "python -m fastbd detect --run runs/mmcl_ssl --drop 0.05 --out kept.rows"),
     "preview": Verb(
         config.PreviewConfig, "python -m fastbd preview --data pairs.beton --plan pairs.poison.json --model rn50"

@@ -356,6 +356,55 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Run a study: pre-trainings x cleaning methods x learning rates x seeds; stopped, it goes on where it was."""
+
+    study: str | None = None
+    """demo, paper, paper-200k, poison-left, par, ssl-weight, trigger, shrink-perturb, weight-decay, or a .toml or .py
+    file [the one that --out holds]."""
+    out: Path | None = None
+    """Folder of the study; any number of processes on any machines that see it share out its runs [studies/NAME]."""
+    preset: Preset | None = None
+    """Scale of a shipped study [each has its own]."""
+    pretrained: tuple[Path, ...] = ()
+    """Run folders to clean, in place of the study's pre-trainings."""
+    seeds: tuple[int, ...] = ()
+    """Seeds, each of pre-training and of cleaning [the study's]."""
+    data: str | None = None
+    """Training data, as for pretrain [the preset's]."""
+    plan: Path | None = None
+    """Poison plan for --data, where the study plans none."""
+    eval_data: Path | None = None
+    """Labelled .beton for top-1 and ASR [demo's, with --data demo]."""
+    classes: str | None = None
+    """Class names, as for pretrain."""
+    templates: str | None = None
+    """Prompt templates, as for pretrain."""
+    model: Model | None = None
+    """Architecture [the preset's]."""
+    precision: Literal["fp32", "tf32", "bf16"] | None = None
+    """Arithmetic of the towers [bf16 on a GPU and fp32 on a CPU]."""
+    pretrain_epochs: int | None = None
+    """Epochs of pre-training [the study's]."""
+    clean_epochs: int | None = None
+    """Epochs of cleaning [the study's]."""
+    processes: int = 0
+    """Processes on this machine; 0 means one for each GPU."""
+    device: str = "auto"
+    """cuda, cpu, one of several GPUs such as cuda:1, or auto."""
+    lease: float = 120.0
+    """Seconds without a sign of life after which another process takes a run over."""
+    retry: bool = False
+    """Do runs again that failed."""
+    keep_weights: bool = False
+    """Keep the last checkpoint of each cleaning [only those of pre-training]."""
+    stop_collapsed: bool = False
+    """End a cleaning whose top-1 was below half of its start's for 2 epochs."""
+    asha: int = 0
+    """End cleanings that are not among the best 1 / N at 2, 2 N, 2 N N, ... epochs; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Turn run folders into one HTML page with the answer, the table and the plots."""
 
@@ -465,8 +514,8 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 LEAST = dict(
     accumulate=1, batch_size=1, bn_group=2, count=1, detect_batch=0, epoch=0, epochs=0, eval_subset=0,
-    hw_decoder_load=0, k=1, landed=0, log_every=1, max_bad=0, max_pixels=1, poison_left=0, rebound=0,
-    rebound_batch_size=2, rows=1, save_every=0, subset=0, text_views=0, val_batch=2, warmup=0, workers=0,
+    hw_decoder_load=0, k=1, landed=0, lease=1, log_every=1, max_bad=0, max_pixels=1, poison_left=0, processes=0,
+    rebound=0, rebound_batch_size=2, rows=1, save_every=0, subset=0, text_views=0, val_batch=2, warmup=0, workers=0,
 )  # fmt: skip
 """The smallest value of flags that a negative number, or zero, would make no sense for."""
 

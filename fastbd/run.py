@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -70,7 +70,7 @@ class Task:
     data: Path
     rows: np.ndarray
     """Places in `data` to train on, int64 [N]."""
-    held_out: np.ndarray = np.empty(0, np.int64)
+    held_out: np.ndarray = field(default_factory=partial(np.empty, 0, np.int64))
     """Clean places in `data`, none of `rows`, on which cleaning is watched."""
     plan: Plan | None
     """The backdoor that evaluation attacks with."""

@@ -18,7 +18,6 @@ from fastbd.models import create
 from fastbd.poison.plan import Plan
 from fastbd.run import Task, allowed_rows, execute
 
-
 HELD_OUT = 512  # pairs
 
 

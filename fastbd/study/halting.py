@@ -43,7 +43,7 @@ def asha(peers: Iterable[Path], eta: int, first: float = 2.0) -> Rule:
 
 
 def score(rows: Sequence[Evaluation], rung: float) -> tuple[float, float] | None:
-    """Of a run's evaluations up to `rung` epochs, the one that ends them included; None where it has not come so far."""
+    """Of the evaluations up to `rung` epochs, with the one that ends them; None where the run has not come so far."""
     if not rows or rows[-1]["epoch"] < rung:
         return None
     end = next(k for k, row in enumerate(rows) if row["epoch"] >= rung)

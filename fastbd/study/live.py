@@ -1,0 +1,67 @@
+"""A study while it goes on: the table on the terminal, and lines where there is none."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich import box
+from rich.table import Table
+
+from fastbd.study.grid import Planned
+from fastbd.study.ledger import Ledger, Row, seconds_left
+
+ENDED = 8  # runs that ended of which the table shows the last
+
+
+def opening(ledger: Ledger) -> str:
+    """What the study is, and how much of it is left."""
+    counts = Counter(run.verb for run in ledger.runs)
+    kinds = ", ".join(f"{counts[verb]} {name}" for verb, name in KINDS.items() if counts[verb])
+    return f"study '{ledger.study.name}': {ledger.study.about}\n{kinds}; in {ledger.folder}"
+
+
+def ending(ledger: Ledger, run: Planned, how: str) -> str:
+    """A line about a run that has just ended."""
+    table = ledger.table()
+    row = next(row for row in table if row.run.id == run.id)
+    done = sum(row.status.state not in ("waiting", "running") for row in table)
+    return f"[{done}/{len(table)}] {run.name}: {how}{_scores(row)}{_left(table)}"
+
+
+def view(ledger: Ledger) -> Table:
+    """The runs that are under way and those that ended last, with what is left."""
+    rows = ledger.table()
+    states = Counter(row.status.state for row in rows)
+    title = ", ".join(f"{states[state]} {state}" for state in STATES if states[state]) + _left(rows)
+    table = Table("Run", "State", "Epoch", "Top-1", "ASR", "Time", title=title, title_justify="left", box=box.SIMPLE)
+    ended = [row for row in rows if row.status.state in ("finished", "failed")]
+    for row in ended[-ENDED:] + [row for row in rows if row.status.state == "running"]:
+        numbers = (_number(row.epoch, "{:.1f}"), _number(row.top1, "{:.1%}"), _number(row.asr, "{:.1%}"))
+        table.add_row(row.run.name, row.status.state, *numbers, duration(row.seconds))
+    return table
+
+
+def duration(seconds: float | None) -> str:
+    """Such as 45 s, 12 min or 3.4 h."""
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _scores(row: Row) -> str:
+    return "" if row.top1 is None else f", top-1 {row.top1:.1%}" + ("" if row.asr is None else f", ASR {row.asr:.1%}")
+
+
+def _left(rows: list[Row]) -> str:
+    left = seconds_left(rows)
+    return f"; about {duration(left)} left" if left else ""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+KINDS = {"poison": "plans", "pretrain": "pre-trainings", "clean": "cleanings"}
+STATES = ("running", "waiting", "finished", "failed", "blocked")
