@@ -1,0 +1,383 @@
+"""A study as a value, and the runs that it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import shlex
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from fastbd.config import LEAST, PRESETS, CleanConfig, PoisonConfig, PretrainConfig
+from fastbd.errors import UserError
+from fastbd.study.runs import read_config
+
+Config = PoisonConfig | PretrainConfig | CleanConfig
+Entry = Mapping[str, Any]  # flag -> value, or a tuple or list of values: an axis; it stands for the product of its axes
+VERBS = {PoisonConfig: "poison", PretrainConfig: "pretrain", CleanConfig: "clean"}
+KINDS = {"attacks": PoisonConfig, "pretrain": PretrainConfig, "clean": CleanConfig}
+DEMO_DATA = Path("data/demo/train.beton")  # where `--data demo` is made
+DEMO_ATTACK = {"rate": 0.08, "templates": "demo"}  # as in the demo set's own plan
+TITLES = ("trigger", "objective", "method")  # flags whose values need no name before them
+
+GIVEN_BY_STUDY = {
+    "attacks": {"out", "data", "add_to"},
+    "pretrain": {"out", "resume", "preset", "seed"},
+    "clean": {"out", "resume", "preset", "seed", "run"},
+}
+IMMATERIAL = {
+    "out", "run", "resume", "preset",  # where, and where the defaults came from; what a run starts from is hashed apart
+    "device", "eval_device", "workers", "resident", "hw_decoder_load", "compile", "graph",  # the machine
+    "accumulate", "grad_checkpointing",  # memory; the gradient is the same
+    "log_every", "max_bad", "landed", "force",  # what is said, and when a run is refused
+}  # fmt: skip
+"""Flags that may change without making another run of it: its numbers stay the same up to rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Attacks x pre-trainings x seeds x cleanings. UserError where an entry makes no sense."""
+
+    name: str
+    about: str
+    """A sentence for the report."""
+    preset: str = "demo"
+    """What the entries change."""
+    seeds: tuple[int, ...] = (0,)
+    """Each is the seed of pre-training and of cleaning both."""
+    attacks: tuple[Entry, ...] = ()
+    """Flags of poison; none: the plan of the pre-training's data."""
+    pretrain: tuple[Entry, ...] = ()
+    """Flags of pretrain."""
+    pretrained: tuple[Path, ...] = ()
+    """Run folders to clean, in place of pre-training."""
+    clean: tuple[Entry, ...] = ()
+    """Flags of clean."""
+
+    def __post_init__(self) -> None:
+        where = f"the study '{self.name}'"
+        if self.preset not in PRESETS:
+            raise UserError(f"{where} has the preset '{self.preset}'{nearest(self.preset, PRESETS)}")
+        if not self.clean:
+            raise UserError(f"{where} cleans nothing: give it an entry of clean.")
+        if bool(self.pretrain) == bool(self.pretrained) or (self.attacks and self.pretrained):
+            raise UserError(f"{where} needs either pretrain (and attacks, if any) or pretrained, the models to clean.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or {type(s) for s in self.seeds} != {int}:
+            raise UserError(f"{where} has the seeds {list(self.seeds)}: give one or more whole numbers, each once.")
+        for kind in KINDS:
+            settings(self, kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run to be made."""
+
+    id: str
+    """12 hex digits: the same for what gives the same numbers, in any folder."""
+    verb: Literal["poison", "pretrain", "clean"]
+    config: Config
+    needs: tuple[str, ...]
+    """Ids of the runs that come before."""
+    name: str
+
+    @property
+    def product(self) -> Path:
+        """The file that is there when the run has finished."""
+        return self.config.out if self.verb == "poison" else self.config.out / "result.json"
+
+
+class _Model(NamedTuple):
+    """What cleanings start from."""
+
+    place: int
+    seed: int
+    name: str
+    folder: Path
+    identity: str
+    needs: tuple[str, ...]
+
+
+def study_of(values: Mapping[str, Any]) -> Study:
+    """The study with these fields, read from JSON or TOML."""
+    fields = {f.name: f for f in dataclasses.fields(Study)}
+    for name in values:
+        if name not in fields:
+            raise UserError(f"a study has no '{name}'{nearest(name, fields)}")
+    missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]
+    if missing:
+        raise UserError(f"the study has no '{missing[0]}'; add it.")
+    for name in ("seeds", "attacks", "pretrain", "pretrained", "clean"):
+        if not isinstance(values.get(name, []), list):
+            raise UserError(f"'{name}' of the study must be a list.")
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Study(**{**values, **lists, "pretrained": tuple(map(Path, values.get("pretrained", ())))})
+
+
+def to_values(study: Study) -> dict[str, Any]:
+    """The inverse of study_of, for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(study), default=str))
+
+
+def with_overrides(
+    study: Study,
+    *,
+    seeds: Sequence[int] | None = None,
+    pretrain_epochs: int | None = None,
+    clean_epochs: int | None = None,
+    **flags: Any,
+) -> Study:
+    """The study with flags of a command line in all its entries; those that are None are left out.
+
+    precision and device go to pre-training and cleaning; the others (data, plan, eval_data, classes, templates, model)
+    to pre-training, from which cleaning takes them, or to cleaning where the models are there already.
+    """
+    flags = {name: value for name, value in flags.items() if value is not None}
+    if "plan" in flags and len(settings(study, "attacks")) > 1:
+        raise UserError(f"the study '{study.name}' compares attacks of its own; leave --plan out.")
+    both = {name: value for name, value in flags.items() if name in ("precision", "device")}
+    pretrain = flags | ({} if pretrain_epochs is None else {"epochs": pretrain_epochs})
+    clean = (flags if study.pretrained else both) | ({} if clean_epochs is None else {"epochs": clean_epochs})
+    return replace(
+        study,
+        seeds=study.seeds if seeds is None else tuple(seeds),
+        attacks=() if "plan" in flags else study.attacks,
+        pretrain=tuple({**entry, **pretrain} for entry in study.pretrain),
+        clean=tuple({**entry, **clean} for entry in study.clean),
+    )
+
+
+def expand(study: Study, folder: Path, known: Mapping[str, str] | None = None) -> tuple[Planned, ...]:
+    """The study's runs in `folder`: plans, then pre-trainings, then cleanings, each after what it needs.
+
+    Cleanings that differ only in model, learning rate and seed follow one another, so that one process can use its
+    compiled step again. `known` names runs by id that have a folder already. UserError where two runs are the same.
+    """
+    known = known or {}
+    earlier, models = _pretraining(study, folder, known) if study.pretrain else ([], _pretrained(study))
+    base, given = PRESETS[study.preset]().clean, settings(study, "clean")
+    given = [{"method": base.method, **values} for values in given]
+    structures = [{flag: value for flag, value in values.items() if flag != "lr"} for values in given]
+    cleanings = []
+    for model, (which, (values, name)) in product(models, enumerate(zip(given, _names(given), strict=True))):
+        config = replace(base, **values, seed=model.seed, run=model.folder)
+        run = _planned(config, f"{model.name}-{name}", folder, known, start=(model.identity,), needs=model.needs)
+        place = (structures.index(structures[which]), model.place, which, study.seeds.index(model.seed))
+        cleanings.append((place, run))
+    runs = (*earlier, *(run for _, run in sorted(cleanings, key=lambda pair: pair[0])))
+    _check_unique(study, runs)
+    return runs
+
+
+def _pretraining(study: Study, folder: Path, known: Mapping[str, str]) -> tuple[list[Planned], list[_Model]]:
+    """Plans and pre-trainings, seed by seed."""
+    base, given = PRESETS[study.preset]().pretrain, settings(study, "pretrain")
+    given = [{"objective": base.objective, **values} for values in given]
+    attacks = settings(study, "attacks")
+    several = len({values.get("data", base.data) for values in given}) > 1
+    grid = list(product(zip(attacks or [None], _names(attacks) or [""], strict=True),
+                        zip(given, _names(given), strict=True)))  # fmt: skip
+    plans: dict[str, Planned] = {}
+    runs, models = [], []
+    for seed, (place, ((attack, attack_name), (values, name))) in product(study.seeds, enumerate(grid)):
+        config, plan = replace(base, **values, seed=seed), ()
+        _check_inputs(study, config)
+        if attack is not None:
+            poison = _poison(config.data, attack)
+            of = f"-{poison.data.stem}" if several else ""
+            planned = _planned(poison, f"{attack_name or 'plan'}{of}", folder, known)
+            config, plan = replace(config, plan=planned.config.out), (planned.id,)
+            plans[planned.id] = planned
+        name = "-".join(filter(None, (attack_name if len(attacks) > 1 else "", name, f"s{seed}")))
+        run = _planned(config, name, folder, known, start=plan, needs=plan)
+        runs.append(run)
+        models.append(_Model(place, seed, run.name, run.config.out, run.id, (run.id,)))
+    if len(plans) < len(attacks):
+        raise UserError(f"two attacks of the study '{study.name}' are the same; leave one out.")
+    return [*plans.values(), *runs], models
+
+
+def _pretrained(study: Study) -> list[_Model]:
+    models = []
+    for seed, (place, path) in product(study.seeds, enumerate(study.pretrained)):
+        read_config(path)  # says what is wrong when it is no run folder
+        fingerprint = _hash((path / "config.json").read_text())
+        models.append(_Model(place, seed, f"{path.resolve().name}-s{seed}", path, fingerprint, ()))
+    return models
+
+
+def _poison(data: str, attack: dict[str, Any]) -> PoisonConfig:
+    if data != "demo":
+        return PoisonConfig(data=Path(data), **attack)
+    size = {"rate": None} if "count" in attack else {}
+    return PoisonConfig(**{"data": DEMO_DATA, **DEMO_ATTACK, **size, **attack})
+
+
+def _planned(
+    config: Config,
+    name: str,
+    folder: Path,
+    known: Mapping[str, str],
+    start: tuple[str, ...] = (),
+    needs: tuple[str, ...] = (),
+) -> Planned:
+    """`start` identifies what the run starts from."""
+    verb = VERBS[type(config)]
+    told = material(config)
+    if verb == "pretrain" and start:
+        told.pop("plan")  # known by its id, as its path is the folder's
+    run_id = _hash(json.dumps([verb, told, start], sort_keys=True, default=str))
+    name = known.get(run_id, name)
+    out = folder / "plans" / f"{name}.poison.json" if verb == "poison" else folder / "runs" / name
+    return Planned(id=run_id, verb=verb, config=replace(config, out=out), needs=needs, name=name)
+
+
+def material(config: Config) -> dict[str, Any]:
+    """The flags that make the result what it is; no defaults, so that a flag that is new makes no other run of it."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {flag: v for flag, v in vars(config).items() if flag not in IMMATERIAL and v != defaults[flag]}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _check_inputs(study: Study, config: PretrainConfig) -> None:
+    if config.data == "demo":
+        return
+    if config.eval_data is None:
+        raise UserError(f"the study '{study.name}' measures top-1 and ASR: give --eval-data, a labelled .beton.")
+    if config.plan is None and not study.attacks:
+        raise UserError(f"the study '{study.name}' on {config.data} has no backdoor: give --plan, made by poison.")
+    if config.plan is not None and study.attacks:
+        raise UserError(f"the study '{study.name}' has attacks and a plan; leave one out.")
+
+
+def _check_unique(study: Study, runs: Iterable[Planned]) -> None:
+    ids: dict[str, str] = {}
+    names: set[tuple[bool, str]] = set()
+    for run in runs:
+        if run.id in ids:
+            raise UserError(f"the study '{study.name}' has the same run twice, as {ids[run.id]} and {run.name}.")
+        key = (run.verb == "poison", run.name)
+        if key in names:
+            raise UserError(f"two runs of the study '{study.name}' would be called {run.name}; rename a folder.")
+        ids[run.id] = run.name
+        names.add(key)
+
+
+def settings(study: Study, kind: str) -> list[dict[str, Any]]:
+    """The products of the study's entries of a kind, each value checked against the flag's type."""
+    found = []
+    for number, entry in enumerate(getattr(study, kind), 1):
+        where = f"entry {number} of {kind} in the study '{study.name}'"
+        if not isinstance(entry, Mapping):
+            raise UserError(f"{where} is {entry!r}: give flags with their values.")
+        axes = {}
+        for flag, value in entry.items():
+            values = value if isinstance(value, tuple | list) else (value,)
+            if not values:
+                raise UserError(f"{where} has no value for '{flag}'; give one, or leave the flag out.")
+            axes[flag] = [_checked(kind, flag, value, where) for value in values]
+        found += [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    return found
+
+
+def _checked(kind: str, flag: str, value: Any, where: str) -> Any:
+    hints = typing.get_type_hints(KINDS[kind])
+    if flag not in hints:
+        raise UserError(f"{where} has the flag '{flag}', which {VERBS[KINDS[kind]]} has not{nearest(flag, hints)}")
+    if flag in GIVEN_BY_STUDY[kind]:
+        raise UserError(f"{where} gives '{flag}', which the study itself sets; leave it out.")
+    try:
+        value = _as(hints[flag], value)
+    except TypeError as error:
+        raise UserError(f"{where} has {flag} = {value!r}; it must be {error}.") from None
+    if flag in LEAST and isinstance(value, int | float) and not value >= LEAST[flag]:
+        raise UserError(f"{where} has {flag} = {value!r}; give at least {LEAST[flag]}.")
+    return value
+
+
+def _as(hint: Any, value: Any) -> Any:
+    """The value as the type that a flag has; TypeError says what it must be."""
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise TypeError(f"one of {', '.join(map(str, typing.get_args(hint)))}")
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        wanted = []
+        for part in typing.get_args(hint):
+            try:
+                return _as(part, value)
+            except TypeError as error:
+                wanted.append(str(error))
+        raise TypeError(" or ".join(wanted))
+    if type(value) is hint or (hint is Path and isinstance(value, Path)):
+        return value
+    if (hint is float and type(value) is int) or (hint is Path and isinstance(value, str)):
+        return hint(value)
+    if hint is str and isinstance(value, Path):
+        return str(value)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+    raise TypeError(words.get(hint, "nothing"))
+
+
+def nearest(word: str, words: Collection[str]) -> str:
+    """The end of a sentence about a word that is none of `words`."""
+    near = difflib.get_close_matches(word, words, 1)
+    few = f"; there are {', '.join(words)}." if len(words) < 20 else "."
+    return f"; did you mean {near[0]}?" if near else few
+
+
+def _names(given: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A short name for each, of the flags that it takes to tell them apart; "" for a single one with no title."""
+
+    def words(flags: Iterable[str]) -> list[str]:
+        return ["-".join(_word(flag, values[flag]) for flag in flags if flag in values) for values in given]
+
+    flags = list(dict.fromkeys(flag for values in given for flag in values))
+    for flag in reversed([flag for flag in flags if flag not in TITLES]):
+        fewer = [kept for kept in flags if kept != flag]
+        if len(set(words(fewer))) == len(given):
+            flags = fewer
+    return words(flags)
+
+
+def _word(flag: str, value: Any) -> str:
+    text = re.sub(r"[^\w.+-]+", "_", str(value))
+    if isinstance(value, bool):
+        return flag if value else f"no_{flag}"
+    return text if flag in TITLES else f"{flag}{text}"
+
+
+def command(config: Config) -> str:
+    """The command line that gives this config, with only the flags that it needs."""
+    verb, words = VERBS[type(config)], []
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    if verb != "poison":
+        defaults = vars(getattr(PRESETS[config.preset](), verb))
+        words = [] if config.preset == _assumed_preset(config) else ["--preset", config.preset]
+    for flag, value in vars(config).items():
+        if value == defaults[flag]:
+            continue
+        name = flag.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return shlex.join(["python", "-m", "fastbd", verb, *words])
+
+
+def _assumed_preset(config: PretrainConfig | CleanConfig) -> str:
+    """The preset that the command line takes when none is given: that of the run to clean."""
+    run = config.run if isinstance(config, CleanConfig) else None
+    if run and (run / "config.json").is_file():
+        return read_config(run)["config"].get("preset", "demo")
+    return "demo"

@@ -1,0 +1,364 @@
+"""The ledger of a study: a folder in which any number of processes, on any machines, share out its runs.
+
+    study.N/study.json  the study and its runs; a higher N adds runs
+    claims/ID.N         the Nth process that took the run ID: who it is, and how that ended
+    failed/ID.json      why the run failed
+    plans/, runs/       what the runs make
+
+Of the file system this is asked: that of several processes that create a file exclusively, or rename to a folder, only
+one succeeds, and that a file just opened is up to date. NFS gives it. A holder touches its claim; one that has not been
+touched for `lease` seconds of the file server's clock may be ended by anyone who then takes the next N.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+from fastbd import log
+from fastbd.errors import UserError
+from fastbd.study.grid import Planned, Study, command, expand, material, study_of, to_values
+
+LEASE = 120.0
+BEATS = 6  # in a lease
+TAIL = 1 << 16  # bytes in which the last line of metrics.jsonl is looked for
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands."""
+
+    state: Literal["waiting", "running", "finished", "failed", "blocked"]
+    """blocked: something that it needs has failed, or is blocked."""
+    attempt: int = 0
+    """Claims so far."""
+    who: str = ""
+    """host:pid of the holder."""
+    since: float = 0.0
+    """When it was claimed, by the file server's clock."""
+    reason: str = ""
+    """Of a failure."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the live view; None is not known yet."""
+
+    run: Planned
+    status: Status
+    seconds: float | None
+    step: int | None = None
+    epoch: float | None = None
+    top1: float | None = None
+    asr: float | None = None
+
+
+class Ledger:
+    """The study in `folder`; without one, that which the folder holds. UserError where the two contradict."""
+
+    def __init__(self, folder: Path, study: Study | None = None, *, lease: float = LEASE):
+        self.folder, self.lease = folder, lease
+        self._claims, self._failed = folder / "claims", folder / "failed"
+        self._finished: set[str] = set()
+        if study is None and not _versions(folder):
+            raise UserError(f"{folder} holds no study: name one with --study.")
+        for made in (self._claims, self._failed):
+            made.mkdir(parents=True, exist_ok=True)
+        self.study, self.runs = self._join(study)
+
+    def _join(self, study: Study | None) -> tuple[Study, tuple[Planned, ...]]:
+        """The study and its runs, written down where they are new."""
+        while True:
+            versions = _versions(self.folder)
+            joined = study or study_of(versions[-1]["study"])
+            known = {run["id"]: run["name"] for version in versions for run in version["runs"]}
+            runs = expand(joined, self.folder, known)
+            for version in versions:
+                self._check(joined, runs, version, known)
+            if known.keys() >= {run.id for run in runs}:
+                return joined, runs
+            rows = [{"id": r.id, "name": r.name, "verb": r.verb, "command": command(r.config)} for r in runs]
+            with suppress(FileExistsError):  # another one has added runs meanwhile
+                _write_version(self.folder, len(versions) + 1, {"study": to_values(joined), "runs": rows})
+
+    def _check(self, study: Study, runs: tuple[Planned, ...], version: dict, known: Mapping[str, str]) -> None:
+        """That no run has the name, and so the folder, of another one."""
+        if version["study"]["name"] != study.name:
+            raise UserError(f"{self.folder} holds the study '{version['study']['name']}'; choose another folder.")
+        taken = {(run["verb"], run["name"]): run["id"] for run in version["runs"]}
+        for run in runs:
+            if taken.get((run.verb, run.name), run.id) != run.id:
+                earlier = {r.id: r for r in expand(study_of(version["study"]), self.folder, known)}
+                said = _difference(earlier.get(taken[run.verb, run.name]), run)
+                raise UserError(
+                    f"{self.folder} holds the study '{study.name}' with other settings: {run.name} was planned with "
+                    f"{said}; choose another folder, or take the settings back."
+                )
+
+    def take(self) -> Claim | None:
+        """The next run that can be done, claimed; None when there is none now (see left)."""
+        for run, status in self._statuses():
+            if status.state == "waiting" and all(need in self._finished for need in run.needs):
+                claim = self._claim(run, status.attempt + 1)
+                if claim and not run.product.exists() and not self._failure(run).exists():
+                    return claim
+                if claim:
+                    claim.release()  # it ended after we had looked
+        return None
+
+    def left(self) -> bool:
+        """Whether a run may still come up to be taken, here or elsewhere."""
+        return any(status.state in ("waiting", "running") for _, status in self._statuses())
+
+    def retry(self) -> None:
+        """Let runs that failed be taken again."""
+        for path in self._failed.glob("*.json"):
+            path.unlink(missing_ok=True)
+
+    def table(self) -> list[Row]:
+        """All runs as they stand."""
+        now = self.now()
+        return [_row(run, status, now) for run, status in self._statuses()]
+
+    def now(self) -> float:
+        """The file server's clock, in seconds: the machines' own may differ by more than a lease."""
+        with tempfile.NamedTemporaryFile(dir=self._claims, prefix=".clock-") as file:
+            os.utime(file.fileno())
+            return os.fstat(file.fileno()).st_mtime
+
+    def _statuses(self) -> Iterator[tuple[Planned, Status]]:
+        """Every run after those that it needs."""
+        now, attempts, lost = self.now(), self._attempts(), set()
+        for run in self.runs:
+            status = self._status(run, attempts.get(run.id, 0), now)
+            if status.state == "waiting" and lost.intersection(run.needs):
+                status = Status("blocked", status.attempt)
+            if status.state in ("failed", "blocked"):
+                lost.add(run.id)
+            yield run, status
+
+    def _status(self, run: Planned, attempt: int, now: float) -> Status:
+        if run.id not in self._finished and run.product.exists():
+            self._finished.add(run.id)
+        if run.id in self._finished:
+            return Status("finished", attempt)
+        with suppress(FileNotFoundError):
+            return Status("failed", attempt, reason=json.loads(self._failure(run).read_text())["reason"])
+        if attempt == 0:
+            return Status("waiting")
+        path = self._claims / f"{run.id}.{attempt}"
+        owner, ended, touched = _read_claim(path)
+        if ended == "finished" and now - touched <= self.lease:
+            return Status("finished", attempt)  # NFS may hide a new file for a minute
+        if ended:
+            return Status("waiting", attempt)
+        if now - touched > self.lease or _is_gone(owner):
+            return Status("waiting", attempt)
+        return Status("running", attempt, f"{owner.get('host', '?')}:{owner.get('pid', '?')}", owner.get("since", now))
+
+    def _attempts(self) -> dict[str, int]:
+        """The highest attempt of each run that was ever claimed."""
+        found: dict[str, int] = {}
+        for name in os.listdir(self._claims):
+            if match := re.fullmatch(r"([0-9a-f]{12})\.(\d+)", name):
+                found[match[1]] = max(found.get(match[1], 0), int(match[2]))
+        return found
+
+    def _claim(self, run: Planned, attempt: int) -> Claim | None:
+        if attempt > 1:
+            _end(self._claims / f"{run.id}.{attempt - 1}", "expired")  # its holder may have only stalled
+        path = self._claims / f"{run.id}.{attempt}"
+        try:
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND)
+        except FileExistsError:
+            return None
+        with open(file, "a") as opened:
+            opened.write(json.dumps({**_owner(), "since": os.fstat(file).st_mtime}))
+        return Claim(run, path, self._failure(run), self.lease)
+
+    def _failure(self, run: Planned) -> Path:
+        return self._failed / f"{run.id}.json"
+
+
+class Claim:
+    """A run that this process holds until it lets go; a thread touches the claim meanwhile.
+
+    As a context it is released at the end. If the process has stalled for longer than the lease, another may have taken
+    the run over: `lost` turns true at the next touch, and nothing more may be written for the run. Until then, a sixth
+    of a lease, two may be at it: ask held() before writing what says that the run has finished.
+    """
+
+    def __init__(self, run: Planned, path: Path, failure: Path, lease: float):
+        self.run = run
+        self._path, self._failure, self._lease = path, failure, lease
+        self._lost, self._released = threading.Event(), threading.Event()
+        threading.Thread(target=self._beat, name=f"claim {run.name}", daemon=True).start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the run has been found to be another's."""
+        return self._lost.is_set()
+
+    def held(self) -> bool:
+        """Whether the run is still ours, asked of the disk."""
+        try:
+            ended = _read_claim(self._path)[1]
+        except FileNotFoundError:
+            ended = "removed"
+        if ended:
+            self._lost.set()
+        return not ended
+
+    def fail(self, reason: str) -> None:
+        """The run cannot be done; it is not taken again before Ledger.retry()."""
+        if self.held():
+            when = time.strftime("%Y-%m-%d %H:%M:%S")
+            log.write_json(self._failure, {"reason": reason, "when": when, "host": socket.gethostname()})
+        self.release()
+
+    def release(self) -> None:
+        """Let go: of a run that is finished, or so that others can go on with it at once."""
+        if not self._released.is_set():
+            self._released.set()
+            with suppress(FileNotFoundError):
+                _end(self._path, "finished" if self.run.product.exists() else "released")
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+    def _beat(self) -> None:
+        touched = time.monotonic()
+        while not self._released.wait(self._lease / BEATS) and not self.lost:
+            try:
+                if self.held():
+                    os.utime(self._path)
+                    touched = time.monotonic()
+            except OSError:  # the file server is away; after a lease others may think that we are
+                if time.monotonic() - touched > self._lease:
+                    self._lost.set()
+
+
+def seconds_left(table: list[Row]) -> float | None:
+    """An estimate: the mean time of the finished runs of the same verb for each, over the workers at it now."""
+    done: dict[str, list[float]] = {}
+    for row in table:
+        if row.status.state == "finished" and row.seconds:
+            done.setdefault(row.run.verb, []).append(row.seconds)
+    left = [r for r in table if r.run.verb != "poison" and r.status.state in ("waiting", "running")]
+    if not all(row.run.verb in done for row in left):
+        return None
+    seconds = sum(max(0.0, mean(done[row.run.verb]) - (row.seconds or 0.0)) for row in left)
+    return seconds / max(1, len({row.status.who for row in left if row.status.state == "running"}))
+
+
+def _row(run: Planned, status: Status, now: float) -> Row:
+    """Seconds are those of the run when it is finished, else since it was claimed."""
+    seconds = max(0.0, now - status.since) if status.state == "running" else None
+    if run.verb == "poison":
+        return Row(run, status, seconds)
+    if status.state == "finished":
+        with suppress(OSError, ValueError):
+            seconds = json.loads(run.product.read_text()).get("seconds")
+    last = _last_line(run.config.out / "metrics.jsonl")
+    return Row(run, status, seconds, *(last.get(key) for key in ("step", "epoch", "top1", "asr")))
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The last whole line of a .jsonl file; {} where there is none."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+        for line in reversed(file.read().splitlines()):
+            with suppress(ValueError):
+                return json.loads(line)
+    return {}
+
+
+def _versions(folder: Path) -> list[dict[str, Any]]:
+    found = []
+    while (path := folder / f"study.{len(found) + 1}" / "study.json").exists():
+        found.append(json.loads(path.read_text()))
+    return found
+
+
+def _write_version(folder: Path, number: int, value: dict[str, Any]) -> None:
+    """FileExistsError where there is one of that number."""
+    try:
+        with log.new_folder(folder / f"study.{number}") as new:
+            log.write_json(new / "study.json", value)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise FileExistsError from None
+        raise
+
+
+def _difference(earlier: Planned | None, now: Planned) -> str:
+    if earlier is None:
+        return "another version of fastbd"
+    before, after = material(earlier.config), material(now.config)
+    flags = [f for f in vars(now.config) if before.get(f) != after.get(f) and f != "plan"]
+    told = [f"{flag} {getattr(earlier.config, flag)}, now {getattr(now.config, flag)}" for flag in flags]
+    return "; ".join(told) or "another start"
+
+
+def _read_claim(path: Path) -> tuple[dict[str, Any], str, float]:
+    """(owner, how it ended or "", when it was last touched); opened, as NFS then asks the server."""
+    with open(path) as file:
+        owner, _, ended = file.read().partition("\n")
+        touched = os.fstat(file.fileno()).st_mtime
+    return json.loads(owner or "{}"), ended.partition("\n")[0], touched
+
+
+def _end(path: Path, how: str) -> None:
+    """Write how a claim ended below what is there already; the first word counts."""
+    with open(os.open(path, os.O_WRONLY | os.O_APPEND), "a") as file:  # not made again where it has been removed
+        file.write(f"\n{how}")
+
+
+def _owner() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "kernel": _kernel()}
+
+
+def _is_gone(owner: Mapping[str, Any]) -> bool:
+    """Whether the process is known to have ended: that can be told only on its own machine, and on Linux."""
+    kernel = _kernel()
+    if not owner or kernel is None or owner["kernel"] != kernel:
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's, which /proc may hide
+        return False
+    return _started(owner["pid"]) != owner["started"]
+
+
+def _kernel() -> str | None:
+    """What process ids are of: this boot of this machine, and the container."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, in ticks since the boot (proc(5)), so that an id that is used again is told apart."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(fields[18])
