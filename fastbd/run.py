@@ -406,7 +406,7 @@ class Run:
 
     def _checked_start(self) -> dict | None:
         """The model that is to be cleaned, evaluated. UserError when there is no backdoor in it to be removed."""
-        if self.zeroshot is None or (self.verb == "pretrain" and self.total):
+        if self.zeroshot is None or (self.verb == "pretrain" and self.config.epochs):
             return None
         task, config = self.task, self.config
         of = (str(task.start), getattr(config, "checkpoint", None), self._evaluation(), self.precision)

@@ -14,7 +14,7 @@ KERNELS = Path(kernels.__file__).parent
 LEAVES = {"errors", "config", "draws", "dist", "log", "precision", "prompts"}
 ARROWS = {
     "cli": {"commands", "study"},
-    "commands": {"run", "rebound", "loop", "data", "models", "objectives", "cleaning", "evals", "poison", "study",
+    "commands": {"run", "rebound", "kept", "loop", "data", "models", "objectives", "cleaning", "evals", "poison", "study",
                  "checkpoint", "kernels", "cli"},
     "run": {"cleaning", "loop", "step", "fit", "kept", "limits", "optim", "checkpoint", "data", "models", "evals",
             "poison", "kernels", "study"},

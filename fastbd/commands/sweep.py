@@ -19,7 +19,7 @@ from rich.live import Live
 
 from fastbd import checkpoint, dist, log
 from fastbd.commands import clean, demo, poison, pretrain, report
-from fastbd.config import SweepConfig
+from fastbd.config import ReportConfig, SweepConfig
 from fastbd.dist import World
 from fastbd.errors import Diverged, UserError
 from fastbd.kept import Kept
@@ -54,7 +54,8 @@ def run(config: SweepConfig) -> int:
         return stopped.exit_code
     states = [row.status.state for row in ledger.table()]
     page = ledger.folder / "report.html"
-    best = report.write_study(ledger.folder, page)
+    report.run(ReportConfig(runs=(ledger.folder / "runs",), out=page))
+    best = {}
     for row in ledger.table():
         if row.status.state == "failed":
             log.console.print(f"{row.run.name} failed: {row.status.reason}", markup=False)
@@ -180,7 +181,7 @@ def _train(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world:
 
     training = Run(
         settings, TASKS[planned.verb](settings, world), world, kept,
-        extra={"id": planned.id, "command": command(planned.config)},
+        extra={"id": planned.id, "command": command(replace(planned.config, out=None))},
         enough=partial(_enough, _rules(planned, ledger, config)), guard=guard, quiet=True,
     )  # fmt: skip
     reason = training.train()
