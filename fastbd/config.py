@@ -153,6 +153,9 @@ class CleanInputs:
     """Pairs to use, drawn from the seed; all where there are fewer."""
     poison_left: int = 0
     """So many of them are poisoned pairs of the pre-training data that were overlooked."""
+    rebound: int = 0
+    """Then fine-tune for so many steps on clean pairs, in batches of 16 at a rate of 1e-6, and watch ASR come back; the
+    weights that are kept are those before."""
     force: bool = False
     """Clean even a model whose attack has not landed (--landed)."""
     keep_optimizer: bool = False
@@ -246,6 +249,8 @@ class TrainConfig:
     """Another GPU, such as cuda:1, to evaluate on while training goes on [that of the training, which waits]."""
     eval_subset: int = 0
     """Evaluate this many images, always the same ones; 0 means all."""
+    eval_between: int = 0
+    """Evaluate only so many images where no epoch ends; 0 means all. Their rows say so."""
     landed: float = 0.5
     """ASR, 0 to 1, from which the attack counts as landed; if it has not, cleaning it shows nothing."""
     save_every: int = 1
@@ -513,7 +518,7 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 
 LEAST = dict(
-    accumulate=1, batch_size=1, bn_group=2, count=1, detect_batch=0, epoch=0, epochs=0, eval_subset=0,
+    accumulate=1, batch_size=1, bn_group=2, count=1, detect_batch=0, epoch=0, epochs=0, eval_between=0, eval_subset=0,
     hw_decoder_load=0, k=1, landed=0, lease=1, log_every=1, max_bad=0, max_pixels=1, poison_left=0, processes=0,
     rebound=0, rebound_batch_size=2, rows=1, save_every=0, subset=0, text_views=0, val_batch=2, warmup=0, workers=0,
 )  # fmt: skip

@@ -29,7 +29,7 @@ from fastbd.errors import Diverged, UserError
 from fastbd.evals.background import Background
 from fastbd.evals.embedding import embed
 from fastbd.evals.monitor import Monitor
-from fastbd.evals.sets import Labelled, open_set
+from fastbd.evals.sets import Labelled, open_set, part_of
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot
 from fastbd.fit import Shares, batch_that_fits
@@ -43,16 +43,18 @@ from fastbd.models.blocks import recompute
 from fastbd.optim import make_optimizer, restore
 from fastbd.poison.plan import Plan
 from fastbd.precision import is_captured, is_compiled, set_precision
+from fastbd.rebound import clean_pairs, rebound
 from fastbd.step import Step
 from fastbd.study.runs import read
 
 Config = PretrainConfig | CleanConfig
 ROWS = "kept.rows"
+REBOUND_BATCH, REBOUND_LR = 16, 1e-6
 FREE = {
     "run", "checkpoint", "lr", "warmup", "seed", "mmcl_weight", "ssl_weight", "poison_left", "force", "landed",
     "weights", "resume", "out", "save_every", "log_every", "rebound", "plan", "poison", "eval_data", "classes",
-    "templates", "eval_every", "eval_subset", "rows_file", "max_bad", "workers", "decode", "hw_decoder_load",
-    "resident",
+    "templates", "eval_every", "eval_subset", "eval_between", "rows_file", "max_bad", "workers", "decode",
+    "hw_decoder_load", "resident",
 }  # fmt: skip
 """Settings in which two runs may differ and still be trained by the same step in the same memory."""
 
@@ -176,6 +178,8 @@ class Run:
         self.background = Background(aside=self.eval_device != world.device)
         in_place = self._place(resumed)
         self.zeroshot = evaluated and self._zeroshot(evaluated)
+        self.rebound_rows = self._rebound_rows() if self.verb == "clean" and config.rebound else None
+        self.partly = self._partly() if self.zeroshot and config.eval_between else None
         self.monitor = self._monitor() if self.zeroshot and len(task.held_out) > 1 else None
         self.method.attach(self)
         self.start = None if resumed else self._checked_start()
@@ -396,6 +400,12 @@ class Run:
         zeroshot.towers.refresh()
         return zeroshot
 
+    def _partly(self) -> ZeroShot:
+        """On part of the images, for evaluations between the epochs' ends."""
+        data, count = self.zeroshot.data, self.config.eval_between
+        key = (id(self.zeroshot.towers), id(data), count)
+        return self.kept.get("partly", key, lambda: ZeroShot(self.zeroshot.towers, part_of(data, count)))
+
     def _monitor(self) -> Monitor:
         """On the pairs that cleaning does not see, from the model as it is."""
         key = (id(self.zeroshot.towers), str(self.task.data), self.task.held_out.tobytes())
@@ -506,7 +516,22 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",
             "devices": self.world.size,
         }
+        if self.rebound_rows is not None and reason == "finished":
+            result["rebound"] = self._rebound()
         log.write_json(self.folder / "result.json", result)
+
+    def _rebound(self) -> dict:
+        """Which leaves other weights behind: the last thing that is done with them."""
+        pairs = Pairs(self.pairs.beton, self.pairs.decoder, self.pairs.size, max_bad=self.pairs.max_bad)
+        return rebound(
+            self.model, self.zeroshot, pairs, self.rebound_rows, steps=self.config.rebound, lr=REBOUND_LR,
+            precision=self.precision, world=self.world,
+        )  # fmt: skip
+
+    def _rebound_rows(self) -> np.ndarray:
+        if self.zeroshot is None or not self.zeroshot.data.attacked or self.world.size > 1:
+            raise UserError("--rebound watches ASR, in one process: it needs a plan, and --eval-data with its target.")
+        return clean_pairs(self.pairs, self.task.plan, self.config.rebound * REBOUND_BATCH)
 
     def _evaluated_on(self) -> str:
         if self.zeroshot is None:
@@ -567,9 +592,13 @@ class Run:
         self.world.barrier()
 
     def _evaluate(self, step: int) -> None:
+        between = self.partly and step % self.steps_per_epoch and step < self.total
+
         def work() -> None:
-            row = self.zeroshot()
-            self._report(step, row | (self.monitor() if self.monitor else {}))
+            began = time.perf_counter()
+            row = self.partly() | {"subset": True} if between else self.zeroshot()
+            row |= self.monitor() if self.monitor else {}
+            self._report(step, row | {"seconds": round(time.perf_counter() - began, 3)})
 
         self.background.wait()
         self.zeroshot.towers.refresh()

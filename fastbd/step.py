@@ -53,11 +53,7 @@ class Step:
         self.lr = optimizer.param_groups[0]["lr"]
         self.weights = torch.tensor(method.objective.weights, device=world.device)
         self.norms = batch_norms(model)
-        for name, parameter in model.named_parameters():  # an idle tower is left alone, by weight decay too
-            parameter.requires_grad_(tower_of(name) != method.objective.idle)
-        model.logit_scale.requires_grad_(not method.fixed_scale)
-        for norm in self.norms:
-            norm.train(model.training and not method.frozen_norms)
+        self._choose_trained()
         self.alone = _compile(model) if compiled else model
         self.towers = self.alone
         if world.size > 1:
@@ -74,12 +70,20 @@ class Step:
         """Back to the first step, with other learning rates and no momentum: for a new run in the same memory."""
         self.rates.copy_(rates)
         self.at.zero_()
+        self._choose_trained()
         self.weights.copy_(torch.tensor(self.method.objective.weights))
         for state in self.optimizer.state.values():
             torch._foreach_zero_(list(state.values()))
 
     def __call__(self, batch: Batch) -> Losses:
         return self.call(batch.ids, batch.views, batch.texts)
+
+    def _choose_trained(self) -> None:
+        for name, parameter in self.model.named_parameters():  # an idle tower is left alone, by weight decay too
+            parameter.requires_grad_(tower_of(name) != self.method.objective.idle)
+        self.model.logit_scale.requires_grad_(not self.method.fixed_scale)
+        for norm in self.norms:
+            norm.train(self.model.training and not self.method.frozen_norms)
 
     def _step(self, ids: Tensor, views: Sequence[Tensor], texts: Sequence[PackedText]) -> Losses:
         self.optimizer.zero_grad(set_to_none=True)

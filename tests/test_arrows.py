@@ -14,10 +14,10 @@ KERNELS = Path(kernels.__file__).parent
 LEAVES = {"errors", "config", "draws", "dist", "log", "precision", "prompts"}
 ARROWS = {
     "cli": {"commands", "study"},
-    "commands": {"run", "rebound", "kept", "loop", "data", "models", "objectives", "cleaning", "evals", "poison", "study",
-                 "checkpoint", "kernels", "cli"},
+    "commands": {"run", "rebound", "kept", "loop", "data", "models", "objectives", "cleaning", "evals", "poison",
+                 "study", "checkpoint", "kernels", "cli"},
     "run": {"cleaning", "loop", "step", "fit", "kept", "limits", "optim", "checkpoint", "data", "models", "evals",
-            "poison", "kernels", "study"},
+            "poison", "kernels", "rebound", "study"},
     "rebound": {"cleaning", "data", "evals", "models", "objectives", "optim", "poison", "step"},
     "loop": {"data", "readback"},
     "fit": {"step", "cleaning", "data", "models", "objectives", "optim", "kernels"},

@@ -123,6 +123,14 @@ def open_set(
     return kind(name=name, about=about, ids=ids, population=len(rows), clean=clean, attacked=attacked, **of_kind)
 
 
+def part_of(data: Labelled, count: int) -> Labelled:
+    """`count` of its images, always the same ones; all where there are fewer."""
+    places = np.sort(draws.generator(0, "eval-subset").permutation(len(data.ids))[:count])
+    attacked = tuple(replace(one, images=one.images[places]) for one in data.attacked)
+    labels = data.labels[torch.from_numpy(places).to(data.labels.device)]
+    return replace(data, ids=data.ids[places], clean=data.clean[places], attacked=attacked, labels=labels)
+
+
 def _has_target(of_kind: dict, target: str, path: Path, strict: bool) -> bool:
     """Whether ASR can be measured on the set."""
     if "captions" in of_kind:

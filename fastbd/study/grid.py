@@ -162,11 +162,12 @@ def expand(study: Study, folder: Path, known: Mapping[str, str] | None = None) -
     """
     known = known or {}
     earlier, models = _pretraining(study, folder, known) if study.pretrain else ([], _pretrained(study))
-    base, given = PRESETS[study.preset]().clean, settings(study, "clean")
-    given = [{"method": base.method, **values} for values in given]
+    preset, given = PRESETS[study.preset](), settings(study, "clean")
+    given = [{"method": preset.clean.method, **values} for values in given]
     structures = [{flag: value for flag, value in values.items() if flag != "lr"} for values in given]
     cleanings = []
     for model, (which, (values, name)) in product(models, enumerate(zip(given, _names(given), strict=True))):
+        base = preset.defaults("clean", values["method"])
         config = replace(base, **values, seed=model.seed, run=model.folder)
         run = _planned(config, f"{model.name}-{name}", folder, known, start=(model.identity,), needs=model.needs)
         place = (structures.index(structures[which]), model.place, which, study.seeds.index(model.seed))
@@ -362,7 +363,9 @@ def command(config: Config) -> str:
     verb, words = VERBS[type(config)], []
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     if verb != "poison":
-        defaults = vars(getattr(PRESETS[config.preset](), verb))
+        preset = PRESETS[config.preset]()
+        method = getattr(config, "method", None)
+        defaults = vars(preset.defaults(verb, method)) | ({"method": preset.clean.method} if method else {})
         words = [] if config.preset == _assumed_preset(config) else ["--preset", config.preset]
     for flag, value in vars(config).items():
         if value == defaults[flag]:
