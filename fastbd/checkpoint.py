@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,15 @@ def save(path: Path, state: dict) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def snapshot(state: Any) -> Any:
+    """A copy in main memory, which training leaves alone while it is written."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: snapshot(value) for key, value in state.items()}
+    return [snapshot(value) for value in state] if isinstance(state, list) else state
 
 
 def load(path: Path) -> dict:

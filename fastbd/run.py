@@ -175,7 +175,7 @@ class Run:
 
         evaluated = self._open_evaluation()
         self.pairs = self._open_pairs()
-        self.background = Background(aside=self.eval_device != world.device)
+        self.background, self.writer = Background(aside=self.eval_device != world.device), Background(aside=True)
         in_place = self._place(resumed)
         self.zeroshot = evaluated and self._zeroshot(evaluated)
         self.rebound_rows = self._rebound_rows() if self.verb == "clean" and config.rebound else None
@@ -225,7 +225,8 @@ class Run:
             self.model.train()
             self.method.objective = task.method.objective
             return found
-        self.kept.drop("setup")
+        for kind in ("setup", "zeroshot", "partly", "monitor"):  # all that look at the earlier model
+            self.kept.drop(kind)
         self.model = task.model.to(world.device, memory_format=torch.channels_last).train()
         self.method = task.method.to(world.device)
         if self.config.grad_checkpointing:
@@ -396,19 +397,19 @@ class Run:
             towers = Towers(self.model, precision=self.precision, device=self.eval_device, compiled=compiled)
             return ZeroShot(towers, data)
 
-        zeroshot = self.kept.get("zeroshot", (id(self.model), id(data)), make)
+        zeroshot = self.kept.get("zeroshot", self._evaluation(), make)
         zeroshot.towers.refresh()
         return zeroshot
 
     def _partly(self) -> ZeroShot:
         """On part of the images, for evaluations between the epochs' ends."""
         data, count = self.zeroshot.data, self.config.eval_between
-        key = (id(self.zeroshot.towers), id(data), count)
+        key = (self._evaluation(), count)
         return self.kept.get("partly", key, lambda: ZeroShot(self.zeroshot.towers, part_of(data, count)))
 
     def _monitor(self) -> Monitor:
         """On the pairs that cleaning does not see, from the model as it is."""
-        key = (id(self.zeroshot.towers), str(self.task.data), self.task.held_out.tobytes())
+        key = (self._evaluation(), str(self.task.data), self.task.held_out.tobytes())
         make = partial(Monitor, self.zeroshot.towers, self.pairs, self.task.held_out)
         monitor = self.kept.get("monitor", key, make)
         monitor.start()
@@ -494,6 +495,7 @@ class Run:
             raise
         finally:
             self.background.wait()
+            self.writer.wait()
         how = f"done: {self.total - self.done:,} steps" if reason == "finished" else f"ended early ({reason})"
         self._say(f"{how} in {time.perf_counter() - began:.0f} s, evaluations included; {self.folder}")
         self._say_whether_they_landed()
@@ -611,15 +613,18 @@ class Run:
         self._say(result_line(row))
 
     def save(self, step: int) -> None:
-        """Write ckpt_last.pt, and the checkpoint to be kept where --save-every ends an epoch."""
+        """Write ckpt_last.pt, and the one to be kept where --save-every ends an epoch, while training goes on."""
         if self.world.main:
             self.background.wait()  # an evaluation that is due is made up for only at the last checkpoint
             self.guard()
-            state = self._state(step)
-            if self.config.save_every and step % (self.config.save_every * self.steps_per_epoch) == 0:
-                checkpoint.save(checkpoint.path_of(self.folder, str(step // self.steps_per_epoch)), state)
-            checkpoint.save(checkpoint.path_of(self.folder, "last"), state)  # last: what it is past is not done again
+            steps = self.config.save_every * self.steps_per_epoch
+            kept = [str(step // self.steps_per_epoch)] if steps and step % steps == 0 else []
+            self.writer.start(partial(self._write, [*kept, "last"], checkpoint.snapshot(self._state(step))))
         self.world.barrier()
+
+    def _write(self, names: list[str], state: dict) -> None:
+        for name in names:  # the last one last: what it is past is not done again
+            checkpoint.save(checkpoint.path_of(self.folder, name), state)
 
     def _state(self, step: int) -> dict:
         """What a checkpoint holds."""

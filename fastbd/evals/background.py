@@ -1,4 +1,4 @@
-"""Evaluations on another device, while training goes on."""
+"""Work beside training: evaluations on another device, checkpoints that are written."""
 
 from __future__ import annotations
 
