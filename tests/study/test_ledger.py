@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,45 @@ def test_an_old_claim_expires_by_the_clock_of_the_file_server(tmp_path, monkeypa
     assert states(ledger)["badnet"] == "running" and claim.held()
 
 
+@pytest.mark.parametrize("end", ["finished", "failed"])
+def test_a_run_that_ends_after_we_looked_is_not_done_again(tmp_path, monkeypatch, end):
+    here, there = Ledger(tmp_path, SMALL), Ledger(tmp_path)
+
+    def late(run, attempt):
+        claim = there.take()
+        finish(claim) if end == "finished" else claim.fail("diverged")
+        monkeypatch.undo()
+        return here._claim(run, attempt + 1)
+
+    monkeypatch.setattr(here, "_claim", late)
+    assert here.take() is None and states(there)["badnet"] == end
+
+
+def test_a_run_whose_folder_was_removed_is_done_again(tmp_path):
+    ledger = Ledger(tmp_path, SMALL, lease=60)
+    finish(ledger.take())
+    ledger.runs[0].product.unlink()
+    assert states(Ledger(tmp_path, lease=60))["badnet"] == "finished"  # NFS may show files late
+    age(tmp_path, 61)
+    assert Ledger(tmp_path, lease=60).take().run.name == "badnet"
+
+
+def test_a_holder_that_cannot_reach_its_claim_has_lost_it(tmp_path, monkeypatch):
+    gone = Ledger(tmp_path / "gone", SMALL).take()
+    shutil.rmtree(tmp_path / "gone")
+    assert not gone.held() and gone.lost
+    gone.fail("nothing is written")
+    assert not (tmp_path / "gone").exists()
+    ledger = Ledger(tmp_path / "away", SMALL, lease=0.3)
+
+    def away(*_):
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(os, "utime", away)
+    claim = ledger._claim(ledger.runs[0], 1)
+    assert claim._lost.wait(10)
+
+
 def test_a_run_of_a_dead_process_is_free_at_once_also_when_its_id_is_used_again(tmp_path, monkeypatch):
     ledger = Ledger(tmp_path, SMALL)
     worker = start(TAKE + "time.sleep(600)", tmp_path, 600)
@@ -190,8 +230,8 @@ def test_no_run_is_lost_or_done_twice_by_workers_that_are_killed(tmp_path):
     study = replace(SMALL, clean=({"method": "cleanclip", "lr": tuple(k * 1e-4 for k in range(1, 16))},))
     ledger = Ledger(tmp_path, study)
     (tmp_path / "journals").mkdir()
-    workers, killed, failures = [], 0, []
-    while ledger.left():
+    workers, killed, failures, until = [], 0, [], time.monotonic() + 120
+    while ledger.left() and time.monotonic() < until:
         while len(workers) < 3:
             workers.append(subprocess.Popen([sys.executable, WORKER, tmp_path], stderr=subprocess.PIPE, text=True))
         time.sleep(draw.uniform(0.05, 0.3))
