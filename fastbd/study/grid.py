@@ -117,8 +117,15 @@ def study_of(values: Mapping[str, Any]) -> Study:
     for name in ("seeds", "attacks", "pretrain", "pretrained", "clean"):
         if not isinstance(values.get(name, []), list):
             raise UserError(f"'{name}' of the study must be a list.")
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return Study(**{**values, **lists, "pretrained": tuple(map(Path, values.get("pretrained", ())))})
+    tuples = {name: _tuples(value) for name, value in values.items()}
+    return Study(**{**tuples, "pretrained": tuple(map(Path, values.get("pretrained", ())))})
+
+
+def _tuples(value: Any) -> Any:
+    """The value with tuples for its lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def to_values(study: Study) -> dict[str, Any]:

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastbd.errors import UserError
+from fastbd.study import ledger as ledgers
+from fastbd.study.grid import Study
+from fastbd.study.ledger import Ledger, seconds_left
+
+WORKER = Path(__file__).with_name("ledger_worker.py")
+SMALL = Study(
+    name="small",
+    about="",
+    attacks=({"trigger": "badnet"},),
+    pretrain=({"objective": ("mmcl", "mmcl_ssl")},),
+    clean=({"method": "cleanclip", "lr": (1e-4, 1e-3)},),
+)
+# Another process that takes a run of the ledger and says so.
+TAKE = """
+import sys, time
+from pathlib import Path
+from fastbd.study.ledger import Ledger
+claim = Ledger(Path(sys.argv[1]), lease=float(sys.argv[2])).take()
+print(claim and claim.run.name, flush=True)
+"""
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def finish(claim, **result) -> None:
+    """What a run leaves behind."""
+    claim.run.product.parent.mkdir(parents=True, exist_ok=True)
+    claim.run.product.write_text(json.dumps(result))
+    claim.release()
+
+
+def states(ledger: Ledger) -> dict[str, str]:
+    return {row.run.name: row.status.state for row in ledger.table()}
+
+
+def age(folder: Path, seconds: float) -> None:
+    """Make the claims look as if nobody had touched them for so long."""
+    for path in (folder / "claims").iterdir():
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_runs_come_in_order_and_after_what_they_need(tmp_path):
+    ledger, taken = Ledger(tmp_path, SMALL), []
+    while claim := ledger.take():
+        taken.append(claim.run.name)
+        if claim.run.verb == "poison":
+            assert ledger.take() is None and ledger.left()  # all others wait for the plan
+        finish(claim)
+    assert taken == [run.name for run in ledger.runs]
+    assert not ledger.left() and set(states(ledger).values()) == {"finished"}
+
+
+def test_two_ledgers_never_give_the_same_run_and_released_ones_go_on(tmp_path):
+    here, there = Ledger(tmp_path, SMALL), Ledger(tmp_path)
+    assert there.runs == here.runs and there.study == SMALL
+    finish(here.take())
+    first, second = here.take(), there.take()
+    assert (first.run.name, second.run.name) == ("mmcl-s0", "mmcl_ssl-s0") and there.take() is None
+    assert states(there)["mmcl-s0"] == "running" and there.table()[1].status.who.endswith(f":{os.getpid()}")
+    first.release()
+    again = there.take()
+    assert again.run == first.run and again.held() and not first.held()
+
+
+def test_a_failed_run_blocks_what_needs_it_until_it_is_tried_again(tmp_path):
+    ledger = Ledger(tmp_path, SMALL)
+    finish(ledger.take())
+    ledger.take().fail("the loss is nan")
+    finish(ledger.take())
+    for _ in range(2):
+        finish(ledger.take(), seconds=1)
+    assert ledger.take() is None and not ledger.left()
+    assert states(ledger) == {
+        "badnet": "finished", "mmcl-s0": "failed", "mmcl_ssl-s0": "finished",
+        "mmcl-s0-cleanclip-lr0.0001": "blocked", "mmcl-s0-cleanclip-lr0.001": "blocked",
+        "mmcl_ssl-s0-cleanclip-lr0.0001": "finished", "mmcl_ssl-s0-cleanclip-lr0.001": "finished",
+    }  # fmt: skip
+    assert ledger.table()[1].status.reason == "the loss is nan"
+    ledger.retry()
+    assert ledger.left() and ledger.take().run.name == "mmcl-s0"
+
+
+def test_an_old_claim_expires_by_the_clock_of_the_file_server(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path, SMALL, lease=60)
+    stalled = ledger.take()
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert ledger.take() is None
+    monkeypatch.undo()
+    age(tmp_path, 59)
+    assert ledger.take() is None
+    age(tmp_path, 61)
+    assert states(ledger)["badnet"] == "waiting" and stalled.held()  # to look is not to take
+    claim = ledger.take()
+    assert claim.run == stalled.run and claim.held() and not stalled.held() and stalled.lost
+    stalled.fail("too late")
+    assert states(ledger)["badnet"] == "running" and claim.held()
+
+
+@pytest.mark.parametrize("end", ["finished", "failed"])
+def test_a_run_that_ends_after_we_looked_is_not_done_again(tmp_path, monkeypatch, end):
+    here, there = Ledger(tmp_path, SMALL), Ledger(tmp_path)
+
+    def late(run, attempt):
+        claim = there.take()
+        finish(claim) if end == "finished" else claim.fail("diverged")
+        monkeypatch.undo()
+        return here._claim(run, attempt + 1)
+
+    monkeypatch.setattr(here, "_claim", late)
+    assert here.take() is None and states(there)["badnet"] == end
+
+
+def test_a_run_whose_folder_was_removed_is_done_again(tmp_path):
+    ledger = Ledger(tmp_path, SMALL, lease=60)
+    finish(ledger.take())
+    ledger.runs[0].product.unlink()
+    assert states(Ledger(tmp_path, lease=60))["badnet"] == "finished"  # NFS may show files late
+    age(tmp_path, 61)
+    assert Ledger(tmp_path, lease=60).take().run.name == "badnet"
+
+
+def test_a_holder_that_cannot_reach_its_claim_has_lost_it(tmp_path, monkeypatch):
+    gone = Ledger(tmp_path / "gone", SMALL).take()
+    shutil.rmtree(tmp_path / "gone")
+    assert not gone.held() and gone.lost
+    gone.fail("nothing is written")
+    assert not (tmp_path / "gone").exists()
+    ledger = Ledger(tmp_path / "away", SMALL, lease=0.3)
+
+    def away(*_):
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(os, "utime", away)
+    claim = ledger._claim(ledger.runs[0], 1)
+    assert claim._lost.wait(10)
+
+
+def test_a_run_of_a_dead_process_is_free_at_once_also_when_its_id_is_used_again(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path, SMALL)
+    worker = start(TAKE + "time.sleep(600)", tmp_path, 600)
+    assert worker.stdout.readline() == "badnet\n"
+    assert ledger.take() is None
+    worker.send_signal(signal.SIGKILL)
+    while ledgers._started(worker.pid) is not None:  # dead, but its parent has not been told
+        time.sleep(0.01)
+    claim = ledger.take()
+    assert claim.run.name == "badnet"
+    worker.wait()
+    owner = json.loads((tmp_path / "claims" / f"{claim.run.id}.2").read_text())
+    assert not ledgers._is_gone(owner) and ledgers._is_gone({**owner, "started": owner["started"] - 1})
+    assert not ledgers._is_gone({**owner, "kernel": "another machine", "started": 1})
+
+
+def test_a_claim_that_says_nothing_is_waited_for(tmp_path):
+    """Its process has died, or is about to write."""
+    ledger = Ledger(tmp_path, SMALL, lease=60)
+    (tmp_path / "claims" / f"{ledger.runs[0].id}.1").touch()
+    assert ledger.take() is None and states(ledger)["badnet"] == "running"
+    age(tmp_path, 61)
+    assert ledger.take().run.name == "badnet"
+
+
+def test_of_two_processes_one_takes_over(tmp_path):
+    """Fifty races for a claim that has expired."""
+    code = """
+import sys
+from pathlib import Path
+from fastbd.study.ledger import Ledger
+for line in sys.stdin:
+    ledger = Ledger(Path(line.strip()), lease=60)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    claim = ledger.take()
+    print("won" if claim else "lost", flush=True)
+"""
+    folders = [tmp_path / str(k) for k in range(50)]
+    racers = [start(code), start(code)]
+    for folder in folders:
+        Ledger(folder, SMALL).take().release()
+        claims = folder / "claims"
+        (name,) = os.listdir(claims)
+        (claims / name).write_text('{"host": "elsewhere", "pid": 1, "started": 1, "kernel": "x"}')
+        age(folder, 61)
+        said = []
+        for lines in (f"{folder}\n", "\n"):
+            for racer in racers:
+                print(lines, end="", file=racer.stdin, flush=True)
+            said = [racer.stdout.readline() for racer in racers]
+        assert sorted(said) == ["lost\n", "won\n"]
+        assert {path.suffix for path in claims.iterdir()} == {".1", ".2"}
+    for racer in racers:
+        racer.communicate()
+
+
+def test_a_holder_that_was_stopped_notices_that_it_lost(tmp_path):
+    ledger = Ledger(tmp_path, SMALL, lease=3.0)
+    worker = start(TAKE + "while not claim.lost: time.sleep(0.01)\nprint('lost', flush=True)", tmp_path, 3.0)
+    assert worker.stdout.readline() == "badnet\n"
+    time.sleep(3.5)
+    assert ledger.take() is None  # it lives
+    worker.send_signal(signal.SIGSTOP)
+    os.waitpid(worker.pid, os.WUNTRACED)
+    age(tmp_path, 4)
+    claim = ledger.take()
+    worker.send_signal(signal.SIGCONT)
+    assert worker.communicate(timeout=30)[0] == "lost\n" and claim.held()
+
+
+def test_no_run_is_lost_or_done_twice_by_workers_that_are_killed(tmp_path):
+    draw = random.Random(0)
+    study = replace(SMALL, clean=({"method": "cleanclip", "lr": tuple(k * 1e-4 for k in range(1, 16))},))
+    ledger = Ledger(tmp_path, study)
+    (tmp_path / "journals").mkdir()
+    workers, killed, failures, until = [], 0, [], time.monotonic() + 120
+    while ledger.left() and time.monotonic() < until:
+        while len(workers) < 3:
+            workers.append(subprocess.Popen([sys.executable, WORKER, tmp_path], stderr=subprocess.PIPE, text=True))
+        time.sleep(draw.uniform(0.05, 0.3))
+        victim = workers.pop(draw.randrange(3))
+        victim.kill()
+        failures.append(victim.communicate()[1])
+        killed += victim.returncode == -signal.SIGKILL
+    failures += [worker.communicate(timeout=60)[1] for worker in workers]
+    assert not any(failures), "".join(failures)
+    assert killed >= 3
+    assert all(run.product.exists() for run in ledger.runs) and len(ledger.runs) == 33
+    several = 0
+    for run in ledger.runs:
+        lines = [line.split() for line in (tmp_path / "journals" / run.id).read_text().splitlines()]
+        assert [int(step) for step, _ in lines] == list(range(10))
+        several += len({pid for _, pid in lines}) > 1
+    assert several >= 1  # at least one run was gone on with
+
+
+def test_the_view_shows_the_last_evaluation_and_estimates_the_rest(tmp_path):
+    ledger = Ledger(tmp_path, SMALL)
+    finish(ledger.take())
+    for _ in range(2):
+        finish(ledger.take(), seconds=100.0)
+    assert seconds_left(ledger.table()) is None  # no cleaning has finished
+    finish(ledger.take(), seconds=40.0)
+    claim = ledger.take()
+    claim.run.config.out.mkdir(parents=True)
+    rows = [{"step": 5, "epoch": 0.5, "top1": 0.9, "asr": 0.8}, {"step": 9, "epoch": 1.0, "top1": 0.7, "asr": 0.1}]
+    lines = "\n".join(json.dumps({**row, "pad": "x" * 100_000}) for row in rows[:1]) + "\n" + json.dumps(rows[1])
+    (claim.run.config.out / "metrics.jsonl").write_text(lines + '\n{"step": 12, "ep')
+    table = ledger.table()
+    row = next(row for row in table if row.run == claim.run)
+    assert (row.step, row.epoch, row.top1, row.asr) == (9, 1.0, 0.7, 0.1)
+    assert 0 <= row.seconds < 20 and [r.seconds for r in table[:4]] == [None, 100, 100, 40]
+    assert seconds_left(table) == pytest.approx(3 * 40 - row.seconds)
+
+
+def test_a_study_can_grow_and_keeps_the_names_of_its_runs(tmp_path):
+    one = replace(SMALL, clean=({"method": "cleanclip", "lr": 1e-3},))
+    before = {run.id: run.name for run in Ledger(tmp_path, one).runs}
+    more = replace(SMALL, seeds=(0, 1), clean=({"method": "cleanclip", "lr": (1e-3, 1e-4)},))
+    after = Ledger(tmp_path, more)
+    names = {run.id: run.name for run in after.runs}
+    assert "mmcl-s0-cleanclip" in before.values() and before.items() <= names.items()
+    assert {"mmcl-s1-cleanclip-lr0.001", "mmcl-s0-cleanclip-lr0.0001"} <= set(names.values())
+    assert Ledger(tmp_path).runs == after.runs and len(list(tmp_path.glob("study.*"))) == 2
+    assert len(Ledger(tmp_path, one).runs) == 5 and len(list(tmp_path.glob("study.*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            {"pretrain": ({"objective": ("mmcl", "mmcl_ssl"), "epochs": 6},)},
+            "mmcl-s0 was planned with epochs 12, now 6;",
+        ),
+        ({"attacks": ({"trigger": "badnet", "patch_size": 8},)}, "badnet was planned with patch_size 16, now 8;"),
+        ({"name": "large"}, "holds the study 'small'; choose another folder"),
+    ],
+)
+def test_other_settings_under_the_same_names_are_refused(tmp_path, other, said):
+    Ledger(tmp_path, SMALL)
+    with pytest.raises(UserError, match=said):
+        Ledger(tmp_path, replace(SMALL, **other))
+
+
+def test_a_folder_without_a_study_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="holds no study: name one with --study"):
+        Ledger(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_that_open_a_folder_at_once_both_have_their_runs_written(tmp_path):
+    Ledger(tmp_path, SMALL)
+    with pytest.raises(FileExistsError):
+        ledgers._write_version(tmp_path, 1, {})
+    assert [path.name for path in tmp_path.glob("study*")] == ["study.1"]
