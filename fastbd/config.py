@@ -411,12 +411,16 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Turn run folders into one HTML page with the answer, the table and the plots."""
+    """Turn run folders into one HTML page with the answer, the tables and the plots."""
 
     runs: tuple[Path, ...] = (Path("runs"),)
     """Run folders, or folders that contain run folders."""
+    compare: tuple[Path, Path] | None = None
+    """Two folders of runs to put side by side, in place of --runs."""
+    watch: bool = False
+    """Write the report again whenever a run has gone on, until Ctrl-C."""
     out: Path = Path("report.html")
-    """The page to write; scatter.png, trajectories.png and curves.png go beside it."""
+    """The page to write; its figures (PNG, SVG) and tables (CSV) go beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich import box
@@ -11,48 +13,89 @@ from rich.table import Table
 from fastbd import log
 from fastbd.config import ReportConfig
 from fastbd.errors import UserError
-from fastbd.study import html, pareto, plots
-from fastbd.study import runs as folders
+from fastbd.study import compare, report, tables
+from fastbd.study.finding import paragraphs
+from fastbd.study.runs import find, on_common_set
+from fastbd.study.words import MISSING
+
+SECONDS = 5  # between two looks of --watch
+WATCHED = ("config.json", "metrics.jsonl", "result.json")
 
 
 def run(config: ReportConfig) -> int:
-    """Write the page and scatter.png, trajectories.png and curves.png beside it, and print the table."""
+    """Write the page, its figures and tables, and print table 1; with --watch again and again."""
     if config.out.is_dir():
         raise UserError(f"--out {config.out} is a folder; name the page in it, such as {config.out / 'report.html'}.")
-    runs = folders.on_common_set(folders.find(config.runs))
-    figures = {draw.__name__: plots.png(draw(runs)) for draw in (plots.scatter, plots.trajectories, plots.curves)}
-    written = {config.out.with_name(f"{name}.png"): png for name, png in figures.items()}
-    written[config.out] = html.page(runs, figures).encode()
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    for path, content in written.items():
-        _write(path, content)
-
-    table = pareto.outcomes(runs)
-    for model, text in html.answers(table):
-        log.console.print(f"{model}: {text}", markup=False)
-    log.console.print(_table(table))
+    if config.watch:
+        return watch(config)
+    if config.compare:
+        first, second = (on_common_set(find([folder])) for folder in config.compare)
+        written = compare.write(_names(*config.compare), first, second, config.out)
+    else:
+        runs = on_common_set(find(config.runs))
+        written = report.write(runs, config.out)
+        table = tables.table(runs)
+        for claim, ground in paragraphs(table):
+            log.console.print(f"{claim} {ground}".strip(), markup=False)
+        log.console.print(table_1(table))
     for path in written:
         log.console.print(f"wrote {path}", markup=False)
     return 0
 
 
-def _table(table: list[pareto.Outcome]) -> Table:
-    """The page's table without intervals, to fit 80 columns."""
-    columns = ("Model", "Cleaning", "Top-1", "ASR", "Recovery", *(f"ASR≤{ceiling:.0%}" for ceiling in pareto.CEILINGS))
-    caption = "All in %. Arrows: before → after cleaning. Last columns: best top-1 within that ASR."
-    shown = Table(*columns, box=box.SIMPLE, collapse_padding=True, caption=caption)
-    for outcome in table:
-        plain = [cell.split(" (")[0].removesuffix("%") for cell in html.cells(outcome)]
-        model, top1, asr, method, top1_after, asr_after, recovery, *best, _ = plain
-        shown.add_row(model, method, f"{top1} → {top1_after}", f"{asr} → {asr_after}", recovery, *best)
-    return shown
+def watch(config: ReportConfig) -> int:
+    """Write the page again whenever something was evaluated or has ended, until Ctrl-C; one line on the terminal."""
+    if config.compare:
+        raise UserError("--watch follows one study: give --runs, not --compare.")
+    seen = None
+    with log.console.status("looking") as line, suppress(KeyboardInterrupt):
+        while True:
+            began, now = time.perf_counter(), _stamp(config.runs)
+            if now != seen:
+                line.update(_draw(config))
+                seen = now
+            time.sleep(max(SECONDS, 3 * (time.perf_counter() - began)))  # to leave the machine to the runs
+    return 0
 
 
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".tmp")
+def _draw(config: ReportConfig) -> str:
+    """Write the report; what there is to say, which may be that there is nothing yet."""
+    clock = time.strftime("%H:%M:%S")
     try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        runs = on_common_set(find(config.runs))
+    except UserError as nothing_yet:
+        return f"{clock}  waiting: {nothing_yet}"
+    report.write(runs, config.out, refresh=SECONDS)
+    ended = sum(bool(run.result) for run in runs)
+    evaluations = sum(len(run.metrics) for run in runs)
+    return f"{clock}  {len(runs):,} runs, {ended:,} ended, {evaluations:,} evaluations: {config.out}"
+
+
+def _stamp(paths: Sequence[Path]) -> set[tuple[str, int]]:
+    """Changes when a run was begun, evaluated or ended."""
+    found = set()
+    for file in (file for path in paths for name in WATCHED for file in path.rglob(name)):
+        with suppress(FileNotFoundError):  # a folder that has just got its name
+            found.add((str(file), file.stat().st_mtime_ns))
+    return found
+
+
+def _names(first: Path, second: Path) -> tuple[str, str]:
+    """As short as tells them apart."""
+    names = first.resolve().name, second.resolve().name
+    return names if len(set(names)) == 2 else (str(first), str(second))
+
+
+def table_1(table: Sequence[tables.Row]) -> Table:
+    """The page's table without intervals, to fit 80 columns."""
+    columns = ("Pre-training", "Cleaning", "Seeds", "Top-1", "ASR", *(f"ASR≤{c:.0%}" for c in tables.CEILINGS), "Kept")
+    caption = "All in %. Top-1, ASR: before cleaning. Then: best top-1 within that ASR, and its share of top-1 before."
+    shown = Table(*columns, box=box.SIMPLE, collapse_padding=True, caption=caption)
+    for row in table:
+        strict, loose = row.best
+        numbers = [row.top1, row.asr, strict.top1, loose.top1, strict.kept if strict.reached else None]
+        shown.add_row(
+            row.group.model, row.group.method or "not cleaned", str(row.replicates),
+            *(MISSING if value is None else f"{100 * value.mean:.1f}" for value in numbers),
+        )  # fmt: skip
+    return shown

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastbd.study import published
 from fastbd.study.pareto import CEILINGS, front
-from fastbd.study.runs import Evaluation, Run, method_name, objective_name
+from fastbd.study.runs import METHODS, Evaluation, Run, method_name, objective_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,13 +27,23 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _styled(draw: Callable[[Sequence[Run]], Figure]) -> Callable[[Sequence[Run]], Figure]:
+def svg(figure: Figure) -> bytes:
+    """The figure as an SVG file, the same each time; text stays text."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "fastbd", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @wraps(draw)
-    def styled(runs: Sequence[Run]) -> Figure:
+    def styled(*arguments: Any) -> Figure:
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
-            return draw(runs)
+            return draw(*arguments)
 
     return styled
 
@@ -42,16 +53,93 @@ def scatter(runs: Sequence[Run]) -> Figure:
     """Top-1 against ASR (%): every evaluation of the cleaning runs, the objectives' fronts, stars for the starts."""
     figure, (axes,) = _panels(1, 1, width=6.4, height=4.6)
     cleaning = [run for run in runs if run.verb == "clean" and run.attacks]
+    hollow = _cloud(axes, runs)
+    if not any(run.attacks for run in runs):
+        _note(axes, "No evaluation measured ASR.")
+    _legend(figure, cleaning or runs, lines=False, hollow=hollow)
+    return figure
+
+
+@_styled
+def methods(runs: Sequence[Run]) -> Figure:
+    """The scatter with a panel for each cleaning method, on the same axes."""
+    cleaning = [run for run in runs if run.verb == "clean" and run.attacks]
+    names = sorted({method_name(run) for run in cleaning}) or [""]
+    figure, panels = _grid(len(names))
+    hollow = False
+    for name, axes in zip(names, panels, strict=True):
+        some = [run for run in cleaning if method_name(run) == name]
+        hollow |= _cloud(axes, some or runs)
+        axes.set_title(name, fontsize=11)
+    _same_height(panels)
+    if not cleaning:
+        _note(panels[0], "No cleaning measured ASR.")
+    _legend(figure, cleaning or runs, marks=False, lines=False, hollow=hollow, named=False)
+    return figure
+
+
+@_styled
+def trajectories(runs: Sequence[Run]) -> Figure:
+    """ASR and top-1 (%) against epochs, a column a cleaning method; of pre-training where no run cleans.
+
+    With 95 % intervals where a panel has few runs.
+    """
+    shown = [run for run in runs if run.verb == "clean" and run.metrics] or [run for run in runs if run.metrics]
+    names = sorted({method_name(run) for run in shown}) or [""]
+    alone = len(names) == 1
+    shape, height = ((1, 2), 4.2) if alone else ((2, len(names)), 6.4)
+    figure, panels = _panels(*shape, width=max(10, 3.1 * len(names)), height=height)
+    verb = VERBS["clean" if any(run.verb == "clean" for run in shown) else "pretrain"]
+    for at, (key, label) in enumerate(LABELS.items()):
+        row = panels[at * len(names) : (at + 1) * len(names)]
+        for name, axes in zip(names, row, strict=True):
+            some = [run for run in shown if method_name(run) == name]
+            for run in some:
+                _course(axes, run, key, banded=len(some) <= MAX_BANDS)
+            axes.set_title(name if at == 0 and not alone else "", fontsize=11)
+            axes.set_xlabel(f"Epochs of {verb}" if at or alone else "")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            if key == "asr":
+                axes.set_ylim(-3, 103)
+                for ceiling in CEILINGS:
+                    axes.axhline(100 * ceiling, color="0.35", lw=1, ls=":", zorder=1)
+                if not any(run.attacks for run in some):
+                    _note(axes, "No evaluation measured ASR.")
+            else:
+                _from_zero(axes, [e for run in shown for e in run.metrics])
+        row[0].set_ylabel(label)
+    _legend(figure, shown, marks=False, named=False)
+    return figure
+
+
+@_styled
+def beside(studies: Mapping[str, Sequence[Run]]) -> Figure:
+    """The scatter of several studies, a panel each, on the same axes."""
+    figure, panels = _grid(len(studies))
+    for (name, runs), axes in zip(studies.items(), panels, strict=True):
+        _cloud(axes, runs)
+        axes.set_title(name, fontsize=11)
+    _same_height(panels)
+    _legend(figure, [run for runs in studies.values() for run in runs], lines=False)
+    return figure
+
+
+def _cloud(axes: Axes, runs: Sequence[Run]) -> bool:
+    """Draw runs as points of top-1 against ASR; whether published points, of the same classes, lie behind them."""
+    cleaning = [run for run in runs if run.verb == "clean" and run.attacks]
     stars = {(run.model, e["step"]): (run, e) for run in cleaning for e in run.attacks if e["step"] == 0}
     if not cleaning:
         stars = {run.model: (run, run.attacks[-1]) for run in runs if run.attacks}
     points = [e for run in cleaning for e in run.cleaned]
     size = 38 if len(points) <= 200 else 16
+    peers = _peers(runs)
+    if peers:
+        axes.scatter(*_percent(peers, "asr", "top1"), s=30, facecolor="none", edgecolor="0.6", lw=0.8, zorder=1.5)
     for run in cleaning:
-        axes.scatter(
-            *_percent(run.cleaned, "asr", "top1"), s=size, marker=_marker(run.method), color=_colour(run),
-            alpha=0.75, edgecolor="white", linewidth=0.5, zorder=3,
-        )  # fmt: skip
+        look = dict(marker=_marker(run.method), color=_colour(run), edgecolor="white", zorder=3)
+        axes.scatter(*_percent(run.cleaned, "asr", "top1"), s=size, alpha=0.75, linewidth=0.5, **look)
+        if run.between:
+            axes.scatter(*_percent(run.between, "asr", "top1"), s=size / 6, alpha=0.4, linewidth=0, **look)
     for objective in {run.pretrain_objective for run in cleaning}:
         corners = front(e for run in cleaning if run.pretrain_objective == objective for e in run.cleaned)
         axes.step(*_percent(corners, "asr", "top1"), where="post", color=_colour(objective), lw=1, alpha=0.5, zorder=2)
@@ -62,43 +150,35 @@ def scatter(runs: Sequence[Run]) -> Figure:
         )  # fmt: skip
     for ceiling in CEILINGS:
         axes.axvline(100 * ceiling, color="0.35", lw=1, ls=":", zorder=1)
-    beside = dict(transform=axes.get_xaxis_transform(), color="0.35", fontsize=9)
-    axes.text(100 * CEILINGS[-1] + 1, 0.02, "ASR 5% and 10%", **beside)
+    text = dict(transform=axes.get_xaxis_transform(), color="0.35", fontsize=9)
+    axes.text(100 * CEILINGS[-1] + 1, 0.02, "ASR 5% and 10%", **text)
     axes.set(xlabel="Attack success rate (%)", ylabel="Zero-shot top-1 accuracy (%)", xlim=(-2, 102))
-    _from_zero(axes, points + [e for _, e in stars.values()])
-    if not stars and not points:
-        _note(axes, "No evaluation measured ASR.")
-    _legend(figure, cleaning or runs, lines=False)
-    return figure
+    _from_zero(axes, points + [e for _, e in stars.values()] + peers)
+    return bool(peers)
 
 
-@_styled
-def trajectories(runs: Sequence[Run]) -> Figure:
-    """Top-1 and ASR (%) against epochs of cleaning, with 95 % intervals; of pre-training where no run cleans."""
-    shown = [run for run in runs if run.verb == "clean" and run.metrics] or [run for run in runs if run.metrics]
-    figure, panels = _panels(1, 2, width=10, height=4.2)
-    banded = len(shown) <= MAX_BANDS
-    labels = {"top1": "Zero-shot top-1 accuracy (%)", "asr": "Attack success rate (%)"}
-    verb = VERBS["clean" if any(run.verb == "clean" for run in shown) else "pretrain"]
-    for axes, (key, label) in zip(panels, labels.items(), strict=True):
-        for run in shown:
-            rows = [e for e in run.metrics if e.get(key) is not None]
-            epochs, (values,) = [e["epoch"] for e in rows], _percent(rows, key)
-            look = dict(lw=1.8, marker=_marker(run.method), ms=4.5) if banded else dict(lw=1, alpha=0.7)
-            axes.plot(epochs, values, color=_colour(run), ls=_dash(run.method), **look)
-            if banded:
-                interval = _percent(rows, f"{key}_low", f"{key}_high")
-                axes.fill_between(epochs, *interval, color=_colour(run), alpha=0.15, lw=0)
-        axes.set(xlabel=f"Epochs of {verb}", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    _from_zero(panels[0], [e for run in shown for e in run.metrics])
-    panels[1].set_ylim(-3, 103)
-    for ceiling in CEILINGS:
-        panels[1].axhline(100 * ceiling, color="0.35", lw=1, ls=":", zorder=1)
-    if not any(run.attacks for run in shown):
-        _note(panels[1], "No evaluation measured ASR.")
-    _legend(figure, shown, marks=banded)
-    return figure
+def _peers(runs: Sequence[Run]) -> list[Evaluation]:
+    """Published points for runs whose classes are those of the published studies; for others none."""
+    lists = {e.get("class_list") for run in runs for e in run.metrics}
+    if lists != {published.CLASS_LIST}:
+        return []
+    return [{key: float(point[key]) / 100 for key in ("top1", "asr")} for point in published.measured()]
+
+
+def _course(axes: Axes, run: Run, key: str, banded: bool) -> None:
+    """One run's top-1 or ASR against its epochs; the evaluations on part of the images as small dots."""
+    rows = [e for e in run.metrics if e.get(key) is not None and not e.get("subset")]
+    parts = [e for e in run.metrics if e.get(key) is not None and e.get("subset")]
+    look = dict(lw=1.8, marker=_marker(run.method), ms=4.5) if banded else dict(lw=1, alpha=0.6)
+    axes.plot([e["epoch"] for e in rows], *_percent(rows, key), color=_colour(run), **look)
+    if parts:
+        axes.plot(
+            [e["epoch"] for e in parts], *_percent(parts, key), color=_colour(run), ls="", marker=".", ms=2, alpha=0.4
+        )
+    rows = [e for e in rows if f"{key}_low" in e]
+    if banded and rows:
+        epochs = [e["epoch"] for e in rows]
+        axes.fill_between(epochs, *_percent(rows, f"{key}_low", f"{key}_high"), color=_colour(run), alpha=0.15, lw=0)
 
 
 @_styled
@@ -106,7 +186,8 @@ def curves(runs: Sequence[Run]) -> Figure:
     """Each part of the training loss against epochs: pre-training above, cleaning below."""
     logged = [run for run in runs if run.log]
     rows = [verb for verb in VERBS if any(run.verb == verb for run in logged)] or ["pretrain"]
-    parts = [part for part in LOSSES if any(part in line for run in logged for line in run.log)] or ["loss"]
+    present = {key for run in logged for line in run.log for key in line} - NO_LOSSES
+    parts = sorted(present, key=lambda part: ([*LOSSES, part].index(part), part)) or ["loss"]
     figure, panels = _panels(len(rows), len(parts), width=3.2 * max(len(parts), 2), height=2.8 * len(rows) + 0.8)
     grid = iter(panels)
     for verb in rows:
@@ -118,7 +199,7 @@ def curves(runs: Sequence[Run]) -> Figure:
                 epochs, values = (np.array([line[k] for line in lines], float) for k in ("epoch", part))
                 axes.plot(epochs, values, color=_colour(run), lw=0.6, alpha=0.3)
                 axes.plot(*_smooth(epochs, values), color=_colour(run), ls=_dash(run.method), lw=1.6)
-            axes.set_title(LOSSES[part], fontsize=10)
+            axes.set_title(LOSSES.get(part, part), fontsize=10)
             axes.set_xlabel(f"Epochs of {VERBS[verb]}")
             axes.xaxis.get_major_locator().set_params(integer=True)
     if not logged:
@@ -137,8 +218,27 @@ def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figur
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _legend(figure: Figure, runs: Sequence[Run], *, marks: bool = True, lines: bool = True) -> None:
-    """Above the panels: colours of the objectives, then marks and lines of the methods; the star where no lines are."""
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    """`count` panels of a scatter, up to three in a row."""
+    columns = 2 if count in (2, 4) else min(count, 3)
+    rows = -(-count // columns)
+    figure, panels = _panels(rows, columns, width=max(6.4, 3.6 * columns), height=3.3 * rows + 0.7)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
+
+
+def _same_height(panels: Sequence[Axes]) -> None:
+    top = max(axes.get_ylim()[1] for axes in panels)
+    for axes in panels:
+        axes.set_ylim(0, top)
+
+
+def _legend(
+    figure: Figure, runs: Sequence[Run], *, marks: bool = True, lines: bool = True, hollow: bool = False,
+    named: bool = True,
+) -> None:  # fmt: skip
+    """Above the panels: colours of the objectives, the star where no lines are, marks and lines of the methods."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -147,10 +247,13 @@ def _legend(figure: Figure, runs: Sequence[Run], *, marks: bool = True, lines: b
     ]
     if not lines:
         handles.append(Line2D([], [], color="0.6", mec="black", marker="*", ms=13, ls="", label="before cleaning"))
-    for method in sorted({run.method for run in runs if run.method}):
+    if hollow:
+        label = "published, other data and models"
+        handles.append(Line2D([], [], mec="0.6", mfc="none", marker="o", ms=6, ls="", label=label))
+    for method in sorted({run.method for run in runs if run.method and named}):
         look = dict(marker=_marker(method) if marks else "", ls=_dash(method) if lines else "")
-        handles.append(Line2D([], [], color="0.3", ms=6, label=method_name(method), **look))
-    figure.legend(handles=handles, loc="outside upper left", ncols=4 if lines else 3)
+        handles.append(Line2D([], [], color="0.3", ms=6, label=METHODS.get(method, method), **look))
+    figure.legend(handles=handles, loc="outside upper left", ncols=int(figure.get_figwidth() // 2.4))
 
 
 def _percent(rows: Iterable[Evaluation], *keys: str) -> list[np.ndarray]:
@@ -187,15 +290,20 @@ def _dash(method: str | None) -> str:
 
 MAX_BANDS = 8  # runs up to which interval bands can be told apart
 VERBS = {"pretrain": "pre-training", "clean": "cleaning"}
+LABELS = {"asr": "Attack success rate (%)", "top1": "Zero-shot top-1 accuracy (%)"}
 LOSSES = {
     "loss": "Total loss",
     "mmcl": "MMCL (image-text)",
     "ssl_image": "SSL (image)",
     "ssl_text": "SSL (text)",
 }
-COLOURS = {"mmcl": "#0072B2", "mmcl_ssl": "#D55E00", "ssl": "#009E73"}  # Okabe and Ito's, safe for the colour-blind
-MARKERS = {"cleanclip": "o", "finetune": "^"}
-DASHES = {"cleanclip": "-", "finetune": "--"}
+NO_LOSSES = {"step", "epoch", "pairs_per_s", "of_limit", "data_wait", "scale", "bad_images", "lr"}  # of log.jsonl
+# Okabe and Ito's colours, safe for the colour-blind.
+COLOURS = {"mmcl": "#0072B2", "mmcl_ssl": "#D55E00", "ssl": "#009E73", "siglip": "#CC79A7", "siglip_ssl": "#E69F00",
+           "cyclip": "#56B4E9"}  # fmt: skip
+MARKERS = {"cleanclip": "o", "finetune": "^", "par": "s", "shrink_perturb": "v", "deep_cluster": "P", "unlearn": "X",
+           "supervised": "p"}  # fmt: skip
+DASHES = {"cleanclip": "-", "finetune": "--", "par": "-."}
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 11,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,14 @@ class Run:
     env: dict[str, Any]
     metrics: tuple[Evaluation, ...]
     log: tuple[dict[str, Any], ...]
+    rows: tuple[dict[str, Any], ...]
+    """All lines of metrics.jsonl as they are, of which `metrics` are the first of each step and set."""
+    recorded: dict[str, Any]
+    """All of config.json."""
+    result: dict[str, Any]
+    """result.json, how the run ended; empty where there is none."""
+    attack: str
+    """The backdoor of plan.json in words; empty without a plan."""
 
     @property
     def attacks(self) -> tuple[Evaluation, ...]:
@@ -38,8 +47,18 @@ class Run:
 
     @property
     def cleaned(self) -> tuple[Evaluation, ...]:
-        """Those of a cleaning run that came after its start; none of a pre-training run."""
-        return tuple(e for e in self.attacks if self.verb == "clean" and e["step"] > 0)
+        """Those of a cleaning run that came after its start, on all images; none of a pre-training run."""
+        return tuple(e for e in self.attacks if self.verb == "clean" and e["step"] > 0 and not e.get("subset"))
+
+    @property
+    def between(self) -> tuple[Evaluation, ...]:
+        """Those of a cleaning run that were made on part of the images, between full ones."""
+        return tuple(e for e in self.attacks if self.verb == "clean" and e.get("subset"))
+
+    @property
+    def before(self) -> Evaluation | None:
+        """A cleaning run's evaluation of the model that it starts from."""
+        return next((e for e in self.metrics if self.verb == "clean" and e["step"] == 0), None)
 
     @property
     def model(self) -> tuple[str, str, str]:
@@ -48,10 +67,20 @@ class Run:
             return self.pretrain_objective, os.path.abspath(self.path), "last"
         return self.pretrain_objective, os.path.abspath(self.start), str(self.config.get("checkpoint", "last"))
 
+    @property
+    def architecture(self) -> str:
+        return self.recorded.get("model") or "?"
+
+    @property
+    def id(self) -> str:
+        """The hash by which a sweep knows the run; empty in other runs."""
+        return self.recorded.get("id") or ""
+
 
 def read(path: Path) -> Run:
     """The run in folder `path`. UserError where there is none, or where a file is damaged before its last line."""
     recorded = read_config(path)
+    rows = tuple(row for row in _lines(path / "metrics.jsonl") if "step" in row)
     try:
         return Run(
             path=path,
@@ -62,9 +91,13 @@ def read(path: Path) -> Run:
             pretrain_objective=recorded["pretrain_objective"],
             start=Path(recorded["start"]) if recorded["start"] else None,
             config=recorded["config"],
-            env=_json(path / "env.json") if (path / "env.json").exists() else {},
-            metrics=read_metrics(path),
+            env=_json_if_there(path / "env.json"),
+            metrics=_first(rows, ("step", "subset", *SET)),
             log=_first(_lines(path / "log.jsonl"), ("step",)),
+            rows=rows,
+            recorded=recorded,
+            result=_json_if_there(path / "result.json"),
+            attack=_in_words(_json_if_there(path / "plan.json")),
         )
     except KeyError as error:
         raise UserError(f"{path / 'config.json'} has no {error}, so it is not a run's; name another folder.") from None
@@ -85,6 +118,7 @@ def find(paths: Iterable[Path]) -> list[Run]:
     found: dict[str, Run] = {}
     for path in paths:
         folders = [path] if (path / "config.json").exists() else sorted(c.parent for c in path.rglob("config.json"))
+        folders = [folder for folder in folders if folder.suffix != ".tmp"]  # one that is being made, or was given up
         if not folders:
             raise UserError(f"{path} is no run folder and contains none: no config.json; name the folder of a run.")
         found |= {os.path.realpath(folder): read(folder) for folder in folders}
@@ -109,9 +143,31 @@ def objective_name(objective: str) -> str:
     return OBJECTIVES.get(objective, objective)
 
 
-def method_name(method: str) -> str:
-    """As papers write it."""
-    return METHODS.get(method, method)
+def method_name(run: Run) -> str:
+    """As papers write it; fine-tuning with its loss."""
+    name = METHODS.get(run.method or "", run.method or "")
+    return f"{name} ({objective_name(run.objective)})" if run.method == "finetune" else name
+
+
+def _in_words(plan: dict[str, Any]) -> str:
+    """A plan's attacks without the rows and the seed, which differ from one draw of the same attack to the next."""
+    said = []
+    for attack in plan.get("attacks", [plan] if plan else []):  # version 1 held one attack
+        trigger = attack.get("trigger", {})
+        words = [trigger.get("name", "?")]
+        words += [f"{trigger['patch_size']} px {trigger['location']}"] if words[0] in PATCHES else []
+        words += [f"blend {trigger['blend']:g}"] if trigger.get("blend") else []
+        words += [f"strength {trigger['strength']:g}"] if words[0] == "wanet" else []
+        words += [f"picture {zlib.crc32(trigger['pattern'].encode()):08x}"] if trigger.get("pattern") else []
+        words += ["label-consistent"] if attack.get("label_consistent") else []
+        words += ["cropped"] if attack.get("geometry") == "crop" else []
+        words.append(f"{len(attack.get('pairs', ())):,} of {plan.get('total', 0):,} pairs")
+        said.append(f"{', '.join(words)}, to \u201c{attack.get('target', '?')}\u201d")
+    return "; ".join(said)
+
+
+def _json_if_there(path: Path) -> dict[str, Any]:
+    return _json(path) if path.exists() else {}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -138,7 +194,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _first(rows: list[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
+def _first(rows: Sequence[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
     """The first row of each key, in order of steps.
 
     `fastbd evaluate` adds rows that may be of another subset or trigger; what training itself measured comes first.
@@ -148,8 +204,15 @@ def _first(rows: list[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[str, 
 
 
 SET = ("set", "class_list", "templates")  # what makes the numbers of two evaluations comparable
-OBJECTIVES = {
-    "mmcl": "MMCL", "ssl": "SSL", "mmcl_ssl": "MMCL+SSL", "siglip": "SigLIP", "siglip_ssl": "SigLIP+SSL",
-    "cyclip": "CyCLIP",
-}  # fmt: skip
-METHODS = {"cleanclip": "CleanCLIP", "finetune": "Finetuning"}
+PATCHES = ("badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch")
+OBJECTIVES = {"mmcl": "MMCL", "ssl": "SSL", "mmcl_ssl": "MMCL+SSL", "siglip": "SigLIP", "siglip_ssl": "SigLIP+SSL",
+              "cyclip": "CyCLIP"}  # fmt: skip
+METHODS = {
+    "finetune": "Finetuning",
+    "cleanclip": "CleanCLIP",
+    "par": "PAR",
+    "shrink_perturb": "Shrink and perturb",
+    "deep_cluster": "Deep clustering",
+    "unlearn": "Unlearning",
+    "supervised": "Supervised fine-tuning",
+}

@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from fastbd.study.pareto import area, best, front, outcomes
-from fastbd.study.runs import find
+from fastbd.study.pareto import area, best, front
 
 
 def points(*pairs):
@@ -69,33 +68,3 @@ def test_area_is_the_mean_of_best_over_ceilings():
     for runs in CC3M.values():
         mean = sum((best(runs, c) or {"top1": 0})["top1"] for c in ceilings) / len(ceilings)
         assert area(runs) == pytest.approx(mean, abs=1e-4)
-
-
-def test_outcomes(study):
-    table = outcomes(find([study]))
-    assert [(o.objective, o.method, o.runs) for o in table] == [
-        ("mmcl", "cleanclip", 2), ("mmcl", "finetune", 2), ("mmcl_ssl", "cleanclip", 2), ("mmcl_ssl", "finetune", 2),
-    ]  # fmt: skip
-    mended, _, stubborn, _ = table
-    assert mended.start["asr"] == pytest.approx(0.994) and mended.start["step"] == 0
-    # by the formula, only the rate 1 gets below 5 %, after 4 epochs; its accuracy grows to the end, the last evaluation
-    assert mended.best[0]["epoch"] == 10 and mended.best[0] == mended.last
-    assert mended.best[1]["asr"] > 0.05 and mended.best[1]["top1"] > mended.best[0]["top1"]
-    assert stubborn.best[0] is None and 0.05 < stubborn.lowest["asr"] < 0.10
-    assert stubborn.last["asr"] == stubborn.lowest["asr"]
-
-
-def test_outcome_of_a_model_that_no_run_cleans(study):
-    (only,) = outcomes(find([study / "mmcl"]))
-    assert (only.method, only.last, only.start["epoch"]) == (None, None, 30)
-    both = outcomes(find([study / "mmcl", study / "mmcl_ssl-finetune-1"]))
-    assert [(o.objective, o.method) for o in both] == [("mmcl", None), ("mmcl_ssl", "finetune")]
-
-
-def test_checkpoints_of_one_run_are_two_models(study, write_run, evaluation):
-    metrics = [evaluation(0, 0, 0.5, 0.9), evaluation(10, 1, 0.5, 0.01)]
-    config = {"verb": "clean", "method": "cleanclip", "objective": "mmcl", "pretrain_objective": "mmcl"}
-    config |= {"start": str(study / "mmcl"), "config": {"checkpoint": "21"}}
-    write_run(study / "early", config, metrics, [])
-    models = [o.model for o in outcomes(find([study])) if (o.objective, o.method) == ("mmcl", "cleanclip")]
-    assert sorted(models) == ["mmcl", "mmcl epoch 21"]

@@ -46,18 +46,45 @@ def test_one_colour_an_objective_and_one_marker_a_method(study):
     ]  # fmt: skip
 
 
-def test_trajectories_have_bands_only_while_they_can_be_told_apart(study):
-    runs = find([study])
-    few = plots.trajectories(runs)
-    top1, asr = few.axes
-    assert len(top1.collections) == len(asr.collections) == 8
+def test_a_panel_a_method_on_the_same_axes(large):
+    runs = find([large])
+    axes = plots.methods(runs).axes
+    assert [a.get_title() for a in axes] == ["CleanCLIP", "Finetuning (MMCL)", "Finetuning (SSL)", "PAR"]
+    assert len({a.get_ylim() for a in axes}) == 1
+    shown = [sum(len(c.get_offsets()) for c in a.collections if c.get_sizes()[0] < 100) for a in axes]
+    assert shown == [36 * (12 + 11)] * 4  # 36 runs of 12 evaluations after the start and 11 between
+    sizes = {(c.get_sizes()[0], len(c.get_offsets())) for c in axes[0].collections if c.get_sizes()[0] < 100}
+    assert sorted(sizes)[0][1] == 11 and sorted(sizes)[1][1] == 12  # those on part of the images are smaller
+
+
+def test_published_points_only_beside_the_same_classes(write_run, evaluation, tmp_path):
+    config = {
+        "verb": "clean",
+        "method": "cleanclip",
+        "objective": "mmcl",
+        "pretrain_objective": "mmcl",
+        "start": "/base",
+    }
+    rows = [evaluation(0, 0, 0.16, 0.9), evaluation(10, 1, 0.14, 0.02)]
+    write_run(tmp_path / "demo", config, rows, [])
+    write_run(tmp_path / "real", config, [row | {"class_list": "imagenet1k"} for row in rows], [])
+    plain, peers = (plots.scatter(find([tmp_path / name])) for name in ("demo", "real"))
+    assert (99.88, 16.0) not in drawn(plain.axes[0].collections)
+    assert (99.88, 16.0) in drawn(peers.axes[0].collections)
+    assert "published, other data and models" in legend(peers) and len(legend(plain)) == 3
+
+
+def test_trajectories_have_bands_only_while_they_can_be_told_apart(study, large):
+    asr, other, top1, _ = plots.trajectories(find([study])).axes
+    assert [asr.get_title(), other.get_title(), top1.get_title()] == ["CleanCLIP", "Finetuning (MMCL)", ""]
+    assert len(top1.collections) == len(asr.collections) == 4
     line = asr.lines[0]
     assert list(line.get_xdata()) == list(range(11))
     assert line.get_ydata()[0] == pytest.approx(99.4) and (np.diff(line.get_ydata()) < 0).all()
     low, high = (f(asr.collections[0].get_paths()[0].vertices[:, 1]) for f in (min, max))
     assert 0 <= low < line.get_ydata().min() and line.get_ydata().max() < high <= 100
-    many = plots.trajectories(runs + runs)
-    assert not many.axes[0].collections and len(many.axes[0].lines) == 16
+    many = plots.trajectories(find([large]))
+    assert not many.axes[0].collections and len(many.axes[0].lines) == 2 * 36 + 2
 
 
 def test_curves_have_a_row_a_verb_and_a_column_a_part(study):
@@ -83,18 +110,23 @@ def test_running_mean_is_numpys_mean():
     assert y[10] == pytest.approx(np.sin(np.arange(10.0, 15.0)).mean())
 
 
+def test_svg_is_the_same_each_time(study):
+    first, second = (plots.svg(plots.scatter(find([study]))) for _ in range(2))
+    assert first == second and b"Attack success rate (%)" in first
+
+
 def test_png_is_150_dpi(study):
     image = Image.open(io.BytesIO(plots.png(plots.scatter(find([study])))))
     assert image.format == "PNG" and image.size == (960, 690)
     assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
 
-@pytest.mark.parametrize("draw", [plots.scatter, plots.trajectories, plots.curves])
+@pytest.mark.parametrize("draw", [plots.scatter, plots.methods, plots.trajectories, plots.curves])
 def test_runs_with_little_in_them(draw, write_run, evaluation, tmp_path):
     config = {"objective": "mmcl", "pretrain_objective": "mmcl"}
     write_run(tmp_path / "plain", config, [evaluation(0, 0, 0.0), evaluation(10, 1, 0.0)], [])
     write_run(tmp_path / "empty", config | {"verb": "clean", "method": "new", "start": "gone"}, [], [])
     (axes, *_) = draw(find([tmp_path])).axes
     assert plots.png(axes.figure)
-    asr = draw(find([tmp_path])).axes[-1]
-    assert [text.get_text() for text in asr.texts if text.get_text().startswith("No")]
+    texts = [text.get_text() for axes in draw(find([tmp_path])).axes for text in axes.texts]
+    assert any(text.startswith("No") for text in texts)

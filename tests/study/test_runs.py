@@ -19,6 +19,26 @@ def test_reads_what_was_written(study):
     assert run.env["torch"] == "2.13.0" and run.config == {"lr": 1e-4}
 
 
+def test_reads_what_a_sweep_writes(large):
+    run = read(large / "mmcl-s1-cleanclip-mmcl_ssl-lr0.001")
+    assert len(run.id) == 12 and run.recorded["command"].startswith("python -m fastbd clean")
+    assert run.result["reason"] == "finished" and run.architecture == "demo"
+    assert run.attack == "badnet, 16 px random, 320 of 4,000 pairs, to \u201cbanana\u201d"
+    assert (len(run.cleaned), len(run.between), run.before["step"]) == (12, 11, 0)
+    assert not any(e.get("subset") for e in run.cleaned)
+
+
+def test_older_runs_have_neither_plan_nor_result(study):
+    (study / "mmcl" / "plan.json").unlink()
+    run = read(study / "mmcl")
+    assert (run.attack, run.result, run.id) == ("", {}, "")
+
+
+def test_a_folder_that_is_being_made_is_no_run_yet(study):
+    (study / "mmcl").rename(study / "mmcl.0123abcd.tmp")
+    assert len(find([study])) == 9
+
+
 def test_finds_runs_once_in_folders_and_by_name(study):
     everything = find([study])
     assert len(everything) == 10
@@ -75,7 +95,7 @@ def test_runs_without_evaluation_are_the_users_mistake(write_run, tmp_path):
 
 def test_imports_neither_torch_nor_matplotlib():
     heavy = "('torch', 'matplotlib')"
-    code = f"import sys, fastbd.study.html, fastbd.study.plots; print(*(m in sys.modules for m in {heavy}))"
+    code = f"import sys, fastbd.study.compare, fastbd.study.report; print(*(m in sys.modules for m in {heavy}))"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.split() == ["False", "False"]

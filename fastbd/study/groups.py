@@ -1,0 +1,155 @@
+"""Which runs belong together: those that clean one kind of pre-trained model in one way."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastbd.study.runs import Run, method_name, objective_name, read_config
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one cleaning method on pre-trained models that differ by seed only; of no method: those models' own.
+
+    Learning rate and other settings of the method may differ: the group is searched for its best evaluation.
+    """
+
+    objective: str
+    """Of the pre-training."""
+    place: tuple[str, str, str]
+    """Architecture, training data and attack."""
+    variant: str
+    """Settings of the pre-training that differ among the models of one objective in the study; often empty."""
+    method: str
+    """As papers write it, with the cleaning set where several are used; empty: not cleaned."""
+    runs: tuple[Run, ...]
+
+    @property
+    def model(self) -> str:
+        return objective_name(self.objective) + (f", {self.variant}" if self.variant else "")
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """A group for each (pre-trained model, method), and one for each model that no run cleans."""
+    cleaned_on = _cleaning_sets(runs)
+    named: dict[str, list[Run]] = {}
+    for run in runs:
+        named.setdefault(run.path.resolve().name, []).append(run)
+    starts = [_recorded_start(run, named) for run in runs]
+    flags = [_flags(run, start) for run, start in zip(runs, starts, strict=True)]
+    used = {run.start.name for run in runs if run.start}  # by name, so that a study may be moved
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for run, own in zip(runs, flags, strict=True):
+        if own not in kinds.setdefault(run.pretrain_objective, []):
+            kinds[run.pretrain_objective].append(own)
+    found: dict[tuple, list[Run]] = {}
+    for run, start, own in zip(runs, starts, flags, strict=True):
+        if run.verb == "clean" or run.path.resolve().name not in used:
+            variant = _differing(own, kinds[run.pretrain_objective])
+            place = (run.architecture, _data(start or run.recorded), run.attack)
+            method = method_name(run) + cleaned_on(run) if run.verb == "clean" else ""
+            found.setdefault((run.pretrain_objective, place, variant, method), []).append(run)
+    return [Group(*key, tuple(group)) for key, group in sorted(found.items(), key=lambda item: _order(item[0]))]
+
+
+def replicates(group: Group) -> list[tuple[Run, ...]]:
+    """The group's runs by pre-trained model and seed of the cleaning: what was drawn anew each time."""
+    found: dict[tuple, list[Run]] = {}
+    for run in group.runs:
+        found.setdefault((run.model, run.config.get("seed")), []).append(run)
+    return [tuple(runs) for runs in found.values()]
+
+
+def models(group: Group) -> int:
+    """How many pre-trained models the group has."""
+    return len({run.model for run in group.runs})
+
+
+def by_seed(measured: Iterable[tuple[tuple[Run, ...], float]]) -> list[float]:
+    """The values of (replicate, value) pairs that an interval is taken over.
+
+    One a pre-trained model, the mean over the seeds of its cleaning; with a single model, one a seed of the cleaning.
+    """
+    found: dict[tuple, list[float]] = {}
+    for runs, value in measured:
+        found.setdefault(runs[0].model, []).append(value)
+    return [statistics.fmean(v) for v in found.values()] if len(found) > 1 else [*next(iter(found.values()), [])]
+
+
+def common(groups: Sequence[Group], of: Callable[[Group], Any]) -> Any | None:
+    """What `of` gives for every group, if that is the same for all."""
+    values = {of(group) for group in groups}
+    return values.pop() if len(values) == 1 else None
+
+
+def place_of(group: Group, groups: Sequence[Group]) -> str:
+    """What sets the group's architecture, data and attack apart from those of the others; empty where nothing does."""
+    parts = [part for k, part in enumerate(group.place) if common(groups, lambda g, k=k: g.place[k]) is None]
+    return ", ".join(filter(None, parts))
+
+
+def _recorded_start(run: Run, named: dict[str, list[Run]]) -> dict[str, Any] | None:
+    """config.json of the pre-training that made the model: one of `named`, by name where the study was moved."""
+    if run.start is None:
+        return run.recorded
+    made = named.get(run.start.name, [])
+    made = [other for other in made if os.path.realpath(other.path) == os.path.realpath(run.start)] or made
+    if not made and (run.start / "config.json").exists():
+        return read_config(run.start)
+    return made[0].recorded if made else None
+
+
+def _flags(run: Run, start: dict[str, Any] | None) -> dict[str, Any]:
+    """What may set the pre-training of a run's model apart; where that is not known, the name of its folder."""
+    checkpoint = str(run.config.get("checkpoint", "last")) if run.verb == "clean" else "last"
+    known = {k: v for k, v in start["config"].items() if k not in HARMLESS} if start else {"folder": run.start.name}
+    return {**known, "checkpoint": checkpoint}
+
+
+def _differing(flags: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
+    """The flags that others have with another value, in words; an unknown model is another one than the known."""
+    told = [k for k, v in flags.items() if any(o.get(k, None if k == "folder" else v) != v for o in alike)]
+    return ", ".join(f"{key.replace('_', ' ')} {flags[key]}" for key in told)
+
+
+def _cleaning_sets(runs: Sequence[Run]) -> Callable[[Run], str]:
+    """Says what a run was cleaned on, where the study has several cleaning sets: their size, data, poison left."""
+    cleaning = [run for run in runs if run.verb == "clean"]
+    sizes, files = ({of(run) for run in cleaning} for of in (_size, lambda run: _data(run.recorded)))
+
+    def said(run: Run) -> str:
+        left = run.config.get("poison_left")
+        words = [f"{_size(run):,} pairs"] if len(sizes) > 1 else []
+        words += [f"of {_data(run.recorded)}"] if len(files) > 1 else []
+        words += [f"{left:,} poisoned pairs left"] if left else []
+        return f", {', '.join(words)}" if words else ""
+
+    return said
+
+
+def _size(run: Run) -> int:
+    return run.config.get("rows") or 0
+
+
+def _data(recorded: dict[str, Any]) -> str:
+    return Path(recorded.get("data") or "").name
+
+
+def _order(key: tuple) -> tuple:
+    objective, place, variant, method = key
+    return place, ORDER.index(objective) if objective in ORDER else len(ORDER), objective, variant, method
+
+
+ORDER = ("mmcl", "mmcl_ssl", "ssl", "siglip", "siglip_ssl", "cyclip")
+# Settings that make no other kind of model: seeds, files (architecture, data and attack are compared by themselves),
+# and how a run is carried out and watched.
+HARMLESS = {
+    "accumulate", "classes", "compile", "data", "decode", "device", "eval_data", "eval_device", "eval_every",
+    "eval_subset", "grad_checkpointing", "graph", "hw_decoder_load", "landed", "log_every", "max_bad", "model",
+    "objective", "out", "plan", "preset", "resident", "resume", "run", "save_every", "seed", "templates", "workers",
+}  # fmt: skip
