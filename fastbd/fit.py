@@ -97,6 +97,7 @@ def batch_that_fits(
         ids = torch.arange(count, device=world.device)
         return Batch(ids, tuple(images + k for k in range(shares.views)), (text,) * shares.parts)
 
+    @torch.compiler.set_stance("force_eager")  # compiling for each size would take longer than trying it
     def fits(count: int) -> bool:
         copy = trained_by = None
         try:

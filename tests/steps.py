@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbd.cleaning.method import Method
 from fastbd.data.loader import Batch
@@ -39,7 +40,24 @@ def batch_of(views: int, seed: int = 0, parts: int = 1, room: int = 1, own: slic
     return Batch(torch.arange(BATCH)[own], views, tuple(pack(np.concatenate(text), room) for text in texts))
 
 
-def make_step(model, objective: Objective, world: World = ONE, **settings) -> Step:
+def make_step(model, objective: Objective | Method, world: World = ONE, **settings) -> Step:
     """Adam hides the scale of a gradient and blows up rounding; with a large eps its steps follow the gradient."""
-    optimizer = make_optimizer(model.train(), lr=1.0, weight_decay=0.1, betas=(0.9, 0.99), eps=0.01)
-    return Step(model, Method(objective), optimizer, RATES, world=world, **{"precision": "fp32"} | settings)
+    method = objective if isinstance(objective, Method) else Method(objective)
+    optimizer = make_optimizer(model.train(), method, lr=1.0, weight_decay=0.1, betas=(0.9, 0.99), eps=0.01)
+    return Step(model, method, optimizer, RATES, world=world, **{"precision": "fp32"} | settings)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function in (
+            torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
+            torch.ops.aten.is_nonzero.default, torch.ops.aten.equal.default, torch.ops.aten._unique2.default,
+        ):  # fmt: skip
+            self.seen.append(function)
+        return function(*arguments, **keywords or {})

@@ -9,9 +9,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import BATCH, BOTH, EVERY, MMCL, RATES, batch_of, captions_of, make_step
+from steps import BATCH, BOTH, EVERY, MMCL, RATES, Waits, batch_of, captions_of, make_step
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbd.kernels.text_pack import pack
 from fastbd.models import create
@@ -185,22 +184,6 @@ def test_a_step_begins_at_its_place_in_the_schedule():
         assert step.at.item() == at
         step(batch_of(1))
         assert {group["lr"].item() for group in step.optimizer.param_groups} == {RATES[at].item()}
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function in (
-            torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
-            torch.ops.aten.is_nonzero.default, torch.ops.aten.equal.default, torch.ops.aten._unique2.default,
-        ):  # fmt: skip
-            self.seen.append(function)
-        return function(*arguments, **keywords or {})
 
 
 @pytest.mark.parametrize("parts", [1, 2])

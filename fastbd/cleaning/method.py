@@ -37,6 +37,8 @@ class Training(Protocol):
     seed: int
     device: torch.device
     precision: str
+    compiled: bool
+    """The towers are compiled."""
 
     def embed(self, rows: np.ndarray, images: bool = True, texts: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """Raw embeddings, float32 [N, D], of the base views and of the captions, by the model as it is."""
