@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Objective = Literal["mmcl", "ssl", "mmcl_ssl"]
+Objective = Literal["mmcl", "ssl", "mmcl_ssl", "siglip", "siglip_ssl", "cyclip"]
 Method = Literal["finetune", "cleanclip"]
 Model = Literal[
     "demo", "small-rn10", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "tiny-rn", "tiny-vit"
@@ -117,7 +117,8 @@ class PretrainInputs:
     preset: Preset = "demo"
     """Where the defaults come from."""
     objective: Objective = "mmcl"
-    """mmcl: image-text contrastive; ssl: self-supervised on both sides; mmcl_ssl: both."""
+    """mmcl: image-text contrastive; ssl: self-supervised on both sides; mmcl_ssl: both; siglip, siglip_ssl: with
+    SigLIP's loss for mmcl; cyclip: mmcl and cyclic consistency."""
     model: Model = "demo"
     """Architecture."""
     data: str = "demo"
@@ -189,6 +190,10 @@ class TrainConfig:
     """Weight of the image-text contrastive loss."""
     ssl_weight: float = 1.0
     """Weight of the self-supervised loss."""
+    siglip_weight: float = 0.1
+    """Weight of SigLIP's loss, the mean over all pairs of an image and a text of a batch."""
+    cyclic_weight: float = 0.25
+    """Weight of each of CyCLIP's two consistency terms."""
     ssl_image: bool = True
     """Use the image half of the self-supervised loss."""
     ssl_text: bool = True

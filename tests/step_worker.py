@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 import torch.distributed as td
-from steps import BATCH, BOTH, MMCL, ONE, batch_of, make_step
+from steps import BATCH, BOTH, EVERY, MMCL, ONE, batch_of, make_step
 
 from fastbd.dist import World
 from fastbd.models import create
@@ -18,8 +18,8 @@ IMAGES = Objective(mmcl_weight=0.0, ssl_weight=1.0, ssl_text=False)  # no gradie
 # name: model, objective, settings of the step; of batch norm: (images, whether processes share)
 CASES = {
     "groups of images": ("tiny-rn", BOTH, {}, (4, False)),
-    "all processes' images": ("tiny-rn", BOTH, {}, (0, True)),
-    "in parts": ("tiny-rn", BOTH, {"parts": 2}, (4, False)),
+    "all processes' images": ("tiny-rn", EVERY, {}, (0, True)),
+    "in parts": ("tiny-rn", EVERY, {"parts": 2}, (4, False)),
     "one tower": ("tiny-vit", IMAGES, {}, (0, False)),
     "one tower compiled": ("tiny-vit", IMAGES, {"compiled": True}, (0, False)),
     "one tower in parts": ("tiny-vit", IMAGES, {"parts": 2}, (0, False)),

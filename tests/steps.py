@@ -15,6 +15,7 @@ from fastbd.step import Step
 
 ONE = World(0, 1, torch.device("cpu"))
 MMCL, BOTH = Objective(), Objective(mmcl_weight=0.7, ssl_weight=1.3)
+EVERY = Objective(mmcl_weight=0.7, ssl_weight=1.3, siglip_weight=0.4, cyclic_weight=0.2)
 BATCH = 16
 RATES = learning_rates(0.01, warmup=2, total=8)
 

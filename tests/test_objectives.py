@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_losses import cyclic
 from torch import nn
 
 from fastbd.config import TrainConfig
@@ -86,6 +87,9 @@ def test_names_pick_terms_and_config_weights():
     both, mmcl = make_objective("mmcl_ssl", config), make_objective("mmcl", config)
     assert (both.augments_images, both.augments_texts) == (True, False)
     assert not mmcl.augments_images and not mmcl.augments_texts
+    assert make_objective("siglip", TrainConfig()) == Objective(0.0, siglip_weight=0.1)
+    assert make_objective("siglip_ssl", TrainConfig()).weights == (0, 1, 0.1, 0)
+    assert make_objective("cyclip", TrainConfig()).weights == (1, 0, 0, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +99,56 @@ def test_names_pick_terms_and_config_weights():
 def test_an_objective_without_any_term_is_refused(change, word):
     with pytest.raises(UserError, match=word):
         make_objective("mmcl_ssl", TrainConfig(**change))
+
+
+def test_a_missing_weight_is_named_by_its_flag():
+    with pytest.raises(UserError, match="positive --siglip-weight or --ssl-weight"):
+        make_objective("siglip_ssl", TrainConfig(siglip_weight=0, ssl_weight=0))
+
+
+def siglip(image, text, log_scale):
+    """As attack-cleanclip has it: the mean of -log sigmoid over all pairs, without a bias."""
+    logits = log_scale.exp() * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
+    return -F.logsigmoid((2 * torch.eye(len(logits)) - 1) * logits).mean()
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_siglip_and_cyclic_terms_are_their_formulas(told):
+    """Loss, parts and gradients in float64; `told`: by weights on the device, where that of an absent term is idle."""
+    views = [embeddings(6, 7, seed=k) for k in range(2)] + [torch.tensor(1.3, requires_grad=True)]
+    truth = [x.detach().double().requires_grad_() for x in views]
+    terms = {"siglip": siglip(*truth), "cyclic": cyclic(*truth[:2])}
+    objective = Objective(0.0, siglip_weight=9 if told else 0.3, cyclic_weight=9 if told else 2.0)
+    weights = torch.tensor([5, 5, 0.3, 2.0]) if told else None
+    loss, parts = objective(views[:1], views[1:2], views[2], weights=weights)
+    assert {name: part.item() for name, part in parts.items()} == pytest.approx(
+        {name: term.item() for name, term in terms.items()}, rel=1e-5
+    )
+    true = torch.autograd.grad(0.3 * terms["siglip"] + 2 * terms["cyclic"], truth)
+    for found, wanted in zip(torch.autograd.grad(loss, views), true, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_terms_add_up():
+    views = [embeddings(6, 7, seed=k) for k in range(4)]
+    images, texts, scale = views[::2], views[1::2], torch.tensor(1.3)
+    weights = {"mmcl_weight": 0.5, "ssl_weight": 2.0, "siglip_weight": 0.3, "cyclic_weight": 0.7}
+    alone = [Objective(**{"mmcl_weight": 0.0} | {name: w})(images, texts, scale)[0] for name, w in weights.items()]
+    loss, parts = Objective(**weights)(images, texts, scale)
+    torch.testing.assert_close(loss, sum(alone))
+    assert list(parts) == ["mmcl", "ssl_image", "ssl_text", "siglip", "cyclic"]
+
+
+@pytest.mark.parametrize(
+    "objective, tower",
+    [
+        (Objective(0.0, 1.0, ssl_text=False), "text"),
+        (Objective(0.0, 1.0, cyclic_weight=0.1, ssl_text=False), None),
+        (Objective(0.0, 1.0, siglip_weight=0.1, ssl_image=False), None),
+    ],
+)
+def test_terms_of_both_towers_leave_none_idle(objective, tower):
+    assert objective.idle == tower
 
 
 def train(objective, steps=20, rows=32):

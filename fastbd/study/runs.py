@@ -143,5 +143,8 @@ def _first(rows: list[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[str, 
 
 
 SET = ("set", "class_list", "templates")  # what makes the numbers of two evaluations comparable
-OBJECTIVES = {"mmcl": "MMCL", "ssl": "SSL", "mmcl_ssl": "MMCL+SSL"}
+OBJECTIVES = {
+    "mmcl": "MMCL", "ssl": "SSL", "mmcl_ssl": "MMCL+SSL", "siglip": "SigLIP", "siglip_ssl": "SigLIP+SSL",
+    "cyclip": "CyCLIP",
+}  # fmt: skip
 METHODS = {"cleanclip": "CleanCLIP", "finetune": "Finetuning"}
