@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 Objective = Literal["mmcl", "ssl", "mmcl_ssl", "siglip", "siglip_ssl", "cyclip"]
-Method = Literal["finetune", "cleanclip"]
+Method = Literal["finetune", "cleanclip", "unlearn"]
+Robust = Literal["none", "roclip", "safeclip", "progressive"]
 Model = Literal[
     "demo", "small-rn10", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "tiny-rn", "tiny-vit"
 ]
@@ -119,6 +120,19 @@ class PretrainInputs:
     objective: Objective = "mmcl"
     """mmcl: image-text contrastive; ssl: self-supervised on both sides; mmcl_ssl: both; siglip, siglip_ssl: with
     SigLIP's loss for mmcl; cyclip: mmcl and cyclic consistency."""
+    robust: Robust = "none"
+    """Defend the pre-training. roclip: in some epochs images meet the nearest caption of a pool; safeclip: only pairs
+    that look safe are tied together; progressive: drop the most similar pairs."""
+    roclip_period: int = 2
+    """Each so many epochs, of --robust roclip, one is trained with the pool; published: 2."""
+    roclip_pool: int = 21_845
+    """Captions in the pool of --robust roclip; published: this many, 2 % of 1 M."""
+    warm_epochs: int = 5
+    """Epochs of SSL alone with which --robust safeclip begins; published: 5 of 32."""
+    remove_epochs: tuple[int, ...] = ()
+    """Epochs after which --robust progressive drops pairs."""
+    remove_fraction: float = 0.02
+    """Share of the pairs that --robust progressive drops each time, 0 to 1; published: 0.02."""
     model: Model = "demo"
     """Architecture."""
     data: str = "demo"
@@ -144,7 +158,8 @@ class CleanInputs:
     checkpoint: str = "last"
     """Which of its checkpoints: last, or an epoch's number."""
     method: Method = "cleanclip"
-    """finetune: go on with --objective; cleanclip: image-text and self-supervised losses together."""
+    """finetune: go on with --objective; cleanclip: image-text and self-supervised losses together;
+    unlearn: pull known poisoned pairs apart."""
     objective: Objective = "mmcl"
     """Loss of --method finetune."""
     data: Path | None = None
@@ -153,6 +168,15 @@ class CleanInputs:
     """Pairs to use, drawn from the seed; all where there are fewer."""
     poison_left: int = 0
     """So many of them are poisoned pairs of the pre-training data that were overlooked."""
+    flagged: int = 0
+    """So many of them are poisoned pairs of the pre-training data that are known, to be pulled apart: of --method
+    unlearn."""
+    flagged_by: Path | None = None
+    """Those that are known are the pairs that this row list of detect --drop leaves out: of --method unlearn."""
+    unlearn_weight: float = 1.0
+    """Weight of what pulls the known pairs apart: of --method unlearn."""
+    unlearn_target: float = -1.0
+    """Cosine, -1 to 1, that the known pairs are to have: of --method unlearn."""
     force: bool = False
     """Clean even a model whose attack has not landed (--landed)."""
     keep_optimizer: bool = False
@@ -421,8 +445,18 @@ def demo() -> Settings:
     """
     common = dict(preset="demo", batch_size=64, beta2=0.98, warmup=50)
     return Settings(
-        PretrainConfig(**common, epochs=12, lr=2e-3, eval_every="3epoch", save_every=0),
+        PretrainConfig(
+            **common,
+            epochs=12,
+            lr=2e-3,
+            eval_every="3epoch",
+            save_every=0,
+            roclip_pool=128,
+            warm_epochs=2,
+            remove_epochs=(3, 6, 9),
+        ),
         CleanConfig(**common, epochs=4, lr=1e-3, rows=2_000, save_every=0),
+        {"unlearn": {"flagged": 100}},
     )
 
 
@@ -464,16 +498,18 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 
 LEAST = dict(
-    accumulate=1, batch_size=1, bn_group=2, count=1, detect_batch=0, epoch=0, epochs=0, eval_subset=0,
+    accumulate=1, batch_size=1, bn_group=2, count=1, detect_batch=0, epoch=0, epochs=0, eval_subset=0, flagged=0,
     hw_decoder_load=0, k=1, landed=0, log_every=1, max_bad=0, max_pixels=1, poison_left=0, rebound=0,
-    rebound_batch_size=2, rows=1, save_every=0, subset=0, text_views=0, val_batch=2, warmup=0, workers=0,
+    rebound_batch_size=2, remove_fraction=0, roclip_period=1, roclip_pool=1, rows=1, save_every=0, subset=0,
+    text_views=0, val_batch=2, warm_epochs=0, warmup=0, workers=0,
 )  # fmt: skip
 """The smallest value of flags that a negative number, or zero, would make no sense for."""
 
 
 def to_dict(config) -> dict:
     """The config as JSON values; files are named by absolute paths, so that a run folder can be used from anywhere."""
-    return {k: portable(v) for k, v in dataclasses.asdict(config).items()}
+    values = dataclasses.asdict(config).items()
+    return {k: list(v) if isinstance(v, tuple) else portable(v) for k, v in values}
 
 
 def portable(value):
@@ -486,7 +522,13 @@ def from_dict(kind: type, values: dict):
     """The inverse of to_dict; keys that `kind` no longer has are dropped."""
     hints = typing.get_type_hints(kind)
     fields = {k: v for k, v in values.items() if k in hints}
-    return kind(**{k: Path(v) if v is not None and _is_path(hints[k]) else v for k, v in fields.items()})
+    return kind(**{k: _read(v, hints[k]) for k, v in fields.items()})
+
+
+def _read(value, hint):
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if value is not None and _is_path(hint) else value
 
 
 def _is_path(hint) -> bool:

@@ -1,8 +1,13 @@
-"""Cleaning methods, by their names on the command line."""
+"""Cleaning methods, and defences of pre-training, by their names on the command line."""
 
 from __future__ import annotations
 
 from fastbd.cleaning.cleanclip import CleanClip
 from fastbd.cleaning.finetune import Finetune
+from fastbd.cleaning.progressive import Progressive
+from fastbd.cleaning.roclip import RoClip
+from fastbd.cleaning.safeclip import SafeClip
+from fastbd.cleaning.unlearn import Unlearn
 
-METHODS = {"finetune": Finetune, "cleanclip": CleanClip}
+METHODS = {"finetune": Finetune, "cleanclip": CleanClip, "unlearn": Unlearn}
+ROBUST = {"roclip": RoClip, "safeclip": SafeClip, "progressive": Progressive}

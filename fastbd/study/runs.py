@@ -101,7 +101,8 @@ def _set(evaluation: Evaluation) -> tuple:
 
 def objective_name(objective: str) -> str:
     """As papers write it."""
-    return OBJECTIVES.get(objective, objective)
+    name, *defence = objective.split("+")
+    return " with ".join([OBJECTIVES.get(name, name), *(DEFENCES.get(x, x) for x in defence)])
 
 
 def method_name(method: str) -> str:
@@ -147,4 +148,5 @@ OBJECTIVES = {
     "mmcl": "MMCL", "ssl": "SSL", "mmcl_ssl": "MMCL+SSL", "siglip": "SigLIP", "siglip_ssl": "SigLIP+SSL",
     "cyclip": "CyCLIP",
 }  # fmt: skip
-METHODS = {"cleanclip": "CleanCLIP", "finetune": "Finetuning"}
+METHODS = {"cleanclip": "CleanCLIP", "finetune": "Finetuning", "unlearn": "Unlearning"}
+DEFENCES = {"roclip": "RoCLIP", "safeclip": "SafeCLIP", "progressive": "progressive removal"}
