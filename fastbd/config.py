@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 Objective = Literal["mmcl", "ssl", "mmcl_ssl", "siglip", "siglip_ssl", "cyclip"]
-Method = Literal["finetune", "cleanclip", "par"]
+Method = Literal["finetune", "cleanclip", "par", "unlearn"]
+Robust = Literal["none", "roclip", "safeclip", "progressive"]
 Model = Literal[
     "demo", "small-rn10", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "tiny-rn", "tiny-vit"
 ]
@@ -119,6 +120,19 @@ class PretrainInputs:
     objective: Objective = "mmcl"
     """mmcl: image-text contrastive; ssl: self-supervised on both sides; mmcl_ssl: both; siglip, siglip_ssl: with
     SigLIP's loss for mmcl; cyclip: mmcl and cyclic consistency."""
+    robust: Robust = "none"
+    """Defend the pre-training. roclip: in some epochs images meet the nearest caption of a pool; safeclip: only pairs
+    that look safe are tied together; progressive: drop the most similar pairs."""
+    roclip_period: int = 2
+    """Each so many epochs, of --robust roclip, one is trained with the pool; published: 2."""
+    roclip_pool: int = 21_845
+    """Captions in the pool of --robust roclip; published: this many, 2 % of 1 M."""
+    warm_epochs: int = 5
+    """Epochs of SSL alone with which --robust safeclip begins; published: 5 of 32."""
+    remove_epochs: tuple[int, ...] = ()
+    """Epochs after which --robust progressive drops pairs."""
+    remove_fraction: float = 0.02
+    """Share of the pairs that --robust progressive drops each time, 0 to 1; published: 0.02."""
     model: Model = "demo"
     """Architecture."""
     data: str = "demo"
@@ -145,7 +159,8 @@ class CleanInputs:
     """Which of its checkpoints: last, or an epoch's number."""
     method: Method = "cleanclip"
     """finetune: go on with --objective; cleanclip: image-text and self-supervised losses together; par: the image-text
-    loss, while the embeddings are driven away from those of the model that is cleaned."""
+    loss, while the embeddings are driven away from those of the model that is cleaned; unlearn: pull known poisoned
+    pairs apart."""
     objective: Objective = "mmcl"
     """Loss of --method finetune."""
     tau: float = 2.15
@@ -168,6 +183,15 @@ class CleanInputs:
     rebound: int = 0
     """Then fine-tune for so many steps on clean pairs, in batches of 16 at a rate of 1e-6, and watch ASR come back; the
     weights that are kept are those before."""
+    flagged: int = 0
+    """So many of them are poisoned pairs of the pre-training data that are known, to be pulled apart: of --method
+    unlearn."""
+    flagged_by: Path | None = None
+    """Those that are known are the pairs that this row list of detect --drop leaves out: of --method unlearn."""
+    unlearn_weight: float = 1.0
+    """Weight of what pulls the known pairs apart: of --method unlearn."""
+    unlearn_target: float = -1.0
+    """Cosine, -1 to 1, that the known pairs are to have: of --method unlearn."""
     force: bool = False
     """Clean even a model whose attack has not landed (--landed)."""
     keep_optimizer: bool = False
@@ -495,9 +519,18 @@ def demo() -> Settings:
     """
     common = dict(preset="demo", batch_size=64, beta2=0.98, warmup=50)
     return Settings(
-        PretrainConfig(**common, epochs=12, lr=2e-3, eval_every="3epoch", save_every=0),
+        PretrainConfig(
+            **common,
+            epochs=12,
+            lr=2e-3,
+            eval_every="3epoch",
+            save_every=0,
+            roclip_pool=128,
+            warm_epochs=2,
+            remove_epochs=(3, 6, 9),
+        ),  # fmt: skip
         CleanConfig(**common, epochs=4, lr=1e-3, rows=2_000, save_every=0),
-        {"par": PAR | dict(lr=1e-4)},
+        {"par": PAR | dict(lr=1e-4), "unlearn": dict(flagged=100)},
     )
 
 
@@ -578,18 +611,23 @@ def par_2() -> Settings:
 PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m, "par": par, "par-2": par_2}
 
 
-LEAST = dict(
-    accumulate=1, batch_size=1, bn_group=2, count=1, detect_batch=0, epoch=0, epochs=0, eval_between=0, eval_subset=0,
-    hw_decoder_load=0, k=1, landed=0, lease=1, log_every=1, max_bad=0, max_pixels=1, poison_left=0, processes=0,
-    rebound=0, rebound_batch_size=2, rows=1, save_every=0, subset=0, tau=0, text_views=0, val_batch=2, warmup=0,
-    workers=0,
-)  # fmt: skip
+LEAST = {
+    flag: least
+    for least, flags in {
+        0: "detect_batch epoch epochs eval_between eval_subset flagged hw_decoder_load landed max_bad poison_left "
+        "processes rebound remove_fraction save_every subset tau text_views warm_epochs warmup workers",
+        1: "accumulate batch_size count k lease log_every max_pixels roclip_period roclip_pool rows",
+        2: "bn_group rebound_batch_size val_batch",
+    }.items()
+    for flag in flags.split()
+}
 """The smallest value of flags that a negative number, or zero, would make no sense for."""
 
 
 def to_dict(config) -> dict:
     """The config as JSON values; files are named by absolute paths, so that a run folder can be used from anywhere."""
-    return {k: portable(v) for k, v in dataclasses.asdict(config).items()}
+    values = dataclasses.asdict(config).items()
+    return {k: list(v) if isinstance(v, tuple) else portable(v) for k, v in values}
 
 
 def portable(value):
@@ -602,7 +640,13 @@ def from_dict(kind: type, values: dict):
     """The inverse of to_dict; keys that `kind` no longer has are dropped."""
     hints = typing.get_type_hints(kind)
     fields = {k: v for k, v in values.items() if k in hints}
-    return kind(**{k: Path(v) if v is not None and _is_path(hints[k]) else v for k, v in fields.items()})
+    return kind(**{k: _read(v, hints[k]) for k, v in fields.items()})
+
+
+def _read(value, hint):
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if value is not None and _is_path(hint) else value
 
 
 def _is_path(hint) -> bool:

@@ -20,7 +20,7 @@ def cyclic_loss(image: Tensor, text: Tensor, *, gather: str = "exact", group: td
     product, and nothing cancels where pairs agree.
     """
     with torch.autocast(image.device.type, enabled=False):
-        i, t = (_units(x, group, gather) for x in (image, text))
+        i, t = (units(x, group, gather) for x in (image, text))
         return ((i - t) @ (i + t).T).square().sum() / len(i)
 
 
@@ -46,8 +46,8 @@ def _masked(
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy over the rows and over the columns."""
     with torch.autocast(queries.device.type, enabled=False):
-        q, k = (_units(x, group, gather) for x in (queries, keys))
-        mask = _gathered(mask, group)
+        q, k = (units(x, group, gather) for x in (queries, keys))
+        mask = gathered(mask, group)
         logits = log_scale.float().exp() * q @ k.T
         # A pair left out meets itself alone: loss and gradient 0.
         alone = ~(mask[:, None] & mask).fill_diagonal_(True)
@@ -56,7 +56,7 @@ def _masked(
         return tuple((logits.logsumexp(dim) - positive).sum() / count for dim in (1, 0))
 
 
-def _units(x: Tensor, group: td.ProcessGroup | None, gather: str) -> Tensor:
+def units(x: Tensor, group: td.ProcessGroup | None, gather: str) -> Tensor:
     """Normalised, float32 [N, D]; only the own rows have a gradient, all of it.
 
     The mean over the processes of what it makes of the parameters is to be the loss's gradient: "exact" is times their
@@ -67,12 +67,12 @@ def _units(x: Tensor, group: td.ProcessGroup | None, gather: str) -> Tensor:
     own = x.float()
     if gather == "exact":
         own = own.detach() + group.size() * (own - own.detach())
-    rows = list(_gathered(x.detach(), group).float().split(len(x)))
+    rows = list(gathered(x.detach(), group).float().split(len(x)))
     rows[group.rank()] = own
     return F.normalize(torch.cat(rows), dim=1)
 
 
-def _gathered(x: Tensor, group: td.ProcessGroup | None) -> Tensor:
+def gathered(x: Tensor, group: td.ProcessGroup | None) -> Tensor:
     """x [B, ...] of all processes, joined in rank order."""
     if group is None:
         return x

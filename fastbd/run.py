@@ -48,12 +48,12 @@ from fastbd.step import Step
 from fastbd.study.runs import read
 
 Config = PretrainConfig | CleanConfig
-ROWS = "kept.rows"
+ROWS, SPARED = "kept.rows", "spared.rows"  # copies of --rows-file and of --flagged-by
 REBOUND_BATCH, REBOUND_LR = 16, 1e-6
 FREE = {
-    "run", "checkpoint", "lr", "warmup", "seed", "mmcl_weight", "ssl_weight", "poison_left", "force", "landed",
-    "weights", "resume", "out", "save_every", "log_every", "rebound", "plan", "poison", "eval_data", "classes",
-    "templates", "eval_every", "eval_subset", "eval_between", "rows_file", "max_bad", "workers", "decode",
+    "run", "checkpoint", "lr", "warmup", "seed", "mmcl_weight", "ssl_weight", "poison_left", "flagged", "flagged_by",
+    "force", "landed", "weights", "resume", "out", "save_every", "log_every", "rebound", "plan", "poison", "eval_data",
+    "classes", "templates", "eval_every", "eval_subset", "eval_between", "rows_file", "max_bad", "workers", "decode",
     "hw_decoder_load", "resident",
 }  # fmt: skip
 """Settings in which two runs may differ and still be trained by the same step in the same memory."""
@@ -82,6 +82,8 @@ class Task:
     classes: str | None
     templates: str
     pretrain_objective: str
+    flagged: np.ndarray | None = None
+    """Those of the rows that are known to be poisoned, int64, ascending."""
     method_name: str | None = None
     start: Path | None = None
     """The run that is cleaned."""
@@ -287,6 +289,10 @@ class Run:
         return self.task.rows
 
     @property
+    def flagged(self) -> np.ndarray:
+        return self.task.rows[:0] if self.task.flagged is None else self.task.flagged
+
+    @property
     def seed(self) -> int:
         return self.config.seed
 
@@ -452,8 +458,9 @@ class Run:
                 log.write_json(new / "env.json", {**log.environment(), "plan_eda_synonyms": eda.synonyms_source()})
                 if task.plan:
                     task.plan.save(new / "plan.json")
-                if config.rows_file:
-                    shutil.copyfile(config.rows_file, new / ROWS)
+                for name, rows in ((ROWS, config.rows_file), (SPARED, getattr(config, "flagged_by", None))):
+                    if rows:
+                        shutil.copyfile(rows, new / name)
                 samples.save(new / "samples.png")
                 checkpoint.save(checkpoint.path_of(new, "last"), self._state(0))
                 log.write_json(new / "config.json", about)

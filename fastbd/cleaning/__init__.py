@@ -1,9 +1,14 @@
-"""Cleaning methods, by their names on the command line."""
+"""Cleaning methods, and defences of pre-training, by their names on the command line."""
 
 from __future__ import annotations
 
 from fastbd.cleaning.cleanclip import CleanClip
 from fastbd.cleaning.finetune import Finetune
 from fastbd.cleaning.par import Par
+from fastbd.cleaning.progressive import Progressive
+from fastbd.cleaning.roclip import RoClip
+from fastbd.cleaning.safeclip import SafeClip
+from fastbd.cleaning.unlearn import Unlearn
 
-METHODS = {"finetune": Finetune, "cleanclip": CleanClip, "par": Par}
+METHODS = {"finetune": Finetune, "cleanclip": CleanClip, "par": Par, "unlearn": Unlearn}
+ROBUST = {"roclip": RoClip, "safeclip": SafeClip, "progressive": Progressive}

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.distributed as td
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbd.models import CLIP
@@ -15,6 +16,7 @@ from fastbd.objectives import Objective
 from fastbd.optim import learning_rates
 
 Losses = dict[str, Tensor]
+CHUNK = 1 << 18  # pairs embedded at once
 
 
 class Embedded(NamedTuple):
@@ -34,6 +36,8 @@ class Training(Protocol):
     model: CLIP
     rows: np.ndarray
     """Pairs to train on, int64 [N], ascending."""
+    flagged: np.ndarray
+    """Those of them that are known to be poisoned, int64, ascending."""
     seed: int
     device: torch.device
     precision: str
@@ -70,6 +74,13 @@ class Method(nn.Module):
         A second training may follow in the same memory: everything is set anew, in place where it has been made.
         """
 
+    def hold(self, name: str, value: Tensor) -> None:
+        """A buffer with this value: a new one, or the one there is, written in place."""
+        if name in self._buffers:
+            self._buffers[name].copy_(value)
+        else:
+            self.register_buffer(name, value)
+
     def prepare(self, model: CLIP) -> None:
         """Change the weights that a fresh run begins with."""
 
@@ -92,3 +103,9 @@ class Method(nn.Module):
     ) -> tuple[Tensor, Losses]:
         """(loss, parts), all scalars; `weights` as for Objective."""
         return self.objective(embedded.images, embedded.texts, embedded.log_scale, group, weights)
+
+
+def cosines(training: Training, rows: np.ndarray) -> Tensor:
+    """Of the image and the caption of each pair, float32 [N], by the model as it is."""
+    parts = (training.embed(rows[first : first + CHUNK]) for first in range(0, len(rows), CHUNK))
+    return torch.cat([F.cosine_similarity(*part) for part in parts])

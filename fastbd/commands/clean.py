@@ -11,12 +11,13 @@ from fastbd import checkpoint, draws
 from fastbd.cleaning import METHODS
 from fastbd.config import CleanConfig
 from fastbd.data.beton import Beton
+from fastbd.data.rows import read_rows
 from fastbd.data.shards import Shards, open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.models import create
 from fastbd.poison.plan import Plan
-from fastbd.run import Task, allowed_rows, execute
+from fastbd.run import SPARED, Task, allowed_rows, execute
 
 HELD_OUT = 512  # pairs
 
@@ -35,16 +36,18 @@ def task(config: CleanConfig, world: World) -> Task:
     model = create(source["model"], seed=0)
     model.load_state_dict(saved["model"])
     data = config.data or Path(source["data"])
-    if config.poison_left and (config.data or not plan):
-        raise UserError(
-            "--poison-left takes pairs that the run's plan poisons: leave --data out, and clean such a run."
-        )
+    for flag, count in (("--poison-left", config.poison_left), ("--flagged", config.flagged)):
+        if count and (config.data or not plan):
+            raise UserError(f"{flag} takes pairs that the run's plan poisons: leave --data out, and clean such a run.")
+    if config.method != "unlearn" and (config.flagged or config.flagged_by):
+        raise UserError("--flagged and --flagged-by are of --method unlearn: give it, or leave them out.")
     beton = open_beton(data)
     if plan and not config.data:
         plan.check(beton.fingerprint, data)  # else its rows would mean others now
-    rows, held_out = cleaning_rows(
-        beton, allowed_rows(config, beton), plan, config.rows, config.seed, config.poison_left
-    )
+    allowed = allowed_rows(config, beton)
+    flagged = flagged_rows(config, beton, allowed, plan)
+    others, count = np.setdiff1d(allowed, flagged), config.rows - len(flagged)
+    rows, held_out = cleaning_rows(beton, others, plan, count, config.seed, config.poison_left)
     return Task(
         name=f"{config.run.resolve().name}-{config.method}",
         model=model,
@@ -54,10 +57,11 @@ def task(config: CleanConfig, world: World) -> Task:
         method_name=config.method,
         start=config.run,
         data=data,
-        rows=rows,
+        rows=np.union1d(rows, flagged),
+        flagged=flagged,
         held_out=held_out,
         plan=plan,
-        poisoned=config.poison_left > 0,
+        poisoned=bool(config.poison_left or len(flagged)) and plan is not None and plan.data == beton.fingerprint,
         eval_data=config.eval_data or (Path(source["eval_data"]) if source["eval_data"] else None),
         classes=config.classes or (None if config.eval_data else source["classes"]),
         templates=config.templates or source["templates"],
@@ -77,3 +81,20 @@ def cleaning_rows(
     overlooked = draws.generator(seed, "poison-left").permutation(len(poisoned))[:left]
     picked, others = np.split(draws.generator(seed, "clean-rows").permutation(len(clean)), [count - left])
     return np.sort(np.concatenate([clean[picked], poisoned[overlooked]])), np.sort(clean[others[:HELD_OUT]])
+
+
+def flagged_rows(config: CleanConfig, beton: Beton | Shards, rows: np.ndarray, plan: Plan | None) -> np.ndarray:
+    """Those of the rows that are known to be poisoned, int64, ascending."""
+    if config.flagged_by:
+        path = config.resume / SPARED if config.resume else config.flagged_by
+        found = np.setdiff1d(rows, read_rows(path, beton.fingerprint, len(beton)))
+    else:
+        poisoned = np.intersect1d(rows, plan.rows) if config.flagged else rows[:0]
+        if config.flagged > len(poisoned):
+            raise UserError(
+                f"--flagged {config.flagged} is more than the {len(poisoned):,} poisoned pairs: give fewer."
+            )
+        found = np.sort(draws.generator(config.seed, "flagged").permutation(poisoned)[: config.flagged])
+    if len(found) >= config.rows:
+        raise UserError(f"--rows {config.rows} has no room beside the {len(found):,} flagged pairs: give more.")
+    return found

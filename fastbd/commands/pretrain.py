@@ -6,6 +6,7 @@ import glob
 from functools import partial
 from pathlib import Path
 
+from fastbd.cleaning import ROBUST
 from fastbd.cleaning.method import Method
 from fastbd.commands.demo import demo_set
 from fastbd.config import PretrainConfig
@@ -31,12 +32,13 @@ def task(config: PretrainConfig, world: World) -> Task:
     model = create(config.model, config.seed)
     if config.weights and not config.resume:
         load_weights(model, config.weights)
+    name = config.objective if config.robust == "none" else f"{config.objective}+{config.robust}"
     return Task(
-        name=config.objective,
+        name=name,
         model=model,
         model_name=config.model,
-        method=Method(make_objective(config.objective, config), config.objective),
-        pretrain_objective=config.objective,
+        method=method(config),
+        pretrain_objective=name,
         data=data,
         rows=allowed_rows(config, open_beton(data)),
         plan=plan,
@@ -45,6 +47,13 @@ def task(config: PretrainConfig, world: World) -> Task:
         classes=config.classes,
         templates=config.templates or ("demo" if config.data == "demo" else None),
     )
+
+
+def method(config: PretrainConfig) -> Method:
+    """The plain objective, or a defence around it."""
+    if config.robust == "none":
+        return Method(make_objective(config.objective, config), config.objective)
+    return ROBUST[config.robust](config)
 
 
 def inputs(config: PretrainConfig, world: World) -> tuple[Path, Plan | None, Path | None]:

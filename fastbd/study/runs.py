@@ -140,7 +140,8 @@ def _set(evaluation: Evaluation) -> tuple:
 
 def objective_name(objective: str) -> str:
     """As papers write it."""
-    return OBJECTIVES.get(objective, objective)
+    name, *defence = objective.split("+")
+    return " with ".join([OBJECTIVES.get(name, name), *(DEFENCES.get(x, x) for x in defence)])
 
 
 def method_name(run: Run) -> str:
@@ -216,3 +217,4 @@ METHODS = {
     "unlearn": "Unlearning",
     "supervised": "Supervised fine-tuning",
 }
+DEFENCES = {"roclip": "RoCLIP", "safeclip": "SafeCLIP", "progressive": "progressive removal"}

@@ -1,0 +1,73 @@
+"""Unlearning by its formula, and which pairs it takes for poisoned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from planted import both_ways, training
+from test_losses import assert_near, embeddings, with_gradients
+
+from fastbd.cleaning.method import Embedded
+from fastbd.cleaning.unlearn import Unlearn
+from fastbd.commands.clean import cleaning_rows, flagged_rows
+from fastbd.config import CleanConfig
+from fastbd.data.beton import Beton
+from fastbd.data.rows import write_rows
+from fastbd.errors import UserError
+from fastbd.poison.plan import Plan
+
+ROWS = np.array([3, 8, 20, 21, 40, 55, 70, 71, 90])
+BATCH = torch.tensor([71, 3, 40, 90, 8, 20])
+
+
+def unlearn(flagged, **settings) -> Unlearn:
+    method = Unlearn(CleanConfig(method="unlearn", **settings))
+    method.attach(training(*embeddings(len(ROWS)), ROWS, flagged))
+    return method
+
+
+@pytest.mark.parametrize("target", [-1.0, 0.3])
+@pytest.mark.parametrize("flagged", [(8, 71), (55,)])
+def test_the_loss_is_its_formula(flagged, target):
+    method, hit = unlearn(flagged, unlearn_weight=0.6, unlearn_target=target), torch.isin(BATCH, torch.tensor(flagged))
+
+    def formula(image, text, log_scale):
+        cosine = (F.normalize(image, dim=1) * F.normalize(text, dim=1)).sum(1)
+        pulled = (cosine[hit] - target).square().mean() if hit.any() else 0
+        return 0.7 * both_ways(image[~hit], text[~hit], log_scale) + 0.6 * pulled
+
+    def ours(image, text, log_scale):
+        return method(Embedded([image], [text], log_scale, BATCH, []), None, torch.tensor([0.7]))[0]
+
+    inputs = [*embeddings(len(BATCH)), torch.tensor(2.3)]
+    assert_near(with_gradients(ours, inputs, torch.float32), with_gradients(formula, inputs, torch.float64), 1e-5)
+
+
+def test_flags_are_set_anew_in_place():
+    method = unlearn((8, 71))
+    before = method.flags.data_ptr()
+    method.attach(training(*embeddings(len(ROWS)), ROWS + 1, (4,)))
+    assert method.flags.data_ptr() == before and method.flags.tolist() == [True] + 8 * [False]
+    with pytest.raises(UserError, match="needs poisoned pairs that are known"):
+        unlearn(())
+
+
+def test_flagged_pairs_come_from_the_plan_or_from_a_row_list(study, tmp_path):
+    beton, plan = Beton(study / "train.beton"), Plan.load(study / "train.poison.json")
+    everything = np.arange(240)
+    some, again, fewer = (
+        flagged_rows(CleanConfig(method="unlearn", flagged=n, rows=100), beton, everything, plan) for n in (9, 9, 4)
+    )
+    assert len(some) == 9 and set(some) <= set(plan.rows) and set(fewer) < set(some) and (some == again).all()
+    # Of those that are overlooked none is known.
+    rest = cleaning_rows(beton, np.setdiff1d(everything, some), plan, 91, 0, left=15)
+    assert not set(rest) & set(some) and len(set(rest) & set(plan.rows)) == 15
+    write_rows(tmp_path / "kept.rows", np.arange(10, 240), beton.fingerprint, "the first ten look bad")
+    by_list = CleanConfig(method="unlearn", flagged_by=tmp_path / "kept.rows", rows=100)
+    assert flagged_rows(by_list, beton, everything, None).tolist() == list(range(10))
+    with pytest.raises(UserError, match="--flagged 25 is more than the 24 poisoned pairs"):
+        flagged_rows(CleanConfig(method="unlearn", flagged=25), beton, everything, plan)
+    with pytest.raises(UserError, match="--rows 9 has no room beside the 9 flagged pairs"):
+        flagged_rows(CleanConfig(method="unlearn", flagged=9, rows=9), beton, everything, plan)
