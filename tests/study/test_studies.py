@@ -10,10 +10,6 @@ from fastbd.study.grid import Study, expand, with_overrides
 from fastbd.study.studies import STUDIES, load
 
 # Cleaning methods and flags that these studies wait for; to be emptied as they come.
-PENDING = {"demo": "par", "poison-left": "poison_left", "par": "par", "shrink-perturb": "shrink_perturb"}
-waiting = pytest.mark.xfail(strict=True, raises=UserError, reason="clean cannot do this yet")
-NAMES = [pytest.param(name, marks=waiting) if name in PENDING else name for name in STUDIES]
-
 TOML = """
 about = "what a user wants to know"
 seeds = [0, 1]
@@ -33,7 +29,7 @@ study = Study(name="mine", about="", pretrain=({},), clean=({"lr": (1e-4, 1e-3)}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STUDIES)
 def test_every_study_works_on_every_data_set(name, preset):
     study = load(name, preset)
     assert study.name == name and study.about.endswith("?")
