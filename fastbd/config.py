@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 Objective = Literal["mmcl", "ssl", "mmcl_ssl"]
-Method = Literal["finetune", "cleanclip"]
+Method = Literal["finetune", "cleanclip", "shrink_perturb", "deep_cluster", "supervised"]
 Model = Literal[
     "demo", "small-rn10", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "tiny-rn", "tiny-vit"
 ]
@@ -143,7 +143,9 @@ class CleanInputs:
     checkpoint: str = "last"
     """Which of its checkpoints: last, or an epoch's number."""
     method: Method = "cleanclip"
-    """finetune: go on with --objective; cleanclip: image-text and self-supervised losses together."""
+    """finetune: go on with --objective; cleanclip: image-text and self-supervised losses together; shrink_perturb: the
+    same from shrunk and disturbed weights; deep_cluster: the same, and clusters of the images, or labels, are learnt;
+    supervised: only the classes of labelled images are."""
     objective: Objective = "mmcl"
     """Loss of --method finetune."""
     data: Path | None = None
@@ -152,6 +154,17 @@ class CleanInputs:
     """Pairs to use, drawn from the seed; all where there are fewer."""
     poison_left: int = 0
     """So many of them are poisoned pairs of the pre-training data that were overlooked."""
+    shrink: float = 0.95
+    """Of --method shrink_perturb: factor of the weights."""
+    perturb: float = 1e-4
+    """Of --method shrink_perturb: factor of the fresh weights that are added."""
+    clusters: int = 1000
+    """Of --method deep_cluster: clusters of the images."""
+    cluster_weight: float = 5.0
+    """Of --method deep_cluster: weight of the loss that tells them."""
+    cluster_labels: Path | None = None
+    """Of --method deep_cluster: labels in place of clusters, an integer from 0 for each row of the data, in a .npy file
+    or one a line in a text file, such as label makes."""
     force: bool = False
     """Clean even a model whose attack has not landed (--landed)."""
     keep_optimizer: bool = False
@@ -418,6 +431,7 @@ def demo() -> Settings:
     return Settings(
         PretrainConfig(**common, epochs=12, lr=2e-3, eval_every="3epoch", save_every=0),
         CleanConfig(**common, epochs=4, lr=1e-3, rows=2_000, save_every=0),
+        {"deep_cluster": {"clusters": 50}, "supervised": {"lr": 3e-4, "weight_decay": 0.01}},
     )
 
 
@@ -435,6 +449,10 @@ def paper_cc3m() -> Settings:
     return Settings(
         PretrainConfig(preset="paper-cc3m", model="rn50", data="cc3m.beton", classes="imagenet1k", batch_size=2048),
         CleanConfig(preset="paper-cc3m", epochs=20, batch_size=64, lr=1e-4, warmup=50, eval_every="1/3epoch"),
+        {
+            "deep_cluster": {"epochs": 10},
+            "supervised": {"epochs": 10, "batch_size": 80, "warmup": 500, "weight_decay": 0.01},
+        },
     )
 
 
@@ -452,6 +470,7 @@ def paper_cc6m() -> Settings:
     return Settings(
         dataclasses.replace(cc3m.pretrain, preset="paper-cc6m", data="cc6m.beton"),
         dataclasses.replace(cc3m.clean, preset="paper-cc6m"),
+        cc3m.methods,
     )
 
 
@@ -459,8 +478,8 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 
 
 LEAST = dict(
-    accumulate=1, batch_size=1, bn_group=2, count=1, detect_batch=0, epoch=0, epochs=0, eval_subset=0,
-    hw_decoder_load=0, k=1, landed=0, log_every=1, max_bad=0, max_pixels=1, poison_left=0, rebound=0,
+    accumulate=1, batch_size=1, bn_group=2, cluster_weight=0, clusters=1, count=1, detect_batch=0, epoch=0, epochs=0,
+    eval_subset=0, hw_decoder_load=0, k=1, landed=0, log_every=1, max_bad=0, max_pixels=1, poison_left=0, rebound=0,
     rebound_batch_size=2, rows=1, save_every=0, subset=0, text_views=0, val_batch=2, warmup=0, workers=0,
 )  # fmt: skip
 """The smallest value of flags that a negative number, or zero, would make no sense for."""

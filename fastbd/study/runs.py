@@ -144,4 +144,10 @@ def _first(rows: list[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[str, 
 
 SET = ("set", "class_list", "templates")  # what makes the numbers of two evaluations comparable
 OBJECTIVES = {"mmcl": "MMCL", "ssl": "SSL", "mmcl_ssl": "MMCL+SSL"}
-METHODS = {"cleanclip": "CleanCLIP", "finetune": "Finetuning"}
+METHODS = {
+    "cleanclip": "CleanCLIP",
+    "finetune": "Finetuning",
+    "shrink_perturb": "Shrink and perturb",
+    "deep_cluster": "Deep clustering",
+    "supervised": "Supervised fine-tuning",
+}
