@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 Objective = Literal["mmcl", "ssl", "mmcl_ssl", "siglip", "siglip_ssl", "cyclip"]
-Method = Literal["finetune", "cleanclip", "par", "unlearn"]
+Method = Literal["finetune", "cleanclip", "par", "shrink_perturb", "deep_cluster", "unlearn", "supervised"]
 Robust = Literal["none", "roclip", "safeclip", "progressive"]
 Model = Literal[
     "demo", "small-rn10", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "tiny-rn", "tiny-vit"
@@ -159,8 +159,9 @@ class CleanInputs:
     """Which of its checkpoints: last, or an epoch's number."""
     method: Method = "cleanclip"
     """finetune: go on with --objective; cleanclip: image-text and self-supervised losses together; par: the image-text
-    loss, while the embeddings are driven away from those of the model that is cleaned; unlearn: pull known poisoned
-    pairs apart."""
+    loss, while the embeddings are driven away from those of the model that is cleaned; shrink_perturb: cleanclip from
+    shrunk and disturbed weights; deep_cluster: cleanclip, and clusters of the images, or labels, are learnt; unlearn:
+    pull known poisoned pairs apart; supervised: only the classes of labelled images are learnt."""
     objective: Objective = "mmcl"
     """Loss of --method finetune."""
     tau: float = 2.15
@@ -192,6 +193,17 @@ class CleanInputs:
     """Weight of what pulls the known pairs apart: of --method unlearn."""
     unlearn_target: float = -1.0
     """Cosine, -1 to 1, that the known pairs are to have: of --method unlearn."""
+    shrink: float = 0.95
+    """Of --method shrink_perturb: factor of the weights."""
+    perturb: float = 1e-4
+    """Of --method shrink_perturb: factor of the fresh weights that are added."""
+    clusters: int = 1000
+    """Of --method deep_cluster: clusters of the images."""
+    cluster_weight: float = 5.0
+    """Of --method deep_cluster: weight of the loss that tells them."""
+    cluster_labels: Path | None = None
+    """Of --method deep_cluster: labels in place of clusters, an integer from 0 for each row of the data, in a .npy file
+    or one a line in a text file, such as label makes."""
     force: bool = False
     """Clean even a model whose attack has not landed (--landed)."""
     keep_optimizer: bool = False
@@ -530,7 +542,12 @@ def demo() -> Settings:
             remove_epochs=(3, 6, 9),
         ),  # fmt: skip
         CleanConfig(**common, epochs=4, lr=1e-3, rows=2_000, save_every=0),
-        {"par": PAR | dict(lr=1e-4), "unlearn": dict(flagged=100)},
+        {
+            "par": PAR | dict(lr=1e-4),
+            "unlearn": dict(flagged=100),
+            "deep_cluster": dict(clusters=50),
+            "supervised": dict(lr=3e-4, weight_decay=0.01),
+        },  # fmt: skip
     )
 
 
@@ -548,7 +565,11 @@ def paper_cc3m() -> Settings:
     return Settings(
         PretrainConfig(preset="paper-cc3m", model="rn50", data="cc3m.beton", classes="imagenet1k", batch_size=2048),
         CleanConfig(preset="paper-cc3m", epochs=20, batch_size=64, lr=1e-4, warmup=50, eval_every="1/3epoch"),
-        {"par": PAR},
+        {
+            "par": PAR,
+            "deep_cluster": dict(epochs=10),
+            "supervised": dict(epochs=10, batch_size=80, warmup=500, weight_decay=0.01),
+        },  # fmt: skip
     )
 
 
@@ -615,8 +636,8 @@ LEAST = {
     flag: least
     for least, flags in {
         0: "detect_batch epoch epochs eval_between eval_subset flagged hw_decoder_load landed max_bad poison_left "
-        "processes rebound remove_fraction save_every subset tau text_views warm_epochs warmup workers",
-        1: "accumulate batch_size count k lease log_every max_pixels roclip_period roclip_pool rows",
+        "cluster_weight processes rebound remove_fraction save_every subset tau text_views warm_epochs warmup workers",
+        1: "accumulate batch_size clusters count k lease log_every max_pixels roclip_period roclip_pool rows",
         2: "bn_group rebound_batch_size val_batch",
     }.items()
     for flag in flags.split()

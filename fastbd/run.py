@@ -293,6 +293,14 @@ class Run:
         return self.task.rows[:0] if self.task.flagged is None else self.task.flagged
 
     @property
+    def data_size(self) -> int:
+        return len(self.pairs.beton)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self.pairs.beton.labels
+
+    @property
     def seed(self) -> int:
         return self.config.seed
 
@@ -583,6 +591,7 @@ class Run:
             if self.world.main:
                 self.method.begin(epoch, self)
             self.world.share(self.method.state_dict().values())
+            self.step.forget(self.method.renewed)
         self.step.begin(epoch)
         narrow = self.precision == "bf16" and self.world.device.type == "cuda"
         rows, seed = self.method.rows(epoch, self.task.rows), self.config.seed

@@ -7,7 +7,7 @@ CUDA graph, which then serves any learning rate and any weights of the losses.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as td
@@ -72,8 +72,13 @@ class Step:
         self.at.zero_()
         self._choose_trained()
         self.weights.copy_(torch.tensor(self.method.objective.weights))
-        for state in self.optimizer.state.values():
-            torch._foreach_zero_(list(state.values()))
+        self.forget(self.optimizer.state)
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Back to no momentum, for these parameters."""
+        for parameter in parameters:
+            for value in self.optimizer.state.get(parameter, {}).values():
+                value.zero_()
 
     def __call__(self, batch: Batch) -> Losses:
         return self.call(batch.ids, batch.views, batch.texts)

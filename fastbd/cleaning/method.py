@@ -38,6 +38,10 @@ class Training(Protocol):
     """Pairs to train on, int64 [N], ascending."""
     flagged: np.ndarray
     """Those of them that are known to be poisoned, int64, ascending."""
+    data_size: int
+    """Pairs in the data, of which they are some."""
+    labels: np.ndarray | None
+    """Classes of all pairs in the data, int64 [data_size] from 0; None where it has none."""
     seed: int
     device: torch.device
     precision: str
@@ -86,6 +90,11 @@ class Method(nn.Module):
 
     def begin(self, epoch: int, training: Training) -> None:
         """Before an epoch, counted from 0: change parameters and buffers in place. Only the main process is asked."""
+
+    @property
+    def renewed(self) -> Sequence[nn.Parameter]:
+        """Parameters that begin each epoch anew: the optimizer forgets them then."""
+        return ()
 
     def variant(self, epoch: int) -> Hashable:
         """Epochs of one variant have the same kernels in their steps; it is set before a step is made."""

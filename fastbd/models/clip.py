@@ -44,7 +44,7 @@ class CLIP(nn.Module):
 
     def __init__(self, spec: ModelSpec):
         super().__init__()
-        self.image_size, self.embed_dim = spec.image_size, spec.embed_dim
+        self.spec, self.image_size, self.embed_dim = spec, spec.image_size, spec.embed_dim
         self.visual = _vision_tower(spec)
         self.transformer = Transformer(spec.text_width, spec.text_layers, spec.text_heads)
         self.token_embedding = nn.Embedding(VOCABULARY, spec.text_width)
@@ -89,16 +89,21 @@ def _vision_tower(spec: ModelSpec) -> nn.Module:
 
 
 def create(name: str, seed: int | None) -> CLIP:
+    """The model of that name with fresh weights."""
+    if name not in MODELS:
+        raise UserError(f"There is no model {name!r}: choose one of {', '.join(MODELS)}.")
+    return fresh(MODELS[name], seed)
+
+
+def fresh(spec: ModelSpec, seed: int | None) -> CLIP:
     """A model with fresh weights, on the CPU: the same for a seed, whatever was drawn before.
 
     The global random state stays as it was; only seed None draws from it.
     """
-    if name not in MODELS:
-        raise UserError(f"There is no model {name!r}: choose one of {', '.join(MODELS)}.")
     with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
-        return CLIP(MODELS[name])
+        return CLIP(spec)
 
 
 MODELS = {
