@@ -1,13 +1,13 @@
 """The ledger of a study: a folder in which any number of processes, on any machines, share out its runs.
 
     study.N/study.json  the study and its runs; a higher N adds runs
-    claims/ID.N         the Nth process that took the run ID: who it is, and how that ended
+    claims/ID.N/        the Nth process that took the run ID: who it is, and how that ended
     failed/ID.json      why the run failed
     plans/, runs/       what the runs make
 
-Of the file system this is asked: that of several processes that create a file exclusively, or rename to a folder, only
-one succeeds, and that a file just opened is up to date. NFS gives it. A holder touches its claim; one that has not been
-touched for `lease` seconds of the file server's clock may be ended by anyone who then takes the next N.
+Of the file system this is asked: that of several processes that rename a folder to the same name only one succeeds, and
+that a file just opened is up to date. NFS gives it. A holder touches its claim; one that was not touched for `lease`
+seconds of the file server's clock may be ended by anyone who then takes the next N.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Ledger:
             if known.keys() >= {run.id for run in runs}:
                 return joined, runs
             rows = [{"id": r.id, "name": r.name, "verb": r.verb, "command": command(r.config)} for r in runs]
-            with suppress(FileExistsError):  # another one has added runs meanwhile
-                _write_version(self.folder, len(versions) + 1, {"study": to_values(joined), "runs": rows})
+            # Where another one has added runs meanwhile: look again.
+            _create(_version(self.folder, len(versions) + 1), {"study": to_values(joined), "runs": rows})
 
     def _check(self, study: Study, runs: tuple[Planned, ...], version: dict, known: Mapping[str, str]) -> None:
         """That no run has the name, and so the folder, of another one."""
@@ -158,15 +158,14 @@ class Ledger:
             return Status("failed", attempt, reason=json.loads(self._failure(run).read_text())["reason"])
         if attempt == 0:
             return Status("waiting")
-        path = self._claims / f"{run.id}.{attempt}"
-        owner, ended, touched = _read_claim(path)
+        owner, ended, touched = _read_claim(self._path(run, attempt))
         if ended == "finished" and now - touched <= self.lease:
             return Status("finished", attempt)  # NFS may hide a new file for a minute
         if ended:
             return Status("waiting", attempt)
         if now - touched > self.lease or _is_gone(owner):
             return Status("waiting", attempt)
-        return Status("running", attempt, f"{owner.get('host', '?')}:{owner.get('pid', '?')}", owner.get("since", now))
+        return Status("running", attempt, f"{owner['host']}:{owner['pid']}", owner["since"])
 
     def _attempts(self) -> dict[str, int]:
         """The highest attempt of each run that was ever claimed."""
@@ -178,15 +177,14 @@ class Ledger:
 
     def _claim(self, run: Planned, attempt: int) -> Claim | None:
         if attempt > 1:
-            _end(self._claims / f"{run.id}.{attempt - 1}", "expired")  # its holder may have only stalled
-        path = self._claims / f"{run.id}.{attempt}"
-        try:
-            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND)
-        except FileExistsError:
+            _end(self._path(run, attempt - 1), "expired")  # its holder may have only stalled
+        path = self._path(run, attempt)
+        if not _create(path, {**_owner(), "since": self.now()}):
             return None
-        with open(file, "a") as opened:
-            opened.write(json.dumps({**_owner(), "since": os.fstat(file).st_mtime}))
         return Claim(run, path, self._failure(run), self.lease)
+
+    def _path(self, run: Planned, attempt: int) -> Path:
+        return self._claims / f"{run.id}.{attempt}" / "claim.json"
 
     def _failure(self, run: Planned) -> Path:
         return self._failed / f"{run.id}.json"
@@ -288,22 +286,27 @@ def _last_line(path: Path) -> dict[str, Any]:
     return {}
 
 
+def _version(folder: Path, number: int) -> Path:
+    return folder / f"study.{number}" / "study.json"
+
+
 def _versions(folder: Path) -> list[dict[str, Any]]:
     found = []
-    while (path := folder / f"study.{len(found) + 1}" / "study.json").exists():
+    while (path := _version(folder, len(found) + 1)).exists():
         found.append(json.loads(path.read_text()))
     return found
 
 
-def _write_version(folder: Path, number: int, value: dict[str, Any]) -> None:
-    """FileExistsError where there is one of that number."""
+def _create(path: Path, value: dict[str, Any]) -> bool:
+    """Make the file together with its folder, whole from the start; False where there is one."""
     try:
-        with log.new_folder(folder / f"study.{number}") as new:
-            log.write_json(new / "study.json", value)
+        with log.new_folder(path.parent) as new:
+            (new / path.name).write_text(json.dumps(value, indent=2))
     except OSError as error:
-        if error.errno == errno.ENOTEMPTY:
-            raise FileExistsError from None
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
         raise
+    return True
 
 
 def _difference(earlier: Planned | None, now: Planned) -> str:
@@ -318,9 +321,9 @@ def _difference(earlier: Planned | None, now: Planned) -> str:
 def _read_claim(path: Path) -> tuple[dict[str, Any], str, float]:
     """(owner, how it ended or "", when it was last touched); opened, as NFS then asks the server."""
     with open(path) as file:
-        owner, _, ended = file.read().partition("\n")
-        touched = os.fstat(file.fileno()).st_mtime
-    return json.loads(owner or "{}"), ended.partition("\n")[0], touched
+        text, touched = file.read(), os.fstat(file.fileno()).st_mtime
+    owner, end = json.JSONDecoder().raw_decode(text)
+    return owner, text[end:].strip().partition("\n")[0], touched
 
 
 def _end(path: Path, how: str) -> None:
@@ -336,7 +339,7 @@ def _owner() -> dict[str, Any]:
 def _is_gone(owner: Mapping[str, Any]) -> bool:
     """Whether the process is known to have ended: that can be told only on its own machine, and on Linux."""
     kernel = _kernel()
-    if not owner or kernel is None or owner["kernel"] != kernel:
+    if kernel is None or owner["kernel"] != kernel:
         return False
     try:
         os.kill(owner["pid"], 0)
