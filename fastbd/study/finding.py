@@ -174,14 +174,10 @@ def _with_the_paper(pair: Comparison) -> str:
 def _in_short(pairs: Sequence[Comparison], among: Sequence[Comparison]) -> str:
     """The verdicts on the other pairs."""
     said = []
-    for verdict, words in (
-        ("shows", "It shows a difference for {}"),
-        ("does not show", "It does not show one for {}"),
-        ("cannot tell", "It cannot tell for {}"),
-    ):
+    for verdict, words in SHORT.items():
         names = [_name(pair, among) for pair in pairs if pair.verdict == verdict]
-        said += [words.format(", ".join(names)) + "."] if names else []
-    return " ".join(said)
+        said += [f"{words} {', '.join(names)}"] if names else []
+    return f"Beside it this study {'; '.join(said)}."
 
 
 def _without_pair(table: Sequence[Row]) -> str:
@@ -199,3 +195,8 @@ def _without_pair(table: Sequence[Row]) -> str:
 
 
 SPELT_OUT = 3  # pairs of the first method
+SHORT = {
+    "shows": "shows a difference for",
+    "does not show": "does not show one for",
+    "cannot tell": "cannot tell for",
+}

@@ -10,6 +10,7 @@ from html import escape
 from fastbd.study import finding, published, stopping, tables
 from fastbd.study.groups import Group, common, groups, place_of
 from fastbd.study.html import Cell, estimate, folded, grid, head, image, picture, section
+from fastbd.study.intervals import Estimate
 from fastbd.study.pareto import CEILINGS, LANDED
 from fastbd.study.runs import METHODS, Evaluation, Run, objective_name
 from fastbd.study.tables import Row
@@ -73,11 +74,16 @@ def _comparisons(table: Sequence[Row]) -> str:
             (pair.method, place_of(base.group, placed)),
             (other.group.model, base.group.variant),
             *(_kept(row) for row in (base, other)),
-            points(pair.difference),
+            _difference(pair.difference),
             f"{base.models} and {other.models}",
             (VERDICTS[pair.verdict], pair.why),
         ))  # fmt: skip
     return grid(COMPARED, rows)
+
+
+def _difference(found: Estimate) -> Cell:
+    value, _, interval = points(found).partition(" (")
+    return value, interval.rstrip(")")
 
 
 def _kept(row: Row) -> Cell:
@@ -85,7 +91,7 @@ def _kept(row: Row) -> Cell:
     if not best.reached:
         return "none", f"lowest ASR {share(row.lowest['asr'])}" if row.lowest else ""
     reached = "" if best.reached == row.replicates else f"{best.reached} of {row.replicates} came to ASR ≤ 5%"
-    return f"{share(best.kept.mean)}{between(best.kept)}", reached
+    return share(best.kept.mean), "; ".join(filter(None, (between(best.kept).strip(" ()"), reached)))
 
 
 # ---- table 1 ----
@@ -126,10 +132,15 @@ def _best_points(table: Sequence[Row]) -> str:
             for run, e in filter(None, best.points):
                 name = (run.name, run.id)
                 settings = f"lr {run.config.get('lr', '?')}, seed {run.config.get('seed', '?')}"
-                spot = f"step {e['step']}, epoch {e['epoch']:g}"
-                measured = (percent(e["top1"], e, "top1"), percent(e["asr"], e, "asr"))
+                spot = (f"step {e['step']}", f"epoch {e['epoch']:.3g}")
+                measured = [_of_evaluation(e, key) for key in ("top1", "asr")]
                 rows.append((row.group.model, row.group.method, f"{ceiling:.0%}", name, settings, spot, *measured))
     return folded("Which run and step each best point is", grid(BEST, rows)) if rows else ""
+
+
+def _of_evaluation(evaluation: Evaluation, key: str) -> Cell:
+    value, _, interval = percent(evaluation[key], evaluation, key).partition(" (")
+    return value, interval.rstrip(")")
 
 
 def _reading(runs: Sequence[Run]) -> str:
@@ -162,7 +173,7 @@ def _range(evaluations: Sequence[Evaluation], key: str) -> str:
 
 
 def _stability(runs: Sequence[Run]) -> str:
-    rows = []
+    rows, shares = [], {}
     for group in groups([run for run in runs if run.verb == "clean"]):
         found = [(run, seen) for run in group.runs if (seen := tables.instability(run))]
         ended = [run.result.get("reason") for run in group.runs]
@@ -170,12 +181,17 @@ def _stability(runs: Sequence[Run]) -> str:
         if found:
             run, (_, rise) = max(found, key=lambda item: item[1][1])
             falls = [fall for _, (fall, _) in found]
+            shares[f"{group.method} after {group.model}"] = statistics.fmean(falls)
             spread = f"{min(falls):.0%} to {max(falls):.0%}" if len(falls) > 1 else ""
             rise_of = (f"{100 * rise:.1f} points", run.name)
             rows.append(
                 (group.model, group.method, (f"{statistics.fmean(falls):.0%}", spread), rise_of, early or "none")
             )
-    return grid(STABILITY, rows)
+    if not rows:
+        return ""
+    worst = max(shares, key=shares.__getitem__)
+    line = f"Least stable: {worst}, where accuracy fell while ASR rose in {shares[worst]:.0%} of the steps."
+    return f"<p>{escape(line)}</p>" + grid(STABILITY, rows)
 
 
 def _stopping(runs: Sequence[Run]) -> str:
@@ -195,13 +211,13 @@ def _stopping(runs: Sequence[Run]) -> str:
 
 def _summary(found: stopping.Summary | None) -> tuple[Cell, ...]:
     if found is None:
-        return ("not measured", *[MISSING] * 3)
+        return ("no choice", *[MISSING] * 3)
     cost = MISSING if found.cost is None else f"{100 * found.cost:.1f} points"
     return (
         f"{found.clean} of {found.choices}",
         share(found.asr),
         share(found.top1),
-        (cost, f"where it was possible: {found.possible} of {found.choices}"),
+        (cost, f"a clean stop existed for {found.possible} of {found.choices}"),
     )
 
 
@@ -369,14 +385,16 @@ STOPPING = (
     "one model with one method and seed. Given away: top-1 against the best evaluation at ASR ≤ 5%, known only with "
     "the trigger; negative where the choice is more accurate, and then backdoored. Validation loss: contrastive, on "
     "held-out clean pairs. Drift: how far the embeddings moved from those before cleaning. Agreement: of the plain "
-    "and the augmented view of an image. The last evaluation is that of the run which ends at the highest top-1."
+    "and the augmented view of an image. The last evaluation is that of the run which ends at the highest top-1. No "
+    "choice: the run did not measure what the rule needs, or no evaluation qualifies."
 )
 REBOUND = (
     "A cleaned model is fine-tuned for some steps on clean plain images without the target, and its ASR is watched. "
     "In a network with batch norm these steps also move the running statistics that it is evaluated with; at learning"
     " rate 0 nothing else moves. The ASR after cleaning therefore belongs to the statistics named in the last column:"
     " CleanCLIP takes them over plain and AutoAugment views together, fine-tuning with MMCL over plain views alone. "
-    "Part of a low ASR may lie in them and not in the weights. A ViT has no batch norm."
+    "Part of a low ASR may lie in them and not in the weights: on the built-in demo set a cleaned MMCL+SSL model went"
+    " from 47.9% to 90.4% ASR in 100 steps at rate 0. A ViT has no batch norm. In small: the lowest to the highest."
 )
 COSTS = (
     "Time of the device, training and evaluation; “about” where it is summed up from the log. Pairs/s: images with "

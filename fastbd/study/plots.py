@@ -94,8 +94,9 @@ def trajectories(runs: Sequence[Run]) -> Figure:
         row = panels[at * len(names) : (at + 1) * len(names)]
         for name, axes in zip(names, row, strict=True):
             some = [run for run in shown if method_name(run) == name]
-            for run in some:
-                _course(axes, run, key, banded=len(some) <= MAX_BANDS)
+            banded = len(some) <= MAX_BANDS
+            for alike in [[run] for run in some] if banded else _by_look(some):
+                _course(axes, alike, key, banded)
             axes.set_title(name if at == 0 and not alone else "", fontsize=11)
             axes.set_xlabel(f"Epochs of {verb}" if at or alone else "")
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -135,11 +136,12 @@ def _cloud(axes: Axes, runs: Sequence[Run]) -> bool:
     peers = _peers(runs)
     if peers:
         axes.scatter(*_percent(peers, "asr", "top1"), s=30, facecolor="none", edgecolor="0.6", lw=0.8, zorder=1.5)
-    for run in cleaning:
-        look = dict(marker=_marker(run.method), color=_colour(run), edgecolor="white", zorder=3)
-        axes.scatter(*_percent(run.cleaned, "asr", "top1"), s=size, alpha=0.75, linewidth=0.5, **look)
-        if run.between:
-            axes.scatter(*_percent(run.between, "asr", "top1"), s=size / 6, alpha=0.4, linewidth=0, **look)
+    for alike in _by_look(cleaning):
+        look = dict(marker=_marker(alike[0].method), color=_colour(alike[0]), edgecolor="white", zorder=3)
+        full, parts = ([e for run in alike for e in some(run)] for some in (lambda r: r.cleaned, lambda r: r.between))
+        axes.scatter(*_percent(full, "asr", "top1"), s=size, alpha=0.75, linewidth=0.5, **look)
+        if parts:
+            axes.scatter(*_percent(parts, "asr", "top1"), s=size / 6, alpha=0.4, linewidth=0, **look)
     for objective in {run.pretrain_objective for run in cleaning}:
         corners = front(e for run in cleaning if run.pretrain_objective == objective for e in run.cleaned)
         axes.step(*_percent(corners, "asr", "top1"), where="post", color=_colour(objective), lw=1, alpha=0.5, zorder=2)
@@ -165,20 +167,20 @@ def _peers(runs: Sequence[Run]) -> list[Evaluation]:
     return [{key: float(point[key]) / 100 for key in ("top1", "asr")} for point in published.measured()]
 
 
-def _course(axes: Axes, run: Run, key: str, banded: bool) -> None:
-    """One run's top-1 or ASR against its epochs; the evaluations on part of the images as small dots."""
-    rows = [e for e in run.metrics if e.get(key) is not None and not e.get("subset")]
-    parts = [e for e in run.metrics if e.get(key) is not None and e.get("subset")]
-    look = dict(lw=1.8, marker=_marker(run.method), ms=4.5) if banded else dict(lw=1, alpha=0.6)
-    axes.plot([e["epoch"] for e in rows], *_percent(rows, key), color=_colour(run), **look)
+def _course(axes: Axes, runs: Sequence[Run], key: str, banded: bool) -> None:
+    """Top-1 or ASR of runs that look alike against their epochs; evaluations on part of the images as small dots."""
+    rows = [[e for e in run.metrics if e.get(key) is not None and not e.get("subset")] for run in runs]
+    parts = [e for run in runs for e in run.metrics if e.get(key) is not None and e.get("subset")]
+    look = dict(lw=1.8, marker=_marker(runs[0].method), ms=4.5) if banded else dict(lw=1, alpha=0.6)
+    courses = [([e["epoch"] for e in some], *_percent(some, key)) for some in rows]
+    axes.plot(*_joined(courses), color=_colour(runs[0]), **look)
     if parts:
-        axes.plot(
-            [e["epoch"] for e in parts], *_percent(parts, key), color=_colour(run), ls="", marker=".", ms=2, alpha=0.4
-        )
-    rows = [e for e in rows if f"{key}_low" in e]
-    if banded and rows:
-        epochs = [e["epoch"] for e in rows]
-        axes.fill_between(epochs, *_percent(rows, f"{key}_low", f"{key}_high"), color=_colour(run), alpha=0.15, lw=0)
+        epochs = [e["epoch"] for e in parts]
+        axes.plot(epochs, *_percent(parts, key), color=_colour(runs[0]), ls="", marker=".", ms=2, alpha=0.4)
+    bounded = [e for e in rows[0] if f"{key}_low" in e]
+    if banded and bounded:
+        interval = _percent(bounded, f"{key}_low", f"{key}_high")
+        axes.fill_between([e["epoch"] for e in bounded], *interval, color=_colour(runs[0]), alpha=0.15, lw=0)
 
 
 @_styled
@@ -192,13 +194,16 @@ def curves(runs: Sequence[Run]) -> Figure:
     grid = iter(panels)
     for verb in rows:
         for part, axes in zip(parts, grid, strict=False):
-            for run in logged:
-                lines = [line for line in run.log if line.get(part) is not None]
-                if run.verb != verb or not lines:
+            for alike in _by_look([run for run in logged if run.verb == verb]):
+                lines = [
+                    [(line["epoch"], line[part]) for line in run.log if line.get(part) is not None] for run in alike
+                ]
+                courses = [np.array(some, float).T for some in lines if some]
+                if not courses:
                     continue
-                epochs, values = (np.array([line[k] for line in lines], float) for k in ("epoch", part))
-                axes.plot(epochs, values, color=_colour(run), lw=0.6, alpha=0.3)
-                axes.plot(*_smooth(epochs, values), color=_colour(run), ls=_dash(run.method), lw=1.6)
+                axes.plot(*_joined(courses), color=_colour(alike[0]), lw=0.6, alpha=0.3)
+                smooth = _joined([_smooth(*course) for course in courses])
+                axes.plot(*smooth, color=_colour(alike[0]), ls=_dash(alike[0].method), lw=1.6)
             axes.set_title(LOSSES.get(part, part), fontsize=10)
             axes.set_xlabel(f"Epochs of {VERBS[verb]}")
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -259,6 +264,22 @@ def _legend(
 def _percent(rows: Iterable[Evaluation], *keys: str) -> list[np.ndarray]:
     rows = list(rows)
     return [np.array([100 * row[key] for row in rows], float) for key in keys]
+
+
+def _by_look(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs of the same colour and marker, to be drawn at once: a sweep has hundreds."""
+    found: dict[tuple, list[Run]] = {}
+    for run in runs:
+        found.setdefault((run.pretrain_objective, run.method), []).append(run)
+    return list(found.values())
+
+
+def _joined(courses: Sequence[tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Curves as one that is broken between them."""
+    gap = np.full((2, 1), np.nan)
+    pieces = [piece for course in courses for piece in (np.array(course, float).reshape(2, -1), gap)]
+    x, y = np.concatenate(pieces[:-1] or [gap], axis=1)
+    return x, y
 
 
 def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,12 +16,15 @@ FIGURES = (plots.scatter, plots.methods, plots.trajectories, plots.curves)
 
 
 def write(runs: Sequence[Run], out: Path, refresh: int = 0) -> list[Path]:
-    """The page `out`, and beside it each figure as PNG and SVG and the tables as CSV; their paths, the page last."""
+    """The page `out`, and beside it each figure as PNG and SVG and the tables as CSV; their paths, the page last.
+
+    With `refresh`, while runs go on, a browser loads the page again after so many seconds, and there is no SVG.
+    """
     alone = len({method_name(run) for run in runs if run.verb == "clean"}) < 2  # then the scatter shows it all
     figures = {draw.__name__: draw(runs) for draw in FIGURES if not (alone and draw is plots.methods)}
     images = {name: plots.png(figure) for name, figure in figures.items()}
     content = {f"{name}.png": png for name, png in images.items()}
-    content |= {f"{name}.svg": plots.svg(figure) for name, figure in figures.items()}
+    content |= {} if refresh else {f"{name}.svg": plots.svg(figure) for name, figure in figures.items()}
     tabled = {"table": table_rows, "runs": run_rows, "evaluations": evaluation_rows, "stopping": stopping_rows}
     content |= {f"{name}.csv": as_csv(rows(runs)) for name, rows in tabled.items()}
     content[out.name] = page.page(runs, images, refresh).encode()

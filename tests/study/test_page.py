@@ -74,7 +74,7 @@ def test_every_run_can_be_repeated(whole, large):
     for run in find([large]):
         assert run.id in whole.text and run.name in whole.text and (run.recorded.get("command") or "") in whole.text
     best = table(find([large]))[0].best[0].points[0]
-    assert f"step {best[1]['step']}, epoch {best[1]['epoch']:g}" in whole.text
+    assert f"step {best[1]['step']} epoch {best[1]['epoch']:.3g}" in whole.text
 
 
 def test_text_of_the_runs_is_escaped(write_run, evaluation, tmp_path):
@@ -89,7 +89,7 @@ def test_older_runs_and_little_in_them(study, write_run, evaluation, tmp_path):
     for run in find([study]):
         (run.path / "plan.json").unlink()
     old = Checker(page(find([study]), FIGURES))
-    assert "Does the backdoor come back?" not in old.headings and "not measured" in old.text
+    assert "Does the backdoor come back?" not in old.headings and "no choice" in old.text
     assert "top-1 53.0%" in old.text  # by the formula: 0.5704 before, 0.5704 - 0.06 + 0.02 after ten epochs at rate 1
     assert re.search(r"After MMCL\+SSL no evaluation came down to ASR ≤ 5%; the lowest ASR is 8\.5% \(", old.text)
     clean_run(write_run, tmp_path / "begun", evaluation(0, 0, 0.5, 0.9))
