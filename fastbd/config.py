@@ -434,7 +434,7 @@ def demo() -> Settings:
     return Settings(
         PretrainConfig(**common, epochs=12, lr=2e-3, eval_every="3epoch", save_every=0),
         CleanConfig(**common, epochs=4, lr=1e-3, rows=2_000, save_every=0),
-        {"par": PAR | dict(lr=1e-4)},
+        {"par": PAR | dict(lr=1e-4, frozen_norms=False)},
     )
 
 
