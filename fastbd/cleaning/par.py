@@ -27,8 +27,8 @@ class Par(Method):
     normalised embeddings of the model and of its poisoned start P, which sees the same views.
 
     An S above --tau counts as 0 and has no gradient (--gate sample: of each pair by itself). With --distance rotation
-    S is |x R - x_P|^2, R the rotation that makes S_image + S_text least without gates; by the envelope theorem its own
-    gradient is nothing. The temperature is fixed and batch norm keeps its statistics, as in the published program.
+    S is |x R - x_P|^2, R the rotation that makes S_image + S_text least. R is held fixed: while both gates are open its
+    own gradient is 0 (envelope theorem). Temperature and batch norm's statistics are fixed, as in the published program.
     """
 
     def __init__(self, config: CleanConfig):
