@@ -47,6 +47,8 @@ class Training(Protocol):
     precision: str
     compiled: bool
     """The towers are compiled."""
+    policies: tuple[str, ...]
+    """Those that draw the image views of a step; the views of plain are always the same."""
 
     def embed(self, rows: np.ndarray, images: bool = True, texts: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """Raw embeddings, float32 [N, D], of the base views and of the captions, by the model as it is."""

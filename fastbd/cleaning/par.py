@@ -27,8 +27,8 @@ class Par(Method):
     normalised embeddings of the model and of its poisoned start P, which sees the same views.
 
     An S above --tau counts as 0 and has no gradient (--gate sample: of each pair by itself). With --distance rotation
-    S is |x R - x_P|^2, R the rotation that makes S_image + S_text least without gates; by the envelope theorem its own
-    gradient is nothing. The temperature is fixed and batch norm keeps its statistics, as in the published program.
+    S is |x R - x_P|^2, R the rotation that makes S_image + S_text least. R is held fixed: while both gates are open its
+    own gradient is 0 (envelope theorem). Temperature and batch norm's statistics are fixed, as in the published program.
     """
 
     def __init__(self, config: CleanConfig):
@@ -36,24 +36,27 @@ class Par(Method):
         self.tau, self.gate, self.distance, self.epochs = config.tau, config.gate, config.distance, config.epochs
         self.frozen_norms, self.fixed_scale = config.frozen_norms, not config.train_scale
         self.poisoned = None  # a function of the Folded model, which is no module of this one: not saved, not trained
+        self.register_buffer("images", None, persistent=False)
 
     def attach(self, training: Training) -> None:
-        """Copy the model, and embed all captions, which have no second view."""
-        rows = torch.tensor(training.rows, device=training.device)
-        texts = F.normalize(training.embed(training.rows, images=False)[1])
+        """Copy the model, and embed what stays the same: all captions, and the images if their views are plain."""
+        images, texts = training.embed(training.rows, images=training.policies[0] == "plain")
+        known = {"places": torch.tensor(training.rows, device=training.device), "texts": F.normalize(texts)}
+        if images is not None:
+            known["images"] = F.normalize(images)
         if self.poisoned:
             self.refresh()
-            self.places.copy_(rows)
-            self.texts.copy_(texts)
+            for name, table in known.items():
+                self.get_buffer(name).copy_(table)
             return
+        for name, table in known.items():
+            self.register_buffer(name, table, persistent=False)
         folded = Folded(training.model, training.device)
         folded.refresh()
         self.refresh, self.precision = folded.refresh, training.precision
         # Compiled like the model, as it is a fourth of the step's arithmetic.
         encode = folded.model.encode_image
         self.poisoned = torch.compile(encode, dynamic=False) if training.compiled else encode
-        self.register_buffer("places", rows, persistent=False)
-        self.register_buffer("texts", texts, persistent=False)
 
     def rates(self, peak: float, *, warmup: int, total: int) -> Tensor:
         """Linear from 10 times the peak to the peak in the first half, then half a cosine.
@@ -80,8 +83,8 @@ class Par(Method):
     def _distances(self, embedded: Embedded, group: td.ProcessGroup | None) -> list[Tensor]:
         """Of each image, and of each caption: [B] and [B]."""
         ours = [F.normalize(x.float()) for x in (embedded.images[0], embedded.texts[0])]
-        texts = self.texts[torch.searchsorted(self.places, embedded.rows)]
-        theirs = [F.normalize(self._of_images(embedded.views[0]).float()), texts]
+        at = torch.searchsorted(self.places, embedded.rows)
+        theirs = [self._of_images(embedded.views[0]) if self.images is None else self.images[at], self.texts[at]]
         if self.distance == "rotation":
             moment = sum(x.detach().T @ y for x, y in zip(ours, theirs, strict=True))
             if group is not None:
@@ -93,9 +96,9 @@ class Par(Method):
 
     @torch.no_grad()
     def _of_images(self, views: Tensor) -> Tensor:
-        """The poisoned model's embeddings [B, D], computed in the same precision as the model's."""
+        """The poisoned model's embeddings [B, D], normalised; computed in the same precision as the model's."""
         with autocast(self.precision, views.device):
-            return torch.cat([self.poisoned(part) for part in views.split(CHUNK)])
+            return F.normalize(torch.cat([self.poisoned(part) for part in views.split(CHUNK)]).float())
 
 
 def nearest_rotation(moment: Tensor) -> Tensor:

@@ -32,13 +32,16 @@ class Around:
     model: CLIP
     rows: np.ndarray
     compiled: bool = False
+    policies: tuple[str, ...] = ("light",)
     seed: int = 0
     device: torch.device = torch.device("cpu")
     precision: str = "fp32"
 
     @torch.no_grad()
     def embed(self, rows, images: bool = True, texts: bool = True):
-        return None, self.model.encode_text(pack(captions_of(100, 0)[rows]))
+        frozen = deepcopy(self.model).eval()
+        embeddings = frozen.encode_image(batch_of(1).views[0]) if images else None
+        return embeddings, frozen.encode_text(pack(captions_of(100, 0)[rows]))
 
 
 def poisoned_model(name: str = "tiny-rn", seed: int = 0) -> CLIP:
@@ -185,6 +188,16 @@ def test_nothing_in_a_step_waits_for_the_device(flags):
     with Waits() as waits:
         step(batch_of(1, 1))
     assert waits.seen == []
+
+
+def test_plain_views_are_embedded_once():
+    model, embedded = poisoned_model(), embedded_of()
+    method = Par(config.CleanConfig(method="par"))
+    method.attach(Around(model, ROWS, policies=("plain",)))
+    method.poisoned = None
+    ordered = embedded._replace(rows=torch.from_numpy(ROWS))
+    assert method(ordered)[0].item() == pytest.approx(method_of(model)(ordered)[0].item(), rel=1e-5)
+    assert method(embedded)[0].item() != pytest.approx(method_of(model)(ordered)[0].item(), rel=1e-5)
 
 
 def test_another_run_in_the_same_memory_compares_with_its_own_start():
