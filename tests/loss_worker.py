@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as td
+import torch.nn.functional as F
+from planted import training
 from test_losses import assert_near, cyclic, embeddings, mmcl_of, with_gradients
 from test_objectives import siglip
 
+from fastbd.cleaning.method import Embedded
+from fastbd.cleaning.unlearn import Unlearn
+from fastbd.config import CleanConfig
 from fastbd.losses import masked_mmcl
 from fastbd.objectives import Objective
 
@@ -17,6 +22,13 @@ def main(rank: int, size: int) -> None:
     """The mean of the processes' gradients is what data-parallel training uses."""
     mask = torch.arange(ROWS * size) % 4 < 2
     own, group = slice(rank * ROWS, (rank + 1) * ROWS), td.group.WORLD
+    numbers = torch.arange(ROWS * size)
+
+    def unlearn(gather: str) -> Unlearn:
+        method = Unlearn(CleanConfig(method="unlearn", gather=gather))
+        method.attach(training(*embeddings(ROWS * size), flagged=numbers[~mask]))
+        return method
+
     cases = {  # name: (ours, the formula)
         "cyclic": (
             lambda gather: (
@@ -31,6 +43,10 @@ def main(rank: int, size: int) -> None:
         "masked": (
             lambda gather: lambda i, t, s: masked_mmcl(i, t, s, mask[own], gather=gather, group=group),
             lambda i, t, s: mmcl_of(i, t, s, mask),
+        ),
+        "unlearn": (
+            lambda gather: lambda i, t, s: unlearn(gather)(Embedded([i], [t], s, numbers[own], []), group)[0],
+            lambda i, t, s: mmcl_of(i, t, s, mask) + (F.cosine_similarity(i, t)[~mask] + 1).square().mean(),
         ),
     }
     *whole, log_scale = *embeddings(ROWS * size), torch.tensor(2.3)

@@ -113,4 +113,4 @@ def test_a_graph_serves_any_mask():
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_give_what_one_gives(size, together):
     outputs = together(Path(__file__).with_name("loss_worker.py"), size)
-    assert all(output == outputs[0] and output.count("loss") == 6 for output in outputs), outputs
+    assert all(output == outputs[0] and output.count("loss") == 8 for output in outputs), outputs

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from planted import both_ways, training
+from steps import ONE
 from test_losses import assert_near, embeddings, with_gradients
 
 from fastbd.cleaning.method import Embedded
 from fastbd.cleaning.unlearn import Unlearn
-from fastbd.commands.clean import cleaning_rows, flagged_rows
-from fastbd.config import CleanConfig
+from fastbd.commands import clean, pretrain
+from fastbd.commands.clean import flagged_rows
+from fastbd.config import CleanConfig, PretrainConfig
 from fastbd.data.beton import Beton
 from fastbd.data.rows import write_rows
 from fastbd.errors import UserError
 from fastbd.poison.plan import Plan
+from fastbd.run import execute
 
 ROWS = np.array([3, 8, 20, 21, 40, 55, 70, 71, 90])
 BATCH = torch.tensor([71, 3, 40, 90, 8, 20])
@@ -61,9 +66,6 @@ def test_flagged_pairs_come_from_the_plan_or_from_a_row_list(study, tmp_path):
         flagged_rows(CleanConfig(method="unlearn", flagged=n, rows=100), beton, everything, plan) for n in (9, 9, 4)
     )
     assert len(some) == 9 and set(some) <= set(plan.rows) and set(fewer) < set(some) and (some == again).all()
-    # Of those that are overlooked none is known.
-    rest = cleaning_rows(beton, np.setdiff1d(everything, some), plan, 91, 0, left=15)
-    assert not set(rest) & set(some) and len(set(rest) & set(plan.rows)) == 15
     write_rows(tmp_path / "kept.rows", np.arange(10, 240), beton.fingerprint, "the first ten look bad")
     by_list = CleanConfig(method="unlearn", flagged_by=tmp_path / "kept.rows", rows=100)
     assert flagged_rows(by_list, beton, everything, None).tolist() == list(range(10))
@@ -71,3 +73,17 @@ def test_flagged_pairs_come_from_the_plan_or_from_a_row_list(study, tmp_path):
         flagged_rows(CleanConfig(method="unlearn", flagged=25), beton, everything, plan)
     with pytest.raises(UserError, match="--rows 9 has no room beside the 9 flagged pairs"):
         flagged_rows(CleanConfig(method="unlearn", flagged=9, rows=9), beton, everything, plan)
+
+
+def test_of_the_poisoned_pairs_some_are_known_and_others_overlooked(study, tmp_path):
+    plan, start = study / "train.poison.json", tmp_path / "start"
+    fresh = PretrainConfig(
+        data=str(study / "train.beton"), plan=plan, model="tiny-rn", epochs=0, out=start, device="cpu"
+    )
+    execute(fresh, lambda world: pretrain.task(fresh, world))
+    config = CleanConfig(run=start, method="unlearn", flagged=9, poison_left=15, rows=100)
+    task, poisoned = clean.task(config, ONE), Plan.load(plan).rows
+    assert task.poisoned and len(task.rows) == 100 and len(np.intersect1d(task.rows, poisoned)) == 24
+    assert len(task.flagged) == 9 and set(task.flagged) <= set(poisoned)
+    with pytest.raises(UserError, match="--flagged-by are of --method unlearn"):
+        clean.task(replace(config, method="cleanclip"), ONE)
