@@ -44,7 +44,7 @@ from fastbd.optim import make_optimizer, restore
 from fastbd.poison.plan import Plan
 from fastbd.precision import is_captured, is_compiled, set_precision
 from fastbd.step import Step
-from fastbd.study.runs import read
+from fastbd.study.runs import read, read_metrics
 
 Config = PretrainConfig | CleanConfig
 ROWS = "kept.rows"
@@ -178,7 +178,7 @@ class Run:
         self.zeroshot = evaluated and self._zeroshot(evaluated)
         self.monitor = self._monitor() if self.zeroshot and len(task.held_out) > 1 else None
         self.method.attach(self)
-        self.start = None if resumed else self._checked_start()
+        self.start = None if resumed and read_metrics(config.resume) else self._checked_start()
         if resumed:
             self.model.load_state_dict(resumed["model"])
             self.method.load_state_dict(resumed["method"])
