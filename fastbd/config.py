@@ -442,7 +442,9 @@ class SweepConfig:
     clean_epochs: int | None = None
     """Epochs of cleaning [the study's]."""
     processes: int = 0
-    """Processes on this machine; 0 means one for each GPU."""
+    """Processes; 0 means one for each GPU."""
+    engine: Literal["local", "ray"] = "local"
+    """Where they run: on this machine, or where Ray places them, in the cluster of RAY_ADDRESS."""
     device: str = "auto"
     """cuda, cpu, one of several GPUs such as cuda:1, or auto."""
     lease: float = 120.0

@@ -148,7 +148,10 @@ class _Clock:
 
 @contextmanager
 def _signals():
-    """Collect SIGINT and SIGTERM instead of dying of them; a second one kills as usual."""
+    """Collect SIGINT and SIGTERM instead of dying of them; a second one kills as usual.
+
+    One that came too late to stop the loop is handed on to what listened before, if that was of our making.
+    """
     caught: list[int] = []
 
     def note(signum, frame):
@@ -161,3 +164,6 @@ def _signals():
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+    for signum in caught:
+        if previous[signum] not in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler):
+            previous[signum](signum, None)

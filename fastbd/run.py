@@ -45,7 +45,7 @@ from fastbd.poison.plan import Plan
 from fastbd.precision import is_captured, is_compiled, set_precision
 from fastbd.rebound import clean_pairs, rebound
 from fastbd.step import Step
-from fastbd.study.runs import read
+from fastbd.study.runs import read, read_metrics
 
 Config = PretrainConfig | CleanConfig
 ROWS, SPARED = "kept.rows", "spared.rows"  # copies of --rows-file and of --flagged-by
@@ -184,7 +184,7 @@ class Run:
         self.partly = self._partly() if self.zeroshot and config.eval_between else None
         self.monitor = self._monitor() if self.zeroshot and len(task.held_out) > 1 else None
         self.method.attach(self)
-        self.start = None if resumed else self._checked_start()
+        self.start = None if resumed and read_metrics(config.resume) else self._checked_start()
         if resumed:
             self.model.load_state_dict(resumed["model"])
             self.method.load_state_dict(resumed["method"])

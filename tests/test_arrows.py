@@ -14,10 +14,11 @@ KERNELS = Path(kernels.__file__).parent
 LEAVES = {"errors", "config", "draws", "dist", "log", "precision", "prompts"}
 ARROWS = {
     "cli": {"commands", "study"},
-    "commands": {"run", "rebound", "kept", "loop", "data", "models", "objectives", "cleaning", "evals", "poison",
-                 "study", "checkpoint", "kernels", "cli"},
+    "commands": {"run", "engines", "rebound", "kept", "loop", "data", "models", "objectives", "cleaning", "evals",
+                 "poison", "study", "checkpoint", "kernels", "cli"},
     "run": {"cleaning", "loop", "step", "fit", "kept", "limits", "optim", "checkpoint", "data", "models", "evals",
             "poison", "kernels", "rebound", "study"},
+    "engines": {"loop"},
     "rebound": {"cleaning", "data", "evals", "models", "objectives", "optim", "poison", "step"},
     "loop": {"data", "readback"},
     "fit": {"step", "cleaning", "data", "models", "objectives", "optim", "kernels"},

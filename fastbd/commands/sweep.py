@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -14,13 +11,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.live import Live
 
 from fastbd import checkpoint, dist, log
 from fastbd.commands import clean, demo, poison, pretrain, report
 from fastbd.config import ReportConfig, SweepConfig
 from fastbd.dist import World
+from fastbd.engines import ENGINES
 from fastbd.errors import Diverged, UserError
 from fastbd.kept import Kept
 from fastbd.loop import Stopped
@@ -40,7 +37,7 @@ class Lost(Exception):
 def run(config: SweepConfig) -> int:
     """Do what is left of the study, write its report; the last line is the result as JSON."""
     began = time.perf_counter()
-    ledger = open_ledger(config)
+    engine, ledger = ENGINES[config.engine], open_ledger(config)
     if config.retry:
         ledger.retry()
     if any(run.verb == "pretrain" and run.config.data == "demo" for run in ledger.runs):
@@ -48,7 +45,7 @@ def run(config: SweepConfig) -> int:
     log.console.print(live.opening(ledger), markup=False)
     try:
         with _watched(ledger):
-            _start(ledger, config)
+            engine(partial(_work_in, ledger.folder, config), ledger.folder, config.processes, config.device)
     except Stopped as stopped:
         log.console.print(f"stopped and saved; go on with: python -m fastbd sweep --out {ledger.folder}", markup=False)
         return stopped.exit_code
@@ -85,55 +82,9 @@ def changed(study: Study, config: SweepConfig) -> Study:
     )  # fmt: skip
 
 
-def _start(ledger: Ledger, config: SweepConfig) -> None:
-    """A process for each GPU, or as many as asked for; this one where it is one."""
-    gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if config.device == "auto" else []
-    processes = config.processes or max(1, len(gpus))
-    if processes == 1:
-        work(ledger, config)
-    else:
-        devices = gpus or [config.device]
-        _spread(ledger, [replace(config, device=devices[k % len(devices)]) for k in range(processes)])
-
-
-def _spread(ledger: Ledger, configs: list[SweepConfig]) -> None:
-    """Processes that work; a signal reaches all. UserError when one of them ends badly."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(configs))))
-    spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=_worker, args=(ledger.folder, k, config)) for k, config in enumerate(configs)]
-    caught: list[int] = []
-
-    def pass_on(signum: int, frame) -> None:
-        caught.append(signum)
-        for worker in workers:
-            if worker.pid and worker.is_alive():
-                os.kill(worker.pid, signal.SIGTERM)
-
-    previous = {which: signal.signal(which, pass_on) for which in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    finally:
-        for which, handler in previous.items():
-            signal.signal(which, handler)
-    if caught:
-        raise Stopped(caught[0])
-    if bad := [k for k, worker in enumerate(workers) if worker.exitcode]:
-        raise UserError(
-            f"process {bad[0]} of the sweep has died: see {ledger.folder / f'worker-{bad[0]}.log'}; go on with "
-            f"python -m fastbd sweep --out {ledger.folder}"
-        )
-
-
-def _worker(folder: Path, number: int, config: SweepConfig) -> None:
-    """What a process of several does; it writes to a log of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process passes it on once
-    with open(folder / f"worker-{number}.log", "a", buffering=1) as file:
-        log.console.file = file
-        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), contextlib.suppress(Stopped):
-            work(Ledger(folder, lease=config.lease), config)
+def _work_in(folder: Path, config: SweepConfig, device: str) -> None:
+    """What each process does."""
+    work(Ledger(folder, lease=config.lease), replace(config, device=device))
 
 
 def work(ledger: Ledger, config: SweepConfig) -> None:
@@ -142,15 +93,33 @@ def work(ledger: Ledger, config: SweepConfig) -> None:
     if world.size > 1:
         raise UserError("a sweep shares out its runs by itself: start it without torchrun, with --processes.")
     kept = Kept()
-    while True:
-        claim = ledger.take()
-        if claim:
-            with claim:
-                log.console.print(live.ending(ledger, claim.run, _do(claim, ledger, config, kept, world)), markup=False)
-        elif not ledger.left():
-            return
-        else:
-            time.sleep(POLL)
+    with _stoppable():
+        while True:
+            claim = ledger.take()
+            if claim:
+                with claim:
+                    how = _do(claim, ledger, config, kept, world)
+                    log.console.print(live.ending(ledger, claim.run, how), markup=False)
+            elif not ledger.left():
+                return
+            else:
+                time.sleep(POLL)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """A signal raises Stopped also where no training is there to save first: between runs, or while one is set up."""
+
+    def stop(signum: int, frame) -> None:
+        raise Stopped(signum)
+
+    wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {s: signal.signal(s, stop) for s in wanted}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:

@@ -1,0 +1,155 @@
+"""Processes that do the same work side by side: on this machine, or where Ray places them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from fastbd import log
+from fastbd.errors import UserError
+from fastbd.loop import Stopped
+
+Work = Callable[[str], None]  # device -> None; it shares itself out, through a folder that all processes see
+RESTARTS = 5  # of a process that dies, under Ray
+
+
+def on_this_machine(work: Work, folder: Path, count: int, device: str) -> None:
+    """`count` processes, or one for each GPU; this one where it is one. Each writes to a log in the folder.
+
+    Raises loop.Stopped after a signal, which reaches all, and UserError when one has died.
+    """
+    gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if device == "auto" else []
+    count = count or max(1, len(gpus))
+    if count == 1:
+        return work(device)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    devices = gpus or [device]
+    spawn = multiprocessing.get_context("spawn")
+    logs = [folder / f"worker-{k}.log" for k in range(count)]
+    workers = [
+        spawn.Process(target=_logged, args=(partial(work, devices[k % len(devices)]), logs[k])) for k in range(count)
+    ]
+
+    def pass_on() -> None:
+        for worker in workers:
+            if worker.pid and worker.is_alive():
+                os.kill(worker.pid, signal.SIGTERM)
+
+    with _signals(pass_on):
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    if bad := [log for worker, log in zip(workers, logs, strict=True) if worker.exitcode]:
+        raise _died(f"see {bad[0]}", folder)
+
+
+def on_ray(work: Work, folder: Path, count: int, device: str) -> None:
+    """`count` actors of Ray, or one for each GPU of its cluster; one that dies is started again.
+
+    Actors, not a task for each run: what a process has compiled and decoded serves the next run too, and the runs are
+    shared out already. RAY_ADDRESS names the cluster, whose machines must all see the folder and the data where they
+    are here; without it Ray starts on this machine. Raises like on_this_machine.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--engine ray needs Ray: pip install 'fastbd[cluster]'.") from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="ERROR")
+    there = ray.cluster_resources()
+    kind = "GPU" if device == "auto" and there.get("GPU") else "CPU"
+    count = count or (int(there["GPU"]) if kind == "GPU" else 1)
+    if count > there.get(kind, 0):
+        raise UserError(f"--processes {count} is more than Ray's {there.get(kind, 0):g} {kind}s: give fewer.")
+    bell = ray.remote(num_cpus=0)(_Bell).remote()
+
+    def worker(number: int, home: Path) -> None:
+        os.chdir(home)
+        threading.Thread(target=listen, daemon=True).start()
+        _logged(partial(work, device), folder / f"worker-{number}.log")
+
+    def listen() -> None:
+        ray.get(bell.wait.remote())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    class Worker:
+        def run(self, number: int, home: Path) -> None:
+            worker(number, home)
+
+    again = dict(max_restarts=RESTARTS, max_task_retries=RESTARTS)
+    actor = ray.remote(num_cpus=1, num_gpus=int(kind == "GPU"), **again)(Worker)
+    actors = [actor.remote() for _ in range(count)]  # Ray ends an actor whose handle is let go
+    pending = [each.run.remote(k, Path.cwd()) for k, each in enumerate(actors)]
+    try:
+        with _signals(lambda: bell.ring.remote()):
+            while pending:
+                ended, pending = ray.wait(pending, timeout=1)  # and Python looks after signals in between
+                ray.get(ended)
+    except ray.exceptions.RayError as error:
+        raise _died(f"{str(error).splitlines()[-1]}; see {folder / 'worker-*.log'}", folder) from None
+    finally:
+        ray.shutdown()
+
+
+class _Bell:
+    """Rings once, for all who wait for it: Ray's way to reach processes wherever they are."""
+
+    def __init__(self):
+        self.event = asyncio.Event()
+
+    async def ring(self) -> None:
+        self.event.set()
+
+    async def wait(self) -> None:
+        await self.event.wait()
+
+
+@contextlib.contextmanager
+def _signals(tell: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM are told; at the end of the block they raise Stopped."""
+    caught: list[int] = []
+
+    def note(signum: int, frame) -> None:
+        caught.append(signum)
+        tell()
+
+    previous = {which: signal.signal(which, note) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for which, handler in previous.items():
+            signal.signal(which, handler)
+    if caught:
+        raise Stopped(caught[0])
+
+
+def _logged(work: Callable[[], None], path: Path) -> None:
+    """What a process of several does; what it says goes to a log of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process passes it on once
+    with open(path, "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        log.console.file = file
+        try:
+            work()
+        except Stopped:
+            pass
+        except Exception:
+            traceback.print_exc()
+            raise
+
+
+def _died(how: str, folder: Path) -> UserError:
+    return UserError(f"a process of the sweep has died: {how}; go on with python -m fastbd sweep --out {folder}")
+
+
+ENGINES = {"local": on_this_machine, "ray": on_ray}
