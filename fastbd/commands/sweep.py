@@ -25,7 +25,9 @@ from fastbd.run import Run
 from fastbd.study import halting, live
 from fastbd.study.grid import Planned, Study, command, with_overrides
 from fastbd.study.ledger import Claim, Ledger
+from fastbd.study.runs import find, on_common_set
 from fastbd.study.studies import load
+from fastbd.study.tables import best_of
 
 POLL = 2.0  # seconds between looks for a run, where others are at work
 
@@ -50,9 +52,9 @@ def run(config: SweepConfig) -> int:
         log.console.print(f"stopped and saved; go on with: python -m fastbd sweep --out {ledger.folder}", markup=False)
         return stopped.exit_code
     states = [row.status.state for row in ledger.table()]
-    page = ledger.folder / "report.html"
-    report.run(ReportConfig(runs=(ledger.folder / "runs",), out=page))
-    best = {}
+    folders, page = (ledger.folder / "runs",), ledger.folder / "report.html"
+    report.run(ReportConfig(runs=folders, out=page))
+    best = best_of(on_common_set(find(folders)))
     for row in ledger.table():
         if row.status.state == "failed":
             log.console.print(f"{row.run.name} failed: {row.status.reason}", markup=False)
