@@ -51,7 +51,8 @@ Config = PretrainConfig | CleanConfig
 ROWS, SPARED = "kept.rows", "spared.rows"  # copies of --rows-file and of --flagged-by
 REBOUND_BATCH, REBOUND_LR = 16, 1e-6
 FREE = {
-    "run", "checkpoint", "lr", "warmup", "seed", "mmcl_weight", "ssl_weight", "poison_left", "flagged", "flagged_by",
+    "run", "checkpoint", "lr", "warmup", "seed", "mmcl_weight", "ssl_weight", "siglip_weight", "cyclic_weight",
+    "poison_left", "flagged", "flagged_by",
     "force", "landed", "weights", "resume", "out", "save_every", "log_every", "rebound", "plan", "poison", "eval_data",
     "classes", "templates", "eval_every", "eval_subset", "eval_between", "rows_file", "max_bad", "workers", "decode",
     "hw_decoder_load", "resident",
