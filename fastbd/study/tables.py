@@ -12,7 +12,7 @@ from typing import Any
 from fastbd.study.groups import Group, by_seed, groups, models, replicates
 from fastbd.study.intervals import Estimate, over
 from fastbd.study.pareto import CEILINGS, area, best
-from fastbd.study.runs import Evaluation, Run
+from fastbd.study.runs import Evaluation, Run, slug
 
 Point = tuple[Run, Evaluation]
 
@@ -58,7 +58,7 @@ def table(runs: Sequence[Run]) -> list[Row]:
 def best_of(runs: Sequence[Run]) -> dict[str, dict[str, float] | None]:
     """{"objective/method": {"top1", "asr"}}: best accuracy at ASR <= 5 %, mean over seeds; None where there is none."""
     rows = [row for row in table(runs) if row.group.method]
-    names = [_slug(row.group) for row in rows]
+    names = [f"{row.group.objective}/{slug(row.group.runs[0])}" for row in rows]
     found = {}
     for row, name in zip(rows, names, strict=True):
         alone = names.count(name) == 1
@@ -67,11 +67,6 @@ def best_of(runs: Sequence[Run]) -> dict[str, dict[str, float] | None]:
         value = {"top1": first.top1.mean, "asr": first.asr.mean} if first.top1 and first.asr else None
         found[name if alone else f"{name} ({more})"] = value
     return found
-
-
-def _slug(group: Group) -> str:
-    run = group.runs[0]
-    return f"{group.objective}/{run.method}" + (f"_{run.objective}" if run.method == "finetune" else "")
 
 
 def _row(group: Group) -> Row:
