@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fastbd.study.groups import by_seed, place_of, replicates
+from fastbd.study.groups import place_of
 from fastbd.study.intervals import Estimate, difference
 from fastbd.study.pareto import CEILINGS, LANDED
 from fastbd.study.runs import objective_name
@@ -69,8 +69,7 @@ def comparisons(table: Sequence[Row]) -> list[Comparison]:
 
 
 def _compare(base: Row, other: Row) -> Comparison:
-    sides = [_kept(row) for row in (base, other)]
-    found = difference(*sides)
+    found = difference(base.best[0].shares, other.best[0].shares)
     unlanded = [row.group.model for row in (base, other) if row.asr is None or _least_asr(row) < LANDED]
     if unlanded:
         return Comparison(base, other, found, "cannot tell", f"the backdoor had not landed in {' and '.join(unlanded)}")
@@ -81,16 +80,6 @@ def _compare(base: Row, other: Row) -> Comparison:
     if found.high < PUBLISHED:
         return Comparison(base, other, found, "does not show", "")
     return Comparison(base, other, found, "cannot tell", "the seeds differ too much to say")
-
-
-def _kept(row: Row) -> list[float]:
-    """One value a pre-trained model, or a seed of the cleaning where there is only one model."""
-    values = []
-    for runs, point in zip(replicates(row.group), row.best[0].points, strict=True):
-        start = next((run.before for run in runs if run.before), None)
-        if start and start["top1"] and any(run.cleaned for run in runs):
-            values.append((runs, point[1]["top1"] / start["top1"] if point else 0.0))
-    return by_seed(values)
 
 
 def _least_asr(row: Row) -> float:
@@ -143,7 +132,7 @@ def told(row: Row) -> str:
     if row.lowest is None or best.kept is None:
         return f"After {row.group.model}: no evaluation yet."
     if not best.reached:
-        none = "no evaluation" if n == 1 else f"none of {n} models"
+        none = "no evaluation" if n == 1 else f"none of {n} seeds"
         lowest = (
             f"the lowest ASR is {percent(row.lowest['asr'], row.lowest, 'asr')}, at top-1 {share(row.lowest['top1'])}"
         )
@@ -151,7 +140,7 @@ def told(row: Row) -> str:
     if n == 1:
         top1 = f"top-1 {share(best.top1.mean)}{between(best.top1)}"
         return f"After {row.group.model} it came down to {ceiling} with {top1}, {share(best.kept.mean)} of that before."
-    some = "" if best.reached == n else f" ({best.reached} of {n} models came down to it; the others count as 0)"
+    some = "" if best.reached == n else f" ({best.reached} of {n} seeds came down to it; the others count as 0)"
     kept = f"{share(best.kept.mean)}{between(best.kept)}"
     return f"After {row.group.model} it kept {kept} of the accuracy at {ceiling}{some}."
 

@@ -59,7 +59,7 @@ def test_failures_are_told_and_count_as_nothing(compared):
     # Kept 100 % (98, 100, 102; t interval 100 +- 4.303 * 2 / sqrt(3)) less nothing of nothing.
     assert "100.0 points (95.0 to 105.0) more of the accuracy after MMCL than after MMCL+SSL." in claim
     assert "After MMCL it kept 100.0% (95.0–105.0) of the accuracy at ASR ≤ 5%." in ground
-    assert "After MMCL+SSL none of 3 models came down to ASR ≤ 5%; the lowest ASR is 30.0%" in ground
+    assert "After MMCL+SSL none of 3 seeds came down to ASR ≤ 5%; the lowest ASR is 30.0%" in ground
 
 
 def test_a_backdoor_that_had_not_landed_says_nothing(compared):
