@@ -5,7 +5,8 @@ evaluation is within 5 %. For each method the difference of its means, MMCL less
 interval over pre-trained models (seeds). The study
 
     shows       a difference when the interval excludes 0;
-    does not    show one when it includes 0 and excludes the published difference (PUBLISHED);
+    does not    show one when it includes 0 and excludes the published difference (PUBLISHED), as when no model of
+                either side came down to 5 %;
     cannot tell otherwise: with fewer than two pre-trained models on a side, with an interval that includes both, or
                 when the backdoor had not landed (ASR below 50 %) in some model.
 """
@@ -48,7 +49,7 @@ class Comparison:
     """Of the shares kept."""
     verdict: Verdict
     why: str
-    """Why it cannot tell; else empty."""
+    """Why it cannot tell, or has nothing to show; else empty."""
 
     @property
     def method(self) -> str:
@@ -75,6 +76,8 @@ def _compare(base: Row, other: Row) -> Comparison:
         return Comparison(base, other, found, "cannot tell", f"the backdoor had not landed in {' and '.join(unlanded)}")
     if min(base.models, other.models) < 2:
         return Comparison(base, other, found, "cannot tell", "with one seed nothing can be said about other seeds")
+    if not base.best[0].reached and not other.best[0].reached:
+        return Comparison(base, other, found, "does not show", f"it came down to ASR ≤ {CEILINGS[0]:.0%} after neither")
     if found.low > 0 or found.high < 0:
         return Comparison(base, other, found, "shows", "")
     if found.high < PUBLISHED:
@@ -116,7 +119,7 @@ def _claim(pair: Comparison, name: str) -> str:
     base, other, found = pair.base.group.model, pair.other.group.model, pair.difference
     what = f"what {name} keeps depends on the pre-training"
     if pair.verdict == "does not show":
-        return f"This study does not show that {what}: the difference is {points(found)}."
+        return f"This study does not show that {what}: {pair.why or f'the difference is {points(found)}'}."
     if pair.verdict == "shows":
         more, less, sign = (base, other, 1) if found.low > 0 else (other, base, -1)
         return (
@@ -153,6 +156,8 @@ def _with_the_paper(pair: Comparison) -> str:
     if pair.verdict == "cannot tell":
         way = "points in" if pair.difference.mean > 0 else "does not point in"
         return f"What was measured {way} the direction of the published finding; that is no proof."
+    if pair.why:
+        return "In the published finding CleanCLIP works after MMCL, and fails or costs much after MMCL+SSL."
     if pair.verdict == "does not show" or pair.difference.high < 0:
         return "That does not agree with the published finding, in which CleanCLIP keeps far more after MMCL."
     if pair.difference.high < PUBLISHED:

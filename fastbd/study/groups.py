@@ -93,9 +93,14 @@ def common(groups: Sequence[Group], of: Callable[[Group], Any]) -> Any | None:
 
 
 def place_of(group: Group, groups: Sequence[Group]) -> str:
-    """What sets the group's architecture, data and attack apart from those of the others; empty where nothing does."""
-    parts = [part for k, part in enumerate(group.place) if common(groups, lambda g, k=k: g.place[k]) is None]
-    return ", ".join(filter(None, parts))
+    """What of the group's architecture, data and attack others do not have; empty where nothing sets them apart."""
+    return apart(", ".join(group.place), [", ".join(other.place) for other in groups])
+
+
+def apart(own: str, others: Iterable[str]) -> str:
+    """The parts of `own`, which commas separate, that not all of `others` have."""
+    parts = [other.split(", ") for other in others]
+    return ", ".join(part for part in own.split(", ") if part and not all(part in other for other in parts))
 
 
 def _recorded_start(run: Run, named: dict[str, list[Run]]) -> dict[str, Any] | None:

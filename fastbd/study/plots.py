@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastbd.study import published
+from fastbd.study.groups import apart
 from fastbd.study.pareto import CEILINGS, front
 from fastbd.study.runs import METHODS, Evaluation, Run, method_name, objective_name, slug
 
@@ -62,15 +63,17 @@ def scatter(runs: Sequence[Run]) -> Figure:
 
 @_styled
 def methods(runs: Sequence[Run]) -> Figure:
-    """The scatter with a panel for each cleaning method, on the same axes."""
+    """The scatter with a panel for each cleaning method, and attack where there are several, on the same axes."""
     cleaning = [run for run in runs if run.verb == "clean" and run.attacks]
-    names = sorted({method_name(run) for run in cleaning}) or [""]
-    figure, panels = _grid(len(names))
+    attacks = {run.attack for run in cleaning}
+    panelled: dict[str, list[Run]] = {}
+    for run in sorted(cleaning, key=lambda run: (method_name(run), run.attack)):
+        panelled.setdefault("\n".join(filter(None, (method_name(run), apart(run.attack, attacks)))), []).append(run)
+    figure, panels = _grid(max(1, len(panelled)))
     hollow = False
-    for name, axes in zip(names, panels, strict=True):
-        some = [run for run in cleaning if method_name(run) == name]
-        hollow |= _cloud(axes, some or runs)
-        axes.set_title(name, fontsize=11)
+    for (title, some), axes in zip((panelled or {"": runs}).items(), panels, strict=True):
+        hollow |= _cloud(axes, some)
+        axes.set_title(title, fontsize=11)
     _same_height(panels)
     if not cleaning:
         _note(panels[0], "No cleaning measured ASR.")

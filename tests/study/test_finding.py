@@ -40,6 +40,7 @@ MIXED = [(50, 80), (30, 1), (45, 1)]
         (GOOD, [(47, 1), (47.5, 1), (48, 1)], "shows", "in its direction; the difference is smaller than published"),
         (GOOD, ALIKE, "does not show", "does not agree with the published finding"),
         (GOOD, MIXED, "cannot tell", "the seeds differ too much to say, the difference being 50.0 points"),
+        (MIXED[:1] * 2, MIXED[:1] * 3, "does not show", "it came down to ASR ≤ 5% after neither"),
         (GOOD[:1], POOR[:1], "cannot tell", "with one seed nothing can be said about other seeds"),
         (GOOD, POOR[:1], "cannot tell", "with one seed"),
     ],

@@ -57,6 +57,16 @@ def test_a_panel_a_method_on_the_same_axes(large):
     assert [count for _, count in sorted(sizes)] == [18 * 11, 18 * 12]  # those on part of the images are smaller
 
 
+def test_a_panel_an_attack(study):
+    for run in find([study]):
+        if run.name.startswith("mmcl_ssl"):
+            plan = run.path / "plan.json"
+            plan.write_text(plan.read_text().replace("random", "corner"))
+    titles = [axes.get_title() for axes in plots.methods(find([study])).axes if axes.get_title()]
+    methods = ("CleanCLIP", "Finetuning (MMCL)")
+    assert titles == [f"{method}\n16 px {at}" for method in methods for at in ("corner", "random")]
+
+
 def test_published_points_only_beside_the_same_classes(write_run, evaluation, tmp_path):
     config = {
         "verb": "clean",

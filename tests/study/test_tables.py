@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -187,3 +188,17 @@ def test_cost_of_an_older_run_comes_from_its_log(write_run, evaluation, tmp_path
     write_run(tmp_path / "a", config, [evaluation(0, 0, 0.5), evaluation(20, 1, 0.5)], log)
     assert seconds(find([tmp_path])[0]) == (10 * 20 / 100 + 10 * 20 / 50, 2 * 1.5)
     assert costs(find([tmp_path]))[0][2].estimated
+
+
+def test_two_attacks_are_told_apart_by_what_differs(write_run, evaluation, tmp_path):
+    for name, trigger in (("a", {}), ("b", {"patch_size": 8})):
+        start = write_run(tmp_path / name, {"objective": "mmcl", "pretrain_objective": "mmcl"}, [], [])
+        run = cleaned(write_run, evaluation, tmp_path / f"{name}-c", start, (50, 99), (45, 1), seed=0)
+        for folder in (start, run):
+            plan = json.loads((folder / "plan.json").read_text())
+            plan["attacks"][0]["trigger"] |= trigger
+            (folder / "plan.json").write_text(json.dumps(plan))
+    found = groups(find([tmp_path]))
+    assert [place_of(group, found) for group in found] == ["16 px random", "8 px random"]
+    names = list(best_of(find([tmp_path])))
+    assert len(names) == 2 and all(name.startswith("mmcl/cleanclip (demo, pairs.beton, badnet") for name in names)
