@@ -34,8 +34,9 @@ RULE = (
     "far. Difference: MMCL less the other, of the means over pre-trained models, with Welch's 95% interval. The study"
     " shows a difference when the interval excludes 0. It does not show one when the interval includes 0 and excludes"
     " {p} points, the smaller of the two differences in the paper (arXiv 2311.14948: CleanCLIP kept 103% and 101% "
-    "after MMCL, 83% and 55% after MMCL+SSL). Otherwise it cannot tell; nor can it with fewer than two pre-trained "
-    "models on a side, or where a backdoor had not landed (ASR below {l}). Each row is judged by itself."
+    "after MMCL, 83% and 55% after MMCL+SSL), nor when no model of either side came down that far. Otherwise it "
+    "cannot tell; nor can it with fewer than two pre-trained models on a side, or where a backdoor had not landed "
+    "(ASR below {l}). Each row is judged by itself."
 ).format(c=f"{CEILINGS[0]:.0%}", p=f"{100 * PUBLISHED:.0f}", l=f"{LANDED:.0%}")
 
 
