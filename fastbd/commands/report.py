@@ -15,6 +15,7 @@ from fastbd.config import ReportConfig
 from fastbd.errors import UserError
 from fastbd.study import compare, report, tables
 from fastbd.study.finding import paragraphs
+from fastbd.study.groups import place_of
 from fastbd.study.runs import find, on_common_set
 from fastbd.study.words import MISSING
 
@@ -94,8 +95,9 @@ def table_1(table: Sequence[tables.Row]) -> Table:
     for row in table:
         strict, loose = row.best
         numbers = [row.top1, row.asr, strict.top1, loose.top1, strict.kept if strict.reached else None]
+        place = place_of(row.group, [other.group for other in table])
         shown.add_row(
-            row.group.model, row.group.method or "not cleaned", str(row.replicates),
+            row.group.model + (f" ({place})" if place else ""), row.group.method or "not cleaned", str(row.replicates),
             *(MISSING if value is None else f"{100 * value.mean:.1f}" for value in numbers),
         )  # fmt: skip
     return shown

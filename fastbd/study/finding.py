@@ -5,7 +5,8 @@ evaluation is within 5 %. For each method the difference of its means, MMCL less
 interval over pre-trained models (seeds). The study
 
     shows       a difference when the interval excludes 0;
-    does not    show one when it includes 0 and excludes the published difference (PUBLISHED);
+    does not    show one when it includes 0 and excludes the published difference (PUBLISHED), as when no model of
+                either side came down to 5 %;
     cannot tell otherwise: with fewer than two pre-trained models on a side, with an interval that includes both, or
                 when the backdoor had not landed (ASR below 50 %) in some model.
 """
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fastbd.study.groups import by_seed, place_of, replicates
+from fastbd.study.groups import place_of
 from fastbd.study.intervals import Estimate, difference
 from fastbd.study.pareto import CEILINGS, LANDED
 from fastbd.study.runs import objective_name
@@ -33,8 +34,9 @@ RULE = (
     "far. Difference: MMCL less the other, of the means over pre-trained models, with Welch's 95% interval. The study"
     " shows a difference when the interval excludes 0. It does not show one when the interval includes 0 and excludes"
     " {p} points, the smaller of the two differences in the paper (arXiv 2311.14948: CleanCLIP kept 103% and 101% "
-    "after MMCL, 83% and 55% after MMCL+SSL). Otherwise it cannot tell; nor can it with fewer than two pre-trained "
-    "models on a side, or where a backdoor had not landed (ASR below {l}). Each row is judged by itself."
+    "after MMCL, 83% and 55% after MMCL+SSL), nor when no model of either side came down that far. Otherwise it "
+    "cannot tell; nor can it with fewer than two pre-trained models on a side, or where a backdoor had not landed "
+    "(ASR below {l}). Each row is judged by itself."
 ).format(c=f"{CEILINGS[0]:.0%}", p=f"{100 * PUBLISHED:.0f}", l=f"{LANDED:.0%}")
 
 
@@ -48,7 +50,7 @@ class Comparison:
     """Of the shares kept."""
     verdict: Verdict
     why: str
-    """Why it cannot tell; else empty."""
+    """Why it cannot tell, or has nothing to show; else empty."""
 
     @property
     def method(self) -> str:
@@ -69,28 +71,19 @@ def comparisons(table: Sequence[Row]) -> list[Comparison]:
 
 
 def _compare(base: Row, other: Row) -> Comparison:
-    sides = [_kept(row) for row in (base, other)]
-    found = difference(*sides)
+    found = difference(base.best[0].shares, other.best[0].shares)
     unlanded = [row.group.model for row in (base, other) if row.asr is None or _least_asr(row) < LANDED]
     if unlanded:
         return Comparison(base, other, found, "cannot tell", f"the backdoor had not landed in {' and '.join(unlanded)}")
     if min(base.models, other.models) < 2:
         return Comparison(base, other, found, "cannot tell", "with one seed nothing can be said about other seeds")
+    if not base.best[0].reached and not other.best[0].reached:
+        return Comparison(base, other, found, "does not show", f"it came down to ASR ≤ {CEILINGS[0]:.0%} after neither")
     if found.low > 0 or found.high < 0:
         return Comparison(base, other, found, "shows", "")
     if found.high < PUBLISHED:
         return Comparison(base, other, found, "does not show", "")
     return Comparison(base, other, found, "cannot tell", "the seeds differ too much to say")
-
-
-def _kept(row: Row) -> list[float]:
-    """One value a pre-trained model, or a seed of the cleaning where there is only one model."""
-    values = []
-    for runs, point in zip(replicates(row.group), row.best[0].points, strict=True):
-        start = next((run.before for run in runs if run.before), None)
-        if start and start["top1"] and any(run.cleaned for run in runs):
-            values.append((runs, point[1]["top1"] / start["top1"] if point else 0.0))
-    return by_seed(values)
 
 
 def _least_asr(row: Row) -> float:
@@ -127,7 +120,7 @@ def _claim(pair: Comparison, name: str) -> str:
     base, other, found = pair.base.group.model, pair.other.group.model, pair.difference
     what = f"what {name} keeps depends on the pre-training"
     if pair.verdict == "does not show":
-        return f"This study does not show that {what}: the difference is {points(found)}."
+        return f"This study does not show that {what}: {pair.why or f'the difference is {points(found)}'}."
     if pair.verdict == "shows":
         more, less, sign = (base, other, 1) if found.low > 0 else (other, base, -1)
         return (
@@ -143,7 +136,7 @@ def told(row: Row) -> str:
     if row.lowest is None or best.kept is None:
         return f"After {row.group.model}: no evaluation yet."
     if not best.reached:
-        none = "no evaluation" if n == 1 else f"none of {n} models"
+        none = "no evaluation" if n == 1 else f"none of {n} seeds"
         lowest = (
             f"the lowest ASR is {percent(row.lowest['asr'], row.lowest, 'asr')}, at top-1 {share(row.lowest['top1'])}"
         )
@@ -151,7 +144,7 @@ def told(row: Row) -> str:
     if n == 1:
         top1 = f"top-1 {share(best.top1.mean)}{between(best.top1)}"
         return f"After {row.group.model} it came down to {ceiling} with {top1}, {share(best.kept.mean)} of that before."
-    some = "" if best.reached == n else f" ({best.reached} of {n} models came down to it; the others count as 0)"
+    some = "" if best.reached == n else f" ({best.reached} of {n} seeds came down to it; the others count as 0)"
     kept = f"{share(best.kept.mean)}{between(best.kept)}"
     return f"After {row.group.model} it kept {kept} of the accuracy at {ceiling}{some}."
 
@@ -164,6 +157,8 @@ def _with_the_paper(pair: Comparison) -> str:
     if pair.verdict == "cannot tell":
         way = "points in" if pair.difference.mean > 0 else "does not point in"
         return f"What was measured {way} the direction of the published finding; that is no proof."
+    if pair.why:
+        return "In the published finding CleanCLIP works after MMCL, and fails or costs much after MMCL+SSL."
     if pair.verdict == "does not show" or pair.difference.high < 0:
         return "That does not agree with the published finding, in which CleanCLIP keeps far more after MMCL."
     if pair.difference.high < PUBLISHED:
@@ -177,7 +172,7 @@ def _in_short(pairs: Sequence[Comparison], among: Sequence[Comparison]) -> str:
     for verdict, words in SHORT.items():
         names = [_name(pair, among) for pair in pairs if pair.verdict == verdict]
         said += [f"{words} {', '.join(names)}"] if names else []
-    return f"Beside it this study {'; '.join(said)}."
+    return f"As for the rest, the study {'; '.join(said)}."
 
 
 def _without_pair(table: Sequence[Row]) -> str:

@@ -36,7 +36,7 @@ class Group:
 
 def groups(runs: Sequence[Run]) -> list[Group]:
     """A group for each (pre-trained model, method), and one for each model that no run cleans."""
-    cleaned_on = _cleaning_sets(runs)
+    sizes = {_size(run) for run in runs if run.verb == "clean"}
     named: dict[str, list[Run]] = {}
     for run in runs:
         named.setdefault(run.path.resolve().name, []).append(run)
@@ -52,9 +52,14 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         if run.verb == "clean" or run.path.resolve().name not in used:
             variant = _differing(own, kinds[run.pretrain_objective])
             place = (run.architecture, _data(start or run.recorded), run.attack)
-            method = method_name(run) + cleaned_on(run) if run.verb == "clean" else ""
+            method = ", ".join([method_name(run), *_cleaned_on(run, start, sizes)]) if run.verb == "clean" else ""
             found.setdefault((run.pretrain_objective, place, variant, method), []).append(run)
     return [Group(*key, tuple(group)) for key, group in sorted(found.items(), key=lambda item: _order(item[0]))]
+
+
+def cleaned_groups(runs: Sequence[Run]) -> list[Group]:
+    """Those of a cleaning method; `runs` with the pre-training ones, which tell what sets the models apart."""
+    return [group for group in groups(runs) if group.method]
 
 
 def replicates(group: Group) -> list[tuple[Run, ...]]:
@@ -88,9 +93,14 @@ def common(groups: Sequence[Group], of: Callable[[Group], Any]) -> Any | None:
 
 
 def place_of(group: Group, groups: Sequence[Group]) -> str:
-    """What sets the group's architecture, data and attack apart from those of the others; empty where nothing does."""
-    parts = [part for k, part in enumerate(group.place) if common(groups, lambda g, k=k: g.place[k]) is None]
-    return ", ".join(filter(None, parts))
+    """What of the group's architecture, data and attack others do not have; empty where nothing sets them apart."""
+    return apart(", ".join(group.place), [", ".join(other.place) for other in groups])
+
+
+def apart(own: str, others: Iterable[str]) -> str:
+    """The parts of `own`, which commas separate, that not all of `others` have."""
+    parts = [other.split(", ") for other in others]
+    return ", ".join(part for part in own.split(", ") if part and not all(part in other for other in parts))
 
 
 def _recorded_start(run: Run, named: dict[str, list[Run]]) -> dict[str, Any] | None:
@@ -117,19 +127,12 @@ def _differing(flags: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {flags[key]}" for key in told)
 
 
-def _cleaning_sets(runs: Sequence[Run]) -> Callable[[Run], str]:
-    """Says what a run was cleaned on, where the study has several cleaning sets: their size, data, poison left."""
-    cleaning = [run for run in runs if run.verb == "clean"]
-    sizes, files = ({of(run) for run in cleaning} for of in (_size, lambda run: _data(run.recorded)))
-
-    def said(run: Run) -> str:
-        left = run.config.get("poison_left")
-        words = [f"{_size(run):,} pairs"] if len(sizes) > 1 else []
-        words += [f"of {_data(run.recorded)}"] if len(files) > 1 else []
-        words += [f"{left:,} poisoned pairs left"] if left else []
-        return f", {', '.join(words)}" if words else ""
-
-    return said
+def _cleaned_on(run: Run, start: dict[str, Any] | None, sizes: set[int]) -> list[str]:
+    """What sets a cleaning set apart: its size among `sizes`, other data than the pre-training's, poison left in it."""
+    words = [f"{_size(run):,} pairs"] if len(sizes) > 1 else []
+    words += [f"of {_data(run.recorded)}"] if start and _data(start) != _data(run.recorded) else []
+    left = run.config.get("poison_left")
+    return words + ([f"{left:,} poisoned pairs left"] if left else [])
 
 
 def _size(run: Run) -> int:

@@ -58,6 +58,12 @@ def estimate(value: Estimate | None) -> Cell:
     return share(value.mean), between(value).strip(" ()")
 
 
+def split(text: str) -> Cell:
+    """A number with its interval in brackets, the interval below it."""
+    value, _, interval = text.partition(" (")
+    return value, interval.rstrip(")")
+
+
 HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">REFRESH
 <title>Backdoor cleaning report</title><style>

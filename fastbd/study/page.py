@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from fastbd.study import finding, published, stopping, tables
-from fastbd.study.groups import Group, common, groups, place_of
-from fastbd.study.html import Cell, estimate, folded, grid, head, image, picture, section
-from fastbd.study.intervals import Estimate
+from fastbd.study.groups import Group, cleaned_groups, common, groups, place_of
+from fastbd.study.html import Cell, estimate, folded, grid, head, image, picture, section, split
 from fastbd.study.pareto import CEILINGS, LANDED
 from fastbd.study.runs import METHODS, Evaluation, Run, objective_name
 from fastbd.study.tables import Row
@@ -22,6 +21,7 @@ QUESTION = "Can the backdoor be cleaned out of a CLIP model, and does that depen
 def page(runs: Sequence[Run], figures: Mapping[str, bytes], refresh: int = 0) -> str:
     """The whole page. `figures`: the PNG files of FIGURES. A browser loads it again after `refresh` seconds, if any."""
     table = tables.table(runs)
+    pretrained = groups([run for run in runs if run.verb != "clean"])
     sections = [
         f"<h1>Backdoor cleaning report</h1><p class=question>{escape(QUESTION)}</p>",
         '<section class="answer">' + _answer(table) + "</section>",
@@ -35,7 +35,7 @@ def page(runs: Sequence[Run], figures: Mapping[str, bytes], refresh: int = 0) ->
         section("Published results, for comparison only", _published(), PUBLISHED),
         _figure("curves", figures),
         section("Training images", _samples(runs), ""),
-        section("To repeat it", "".join(_circumstances(group) for group in _all_groups(runs)), REPEAT),
+        section("To repeat it", "".join(map(_circumstances, [*pretrained, *cleaned_groups(runs)])), REPEAT),
     ]
     return head(refresh) + "\n".join(filter(None, sections)) + "</main></body></html>\n"
 
@@ -74,16 +74,11 @@ def _comparisons(table: Sequence[Row]) -> str:
             (pair.method, place_of(base.group, placed)),
             (other.group.model, base.group.variant),
             *(_kept(row) for row in (base, other)),
-            _difference(pair.difference),
+            split(points(pair.difference)),
             f"{base.models} and {other.models}",
             (VERDICTS[pair.verdict], pair.why),
         ))  # fmt: skip
     return grid(COMPARED, rows)
-
-
-def _difference(found: Estimate) -> Cell:
-    value, _, interval = points(found).partition(" (")
-    return value, interval.rstrip(")")
 
 
 def _kept(row: Row) -> Cell:
@@ -133,14 +128,9 @@ def _best_points(table: Sequence[Row]) -> str:
                 name = (run.name, run.id)
                 settings = f"lr {run.config.get('lr', '?')}, seed {run.config.get('seed', '?')}"
                 spot = (f"step {e['step']}", f"epoch {e['epoch']:.3g}")
-                measured = [_of_evaluation(e, key) for key in ("top1", "asr")]
+                measured = [split(percent(e[key], e, key)) for key in ("top1", "asr")]
                 rows.append((row.group.model, row.group.method, f"{ceiling:.0%}", name, settings, spot, *measured))
     return folded("Which run and step each best point is", grid(BEST, rows)) if rows else ""
-
-
-def _of_evaluation(evaluation: Evaluation, key: str) -> Cell:
-    value, _, interval = percent(evaluation[key], evaluation, key).partition(" (")
-    return value, interval.rstrip(")")
 
 
 def _reading(runs: Sequence[Run]) -> str:
@@ -174,7 +164,7 @@ def _range(evaluations: Sequence[Evaluation], key: str) -> str:
 
 def _stability(runs: Sequence[Run]) -> str:
     rows, shares = [], {}
-    for group in groups([run for run in runs if run.verb == "clean"]):
+    for group in cleaned_groups(runs):
         found = [(run, seen) for run in group.runs if (seen := tables.instability(run))]
         ended = [run.result.get("reason") for run in group.runs]
         early = ", ".join(f"{ended.count(r)} {r}" for r in sorted({r for r in ended if r and r != "finished"}))
@@ -191,6 +181,7 @@ def _stability(runs: Sequence[Run]) -> str:
         return ""
     worst = max(shares, key=shares.__getitem__)
     line = f"Least stable: {worst}, where accuracy fell while ASR rose in {shares[worst]:.0%} of the steps."
+    line = line if shares[worst] else "In no step between two evaluations did accuracy fall while ASR rose."
     return f"<p>{escape(line)}</p>" + grid(STABILITY, rows)
 
 
@@ -223,7 +214,7 @@ def _summary(found: stopping.Summary | None) -> tuple[Cell, ...]:
 
 def _rebound(runs: Sequence[Run]) -> str:
     rows = []
-    for group in groups([run for run in runs if run.verb == "clean"]):
+    for group in cleaned_groups(runs):
         found = [(run, seen) for run in group.runs for seen in tables.rebounds(run)]
         if found:
             taken = ", ".join(sorted({statistics_of(run) for run, _ in found}))
@@ -308,11 +299,6 @@ def _samples(runs: Sequence[Run]) -> str:
 
 
 # ---- how to repeat it ----
-
-
-def _all_groups(runs: Sequence[Run]) -> list[Group]:
-    """The groups of the cleaning runs after those of the pre-training runs."""
-    return [group for verb in (True, False) for group in groups([r for r in runs if (r.verb != "clean") == verb])]
 
 
 def _circumstances(group: Group) -> str:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastbd.study import published
+from fastbd.study.groups import apart
 from fastbd.study.pareto import CEILINGS, front
-from fastbd.study.runs import METHODS, Evaluation, Run, method_name, objective_name
+from fastbd.study.runs import METHODS, Evaluation, Run, method_name, objective_name, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,15 +63,17 @@ def scatter(runs: Sequence[Run]) -> Figure:
 
 @_styled
 def methods(runs: Sequence[Run]) -> Figure:
-    """The scatter with a panel for each cleaning method, on the same axes."""
+    """The scatter with a panel for each cleaning method, and attack where there are several, on the same axes."""
     cleaning = [run for run in runs if run.verb == "clean" and run.attacks]
-    names = sorted({method_name(run) for run in cleaning}) or [""]
-    figure, panels = _grid(len(names))
+    attacks = {run.attack for run in cleaning}
+    panelled: dict[str, list[Run]] = {}
+    for run in sorted(cleaning, key=lambda run: (method_name(run), run.attack)):
+        panelled.setdefault("\n".join(filter(None, (method_name(run), apart(run.attack, attacks)))), []).append(run)
+    figure, panels = _grid(max(1, len(panelled)))
     hollow = False
-    for name, axes in zip(names, panels, strict=True):
-        some = [run for run in cleaning if method_name(run) == name]
-        hollow |= _cloud(axes, some or runs)
-        axes.set_title(name, fontsize=11)
+    for (title, some), axes in zip((panelled or {"": runs}).items(), panels, strict=True):
+        hollow |= _cloud(axes, some)
+        axes.set_title(title, fontsize=11)
     _same_height(panels)
     if not cleaning:
         _note(panels[0], "No cleaning measured ASR.")
@@ -160,11 +163,12 @@ def _cloud(axes: Axes, runs: Sequence[Run]) -> bool:
 
 
 def _peers(runs: Sequence[Run]) -> list[Evaluation]:
-    """Published points for runs whose classes are those of the published studies; for others none."""
-    lists = {e.get("class_list") for run in runs for e in run.metrics}
-    if lists != {published.CLASS_LIST}:
+    """Published points of the same methods, and starts, for runs on the published classes; for others none."""
+    if {e.get("class_list") for run in runs for e in run.metrics} != {published.CLASS_LIST}:
         return []
-    return [{key: float(point[key]) / 100 for key in ("top1", "asr")} for point in published.measured()]
+    same = {slug(run) for run in runs if run.verb == "clean"} | {""}
+    known = [point for point in published.measured() if point["cleaning"] in same]
+    return [{key: float(point[key]) / 100 for key in ("top1", "asr")} for point in known]
 
 
 def _course(axes: Axes, runs: Sequence[Run], key: str, banded: bool) -> None:
@@ -253,7 +257,7 @@ def _legend(
     if not lines:
         handles.append(Line2D([], [], color="0.6", mec="black", marker="*", ms=13, ls="", label="before cleaning"))
     if hollow:
-        label = "published, other data and models"
+        label = "published, other data"
         handles.append(Line2D([], [], mec="0.6", mfc="none", marker="o", ms=6, ls="", label=label))
     for method in sorted({run.method for run in runs if run.method and named}):
         look = dict(marker=_marker(method) if marks else "", ls=_dash(method) if lines else "")

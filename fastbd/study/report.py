@@ -20,7 +20,8 @@ def write(runs: Sequence[Run], out: Path, refresh: int = 0) -> list[Path]:
 
     With `refresh`, while runs go on, a browser loads the page again after so many seconds, and there is no SVG.
     """
-    alone = len({method_name(run) for run in runs if run.verb == "clean"}) < 2  # then the scatter shows it all
+    panels = {(method_name(run), run.attack) for run in runs if run.verb == "clean"}
+    alone = len(panels) < 2  # then the scatter shows it all
     figures = {draw.__name__: draw(runs) for draw in FIGURES if not (alone and draw is plots.methods)}
     images = {name: plots.png(figure) for name, figure in figures.items()}
     content = {f"{name}.png": png for name, png in images.items()}

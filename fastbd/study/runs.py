@@ -150,6 +150,11 @@ def method_name(run: Run) -> str:
     return f"{name} ({objective_name(run.objective)})" if run.method == "finetune" else name
 
 
+def slug(run: Run) -> str:
+    """The cleaning method in one word; fine-tuning with its loss."""
+    return f"{run.method}_{run.objective}" if run.method == "finetune" else run.method or ""
+
+
 def _in_words(plan: dict[str, Any]) -> str:
     """A plan's attacks without the rows and the seed, which differ from one draw of the same attack to the next."""
     said = []

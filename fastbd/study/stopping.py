@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastbd.study.groups import Group, groups, replicates
+from fastbd.study.groups import Group, cleaned_groups, replicates
 from fastbd.study.pareto import CEILINGS, best
 from fastbd.study.runs import Evaluation, Run
 
@@ -92,7 +92,7 @@ def summary(choices: Sequence[Choice]) -> Summary | None:
 def by_group(runs: Sequence[Run]) -> list[tuple[Group, str, list[Choice]]]:
     """(group, rule, its choices, one a replicate: over all runs that clean one model with one seed)."""
     found = []
-    for group in groups([run for run in runs if run.verb == "clean"]):
+    for group in cleaned_groups(runs):
         for name, rule in RULES.items():
             choices = [choice for drawn in replicates(group) if (choice := choose(rule, drawn))]
             found.append((group, name, choices))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from fastbd.study.groups import Group, by_seed, groups, models, replicates
+from fastbd.study.groups import Group, by_seed, cleaned_groups, groups, models, replicates
 from fastbd.study.intervals import Estimate, over
 from fastbd.study.pareto import CEILINGS, area, best
-from fastbd.study.runs import Evaluation, Run
+from fastbd.study.runs import Evaluation, Run, slug
 
 Point = tuple[Run, Evaluation]
 
@@ -26,8 +26,10 @@ class Best:
     top1: Estimate | None
     """Of those that have one."""
     asr: Estimate | None
+    shares: tuple[float, ...]
+    """Of the start's top-1, by seed; a replicate without any counts as 0, for none of it could be kept."""
     kept: Estimate | None
-    """Their top-1 as a share of the start's; a replicate without any counts as 0, for none of it could be kept."""
+    """Their mean."""
     reached: int
     """Replicates that have one."""
 
@@ -58,7 +60,7 @@ def table(runs: Sequence[Run]) -> list[Row]:
 def best_of(runs: Sequence[Run]) -> dict[str, dict[str, float] | None]:
     """{"objective/method": {"top1", "asr"}}: best accuracy at ASR <= 5 %, mean over seeds; None where there is none."""
     rows = [row for row in table(runs) if row.group.method]
-    names = [_slug(row.group) for row in rows]
+    names = [f"{row.group.objective}/{slug(row.group.runs[0])}" for row in rows]
     found = {}
     for row, name in zip(rows, names, strict=True):
         alone = names.count(name) == 1
@@ -69,22 +71,17 @@ def best_of(runs: Sequence[Run]) -> dict[str, dict[str, float] | None]:
     return found
 
 
-def _slug(group: Group) -> str:
-    run = group.runs[0]
-    return f"{group.objective}/{run.method}" + (f"_{run.objective}" if run.method == "finetune" else "")
-
-
 def _row(group: Group) -> Row:
     drawn = replicates(group)
     points = [e for run in group.runs for e in run.cleaned]
     fronts = [(runs, area(e for run in runs for e in run.cleaned)) for runs in drawn if any(r.cleaned for r in runs)]
-    starts = [(runs, _start(runs)) for runs in drawn]
+    starts = {runs[0].model: (runs, e) for runs in drawn if (e := _start(runs))}.values()
     return Row(
         group=group,
         replicates=len(drawn),
         models=models(group),
-        top1=_estimate([(runs, e) for runs, e in starts if e], "top1"),
-        asr=_estimate([(runs, e) for runs, e in starts if e and e.get("asr") is not None], "asr"),
+        top1=_estimate(list(starts), "top1"),
+        asr=_estimate([(runs, e) for runs, e in starts if e.get("asr") is not None], "asr"),
         best=tuple(_best(drawn, ceiling) for ceiling in CEILINGS),
         lowest=min(points, key=lambda e: (e["asr"], -e["top1"]), default=None),
         area=over(by_seed(fronts)) if fronts else None,
@@ -106,11 +103,13 @@ def _best(drawn: Sequence[tuple[Run, ...]], ceiling: float) -> Best:
         start = _start(runs)
         if start and start["top1"] and any(run.cleaned for run in runs):
             kept.append((runs, point[1]["top1"] / start["top1"] if point else 0.0))
+    shares = by_seed(kept)
     return Best(
         points=tuple(points),
         top1=_estimate(found, "top1"),
         asr=_estimate(found, "asr"),
-        kept=over(by_seed(kept)) if kept else None,
+        shares=tuple(shares),
+        kept=over(shares) if shares else None,
         reached=len(found),
     )
 
@@ -195,7 +194,7 @@ def costs(runs: Sequence[Run]) -> list[tuple[str, str, Cost]]:
             parts.setdefault(("Pre-training", run.pretrain_objective), []).append(run)
     for (verb, objective), some in sorted(parts.items()):
         found += [(objective, verb, cost) for cost in _by_device(some)]
-    for group in groups([run for run in runs if run.verb == "clean"]):
+    for group in cleaned_groups(runs):
         found += [(group.objective, group.method, cost) for cost in _by_device(group.runs)]
     return found + [("", "Total", cost) for cost in _by_device(runs)]
 

@@ -40,6 +40,7 @@ MIXED = [(50, 80), (30, 1), (45, 1)]
         (GOOD, [(47, 1), (47.5, 1), (48, 1)], "shows", "in its direction; the difference is smaller than published"),
         (GOOD, ALIKE, "does not show", "does not agree with the published finding"),
         (GOOD, MIXED, "cannot tell", "the seeds differ too much to say, the difference being 50.0 points"),
+        (MIXED[:1] * 2, MIXED[:1] * 3, "does not show", "it came down to ASR ≤ 5% after neither"),
         (GOOD[:1], POOR[:1], "cannot tell", "with one seed nothing can be said about other seeds"),
         (GOOD, POOR[:1], "cannot tell", "with one seed"),
     ],
@@ -59,7 +60,7 @@ def test_failures_are_told_and_count_as_nothing(compared):
     # Kept 100 % (98, 100, 102; t interval 100 +- 4.303 * 2 / sqrt(3)) less nothing of nothing.
     assert "100.0 points (95.0 to 105.0) more of the accuracy after MMCL than after MMCL+SSL." in claim
     assert "After MMCL it kept 100.0% (95.0–105.0) of the accuracy at ASR ≤ 5%." in ground
-    assert "After MMCL+SSL none of 3 models came down to ASR ≤ 5%; the lowest ASR is 30.0%" in ground
+    assert "After MMCL+SSL none of 3 seeds came down to ASR ≤ 5%; the lowest ASR is 30.0%" in ground
 
 
 def test_a_backdoor_that_had_not_landed_says_nothing(compared):

@@ -57,6 +57,16 @@ def test_a_panel_a_method_on_the_same_axes(large):
     assert [count for _, count in sorted(sizes)] == [18 * 11, 18 * 12]  # those on part of the images are smaller
 
 
+def test_a_panel_an_attack(study):
+    for run in find([study]):
+        if run.name.startswith("mmcl_ssl"):
+            plan = run.path / "plan.json"
+            plan.write_text(plan.read_text().replace("random", "corner"))
+    titles = [axes.get_title() for axes in plots.methods(find([study])).axes if axes.get_title()]
+    methods = ("CleanCLIP", "Finetuning (MMCL)")
+    assert titles == [f"{method}\n16 px {at}" for method in methods for at in ("corner", "random")]
+
+
 def test_published_points_only_beside_the_same_classes(write_run, evaluation, tmp_path):
     config = {
         "verb": "clean",
@@ -70,8 +80,9 @@ def test_published_points_only_beside_the_same_classes(write_run, evaluation, tm
     write_run(tmp_path / "real", config, [row | {"class_list": "imagenet1k"} for row in rows], [])
     plain, peers = (plots.scatter(find([tmp_path / name])) for name in ("demo", "real"))
     assert (99.88, 16.0) not in drawn(plain.axes[0].collections)
-    assert (99.88, 16.0) in drawn(peers.axes[0].collections)
-    assert "published, other data and models" in legend(peers) and len(legend(plain)) == 3
+    shown = drawn(peers.axes[0].collections)
+    assert (99.88, 16.0) in shown and (56.5, 17.58) in shown and (64.6, 17.06) not in shown  # SSL alone is no CleanCLIP
+    assert "published, other data" in legend(peers) and len(legend(plain)) == 3
 
 
 def test_trajectories_have_bands_only_while_they_can_be_told_apart(study, large):

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
-from fastbd.study.groups import by_seed, groups, models, place_of, replicates
+from fastbd.study.groups import by_seed, cleaned_groups, groups, models, place_of, replicates
 from fastbd.study.intervals import over
 from fastbd.study.runs import find
 from fastbd.study.tables import best_of, costs, instability, rebounds, seconds, table
@@ -24,6 +27,15 @@ def test_models_that_differ_by_seed_are_one_row(large):
         for method in ("CleanCLIP", "Finetuning (MMCL)", "Finetuning (SSL)", "PAR")
     ]
     assert {(len(row.group.runs), row.replicates, row.models) for row in rows} == {(18, 3, 3)}
+
+
+def test_a_study_that_was_moved_reads_the_same(large, tmp_path):
+    shutil.copytree(large, tmp_path / "moved")
+    for path in (tmp_path / "moved").glob("*/config.json"):
+        path.write_text(path.read_text().replace(str(large), "/gone"))
+    for of in (groups, cleaned_groups):
+        before, after = (of(find([folder])) for folder in (large, tmp_path / "moved"))
+        assert [(g.model, g.method, len(g.runs)) for g in after] == [(g.model, g.method, len(g.runs)) for g in before]
 
 
 def test_row_is_the_mean_over_seeds_of_the_best(write_run, evaluation, tmp_path):
@@ -88,6 +100,9 @@ def test_seeds_of_the_cleaning_stand_in_for_models_only_where_there_is_one(write
     values = [runs[0].cleaned[0]["top1"] for runs in drawn]
     assert by_seed(zip(drawn, values, strict=True)) == pytest.approx([0.42, 0.52])
     assert by_seed(zip(drawn[:2], values[:2], strict=True)) == [0.40, 0.44]
+    (alone,) = table([run for run in find([tmp_path]) if run.name.startswith("a")])
+    assert (alone.models, alone.replicates, alone.best[0].top1.n) == (1, 2, 2)
+    assert alone.top1.n == 1 and alone.top1.low < 0.5  # it was drawn once, whatever it was cleaned with
 
 
 def test_what_sets_models_apart_is_named(write_run, evaluation, tmp_path):
@@ -173,3 +188,17 @@ def test_cost_of_an_older_run_comes_from_its_log(write_run, evaluation, tmp_path
     write_run(tmp_path / "a", config, [evaluation(0, 0, 0.5), evaluation(20, 1, 0.5)], log)
     assert seconds(find([tmp_path])[0]) == (10 * 20 / 100 + 10 * 20 / 50, 2 * 1.5)
     assert costs(find([tmp_path]))[0][2].estimated
+
+
+def test_two_attacks_are_told_apart_by_what_differs(write_run, evaluation, tmp_path):
+    for name, trigger in (("a", {}), ("b", {"patch_size": 8})):
+        start = write_run(tmp_path / name, {"objective": "mmcl", "pretrain_objective": "mmcl"}, [], [])
+        run = cleaned(write_run, evaluation, tmp_path / f"{name}-c", start, (50, 99), (45, 1), seed=0)
+        for folder in (start, run):
+            plan = json.loads((folder / "plan.json").read_text())
+            plan["attacks"][0]["trigger"] |= trigger
+            (folder / "plan.json").write_text(json.dumps(plan))
+    found = groups(find([tmp_path]))
+    assert [place_of(group, found) for group in found] == ["16 px random", "8 px random"]
+    names = list(best_of(find([tmp_path])))
+    assert len(names) == 2 and all(name.startswith("mmcl/cleanclip (demo, pairs.beton, badnet") for name in names)
