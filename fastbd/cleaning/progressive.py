@@ -30,15 +30,15 @@ class Progressive(Method):
 
     def attach(self, training: Training) -> None:
         self.seed = training.seed
-        self.hold("remaining", torch.ones(len(training.rows), dtype=torch.uint8, device=training.device))
+        self.hold("remaining", torch.ones(len(training.rows), dtype=torch.bool, device=training.device))
 
     def begin(self, epoch: int, training: Training) -> None:
         if epoch in self.epochs:
             remaining = self.remaining.nonzero()[:, 0]
             cosine = cosines(training, training.rows[remaining.cpu().numpy()])
-            self.remaining[remaining[cosine.topk(int(self.fraction * len(remaining))).indices]] = 0
+            self.remaining[remaining[cosine.topk(int(self.fraction * len(remaining))).indices]] = False
 
     def rows(self, epoch: int, rows: np.ndarray) -> np.ndarray:
-        remaining = rows[self.remaining.cpu().numpy() > 0]
+        remaining = rows[self.remaining.cpu().numpy()]
         order = draws.generator(self.seed, f"progressive-{epoch}").permutation(remaining)
         return np.sort(np.concatenate([remaining, np.resize(order, len(rows) - len(remaining))]))

@@ -14,6 +14,7 @@ from fastbd.losses import masked_mmcl, masked_ssl
 from fastbd.objectives import make_objective
 
 SURE, GROWTH, MOST = 0.9, 0.01, 0.85  # as published
+FLOOR = 1e-6  # of a variance
 SLOW = 0.01  # of the peak rate: published 5e-6 of 5e-4
 
 
@@ -26,15 +27,21 @@ class SafeClip(Method):
     """
 
     def __init__(self, config: PretrainConfig):
-        if config.objective != "mmcl_ssl" or not (config.ssl_image and config.ssl_text):
+        objective = make_objective(config.objective, config)
+        if config.objective != "mmcl_ssl" or not (objective.augments_images and objective.augments_texts):
             raise UserError("--robust safeclip needs both losses, and SSL of both sides: give --objective mmcl_ssl.")
-        super().__init__(make_objective("mmcl_ssl", config), "mmcl_ssl")
+        if 0 < config.epochs <= config.warm_epochs + 1:
+            raise UserError(
+                f"--epochs {config.epochs} ends before --robust safeclip has found safe pairs: give more epochs, or "
+                "fewer --warm-epochs."
+            )
+        super().__init__(objective, "mmcl_ssl")
         self.warm, self.epochs, self.stage = config.warm_epochs, config.epochs, "ssl"
 
     def attach(self, training: Training) -> None:
         rows = torch.from_numpy(training.rows).to(training.device)
         self.hold("rows_sorted", rows)
-        self.hold("safe", torch.zeros(len(rows), dtype=torch.uint8, device=training.device))
+        self.hold("safe", torch.zeros(len(rows), dtype=torch.bool, device=training.device))
 
     def variant(self, epoch: int) -> str:
         self.stage = "ssl" if epoch < self.warm else "mmcl" if epoch == self.warm else "split"
@@ -47,9 +54,10 @@ class SafeClip(Method):
         if epoch == self.warm + 1:
             safe = upper_posterior(cosine) > SURE
         else:
-            share = max(min(float(self.safe.float().mean()) + GROWTH, MOST), float(self.safe.float().mean()))
+            before = float(self.safe.float().mean())
+            share = max(before, min(before + GROWTH, MOST))
             safe = torch.zeros_like(self.safe)
-            safe[cosine.topk(round(share * len(cosine))).indices] = 1
+            safe[cosine.topk(round(share * len(cosine))).indices] = True
         self.safe.copy_(safe)
 
     def rates(self, peak: float, *, warmup: int, total: int) -> Tensor:
@@ -60,7 +68,7 @@ class SafeClip(Method):
     def forward(
         self, embedded: Embedded, group: td.ProcessGroup | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor, Losses]:
-        safe = self.safe[torch.searchsorted(self.rows_sorted, embedded.rows)] > 0
+        safe = self.safe[torch.searchsorted(self.rows_sorted, embedded.rows)]
         none = torch.zeros_like(safe)
         of_mmcl, of_ssl = {"ssl": (none, ~none), "mmcl": (~none, none), "split": (safe, ~safe)}[self.stage]
         settings = dict(gather=self.objective.gather, group=group)
@@ -82,14 +90,14 @@ def upper_posterior(x: Tensor, steps: int = 500) -> Tensor:
     Begins with the quartiles as means, so that it is the same each time.
     """
     x = x.double()
-    means, variances = x.quantile(x.new_tensor([0.25, 0.75])), x.var().expand(2)
+    means, variances = x.quantile(x.new_tensor([0.25, 0.75])), (x.var() + FLOOR).expand(2)
     shares = torch.full_like(means, 0.5)
     for _ in range(steps):
         logs = shares.log() - (x[:, None] - means).square() / (2 * variances) - variances.log() / 2
         posterior = logs.softmax(1)
         counts = posterior.sum(0).clamp(min=1e-6)
         before, means = means, (posterior * x[:, None]).sum(0) / counts
-        variances = (posterior * (x[:, None] - means).square()).sum(0) / counts + 1e-6
+        variances = (posterior * (x[:, None] - means).square()).sum(0) / counts + FLOOR
         shares = counts / counts.sum()
         if (means - before).abs().max() < 1e-9:
             break

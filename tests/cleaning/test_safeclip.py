@@ -90,5 +90,8 @@ def test_one_epoch_is_slow():
 
 
 def test_it_needs_both_losses():
-    with pytest.raises(UserError, match="give --objective mmcl_ssl"):
-        SafeClip(PretrainConfig())
+    for refused in ({"objective": "mmcl"}, {"ssl_text": False}, {"ssl_weight": 0}):
+        with pytest.raises(UserError, match="give --objective mmcl_ssl"):
+            SafeClip(PretrainConfig(**{"objective": "mmcl_ssl"} | refused))
+    with pytest.raises(UserError, match="fewer --warm-epochs"):
+        safeclip(epochs=3)
