@@ -31,6 +31,7 @@ VERBS = {
     "evaluate": Verb(config.EvaluateConfig, "python -m fastbd evaluate --run runs/mmcl_ssl"),
     "sweep": Verb(config.SweepConfig, "python -m fastbd sweep --study paper"),
     "detect": Verb(config.DetectConfig, "python -m fastbd detect --run runs/mmcl_ssl --drop 0.05 --out kept.rows"),
+    "label": Verb(config.LabelConfig, "python -m fastbd label --run runs/vit-l-14 --data pairs.beton --out labels.npy"),
     "preview": Verb(
         config.PreviewConfig, "python -m fastbd preview --data pairs.beton --plan pairs.poison.json --model rn50"
     ),

@@ -399,6 +399,29 @@ class DetectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Classify training images zero-shot by a run's model, for clean --cluster-labels."""
+
+    run: Path
+    """Run folder of the model; one of published weights is made by pretrain --weights FILE --epochs 0."""
+    checkpoint: str = "last"
+    """Which of its checkpoints: last, or an epoch's number."""
+    data: Path | None = None
+    """.beton file, or pattern, of the images, all of which are labelled [the run's training data]."""
+    classes: str = "imagenet1k"
+    """Class list: one that is shipped, or a text file with one a line."""
+    templates: str | None = None
+    """Prompt templates: imagenet80, or a text file with one template a line [those in the class list; else
+    imagenet80]."""
+    out: Path
+    """The .npy file to write: the class of each row of the data, counted from 0."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Run the whole study in small on the built-in demo set, and write its report."""
 

@@ -86,6 +86,18 @@ def test_a_preset_gives_the_defaults_and_flags_win():
     assert chosen == dataclasses.replace(config.paper_cc6m().pretrain, epochs=3)
 
 
+def test_a_method_has_defaults_of_its_own_in_a_preset():
+    chosen = cli.parse("clean", ["--preset", "paper-cc6m", "--method", "supervised"])
+    assert (chosen.epochs, chosen.batch_size, chosen.warmup, chosen.lr, chosen.weight_decay) == (
+        10,
+        80,
+        500,
+        1e-4,
+        0.01,
+    )
+    assert cli.parse("clean", ["--preset", "paper-cc6m", "--method", "deep_cluster"]).clusters == 1000
+
+
 def test_cleaning_starts_from_the_preset_of_the_run(tmp_path):
     recorded = {"verb": "pretrain", "config": config.to_dict(config.paper_cc3m().pretrain)}
     (tmp_path / "config.json").write_text(json.dumps(recorded))

@@ -1,0 +1,50 @@
+"""fastbd label"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from fastbd import dist, log
+from fastbd.commands.evaluate import open_model
+from fastbd.config import LabelConfig
+from fastbd.data.decode import open_decoder
+from fastbd.data.loader import Pairs
+from fastbd.data.shards import open_beton
+from fastbd.data.tokenizer import tokenize
+from fastbd.errors import UserError
+from fastbd.evals.classifier import Classifier
+from fastbd.evals.embedding import embed
+from fastbd.evals.towers import Towers
+from fastbd.precision import set_precision
+from fastbd.prompts import read_classes, read_templates
+
+CHUNK = 8192  # images compared with all classes at once
+
+
+def run(config: LabelConfig) -> int:
+    """Classify all images of a data file zero-shot, and write the classes for clean --cluster-labels."""
+    if config.out.suffix != ".npy" or config.out.exists():
+        raise UserError(f"--out {config.out} must be a new file whose name ends in .npy.")
+    device = dist.join(config.device).device
+    precision = set_precision(config.precision, device)
+    state, model = open_model(config.run, config.checkpoint, device)
+    beton = open_beton(config.data or Path(state["about"]["data"]))
+    names = read_classes(config.classes)
+    forms = read_templates(config.templates, names)
+    prompts = tokenize([form.replace("{}", name) for name in names for form in forms])
+    towers = Towers(model, precision=precision, device=device)
+    classifier = Classifier(prompts, len(names), device)(towers.text)
+    pairs = Pairs(beton, open_decoder("auto", 0, str(device)), model.image_size)
+    images, _ = embed(towers, pairs, np.arange(len(beton)), texts=False)
+    labels = torch.cat([(normalize(part, dim=-1) @ classifier.T).argmax(1) for part in images.split(CHUNK)])
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    np.save(config.out, labels.cpu().numpy())
+    found = len(labels.unique())
+    log.console.print(
+        f"{config.out}: {len(labels):,} images of {beton.path}, {found:,} of {len(names):,} classes", markup=False
+    )
+    return 0
