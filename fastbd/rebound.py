@@ -55,6 +55,7 @@ def rebound(
                 measure(at)
     first, *_, last = found["asr"]
     return {
+        "rebound_lr": lr,
         "rebound_max": max(found["asr"]),
         "rebound_change": last - first,
         "rebound_area": float(np.trapezoid(found["asr"], found["steps"])) / steps,

@@ -242,6 +242,8 @@ def statistics_of(run: Run) -> str:
     """The images that the batch-norm statistics of a cleaned model were taken over in its cleaning."""
     if "vit" in run.architecture:
         return "no batch norm"
+    if run.method == "par" and run.config.get("frozen_norms", True):
+        return "as before cleaning"
     first, second = VIEWS.get(run.config.get("views", "cleanclip"), VIEWS["cleanclip"])
     paired = "ssl" in run.objective and run.config.get("ssl_image", True)
     return f"{first} and {second} views" if paired and second else f"{first} views"
