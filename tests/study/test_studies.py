@@ -53,7 +53,6 @@ def test_the_paper_is_cleaned_as_often_as_published():
     assert load("paper").preset == "paper-cc3m" and load("paper-200k").preset == "paper-cc6m"
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="clean cannot do par yet")
 def test_the_demo_is_small():
     assert count(load("demo")) == 24
 
