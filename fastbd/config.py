@@ -571,7 +571,7 @@ def demo() -> Settings:
             "par": PAR | dict(lr=1e-4, frozen_norms=False),
             "unlearn": dict(flagged=100),
             "deep_cluster": dict(clusters=50),
-            "supervised": dict(lr=3e-4, weight_decay=0.01),
+            "supervised": dict(lr=3e-3, weight_decay=0.01),
         },
     )
 
