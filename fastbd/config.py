@@ -454,7 +454,7 @@ def demo() -> Settings:
     return Settings(
         PretrainConfig(**common, epochs=12, lr=2e-3, eval_every="3epoch", save_every=0),
         CleanConfig(**common, epochs=4, lr=1e-3, rows=2_000, save_every=0),
-        {"deep_cluster": {"clusters": 50}, "supervised": {"lr": 3e-4, "weight_decay": 0.01}},
+        {"deep_cluster": {"clusters": 50}, "supervised": {"lr": 3e-3, "weight_decay": 0.01}},
     )
 
 
