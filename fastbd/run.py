@@ -207,9 +207,8 @@ class Run:
 
     def _shares(self) -> Shares:
         """How a batch is shared out, checked before anything is opened."""
-        config, world, norms = self.config, self.world, bool(batch_norms(self.task.model))
-        if world.size > 1 and not self.task.method.shared:
-            raise UserError(f"--method {self.task.method_name} works in one process: start it without torchrun.")
+        config, world = self.config, self.world
+        norms = bool(batch_norms(self.task.model)) and not self.task.method.frozen_norms
         group = config.bn_group if norms and isinstance(config.bn_group, int) else 0
         shares = Shares(world.size, config.accumulate, group, len(self.policies), norms)
         batch_size = config.batch_size

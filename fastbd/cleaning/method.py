@@ -67,8 +67,6 @@ class Method(nn.Module):
     """The temperature is not trained."""
     static = True
     """A step has the same shapes each time and waits for nothing, so that it may be captured in a CUDA graph."""
-    shared = True
-    """It works with several processes."""
 
     def __init__(self, objective: Objective, objective_name: str = "mmcl"):
         super().__init__()

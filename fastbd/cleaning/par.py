@@ -28,7 +28,7 @@ class Par(Method):
 
     An S above --tau counts as 0 and has no gradient (--gate sample: of each pair by itself). With --distance rotation
     S is |x R - x_P|^2, R the rotation that makes S_image + S_text least. R is held fixed: while both gates are open its
-    own gradient is 0 (envelope theorem). Temperature and running statistics are fixed, as in the published program.
+    own gradient is 0 (envelope theorem). Temperature and batch norm's statistics are fixed, as in the public program.
     """
 
     def __init__(self, config: CleanConfig):
