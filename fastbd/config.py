@@ -404,6 +404,9 @@ class SweepConfig:
     """End a cleaning whose top-1 was below half of its start's for 2 epochs."""
     asha: int = 0
     """End cleanings that are not among the best 1 / N at 2, 2 N, 2 N N, ... epochs; 0: none."""
+    search: int = 0
+    """Cleanings beyond the grid, of each model by each entry that has a range (an axis of two or more numbers), which
+    Optuna chooses for high top-1 and low ASR."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -517,7 +520,8 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m}
 LEAST = dict(
     accumulate=1, batch_size=1, bn_group=2, count=1, detect_batch=0, epoch=0, epochs=0, eval_subset=0,
     hw_decoder_load=0, k=1, landed=0, lease=1, log_every=1, max_bad=0, max_pixels=1, poison_left=0, processes=0,
-    rebound=0, rebound_batch_size=2, rows=1, save_every=0, subset=0, text_views=0, val_batch=2, warmup=0, workers=0,
+    rebound=0, rebound_batch_size=2, rows=1, save_every=0, search=0, subset=0, text_views=0, val_batch=2, warmup=0,
+    workers=0,
 )  # fmt: skip
 """The smallest value of flags that a negative number, or zero, would make no sense for."""
 
