@@ -480,6 +480,9 @@ class SweepConfig:
     """End a cleaning whose top-1 was below half of its start's for 2 epochs."""
     asha: int = 0
     """End cleanings that are not among the best 1 / N at 2, 2 N, 2 N N, ... epochs; 0: none."""
+    search: int = 0
+    """Cleanings beyond the grid, of each model by each entry that has a range (an axis of two or more numbers), which
+    Optuna chooses for high top-1 and low ASR."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -659,8 +662,9 @@ PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m, "pa
 LEAST = {
     flag: least
     for least, flags in {
-        0: "detect_batch epoch epochs eval_between eval_subset flagged hw_decoder_load landed max_bad poison_left "
-        "cluster_weight processes rebound remove_fraction save_every subset tau text_views warm_epochs warmup workers",
+        0: "asha cluster_weight detect_batch epoch epochs eval_between eval_subset flagged hw_decoder_load landed "
+        "max_bad poison_left processes rebound remove_fraction save_every search subset tau text_views warm_epochs "
+        "warmup workers",
         1: "accumulate batch_size clusters count k lease log_every max_pixels roclip_period roclip_pool rows",
         2: "bn_group rebound_batch_size val_batch",
     }.items()

@@ -33,6 +33,7 @@ def on_this_machine(work: Work, folder: Path, count: int, device: str) -> None:
     if count == 1:
         return work(device)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    log.console.print(f"{count} processes; what they say is in {folder}/worker-*.log", markup=False)
     devices = gpus or [device]
     spawn = multiprocessing.get_context("spawn")
     logs = [folder / f"worker-{k}.log" for k in range(count)]
@@ -72,6 +73,7 @@ def on_ray(work: Work, folder: Path, count: int, device: str) -> None:
     count = count or (int(there["GPU"]) if kind == "GPU" else 1)
     if count > there.get(kind, 0):
         raise UserError(f"--processes {count} is more than Ray's {there.get(kind, 0):g} {kind}s: give fewer.")
+    log.console.print(f"{count} processes of Ray; what they say is in {folder}/worker-*.log", markup=False)
     bell = ray.remote(num_cpus=0)(_Bell).remote()
 
     def worker(number: int, home: Path) -> None:

@@ -500,7 +500,7 @@ class Run:
         began, reason = time.perf_counter(), "finished"
         try:
             train(
-                self.step, self.batches, table, start=self.done, label=self.folder.name,
+                self.step, self.batches, table, start=self.done, label="" if self.quiet else self.folder.name,
                 pairs_limit=self.pairs_limit(), world=self.world, evaluate=self.measure, save=self.save,
                 record=self.record,
             )  # fmt: skip

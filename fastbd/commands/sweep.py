@@ -22,7 +22,7 @@ from fastbd.errors import Diverged, UserError
 from fastbd.kept import Kept
 from fastbd.loop import Stopped
 from fastbd.run import Run
-from fastbd.study import halting, live
+from fastbd.study import halting, live, search
 from fastbd.study.grid import Planned, Study, command, with_overrides
 from fastbd.study.ledger import Claim, Ledger
 from fastbd.study.runs import find, on_common_set
@@ -40,6 +40,8 @@ def run(config: SweepConfig) -> int:
     """Do what is left of the study, write its report; the last line is the result as JSON."""
     began = time.perf_counter()
     engine, ledger = ENGINES[config.engine], open_ledger(config)
+    if config.search:
+        search.load()  # before anything takes its time
     if config.retry:
         ledger.retry()
     if any(run.verb == "pretrain" and run.config.data == "demo" for run in ledger.runs):
@@ -102,6 +104,8 @@ def work(ledger: Ledger, config: SweepConfig) -> None:
                 with claim:
                     how = _do(claim, ledger, config, kept, world)
                     log.console.print(live.ending(ledger, claim.run, how), markup=False)
+            elif config.search and search.extend(ledger, config.search):
+                continue
             elif not ledger.left():
                 return
             else:

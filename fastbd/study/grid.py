@@ -10,7 +10,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -61,6 +61,8 @@ class Study:
     """Run folders to clean, in place of pre-training."""
     clean: tuple[Entry, ...] = ()
     """Flags of clean."""
+    searched: tuple[Entry, ...] = ()
+    """Cleanings that a search has added: flags of clean, the name of the model's folder, and the seed."""
 
     def __post_init__(self) -> None:
         where = f"the study '{self.name}'"
@@ -114,7 +116,7 @@ def study_of(values: Mapping[str, Any]) -> Study:
     missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]
     if missing:
         raise UserError(f"the study has no '{missing[0]}'; add it.")
-    for name in ("seeds", "attacks", "pretrain", "pretrained", "clean"):
+    for name in ("seeds", "attacks", "pretrain", "pretrained", "clean", "searched"):
         if not isinstance(values.get(name, []), list):
             raise UserError(f"'{name}' of the study must be a list.")
     tuples = {name: _tuples(value) for name, value in values.items()}
@@ -180,8 +182,24 @@ def expand(study: Study, folder: Path, known: Mapping[str, str] | None = None) -
         place = (structures.index(structures[which]), model.place, which, study.seeds.index(model.seed))
         cleanings.append((place, run))
     runs = (*earlier, *(run for _, run in sorted(cleanings, key=lambda pair: pair[0])))
+    runs = (*runs, *_searched(study, models, folder, known))
     _check_unique(study, runs)
     return runs
+
+
+def _searched(study: Study, models: Sequence[_Model], folder: Path, known: Mapping[str, str]) -> Iterator[Planned]:
+    """Those that a search has added to the models."""
+    preset = PRESETS[study.preset]()
+    by_key = {(model.folder.resolve().name, model.seed): model for model in models}
+    for number, entry in enumerate(study.searched, 1):
+        if model := by_key.get((entry["model"], entry["seed"])):  # else of a study that cleaned more models
+            where = f"search {number} of the study '{study.name}'"
+            given = {flag: value for flag, value in entry.items() if flag not in ("model", "seed")}
+            values = {flag: _checked("clean", flag, value, where) for flag, value in given.items()}
+            base = preset.defaults("clean", values.get("method", preset.clean.method))
+            config = replace(base, **values, seed=model.seed, run=model.folder)
+            name = f"{model.name}-{config.method}-search{number}"
+            yield _planned(config, name, folder, known, start=(model.identity,), needs=model.needs)
 
 
 def _pretraining(study: Study, folder: Path, known: Mapping[str, str]) -> tuple[list[Planned], list[_Model]]:

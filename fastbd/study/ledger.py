@@ -20,16 +20,16 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
 from fastbd import log
 from fastbd.errors import UserError
-from fastbd.study.grid import Planned, Study, command, expand, material, study_of, to_values
+from fastbd.study.grid import Entry, Planned, Study, command, expand, material, study_of, to_values
 
 LEASE = 120.0
 BEATS = 6  # in a lease
@@ -79,19 +79,52 @@ class Ledger:
         self.study, self.runs = self._join(study)
 
     def _join(self, study: Study | None) -> tuple[Study, tuple[Planned, ...]]:
-        """The study and its runs, written down where they are new."""
+        """The study and its runs, with those that searches have added; written down where they are new."""
         while True:
             versions = _versions(self.folder)
+            self._version = len(versions)
             joined = study or study_of(versions[-1]["study"])
+            if versions:
+                joined = replace(joined, searched=study_of(versions[-1]["study"]).searched)
             known = {run["id"]: run["name"] for version in versions for run in version["runs"]}
             runs = expand(joined, self.folder, known)
             for version in versions:
                 self._check(joined, runs, version, known)
             if known.keys() >= {run.id for run in runs}:
                 return joined, runs
-            rows = [{"id": r.id, "name": r.name, "verb": r.verb, "command": command(r.config)} for r in runs]
-            # Where another one has added runs meanwhile: look again.
-            _create(_version(self.folder, len(versions) + 1), {"study": to_values(joined), "runs": rows})
+            self._write(joined, runs)  # or another one has added runs meanwhile: look again
+
+    def _write(self, study: Study, runs: Iterable[Planned]) -> bool:
+        """As the next version; False where there is one of which we do not know."""
+        rows = [{"id": r.id, "name": r.name, "verb": r.verb, "command": command(r.config)} for r in runs]
+        return _create(_version(self.folder, self._version + 1), {"study": to_values(study), "runs": rows})
+
+    def of(self, entry: Entry) -> list[Planned]:
+        """The cleanings of one entry of the study's."""
+        runs = expand(replace(self.study, clean=(entry,), searched=()), self.folder, self._names())
+        return [run for run in runs if run.verb == "clean"]
+
+    def add(self, choose: Callable[[], Entry | None]) -> bool:
+        """Plan the cleaning that `choose` picks, for the study's `searched`; False where it picks none.
+
+        It is asked again where another process has added one meanwhile.
+        """
+        while True:
+            self._catch_up()
+            entry = choose()
+            if entry is None:
+                return False
+            study = replace(self.study, searched=(*self.study.searched, entry))
+            if self._write(study, expand(study, self.folder, self._names())):
+                return True
+
+    def _names(self) -> dict[str, str]:
+        return {run.id: run.name for run in self.runs}
+
+    def _catch_up(self) -> None:
+        """Know what others have added."""
+        if _version(self.folder, self._version + 1).exists():
+            self.study, self.runs = self._join(self.study)
 
     def _check(self, study: Study, runs: tuple[Planned, ...], version: dict, known: Mapping[str, str]) -> None:
         """That no run has the name, and so the folder, of another one."""
@@ -140,6 +173,7 @@ class Ledger:
 
     def _statuses(self) -> Iterator[tuple[Planned, Status]]:
         """Every run after those that it needs."""
+        self._catch_up()
         now, attempts, lost = self.now(), self._attempts(), set()
         for run in self.runs:
             status = self._status(run, attempts.get(run.id, 0), now)

@@ -16,7 +16,7 @@ ENDED = 8  # runs that ended of which the table shows the last
 def opening(ledger: Ledger) -> str:
     """What the study is, and how much of it is left."""
     counts = Counter(run.verb for run in ledger.runs)
-    kinds = ", ".join(f"{counts[verb]} {name}" for verb, name in KINDS.items() if counts[verb])
+    kinds = ", ".join(f"{n} {name}{'s' * (n != 1)}" for verb, name in KINDS.items() if (n := counts[verb]))
     return f"study '{ledger.study.name}': {ledger.study.about}\n{kinds}; in {ledger.folder}"
 
 
@@ -63,5 +63,5 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-KINDS = {"poison": "plans", "pretrain": "pre-trainings", "clean": "cleanings"}
+KINDS = {"poison": "plan", "pretrain": "pre-training", "clean": "cleaning"}
 STATES = ("running", "waiting", "finished", "failed", "blocked")

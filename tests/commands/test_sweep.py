@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastbd import dist
 from fastbd.commands import clean
@@ -31,6 +33,7 @@ ALIKE = {**CLEAN, "force": True, "lr": (1e-3, 3e-3)}
 SMALL = Study(name="small", about="Two rates of two methods.", pretrain=(PRETRAIN,),
               clean=({"method": "finetune", **ALIKE}, {"method": "cleanclip", **ALIKE}))  # fmt: skip
 CLEANINGS = [f"{method}-lr{lr}" for method in ("finetune", "cleanclip") for lr in (0.001, 0.003)]
+KILLS = 5  # enough; then the study may end
 
 
 @pytest.fixture(autouse=True)
@@ -108,10 +111,10 @@ def test_killed_again_and_again_it_ends_with_the_same_numbers(undisturbed, study
                     time.sleep(0.01)
                 time.sleep(chance.uniform(0, 0.3))
                 at_work = [row.status.who for row in ledger.table() if row.status.state == "running"]
-                if process.poll() is None and at_work and kills < 8:
+                if process.poll() is None and at_work and kills < KILLS:
                     os.kill(int(chance.choice(at_work).split(":")[1]), signal.SIGKILL)
                     kills += 1
-            if process.poll() is None and kills < 8:
+            if process.poll() is None and kills < KILLS:
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait(timeout=300)
         finally:
@@ -173,19 +176,58 @@ def test_what_fails_ends_no_other(study, sweep):
         assert len(list((study / "mixed/claims").glob("*"))) == 3 + attempts
 
 
-def test_a_second_run_is_compiled_no_more_and_stays_in_its_memory(undisturbed, tmp_path):
+@pytest.mark.parametrize("method", ["finetune", "cleanclip"])
+def test_a_second_run_is_compiled_no_more_and_stays_in_its_memory(method, undisturbed, tmp_path, monkeypatch):
     """Every address that a CUDA graph would have noted."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     world, kept, addresses, frames = dist.join("cpu"), Kept(), [], []
     for lr, seed in ((1e-3, 0), (3e-3, 1)):
         config = CleanConfig(
             run=undisturbed / "runs/mmcl-s0", out=tmp_path / str(lr), seed=seed, compile="on",
-            **{**ALIKE, "method": "cleanclip", "lr": lr, "epochs": 1},
+            **{**ALIKE, "method": method, "lr": lr, "epochs": 1},
         )  # fmt: skip
         run = Run(config, clean.task(config, world), world, kept, quiet=True)
         run.train()
         states = [tensor for state in run.step.optimizer.state.values() for tensor in state.values()]
         tensors = [*run.model.parameters(), *run.model.buffers(), *states, run.step.rates, run.step.at, run.step.lr]
         addresses.append([tensor.data_ptr() for tensor in (*tensors, run.step.weights)])
-        frames.append(torch._dynamo.utils.counters["frames"]["total"])
+        frames.append(counter.frame_count)
     assert addresses[0] == addresses[1] and len(addresses[0]) > 50
     assert 0 < frames[0] == frames[1]
+
+
+def test_a_ray_actor_that_dies_is_started_again(undisturbed, study):
+    pytest.importorskip("ray")
+    command = [sys.executable, "-m", "fastbd", "sweep", *started("ray"), "--engine", "ray", "--processes", "2"]
+    process = subprocess.Popen(command, cwd=study, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and number_of_lines(study / "ray") < 3:
+            time.sleep(0.01)
+        ledger = Ledger(study / "ray")
+        (victim, *_) = [row.status.who for row in ledger.table() if row.status.state == "running"]
+        os.kill(int(victim.split(":")[1]), signal.SIGKILL)
+        said = process.communicate(timeout=300)[0]
+    finally:
+        end(process)
+    assert process.returncode == 0, said
+    assert all_numbers(study / "ray") == all_numbers(undisturbed)
+    holders = [json.loads(path.read_text().splitlines()[0])["pid"] for path in (study / "ray/claims").glob("*.?")]
+    assert len(holders) == 6 and len(set(holders)) == 3
+
+
+def test_a_search_goes_on_beyond_the_grid(study, sweep, fastbd):
+    """Each of its runs is planned like the others, in the light of those before; later sweeps know them."""
+    pytest.importorskip("optuna")
+    ranges = {**CLEAN, "force": True, "epochs": 1, "lr": (1e-4, 1e-2), "method": ("finetune",)}
+    wide = replace(SMALL, name="wide", clean=(ranges, {**CLEAN, "force": True, "epochs": 1, "method": "cleanclip"}))
+    assert sweep("wide", of=wide)["runs"] == 4
+    for flags, runs in ((("--search", 2), 6), (("--search", 3, "--processes", 2), 7), ((), 7)):
+        result = sweep("wide", *flags, of=wide)
+        assert result["runs"] == result["finished"] == runs
+    ledger = Ledger(study / "wide")
+    found = [run for run in ledger.runs if "search" in run.name]
+    assert [run.name for run in found] == [f"mmcl-s0-finetune-search{k}" for k in (1, 2, 3)]
+    rates = [run.config.lr for run in found]
+    assert len({1e-4, 1e-2, *rates}) == 5 and all(1e-4 < rate < 1e-2 for rate in rates)
+    assert {run.config.method for run in found} == {"finetune"} and {run.config.epochs for run in found} == {1}
