@@ -51,6 +51,10 @@ def run(config: SweepConfig) -> int:
     except Stopped as stopped:
         log.console.print(f"stopped and saved; go on with: python -m fastbd sweep --out {ledger.folder}", markup=False)
         return stopped.exit_code
+    except UserError as error:  # of a process that has died; the others may have done its work
+        if ledger.left():
+            raise
+        log.console.print(str(error), markup=False)
     states = [row.status.state for row in ledger.table()]
     page = ledger.folder / "report.html"
     report.run(ReportConfig(runs=(ledger.folder / "runs",), out=page))
