@@ -149,6 +149,7 @@ def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: Wo
 def _train(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:
     """Train from the last checkpoint, where there is one."""
     planned = claim.run
+    log.remove_unfinished(planned.config.out)
     begun = (planned.config.out / "config.json").is_file()
     settings = replace(planned.config, resume=planned.config.out) if begun else planned.config
 
