@@ -46,11 +46,13 @@ def on_this_machine(work: Work, folder: Path, count: int, device: str) -> None:
             if worker.pid and worker.is_alive():
                 os.kill(worker.pid, signal.SIGTERM)
 
-    with _signals(pass_on):
+    with _signals(pass_on) as caught:
         for worker in workers:
-            worker.start()
+            if not caught:
+                worker.start()
         for worker in workers:
-            worker.join()
+            if worker.pid:
+                worker.join()
     if bad := [log for worker, log in zip(workers, logs, strict=True) if worker.exitcode]:
         raise _died(f"see {bad[0]}", folder)
 
@@ -59,15 +61,18 @@ def on_ray(work: Work, folder: Path, count: int, device: str) -> None:
     """`count` actors of Ray, or one for each GPU of its cluster; one that dies is started again.
 
     Actors, not a task for each run: what a process has compiled and decoded serves the next run too, and the runs are
-    shared out already. RAY_ADDRESS names the cluster, whose machines must all see the folder and the data where they
-    are here; without it Ray starts on this machine. Raises like on_this_machine.
+    shared out already. RAY_ADDRESS names the cluster, whose machines must all have fastbd, and the folder and the data
+    where they are here; without it Ray starts on this machine. Raises like on_this_machine.
     """
     try:
         import ray
     except ImportError:
         raise UserError("--engine ray needs Ray: pip install 'fastbd[cluster]'.") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="ERROR")
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        raise UserError(f"{error}: see that it runs at RAY_ADDRESS, and with this machine's RAY_AUTH_MODE.") from None
     there = ray.cluster_resources()
     kind = "GPU" if device == "auto" and there.get("GPU") else "CPU"
     count = count or (int(there["GPU"]) if kind == "GPU" else 1)
@@ -118,8 +123,8 @@ class _Bell:
 
 
 @contextlib.contextmanager
-def _signals(tell: Callable[[], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM are told; at the end of the block they raise Stopped."""
+def _signals(tell: Callable[[], None]) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are told, and kept in the list; at the end of the block they raise Stopped."""
     caught: list[int] = []
 
     def note(signum: int, frame) -> None:
@@ -128,7 +133,7 @@ def _signals(tell: Callable[[], None]) -> Iterator[None]:
 
     previous = {which: signal.signal(which, note) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield caught
     finally:
         for which, handler in previous.items():
             signal.signal(which, handler)

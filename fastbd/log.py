@@ -38,6 +38,12 @@ def new_folder(path: Path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_unfinished(path: Path) -> None:
+    """What processes have left that were killed while they made a new_folder(path)."""
+    for temporary in path.parent.glob(f"{path.name}.{'?' * 8}.tmp"):
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 @contextmanager
 def locked(folder: Path):
     """Only one process of a machine at a time is in this block of a folder."""

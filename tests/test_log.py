@@ -33,3 +33,11 @@ def test_a_new_folder_is_there_when_all_is_in_it_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="not empty"), log.new_folder(path):
         pass  # whoever came first keeps it
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["deep", "deep/run", "deep/run/a"]
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_and_no_other_does(tmp_path):
+    others = ["run", "run.5", "run.5.0123abcd.tmp", "run2.0123abcd.tmp", "run.tmp"]
+    for name in (*others, "run.0123abcd.tmp", "run.fedc4567.tmp"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    log.remove_unfinished(tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)

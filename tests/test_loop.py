@@ -109,6 +109,19 @@ def test_a_signal_in_the_last_step_changes_nothing():
     assert Diary(stop_at=7).train()[-3:] == [("step", 7, 13), ("save", 8), ("evaluate", 8)]
 
 
+def test_a_signal_in_the_last_step_reaches_who_listened_before():
+    """As a sweep does, which would else begin its next run."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    try:
+        Diary(stop_at=7).train()
+        with pytest.raises(Stopped):
+            Diary(stop_at=5).train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+
+
 def test_an_error_in_a_step_puts_the_handlers_back():
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     diary = Diary()

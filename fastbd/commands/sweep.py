@@ -53,6 +53,10 @@ def run(config: SweepConfig) -> int:
     except Stopped as stopped:
         log.console.print(f"stopped and saved; go on with: python -m fastbd sweep --out {ledger.folder}", markup=False)
         return stopped.exit_code
+    except UserError as error:  # of a process that has died; the others may have done its work
+        if ledger.left():
+            raise
+        log.console.print(str(error), markup=False)
     states = [row.status.state for row in ledger.table()]
     folders, page = (ledger.folder / "runs",), ledger.folder / "report.html"
     report.run(ReportConfig(runs=folders, out=page))
@@ -147,6 +151,7 @@ def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: Wo
 def _train(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:
     """Train from the last checkpoint, where there is one."""
     planned = claim.run
+    log.remove_unfinished(planned.config.out)
     begun = (planned.config.out / "config.json").is_file()
     settings = replace(planned.config, resume=planned.config.out) if begun else planned.config
 

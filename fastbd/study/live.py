@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastbd.study.grid import Planned
 from fastbd.study.ledger import Ledger, Row, seconds_left
@@ -33,7 +33,8 @@ def view(ledger: Ledger) -> Table:
     rows = ledger.table()
     states = Counter(row.status.state for row in rows)
     title = ", ".join(f"{states[state]} {state}" for state in STATES if states[state]) + _left(rows)
-    table = Table("Run", "State", "Epoch", "Top-1", "ASR", "Time", title=title, title_justify="left", box=box.SIMPLE)
+    numbers = (Column(name, justify="right") for name in ("Epoch", "Top-1", "ASR", "Time"))
+    table = Table("Run", "State", *numbers, title=title, title_justify="left", box=box.SIMPLE)
     ended = [row for row in rows if row.status.state in ("finished", "failed")]
     for row in ended[-ENDED:] + [row for row in rows if row.status.state == "running"]:
         numbers = (_number(row.epoch, "{:.1f}"), _number(row.top1, "{:.1%}"), _number(row.asr, "{:.1%}"))

@@ -176,6 +176,15 @@ def test_what_fails_ends_no_other(study, sweep):
         assert len(list((study / "mixed/claims").glob("*"))) == 3 + attempts
 
 
+def test_a_run_killed_before_its_first_line_has_it_all_the_same(undisturbed, tmp_path):
+    world, settings = dist.join("cpu"), {**ALIKE, "lr": 1e-3, "epochs": 1}
+    config = CleanConfig(run=undisturbed / "runs/mmcl-s0", out=tmp_path / "run", **settings)
+    Run(config, clean.task(config, world), world, quiet=True)  # the folder is made, and no more
+    config = replace(config, resume=config.out)
+    Run(config, clean.task(config, world), world, quiet=True).train()
+    assert [row["step"] for row in numbers(config.out)] == [0, 2, 5]
+
+
 @pytest.mark.parametrize("method", ["finetune", "cleanclip"])
 def test_a_second_run_is_compiled_no_more_and_stays_in_its_memory(method, undisturbed, tmp_path, monkeypatch):
     """Every address that a CUDA graph would have noted."""
