@@ -21,8 +21,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastbd import dist
 from fastbd.commands import clean
 from fastbd.config import CleanConfig
+from fastbd.engines import ENGINES
+from fastbd.errors import UserError
 from fastbd.kept import Kept
 from fastbd.run import Run
+from fastbd.study import search
 from fastbd.study.grid import Study
 from fastbd.study.ledger import Ledger
 
@@ -204,6 +207,15 @@ def test_a_second_run_is_compiled_no_more_and_stays_in_its_memory(method, undist
         frames.append(counter.frame_count)
     assert addresses[0] == addresses[1] and len(addresses[0]) > 50
     assert 0 < frames[0] == frames[1]
+
+
+@pytest.mark.parametrize(
+    ("package", "call"), [("ray", partial(ENGINES["ray"], print, Path(), 1, "cpu")), ("optuna", search.load)]
+)
+def test_what_is_not_installed_is_named(package, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"needs {package.title()}: pip install 'fastbd\[cluster\]'"):
+        call()
 
 
 def test_a_ray_actor_that_dies_is_started_again(undisturbed, study):
