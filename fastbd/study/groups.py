@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from fastbd.study.runs import Run, method_name, objective_name, read_config
 class Group:
     """Runs of one cleaning method on pre-trained models that differ by seed only; of no method: those models' own.
 
-    Learning rate and other settings of the method may differ: the group is searched for its best evaluation.
+    The group is searched for its best evaluation: over learning rates, and what else has a value in one run only.
     """
 
     objective: str
@@ -26,7 +28,7 @@ class Group:
     variant: str
     """Settings of the pre-training that differ among the models of one objective in the study; often empty."""
     method: str
-    """As papers write it, with the cleaning set where several are used; empty: not cleaned."""
+    """As papers write it, with settings and cleaning sets that the study compares; empty: not cleaned."""
     runs: tuple[Run, ...]
 
     @property
@@ -37,6 +39,7 @@ class Group:
 def groups(runs: Sequence[Run]) -> list[Group]:
     """A group for each (pre-trained model, method), and one for each model that no run cleans."""
     sizes = {_size(run) for run in runs if run.verb == "clean"}
+    compared = {name: _compared(alike) for name, alike in _by_method(runs).items()}
     named: dict[str, list[Run]] = {}
     for run in runs:
         named.setdefault(run.path.resolve().name, []).append(run)
@@ -52,7 +55,10 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         if run.verb == "clean" or run.path.resolve().name not in used:
             variant = _differing(own, kinds[run.pretrain_objective])
             place = (run.architecture, _data(start or run.recorded), run.attack)
-            method = ", ".join([method_name(run), *_cleaned_on(run, start, sizes)]) if run.verb == "clean" else ""
+            method = ""
+            if run.verb == "clean":
+                settings = [_told(flag, run.config[flag]) for flag in compared[method_name(run)]]
+                method = ", ".join([method_name(run), *settings, *_cleaned_on(run, start, sizes)])
             found.setdefault((run.pretrain_objective, place, variant, method), []).append(run)
     return [Group(*key, tuple(group)) for key, group in sorted(found.items(), key=lambda item: _order(item[0]))]
 
@@ -124,7 +130,26 @@ def _flags(run: Run, start: dict[str, Any] | None) -> dict[str, Any]:
 def _differing(flags: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
     """The flags that others have with another value, in words; an unknown model is another one than the known."""
     told = [k for k, v in flags.items() if any(o.get(k, None if k == "folder" else v) != v for o in alike)]
-    return ", ".join(f"{key.replace('_', ' ')} {flags[key]}" for key in told)
+    return ", ".join(_told(key, flags[key]) for key in told)
+
+
+def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.verb == "clean":
+            found.setdefault(method_name(run), []).append(run)
+    return found
+
+
+def _compared(alike: Sequence[Run]) -> list[str]:
+    """The flags that the study compares in a method: several values, and each in several runs."""
+    flags = [flag for flag in alike[0].config if flag not in HARMLESS | SEARCHED]
+    counts = {flag: Counter(json.dumps(run.config.get(flag)) for run in alike) for flag in flags}
+    return [flag for flag, count in counts.items() if len(count) > 1 and min(count.values()) > 1]
+
+
+def _told(flag: str, value: Any) -> str:
+    return f"{flag.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{flag.replace('_', ' ')} {value}"
 
 
 def _cleaned_on(run: Run, start: dict[str, Any] | None, sizes: set[int]) -> list[str]:
@@ -155,4 +180,9 @@ HARMLESS = {
     "accumulate", "classes", "compile", "data", "decode", "device", "eval_data", "eval_device", "eval_every",
     "eval_subset", "grad_checkpointing", "graph", "hw_decoder_load", "landed", "log_every", "max_bad", "model",
     "objective", "out", "plan", "preset", "resident", "resume", "run", "save_every", "seed", "templates", "workers",
+}  # fmt: skip
+# Settings of a cleaning that are searched over, or told elsewhere.
+SEARCHED = {
+    "lr", "warmup", "epochs", "rows", "poison_left", "checkpoint", "method", "force", "rebound", "eval_between",
+    "flagged_by", "rows_file",
 }  # fmt: skip

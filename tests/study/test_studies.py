@@ -54,7 +54,7 @@ def test_the_paper_is_cleaned_as_often_as_published():
 
 
 def test_the_demo_is_small():
-    assert count(load("demo")) == 24
+    assert count(load("demo")) == 26
 
 
 def test_a_file_gives_a_study(tmp_path):

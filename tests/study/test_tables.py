@@ -118,8 +118,20 @@ def test_what_sets_models_apart_is_named(write_run, evaluation, tmp_path):
     }
     write_run(tmp_path / "other", pre, [evaluation(9, 9, 0.5, 0.9)], [])
     found = groups(find([tmp_path]))
-    assert [group.model for group in found] == ["MMCL", "MMCL+SSL, ssl weight 0.5", "MMCL+SSL, ssl weight 1.0"]
+    assert [group.model for group in found] == ["MMCL", "MMCL+SSL, ssl weight 0.5", "MMCL+SSL, ssl weight 1"]
     assert [place_of(group, found) for group in found] == ["other.beton", "pairs.beton", "pairs.beton"]
+
+
+def test_settings_that_are_compared_have_rows_of_their_own(write_run, evaluation, tmp_path):
+    """Learning rates are searched over, and values that come once: those of a random search."""
+    place = 0
+    for tau in (0.0, 2.15):
+        for lr in (1e-4, 3e-4):
+            flags = {"seed": 0, "lr": lr, "tau": tau, "ssl_weight": 0.1 * place}
+            cleaned(write_run, evaluation, tmp_path / f"c{place}", tmp_path / "start", (50, 99), (45, 1), **flags)
+            place += 1
+    found = {group.method: len(group.runs) for group in groups(find([tmp_path]))}
+    assert found == {"CleanCLIP, tau 0": 2, "CleanCLIP, tau 2.15": 2}
 
 
 def test_checkpoints_of_one_run_are_two_models(study, write_run, evaluation):
