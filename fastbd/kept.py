@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -18,9 +19,10 @@ class Kept:
             self.drop(kind)
         return self._kept[kind][1] if kind in self._kept else None
 
-    def drop(self, kind: str) -> None:
-        """Let go of it, if there is one."""
-        self._kept.pop(kind, None)
+    def drop(self, *kinds: str) -> None:
+        """Let go of those that there are, and of their memory at once: models and steps refer to themselves."""
+        if [kind for kind in kinds if self._kept.pop(kind, None)]:
+            gc.collect()
 
     def put(self, kind: str, key: Hashable, thing: Any) -> Any:
         self._kept[kind] = key, thing

@@ -175,11 +175,14 @@ class Run:
         self.eval_device = dist.device_of(config.eval_device) if config.eval_device else world.device
         self.shares = self._shares()
         resumed = checkpoint.load(config.resume / "ckpt_last.pt") if config.resume else None
+        if resumed and self.verb == "pretrain":
+            task.model.load_state_dict(resumed["model"])  # --weights have been taken in already
 
+        in_place = self._found(resumed)
         evaluated = self._open_evaluation()
         self.pairs = self._open_pairs()
         self.background, self.writer = Background(aside=self.eval_device != world.device), Background(aside=True)
-        in_place = self._place(resumed)
+        self._place(in_place)
         self.zeroshot = evaluated and self._zeroshot(evaluated)
         self.rebound_rows = self._rebound_rows() if self.verb == "clean" and config.rebound else None
         self.partly = self._partly() if self.zeroshot and config.eval_between else None
@@ -193,7 +196,7 @@ class Run:
             self.method.prepare(self.model)
         self._set_up(in_place)
         if state := resumed["optimizer"] if resumed else task.optimizer:
-            restore(self.step.optimizer, state)
+            self._restore(state)
         self.done = resumed["step"] if resumed else 0
         if resumed:
             self.step.at.fill_(self.done)
@@ -219,25 +222,41 @@ class Run:
         shares.check(batch_size, len(self.task.rows))
         return shares
 
-    def _place(self, resumed: dict | None) -> Setup | None:
-        """Put the task's model and method on the device, into the memory of an earlier run's where that fits."""
-        task, world = self.task, self.world
+    def _found(self, resumed: dict | None) -> Setup | None:
+        """That of an earlier run whose memory fits; else the earlier one goes, before anything takes its room."""
         found = self.kept.held("setup", self._structure())
-        if found and resumed is None and task.optimizer is None:  # their optimizer states have memory of their own
+        if found and resumed is None and self.task.optimizer is None:  # optimizer states that are read lie elsewhere
+            return found
+        self.kept.drop("setup", "zeroshot", "partly", "monitor")  # all that look at its model
+        if self.compiled:
+            torch.compiler.reset()  # which compiles a function for so many models, and no more
+        return None
+
+    def _place(self, found: Setup | None) -> None:
+        """Put the task's model and method on the device."""
+        task, world = self.task, self.world
+        if found:
             self.model, self.method = found.model, found.method
             self.model.load_state_dict(task.model.state_dict())
             self.model.train()
             self.method.objective = task.method.objective
-            return found
-        for kind in ("setup", "zeroshot", "partly", "monitor"):  # all that look at the earlier model
-            self.kept.drop(kind)
+            return
         self.model = task.model.to(world.device, memory_format=torch.channels_last).train()
         self.method = task.method.to(world.device)
         if self.config.grad_checkpointing:
             recompute(self.model)
         if self.shares.group:
             share_statistics(self.model, self.shares.group)
-        return None
+
+    def _restore(self, state: dict) -> None:
+        """The optimizer's state, of this run or of the one that is cleaned."""
+        try:
+            restore(self.step.optimizer, state)
+        except ValueError:
+            raise UserError(
+                f"--keep-optimizer: {self.task.start} and --method {self.task.method_name} do not train the same "
+                "parameters, as one has a head of its own; leave it out."
+            ) from None
 
     def _set_up(self, found: Setup | None) -> None:
         """The step, and the length of the run."""
@@ -259,7 +278,7 @@ class Run:
         )
         self.step = Step(
             self.model, self.method, optimizer, rates, precision=self.precision, world=self.world,
-            parts=config.accumulate, compiled=self.compiled, captured=self.captured and self.method.static,
+            parts=config.accumulate, compiled=self.compiled, captured=self.captured,
         )  # fmt: skip
         setup = Setup(self.model, self.method, batch_size, self.room, self.step)
         self.kept.put("setup", self._structure(), setup)
@@ -312,7 +331,11 @@ class Run:
 
     def embed(self, rows: np.ndarray, images: bool = True, texts: bool = True) -> tuple:
         """Raw embeddings, float32 [N, D], of the base views and of the captions, by the model as it is."""
-        towers = Towers(self.model, precision=self.precision, device=self.device)
+        if self.zeroshot is None or self.eval_device != self.device:
+            towers = Towers(self.model, precision=self.precision, device=self.device)
+        else:
+            towers = self.zeroshot.towers
+            towers.refresh()
         return embed(towers, self.pairs, rows, images=images, texts=texts)
 
     def _open_pairs(self) -> Pairs:
@@ -389,6 +412,8 @@ class Run:
                 f"{task.eval_data} has no classes and cannot be evaluated while training; build it from class folders "
                 "or with --class-key."
             )
+        if self.kept.held("evaluation", self._evaluation()) is None:
+            self.kept.drop("zeroshot", "partly", "monitor")  # which hold the earlier one
         return self.kept.get("evaluation", self._evaluation(), self._decoded_evaluation)
 
     def _evaluation(self) -> tuple:
@@ -437,8 +462,10 @@ class Run:
             return None
         task, config = self.task, self.config
         of = (str(task.start), getattr(config, "checkpoint", None), self._evaluation(), self.precision)
-        row = dict(self.kept.get("start", of, self.zeroshot) if task.start else self.zeroshot())
-        row |= self.monitor() if self.monitor else {}
+        known = self.kept.held("start", of) if task.start else None
+        row = known | {"seconds": 0.0} if known else self.zeroshot()
+        self.kept.put("start", of, row)
+        row = row | (self.monitor() if self.monitor else {})
         if self.verb == "clean" and row.get("asr") is not None and row["asr"] < config.landed and not config.force:
             raise UserError(
                 f"the attack on {task.start} has not landed: ASR {row['asr']:.1%} is below {config.landed:.0%} "
@@ -550,6 +577,8 @@ class Run:
     def _rebound_rows(self) -> np.ndarray:
         if self.zeroshot is None or not self.zeroshot.data.attacked or self.world.size > 1:
             raise UserError("--rebound watches ASR, in one process: it needs a plan, and --eval-data with its target.")
+        if self.shares.group and REBOUND_BATCH % self.shares.group:
+            raise UserError(f"--rebound takes {REBOUND_BATCH} pairs a step: give a --bn-group that divides it.")
         return clean_pairs(self.pairs, self.task.plan, self.config.rebound * REBOUND_BATCH)
 
     def _evaluated_on(self) -> str:

@@ -24,3 +24,12 @@ def test_the_latest_of_a_kind_is_kept_and_an_older_one_goes_first():
     second = kept.get("a", 2, make)
     assert len(alive) == 2 and kept.held("a", 2) is second
     assert kept.held("a", 1) is None and kept.held("a", 2) is None  # asked for with another key, it is gone
+
+
+def test_what_refers_to_itself_is_let_go_at_once():
+    kept, thing = Kept(), Thing()
+    thing.itself, gone = thing, weakref.ref(thing)
+    kept.put("a", 1, thing)
+    del thing
+    kept.drop("a", "b")
+    assert gone() is None and kept.held("a", 1) is None

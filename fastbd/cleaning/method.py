@@ -65,8 +65,6 @@ class Method(nn.Module):
     """Batch norm keeps to the running statistics that the model came with."""
     fixed_scale = False
     """The temperature is not trained."""
-    static = True
-    """A step has the same shapes each time and waits for nothing, so that it may be captured in a CUDA graph."""
 
     def __init__(self, objective: Objective, objective_name: str = "mmcl"):
         super().__init__()
@@ -78,12 +76,12 @@ class Method(nn.Module):
         A second training may follow in the same memory: everything is set anew, in place where it has been made.
         """
 
-    def hold(self, name: str, value: Tensor) -> None:
+    def hold(self, name: str, value: Tensor, saved: bool = True) -> None:
         """A buffer with this value: a new one, or the one there is, written in place."""
-        if name in self._buffers:
+        if self._buffers.get(name) is not None:
             self._buffers[name].copy_(value)
         else:
-            self.register_buffer(name, value)
+            self.register_buffer(name, value, persistent=saved)
 
     def prepare(self, model: CLIP) -> None:
         """Change the weights that a fresh run begins with."""
@@ -97,7 +95,7 @@ class Method(nn.Module):
         return ()
 
     def variant(self, epoch: int) -> Hashable:
-        """Epochs of one variant have the same kernels in their steps; it is set before a step is made."""
+        """Epochs of one variant have the same kernels in their steps; asked before an epoch's first step."""
 
     def rows(self, epoch: int, rows: np.ndarray) -> np.ndarray:
         """Those of an epoch, as many as there are in all."""

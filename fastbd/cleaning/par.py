@@ -41,16 +41,13 @@ class Par(Method):
     def attach(self, training: Training) -> None:
         """Copy the model, and embed what stays the same: all captions, and the images if their views are plain."""
         images, texts = training.embed(training.rows, images=training.policies[0] == "plain")
-        known = {"places": torch.tensor(training.rows, device=training.device), "texts": F.normalize(texts)}
+        self.hold("places", torch.tensor(training.rows, device=training.device), saved=False)
+        self.hold("texts", F.normalize(texts), saved=False)
         if images is not None:
-            known["images"] = F.normalize(images)
+            self.hold("images", F.normalize(images), saved=False)
         if self.poisoned:
             self.refresh()
-            for name, table in known.items():
-                self.get_buffer(name).copy_(table)
             return
-        for name, table in known.items():
-            self.register_buffer(name, table, persistent=False)
         folded = Folded(training.model, training.device)
         folded.refresh()
         self.refresh, self.precision = folded.refresh, training.precision

@@ -20,7 +20,7 @@ BATCH = 256  # pairs of the validation loss
 class Monitor:
     """monitor() says how far the model has moved since start(), on clean pairs that it is not trained on.
 
-    Of the `rows` of `pairs`, some 1,024, the images' plain and AutoAugment views, drawn from `seed`, stay on the device
+    Of the `rows` of `pairs` the images' plain and AutoAugment views, drawn from `seed`, stay on the device
     as uint8 [N, S, S, 3], and the captions packed. The towers are as they were last refreshed.
     """
 

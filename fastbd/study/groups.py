@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,8 @@ def groups(runs: Sequence[Run]) -> list[Group]:
             place = (run.architecture, _data(start or run.recorded), run.attack)
             method = ""
             if run.verb == "clean":
-                settings = [_told(flag, run.config[flag]) for flag in compared[method_name(run)]]
+                told = [flag for flag in compared[method_name(run)] if flag in run.config]
+                settings = [_told(flag, run.config[flag]) for flag in told]
                 method = ", ".join([method_name(run), *settings, *_cleaned_on(run, start, sizes)])
             found.setdefault((run.pretrain_objective, place, variant, method), []).append(run)
     return [Group(*key, tuple(group)) for key, group in sorted(found.items(), key=lambda item: _order(item[0]))]
@@ -142,10 +142,10 @@ def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _compared(alike: Sequence[Run]) -> list[str]:
-    """The flags that the study compares in a method: several values, and each in several runs."""
-    flags = [flag for flag in alike[0].config if flag not in HARMLESS | SEARCHED]
-    counts = {flag: Counter(json.dumps(run.config.get(flag)) for run in alike) for flag in flags}
-    return [flag for flag, count in counts.items() if len(count) > 1 and min(count.values()) > 1]
+    """The flags that the study compares in a method: several values, on the average in two runs each or more."""
+    flags = {flag for run in alike for flag in run.config} - HARMLESS - SEARCHED
+    values = {flag: [json.dumps(run.config[flag]) for run in alike if flag in run.config] for flag in sorted(flags)}
+    return [flag for flag, found in values.items() if 1 < len(set(found)) <= len(found) / 2]
 
 
 def _told(flag: str, value: Any) -> str:
@@ -178,11 +178,12 @@ ORDER = ("mmcl", "mmcl_ssl", "ssl", "siglip", "siglip_ssl", "cyclip")
 # and how a run is carried out and watched.
 HARMLESS = {
     "accumulate", "classes", "compile", "data", "decode", "device", "eval_data", "eval_device", "eval_every",
-    "eval_subset", "grad_checkpointing", "graph", "hw_decoder_load", "landed", "log_every", "max_bad", "model",
-    "objective", "out", "plan", "preset", "resident", "resume", "run", "save_every", "seed", "templates", "workers",
+    "eval_between", "eval_subset", "grad_checkpointing", "graph", "hw_decoder_load", "landed", "log_every", "max_bad",
+    "model", "objective", "out", "plan", "preset", "resident", "resume", "run", "save_every", "seed", "templates",
+    "workers",
 }  # fmt: skip
 # Settings of a cleaning that are searched over, or told elsewhere.
 SEARCHED = {
-    "lr", "warmup", "epochs", "rows", "poison_left", "checkpoint", "method", "force", "rebound", "eval_between",
+    "lr", "warmup", "epochs", "rows", "poison_left", "checkpoint", "method", "force", "rebound",
     "flagged_by", "rows_file",
 }  # fmt: skip

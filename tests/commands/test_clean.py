@@ -45,5 +45,11 @@ def test_what_is_left_is_stamped_and_what_rebounds_is_measured(study, fastbd, tm
     assert rows[0]["drift_image"] == rows[0]["drift_text"] == 0 < min(rows[1]["drift_image"], rows[2]["drift_text"])
     result = json.loads((tmp_path / "cleaned" / "result.json").read_text())
     assert result["reason"] == "finished" and result["rebound"]["rebound"]["steps"][-1] == 4
+    for more, said in (
+        (("--keep-optimizer", "--method", "deep_cluster", "--clusters", 4), "one has a head of its own"),
+        (("--rebound", 2, "--bn-group", 24), "--rebound takes 16 pairs a step: give a --bn-group that divides it"),
+    ):
+        assert said in " ".join(fastbd(*clean, *more, "--out", "refused", cwd=tmp_path, code=2).stderr.split())
+        assert not (tmp_path / "refused").exists()
     refused = fastbd(*clean, "--data", study / "val.beton", "--poison-left", 3, cwd=tmp_path, code=2).stderr
     assert "--poison-left takes pairs that the run's plan poisons" in refused
