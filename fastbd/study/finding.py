@@ -171,8 +171,8 @@ def _in_short(pairs: Sequence[Comparison], among: Sequence[Comparison]) -> str:
     said = []
     for verdict, words in SHORT.items():
         names = [_name(pair, among) for pair in pairs if pair.verdict == verdict]
-        said += [f"{words} {', '.join(names)}"] if names else []
-    return f"As for the rest, the study {'; '.join(said)}."
+        said += [f"{words} {'; '.join(names)}"] if names else []
+    return f"As for the rest, the study {'. It '.join(said)}."
 
 
 def _without_pair(table: Sequence[Row]) -> str:
