@@ -22,6 +22,10 @@ class Kept:
         """Let go of it, if there is one."""
         self._kept.pop(kind, None)
 
+    def clear(self) -> None:
+        """Let go of all."""
+        self._kept.clear()
+
     def put(self, kind: str, key: Hashable, thing: Any) -> Any:
         self._kept[kind] = key, thing
         return thing
