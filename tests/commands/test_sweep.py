@@ -30,7 +30,7 @@ from fastbd.kept import Kept
 from fastbd.run import Run
 from fastbd.study import search
 from fastbd.study.grid import Study
-from fastbd.study.ledger import Ledger
+from fastbd.study.ledger import Ledger, _read_claim
 
 PRETRAIN = {"model": "tiny-rn", "epochs": 1, "batch_size": 24, "data": "train.beton", "plan": "train.poison.json",
             "eval_data": "val.beton", "templates": "demo", "device": "cpu"}  # fmt: skip
@@ -320,7 +320,7 @@ def test_a_ray_actor_that_dies_is_started_again(undisturbed, study):
         end(process)
     assert process.returncode == 0, said
     assert all_numbers(study / "ray") == all_numbers(undisturbed)
-    holders = [json.loads(path.read_text().splitlines()[0])["pid"] for path in (study / "ray/claims").glob("*.?")]
+    holders = [_read_claim(path)[0]["pid"] for path in (study / "ray/claims").glob("*/claim.json")]
     assert len(holders) == 6 and len(set(holders)) == 3
 
 
