@@ -98,15 +98,20 @@ def on_ray(work: Work, folder: Path, count: int, device: str) -> None:
     actor = ray.remote(num_cpus=1, num_gpus=int(kind == "GPU"), **again)(Worker)
     actors = [actor.remote() for _ in range(count)]  # Ray ends an actor whose handle is let go
     pending = [each.run.remote(k, Path.cwd()) for k, each in enumerate(actors)]
+    errors = []
     try:
         with _signals(lambda: bell.ring.remote()):
             while pending:
                 ended, pending = ray.wait(pending, timeout=1)  # and Python looks after signals in between
-                ray.get(ended)
-    except ray.exceptions.RayError as error:
-        raise _died(f"{str(error).splitlines()[-1]}; see {folder / 'worker-*.log'}", folder) from None
+                for each in ended:
+                    try:
+                        ray.get(each)
+                    except ray.exceptions.RayError as error:  # the others go on
+                        errors.append(error)
     finally:
         ray.shutdown()
+    if errors:
+        raise _died(f"{str(errors[0]).splitlines()[-1]}; see {folder / 'worker-*.log'}", folder)
 
 
 class _Bell:

@@ -24,6 +24,10 @@ class Kept:
         if [kind for kind in kinds if self._kept.pop(kind, None)]:
             gc.collect()
 
+    def clear(self) -> None:
+        """Let go of all."""
+        self._kept.clear()
+
     def put(self, kind: str, key: Hashable, thing: Any) -> Any:
         self._kept[kind] = key, thing
         return thing

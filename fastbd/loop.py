@@ -20,8 +20,8 @@ from fastbd.errors import Diverged, UserError
 from fastbd.readback import Readback
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop; its state is saved."""
+class Stopped(BaseException):
+    """A signal asked the run to stop; its state is saved. Like KeyboardInterrupt it is no error, nor caught as one."""
 
     def __init__(self, signum: int):
         self.exit_code = 128 + signum
@@ -150,7 +150,8 @@ class _Clock:
 def _signals():
     """Collect SIGINT and SIGTERM instead of dying of them; a second one kills as usual.
 
-    One that came too late to stop the loop is handed on to what listened before, if that was of our making.
+    One that has not stopped the loop, as it came too late or as an error came first, is handed on to what listened
+    before, if that was of our making. What is ignored stays ignored.
     """
     caught: list[int] = []
 
@@ -158,12 +159,16 @@ def _signals():
         caught.append(signum)
         signal.signal(signum, previous[signum])
 
-    previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {s: signal.signal(s, note) for s in wanted}
     try:
         yield caught
+    except Stopped:
+        caught.clear()
+        raise
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-    for signum in caught:
-        if previous[signum] not in (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler):
-            previous[signum](signum, None)
+        for signum in caught:
+            if previous[signum] not in (signal.SIG_DFL, signal.default_int_handler):
+                previous[signum](signum, None)

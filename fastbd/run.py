@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -550,7 +551,6 @@ class Run:
         """Write result.json, which says that nothing is left to be done here."""
         if not self.world.main:
             return
-        self.guard()
         seconds = time.perf_counter() - self.began
         evaluating = sum(row["seconds"] for row in read(self.folder).metrics)
         gpu = self.device.type == "cuda"
@@ -563,7 +563,9 @@ class Run:
             "devices": self.world.size,
         }
         if self.rebound_rows is not None and reason == "finished":
-            result["rebound"] = self._rebound()
+            with suppress(Diverged):  # the cleaning itself has not
+                result["rebound"] = self._rebound()
+        self.guard()
         log.write_json(self.folder / "result.json", result)
 
     def _rebound(self) -> dict:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 
 from fastbd import checkpoint
 from fastbd.errors import UserError
+from fastbd.loop import Stopped
 
 STATE = {
     "fastbd": "1", "model": {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(7)}, "step": 12, "epoch": 1.5,
@@ -23,6 +25,22 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert torch.equal(loaded["model"].pop("w"), STATE["model"]["w"]) and loaded["model"].pop("n") == 7
     assert loaded == STATE | {"model": {}}
     assert os.listdir(tmp_path) == ["ckpt_last.pt"]
+
+
+def test_a_signal_while_a_checkpoint_is_read_is_no_damage(tmp_path):
+    """The file is one that nobody ever writes to."""
+    os.mkfifo(tmp_path / "ckpt_last.pt")
+
+    def stop(signum, frame):
+        raise Stopped(signum)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(Stopped):
+            checkpoint.load(tmp_path / "ckpt_last.pt")
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_the_random_state_goes_on_where_it_was(tmp_path):

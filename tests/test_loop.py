@@ -8,8 +8,8 @@ import torch
 
 from fastbd.data.loader import Batch
 from fastbd.dist import World
-from fastbd.errors import UserError
-from fastbd.loop import Stopped, Timetable, every, train
+from fastbd.errors import Diverged, UserError
+from fastbd.loop import Enough, Stopped, Timetable, every, train
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -56,12 +56,15 @@ class Diary:
     def batches(self, epoch, offset):
         return [Batch(np.full(3, 10 * epoch + i), (), ()) for i in range(offset, 4)]
 
+    def evaluate(self, at):
+        self.entries.append(("evaluate", at))
+
     def train(self, start=0, evaluate_at=(8,), save_at=(4, 8), log_every=3):
         self.at = start
         table = Timetable(4, 8, evaluate_at, save_at, log_every)
         train(
             self.step, self.batches, table, start=start, label="toy", pairs_limit=1e9, world=ONE,
-            evaluate=lambda at: self.entries.append(("evaluate", at)),
+            evaluate=self.evaluate,
             save=lambda at: self.entries.append(("save", at)), record=self.rows.append,
         )  # fmt: skip
         return self.entries
@@ -120,6 +123,32 @@ def test_a_signal_in_the_last_step_reaches_who_listened_before():
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("error", [Enough("pruned"), Diverged("the model gives numbers that are not finite")])
+def test_a_signal_before_an_evaluation_that_ends_the_run_is_handed_on(error):
+    diary, heard = Diary(stop_at=3), []
+
+    def evaluate(at):
+        raise error
+
+    diary.evaluate = evaluate
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    try:
+        with pytest.raises(type(error)):
+            diary.train(evaluate_at=(4,))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+
+
+def test_a_signal_that_was_ignored_stays_so():
+    """A worker leaves Ctrl-C to the process that started it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert Diary(stop_at=5, signum=signal.SIGINT).train()[-1] == ("evaluate", 8)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_error_in_a_step_puts_the_handlers_back():

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.live import Live
 
-from fastbd import checkpoint, dist, log
+from fastbd import dist, log
 from fastbd.commands import clean, demo, poison, pretrain, report
-from fastbd.config import ReportConfig, SweepConfig
+from fastbd.config import CleanConfig, ReportConfig, SweepConfig
 from fastbd.dist import World
 from fastbd.engines import ENGINES
 from fastbd.errors import Diverged, UserError
@@ -23,9 +26,9 @@ from fastbd.kept import Kept
 from fastbd.loop import Stopped
 from fastbd.run import Run
 from fastbd.study import halting, live, search
-from fastbd.study.grid import Planned, Study, command, with_overrides
+from fastbd.study.grid import Planned, Study, command, material, with_overrides
 from fastbd.study.ledger import Claim, Ledger
-from fastbd.study.runs import find, on_common_set
+from fastbd.study.runs import find, on_common_set, read_config
 from fastbd.study.studies import load
 from fastbd.study.tables import best_of
 
@@ -57,16 +60,29 @@ def run(config: SweepConfig) -> int:
         if ledger.left():
             raise
         log.console.print(str(error), markup=False)
-    states = [row.status.state for row in ledger.table()]
-    folders, page = (ledger.folder / "runs",), ledger.folder / "report.html"
-    report.run(ReportConfig(runs=folders, out=page))
-    best = best_of(on_common_set(find(folders)))
-    for row in ledger.table():
+    rows = ledger.table()
+    states = [row.status.state for row in rows]
+    for row in rows:
         if row.status.state == "failed":
             log.console.print(f"{row.run.name} failed: {row.status.reason}", markup=False)
-    result = {"runs": len(states), "finished": states.count("finished"), "report": str(page), "best": best}
+    if blocked := states.count("blocked"):
+        log.console.print(f"blocked by what failed: {blocked}", markup=False)
+    page, best = _report(ledger.folder)
+    result = {"runs": len(states), "finished": states.count("finished"), "report": page, "best": best}
     print(json.dumps({**result, "seconds": round(time.perf_counter() - began, 1)}))
-    return 0 if states.count("finished") == len(states) else 1
+    return 0 if states.count("finished") == len(states) and page else 1
+
+
+def _report(folder: Path) -> tuple[str | None, dict]:
+    """The page that is written, and the best of its runs; (None, {}) where nothing was evaluated."""
+    folders, page = (folder / "runs",), folder / "report.html"
+    try:
+        best = best_of(on_common_set(find(folders)))
+        report.run(ReportConfig(runs=folders, out=page))
+    except UserError as error:
+        log.console.print(f"there is no report: {error}", markup=False)
+        return None, {}
+    return str(page), best
 
 
 def open_ledger(config: SweepConfig) -> Ledger:
@@ -133,30 +149,49 @@ def _stoppable() -> Iterator[None]:
 
 
 def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:
-    """The run that is claimed, and how it ended; a mistake in it ends no other."""
+    """The run that is claimed, and how it ended; an error in it ends no other."""
+    run = claim.run
     try:
-        if claim.run.verb == "poison":
-            poison.run(claim.run.config)
+        if run.verb == "poison":
+            poison.run(run.config)
             return "finished"
-        return _train(claim, ledger, config, kept, world)
-    except Diverged:
-        return "diverged"
+        how = _train(claim, ledger, config, kept, world)
     except Lost:
         return "taken over by another process"
-    except UserError as error:
-        claim.fail(str(error))
-        return f"failed: {error}"
+    except Exception as error:
+        if not (isinstance(error, Diverged) and run.finished):
+            return _failed(claim, error, kept, world)
+        how = "diverged"
+    if run.verb == "clean" and not config.keep_weights and claim.held():
+        for path in run.config.out.glob("ckpt_*"):
+            path.unlink(missing_ok=True)
+    return how
+
+
+def _failed(claim: Claim, error: Exception, kept: Kept, world: World) -> str:
+    """So that no other process takes the run and dies of it too. Raises where the GPU answers no more."""
+    said = str(error)
+    if not isinstance(error, UserError):
+        log.console.print("".join(traceback.format_exception(error)), markup=False)
+        said = traceback.format_exception_only(error)[0].splitlines()[0]
+        kept.clear()  # of a step that ended in its middle
+    claim.fail(said)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return f"failed: {said}"
 
 
 def _train(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:
     """Train from the last checkpoint, where there is one."""
     planned = claim.run
     log.remove_unfinished(planned.config.out)
-    begun = (planned.config.out / "config.json").is_file()
-    settings = replace(planned.config, resume=planned.config.out) if begun else planned.config
+    settings, folder = planned.config, planned.config.out
+    if (folder / "config.json").is_file():
+        batch_size = read_config(folder)["config"]["batch_size"]  # what was found to fit, if it was auto
+        settings = replace(settings, resume=folder, batch_size=batch_size)
 
     def guard() -> None:
-        if claim.lost:
+        if claim.lost or not claim.held():
             raise Lost
 
     training = Run(
@@ -164,10 +199,7 @@ def _train(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world:
         extra={"id": planned.id, "command": command(replace(planned.config, out=None))},
         enough=partial(_enough, _rules(planned, ledger, config)), guard=guard, quiet=True,
     )  # fmt: skip
-    reason = training.train()
-    if planned.verb == "clean" and not config.keep_weights:
-        checkpoint.path_of(training.folder, "last").unlink()
-    return reason
+    return training.train()
 
 
 def _rules(planned: Planned, ledger: Ledger, config: SweepConfig) -> list[halting.Rule]:
@@ -176,10 +208,16 @@ def _rules(planned: Planned, ledger: Ledger, config: SweepConfig) -> list[haltin
         return []
     rules: list[halting.Rule] = [halting.collapsed] if config.stop_collapsed else []
     if config.asha:
-        alike = [r.config for r in ledger.runs if r.verb == "clean" and r.id != planned.id]
-        alike = [c for c in alike if (c.run, c.method) == (planned.config.run, planned.config.method)]
-        rules.append(halting.asha([c.out for c in alike], config.asha))
+        others = [run.config for run in ledger.runs if run.verb == "clean" and run.id != planned.id]
+        alike = [other.out for other in others if _but_for_rates(other) == _but_for_rates(planned.config)]
+        rules.append(halting.asha(alike, config.asha))
     return rules
+
+
+def _but_for_rates(config: CleanConfig) -> dict[str, Any]:
+    """What two cleanings have in common of which one may be the better by its learning rate or warmup alone."""
+    rest = {flag: value for flag, value in material(config).items() if flag not in ("lr", "warmup")}
+    return {"run": config.run, **rest}
 
 
 def _enough(rules: list[halting.Rule], rows: tuple[dict, ...]) -> str | None:

@@ -31,13 +31,14 @@ TITLES = ("trigger", "objective", "method")  # flags whose values need no name b
 GIVEN_BY_STUDY = {
     "attacks": {"out", "data", "add_to"},
     "pretrain": {"out", "resume", "preset", "seed"},
-    "clean": {"out", "resume", "preset", "seed", "run"},
+    "clean": {"out", "resume", "preset", "seed", "run", "save_every"},
 }
 IMMATERIAL = {
     "out", "run", "resume", "preset",  # where, and where the defaults came from; what a run starts from is hashed apart
     "device", "eval_device", "workers", "resident", "hw_decoder_load", "compile", "graph",  # the machine
     "accumulate", "grad_checkpointing",  # memory; the gradient is the same
     "log_every", "max_bad", "landed", "force",  # what is said, and when a run is refused
+    "save_every",  # what is kept
 }  # fmt: skip
 """Flags that may change without making another run of it: its numbers stay the same up to rounding."""
 
@@ -92,8 +93,15 @@ class Planned:
 
     @property
     def product(self) -> Path:
-        """The file that is there when the run has finished."""
+        """The file that is there when the run has ended."""
         return self.config.out if self.verb == "poison" else self.config.out / "result.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether its product is there; a pre-training that diverged has made no model to clean."""
+        if self.verb != "pretrain" or not self.product.exists():
+            return self.product.exists()
+        return json.loads(self.product.read_text()).get("reason") != "diverged"
 
 
 class _Model(NamedTuple):
@@ -166,8 +174,9 @@ def with_overrides(
 def expand(study: Study, folder: Path, known: Mapping[str, str] | None = None) -> tuple[Planned, ...]:
     """The study's runs in `folder`: plans, then pre-trainings, then cleanings, each after what it needs.
 
-    Cleanings that differ only in model, learning rate and seed follow one another, so that one process can use its
-    compiled step again. `known` names runs by id that have a folder already. UserError where two runs are the same.
+    Cleanings that differ only in model, seed and learning rate follow one another, in this order, so that one process
+    can use its compiled step again, and a seed's data and start. `known` names runs by id that have a folder already.
+    UserError where two runs are the same.
     """
     known = known or {}
     earlier, models = _pretraining(study, folder, known) if study.pretrain else ([], _pretrained(study))
@@ -177,9 +186,9 @@ def expand(study: Study, folder: Path, known: Mapping[str, str] | None = None) -
     cleanings = []
     for model, (which, (values, name)) in product(models, enumerate(zip(given, _names(given), strict=True))):
         base = preset.defaults("clean", values["method"])
-        config = replace(base, **values, seed=model.seed, run=model.folder)
+        config = replace(base, **values, seed=model.seed, run=model.folder, save_every=0)
         run = _planned(config, f"{model.name}-{name}", folder, known, start=(model.identity,), needs=model.needs)
-        place = (structures.index(structures[which]), model.place, which, study.seeds.index(model.seed))
+        place = (structures.index(structures[which]), model.place, study.seeds.index(model.seed), which)
         cleanings.append((place, run))
     runs = (*earlier, *(run for _, run in sorted(cleanings, key=lambda pair: pair[0])))
     runs = (*runs, *_searched(study, models, folder, known))
@@ -197,7 +206,7 @@ def _searched(study: Study, models: Sequence[_Model], folder: Path, known: Mappi
             given = {flag: value for flag, value in entry.items() if flag not in ("model", "seed")}
             values = {flag: _checked("clean", flag, value, where) for flag, value in given.items()}
             base = preset.defaults("clean", values.get("method", preset.clean.method))
-            config = replace(base, **values, seed=model.seed, run=model.folder)
+            config = replace(base, **values, seed=model.seed, run=model.folder, save_every=0)
             name = f"{model.name}-{config.method}-search{number}"
             yield _planned(config, name, folder, known, start=(model.identity,), needs=model.needs)
 
@@ -308,12 +317,20 @@ def settings(study: Study, kind: str) -> list[dict[str, Any]]:
             raise UserError(f"{where} is {entry!r}: give flags with their values.")
         axes = {}
         for flag, value in entry.items():
-            values = value if isinstance(value, tuple | list) else (value,)
+            values = value if _is_axis(kind, flag, value) else (value,)
             if not values:
                 raise UserError(f"{where} has no value for '{flag}'; give one, or leave the flag out.")
             axes[flag] = [_checked(kind, flag, value, where) for value in values]
         found += [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     return found
+
+
+def _is_axis(kind: str, flag: str, value: Any) -> bool:
+    """Whether these are several values of the flag; of one that takes a list they are lists themselves."""
+    if not isinstance(value, tuple | list):
+        return False
+    takes_list = typing.get_origin(typing.get_type_hints(KINDS[kind]).get(flag)) is tuple
+    return not takes_list or any(isinstance(item, tuple | list) for item in value)
 
 
 def _checked(kind: str, flag: str, value: Any, where: str) -> Any:
@@ -345,6 +362,10 @@ def _as(hint: Any, value: Any) -> Any:
             except TypeError as error:
                 wanted.append(str(error))
         raise TypeError(" or ".join(wanted))
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, tuple | list):
+            return tuple(_as(typing.get_args(hint)[0], item) for item in value)
+        raise TypeError("a list")
     if type(value) is hint or (hint is Path and isinstance(value, Path)):
         return value
     if (hint is float and type(value) is int) or (hint is Path and isinstance(value, str)):
@@ -377,7 +398,7 @@ def _names(given: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _word(flag: str, value: Any) -> str:
-    text = re.sub(r"[^\w.+-]+", "_", str(value))
+    text = re.sub(r"[^\w.+-]+", "_", "_".join(map(str, value)) if isinstance(value, tuple) else str(value))
     if isinstance(value, bool):
         return flag if value else f"no_{flag}"
     return text if flag in TITLES else f"{flag}{text}"
@@ -398,6 +419,8 @@ def command(config: Config) -> str:
         name = flag.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, tuple):
+            words += [f"--{name}", *map(str, value)]
         else:
             words += [f"--{name}", str(value)]
     return shlex.join(["python", "-m", "fastbd", verb, *words])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fastbd.study.pareto import CEILINGS, best
-from fastbd.study.runs import Evaluation, read_metrics
+from fastbd.study.runs import Evaluation, on_all_images, read_metrics
 
 Rule = Callable[[Sequence[Evaluation]], str | None]  # all evaluations of a run so far -> why it shall end
 SHARE, PATIENCE = 0.5, 2.0
@@ -14,6 +14,7 @@ SHARE, PATIENCE = 0.5, 2.0
 
 def collapsed(rows: Sequence[Evaluation]) -> str | None:
     """ "collapsed" when top-1 has been below SHARE of the start's for PATIENCE epochs."""
+    rows = on_all_images(rows)
     start, last = rows[0], rows[-1]
     low = [row["top1"] < SHARE * start["top1"] for row in rows if row["epoch"] >= last["epoch"] - PATIENCE]
     return "collapsed" if last["epoch"] > PATIENCE and all(low) else None
@@ -29,7 +30,9 @@ def asha(peers: Iterable[Path], eta: int, first: float = 2.0) -> Rule:
     peers = list(peers)
 
     def rule(rows: Sequence[Evaluation]) -> str | None:
-        rung = first
+        if rows[-1].get("subset"):
+            return None
+        rows, rung = on_all_images(rows), first
         while rung * eta <= rows[-1]["epoch"]:
             rung *= eta
         if not any(row["epoch"] < rung for row in rows[-2:-1]) or rows[-1]["epoch"] < rung:
@@ -44,6 +47,7 @@ def asha(peers: Iterable[Path], eta: int, first: float = 2.0) -> Rule:
 
 def score(rows: Sequence[Evaluation], rung: float) -> tuple[float, float] | None:
     """Of the evaluations up to `rung` epochs, with the one that ends them; None where the run has not come so far."""
+    rows = on_all_images(rows)
     if not rows or rows[-1]["epoch"] < rung:
         return None
     end = next(k for k, row in enumerate(rows) if row["epoch"] >= rung)

@@ -145,7 +145,7 @@ class Ledger:
         for run, status in self._statuses():
             if status.state == "waiting" and all(need in self._finished for need in run.needs):
                 claim = self._claim(run, status.attempt + 1)
-                if claim and not run.product.exists() and not self._failure(run).exists():
+                if claim and not run.finished and not self._failure(run).exists():
                     return claim
                 if claim:
                     claim.release()  # it ended after we had looked
@@ -184,7 +184,7 @@ class Ledger:
             yield run, status
 
     def _status(self, run: Planned, attempt: int, now: float) -> Status:
-        if run.id not in self._finished and run.product.exists():
+        if run.id not in self._finished and run.finished:
             self._finished.add(run.id)
         if run.id in self._finished:
             return Status("finished", attempt)
@@ -265,7 +265,7 @@ class Claim:
         if not self._released.is_set():
             self._released.set()
             with suppress(FileNotFoundError):
-                _end(self._path, "finished" if self.run.product.exists() else "released")
+                _end(self._path, "finished" if self.run.finished else "released")
 
     def __enter__(self) -> Claim:
         return self
@@ -286,16 +286,23 @@ class Claim:
 
 
 def seconds_left(table: list[Row]) -> float | None:
-    """An estimate: the mean time of the finished runs of the same verb for each, over the workers at it now."""
+    """An estimate: the mean time of the finished runs of the same method for each, or else of the same verb, over the
+    workers at it now; None where a verb has none."""
     done: dict[str, list[float]] = {}
     for row in table:
         if row.status.state == "finished" and row.seconds:
-            done.setdefault(row.run.verb, []).append(row.seconds)
+            for kind in {row.run.verb, _method(row)}:
+                done.setdefault(kind, []).append(row.seconds)
     left = [r for r in table if r.run.verb != "poison" and r.status.state in ("waiting", "running")]
     if not all(row.run.verb in done for row in left):
         return None
-    seconds = sum(max(0.0, mean(done[row.run.verb]) - (row.seconds or 0.0)) for row in left)
+    usual = [mean(done.get(_method(row), done[row.run.verb])) for row in left]
+    seconds = sum(max(0.0, mine - (row.seconds or 0.0)) for mine, row in zip(usual, left, strict=True))
     return seconds / max(1, len({row.status.who for row in left if row.status.state == "running"}))
+
+
+def _method(row: Row) -> str:
+    return getattr(row.run.config, "method", row.run.verb)
 
 
 def _row(run: Planned, status: Status, now: float) -> Row:

@@ -113,6 +113,11 @@ def read_metrics(path: Path) -> tuple[Evaluation, ...]:
     return _first(_lines(path / "metrics.jsonl"), ("step", *SET))
 
 
+def on_all_images(rows: Iterable[Evaluation]) -> list[Evaluation]:
+    """Without those that --eval-between made on part of the images."""
+    return [row for row in rows if not row.get("subset")]
+
+
 def find(paths: Iterable[Path]) -> list[Run]:
     """The runs in `paths`, each a run folder or a folder that contains run folders. UserError where there is none."""
     found: dict[str, Run] = {}
@@ -126,7 +131,11 @@ def find(paths: Iterable[Path]) -> list[Run]:
 
 
 def on_common_set(runs: Sequence[Run]) -> list[Run]:
-    """The runs with only the zero-shot evaluations on the set that most were made on: two sets do not compare."""
+    """The runs with only the zero-shot evaluations on the set that most were made on: two sets do not compare.
+
+    Without pre-trainings that diverged, which have made no model.
+    """
+    runs = [run for run in runs if (run.verb, run.result.get("reason")) != ("pretrain", "diverged")]
     sets = Counter(_set(e) for run in runs for e in run.metrics if "top1" in e)
     if not sets:
         raise UserError(f"none of the {len(runs)} runs has an evaluation yet: give --eval-data when training.")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastbd.errors import UserError
 from fastbd.study.grid import Config, Entry, Planned, material
 from fastbd.study.ledger import Ledger, Row
 from fastbd.study.pareto import CEILINGS, best
-from fastbd.study.runs import Evaluation, read_metrics
+from fastbd.study.runs import Evaluation, on_all_images, read_metrics
 
 TRIES = 20  # draws until one is new
 DIGITS = 3  # of a number that is drawn
@@ -23,44 +23,45 @@ STATES = {"finished": "COMPLETE", "failed": "FAIL", "blocked": "FAIL"}  # others
 
 
 class Space(NamedTuple):
-    """What is searched: one model and one entry of the study's cleanings, its axes of numbers taken as ranges.
+    """What is searched: one model and one entry of the study's cleanings, its learning rates taken as a range.
 
-    Each of its other axes' values has a space of its own, as what they compare is to be searched for equally.
+    Each value of its other axes has a space of its own, as what they compare is to be searched for equally.
     """
 
     grid: tuple[Planned, ...]
     """Its runs in the grid."""
     flags: tuple[str, ...]
     """All that the entry gives."""
-    ranges: dict[str, tuple[float, float]]
+    low: float
+    high: float
 
     @property
     def config(self) -> Config:
         return self.grid[0].config
 
     def holds(self, run: Planned) -> bool:
-        """Whether the run differs from those of the grid only in where it is in the ranges."""
+        """Whether the run differs from those of the grid only in where its learning rate is in the range."""
         return (
             run.verb == "clean"
-            and _model_and_rest(run.config, self.ranges) == _model_and_rest(self.config, self.ranges)
-            and all(low <= getattr(run.config, flag) <= high for flag, (low, high) in self.ranges.items())
+            and _model_and_rest(run.config) == _model_and_rest(self.config)
+            and self.low <= run.config.lr <= self.high
         )
 
-    def entry(self, drawn: dict[str, Any]) -> Entry:
+    def entry(self, lr: float) -> Entry:
         """As Study.searched has it."""
         given = {flag: getattr(self.config, flag) for flag in self.flags}
-        return {**given, **drawn, "model": self.config.run.resolve().name, "seed": self.config.seed}
+        return {**given, "lr": lr, "model": self.config.run.resolve().name, "seed": self.config.seed}
 
 
 def spaces(ledger: Ledger) -> list[Space]:
-    """Of all models, and all entries with an axis of two or more numbers."""
+    """Of all models, and all entries with two or more learning rates."""
     found = []
     for entry in ledger.study.clean:
-        ranges = {flag: (min(axis), max(axis)) for flag, axis in entry.items() if _is_range(axis)}
+        rates = entry.get("lr")
         grids: dict[tuple, list[Planned]] = {}
-        for run in ledger.of(entry) if ranges else ():
-            grids.setdefault(_model_and_rest(run.config, ranges), []).append(run)
-        found += [Space(tuple(grid), tuple(entry), ranges) for grid in grids.values()]
+        for run in ledger.of(entry) if isinstance(rates, tuple | list) and len(rates) > 1 else ():
+            grids.setdefault(_model_and_rest(run.config), []).append(run)
+        found += [Space(tuple(grid), tuple(entry), min(rates), max(rates)) for grid in grids.values()]
     return found
 
 
@@ -76,33 +77,33 @@ def _choose(ledger: Ledger, found: Sequence[Space], trials: int) -> Entry | None
     ready = [space for space in found if there.issuperset(space.grid[0].needs)]
     pasts = [(space, [row for row in rows if space.holds(row.run)]) for space in ready]
     for space, past in sorted(pasts, key=lambda pair: len(pair[1]) - len(pair[0].grid)):
-        drawn = _draw(space, past) if len(past) - len(space.grid) < trials else None
-        if drawn:
-            return space.entry(drawn)
+        lr = _draw(space, past) if len(past) - len(space.grid) < trials else None
+        if lr is not None:
+            return space.entry(lr)
     return None
 
 
-def _draw(space: Space, past: Sequence[Row]) -> dict[str, Any] | None:
-    """Where in the ranges to look next; None where nothing new is found."""
+def _draw(space: Space, past: Sequence[Row]) -> float | None:
+    """The learning rate to try next; None where nothing new is found."""
     optuna = load()
-    axes = {flag: _distribution(flag, *ends, getattr(space.config, flag)) for flag, ends in space.ranges.items()}
-    taken = [{flag: getattr(row.run.config, flag) for flag in axes} for row in past]
+    axes = {"lr": optuna.distributions.FloatDistribution(space.low, space.high, log=space.low > 0)}
+    taken = [row.run.config.lr for row in past]
     sampler = optuna.samplers.TPESampler(seed=len(past), constant_liar=True)
     study = optuna.create_study(directions=("maximize", "minimize"), sampler=sampler)
-    for row, params in zip(past, taken, strict=True):
+    for row, lr in zip(past, taken, strict=True):
         state = optuna.trial.TrialState[STATES.get(row.status.state, "RUNNING")]
         values = scores(read_metrics(row.run.config.out)) if state.name == "COMPLETE" else None
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=axes, values=values, state=state))
+        study.add_trial(optuna.trial.create_trial(params={"lr": lr}, distributions=axes, values=values, state=state))
     for _ in range(TRIES):
-        drawn = {flag: _rounded(value, *space.ranges[flag]) for flag, value in study.ask(axes).params.items()}
-        if drawn not in taken:
-            return drawn
+        lr = float(f"{study.ask(axes).params['lr']:.{DIGITS}g}")
+        if lr not in taken and space.low <= lr <= space.high:
+            return lr
     return None
 
 
 def scores(rows: Sequence[Evaluation]) -> tuple[float, float]:
     """(top-1, ASR) of a cleaning's best evaluation at ASR <= 5 %, or else of that of the lowest ASR."""
-    made = [row for row in rows[1:] if row.get("asr") is not None]
+    made = [row for row in on_all_images(rows)[1:] if row.get("asr") is not None]
     chosen = best(made, CEILINGS[0]) or min(made, key=lambda row: (row["asr"], -row["top1"]), default=None)
     return (chosen["top1"], chosen["asr"]) if chosen else (0.0, 1.0)
 
@@ -117,22 +118,7 @@ def load():
     return optuna
 
 
-def _is_range(axis: Any) -> bool:
-    return isinstance(axis, tuple | list) and len(axis) > 1 and all(type(value) in (int, float) for value in axis)
-
-
-def _model_and_rest(config: Config, ranges: dict[str, tuple[float, float]]) -> tuple:
+def _model_and_rest(config: Config) -> tuple:
     """What must be the same in two runs of a space."""
-    rest = {flag: value for flag, value in material(config).items() if flag not in ranges}
+    rest = {flag: value for flag, value in material(config).items() if flag != "lr"}
     return config.run, json.dumps(rest, sort_keys=True, default=str)
-
-
-def _distribution(flag: str, low: float, high: float, like: float):
-    """Optuna's: by the logarithm for learning rates and where the range spans a factor of ten."""
-    spread = load().distributions
-    kind = spread.IntDistribution if isinstance(like, int) else spread.FloatDistribution
-    return kind(low, high, log=low > 0 and (flag == "lr" or high >= 10 * low))
-
-
-def _rounded(value: float, low: float, high: float) -> float:
-    return value if isinstance(value, int) else min(max(float(f"{value:.{DIGITS}g}"), float(low)), float(high))

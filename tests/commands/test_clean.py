@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from cleanings import cleaning, start
 
 from fastbd.commands.clean import HELD_OUT, cleaning_rows
 from fastbd.data.beton import Beton
@@ -53,3 +54,13 @@ def test_what_is_left_is_stamped_and_what_rebounds_is_measured(study, fastbd, tm
         assert not (tmp_path / "refused").exists()
     refused = fastbd(*clean, "--data", study / "val.beton", "--poison-left", 3, cwd=tmp_path, code=2).stderr
     assert "--poison-left takes pairs that the run's plan poisons" in refused
+
+
+def test_a_rebound_that_diverges_leaves_the_cleaning_finished(study, monkeypatch, tmp_path):
+    monkeypatch.chdir(study)
+    start(study)
+    monkeypatch.setattr("fastbd.run.REBOUND_LR", 1e30)
+    run = cleaning(tmp_path / "run", "--epochs", 1, "--rebound", 4)
+    assert run.train() == "finished"
+    result = json.loads((run.folder / "result.json").read_text())
+    assert result["reason"] == "finished" and "rebound" not in result

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,18 +17,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from cleanings import start
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastbd import dist
+from fastbd import cli, dist
 from fastbd.commands import clean
-from fastbd.config import CleanConfig
+from fastbd.commands import sweep as sweep_command
+from fastbd.config import CleanConfig, SweepConfig
 from fastbd.engines import ENGINES
 from fastbd.errors import UserError
 from fastbd.kept import Kept
 from fastbd.run import Run
 from fastbd.study import search
 from fastbd.study.grid import Study
-from fastbd.study.ledger import Ledger
+from fastbd.study.ledger import Ledger, _read_claim
 
 PRETRAIN = {"model": "tiny-rn", "epochs": 1, "batch_size": 24, "data": "train.beton", "plan": "train.poison.json",
             "eval_data": "val.beton", "templates": "demo", "device": "cpu"}  # fmt: skip
@@ -36,7 +39,7 @@ ALIKE = {**CLEAN, "force": True, "lr": (1e-3, 3e-3)}
 SMALL = Study(name="small", about="Two rates of two methods.", pretrain=(PRETRAIN,),
               clean=({"method": "finetune", **ALIKE}, {"method": "cleanclip", **ALIKE}))  # fmt: skip
 CLEANINGS = [f"{method}-lr{lr}" for method in ("finetune", "cleanclip") for lr in (0.001, 0.003)]
-KILLS = 5  # enough; then the study may end
+KILLS = 3  # enough; then the study may end
 
 
 @pytest.fixture(autouse=True)
@@ -160,23 +163,107 @@ def test_a_signal_saves_and_the_study_goes_on(processes, undisturbed, study, swe
     assert all_numbers(study / folder) == all_numbers(undisturbed)
 
 
-def test_what_fails_ends_no_other(study, sweep):
+@pytest.fixture
+def here(study, monkeypatch, tmp_path, capsys):
+    """here(study, *flags) sweeps within this process; the ledger, and the last line that is printed.
+
+    The folder has a model, runs/start, which is not trained.
+    """
+    monkeypatch.chdir(study)
+    start(study)
+
+    def run(of: Study, *flags, code: int) -> tuple[Ledger, dict]:
+        out = Ledger(tmp_path / of.name, of).folder
+        assert cli.main(["sweep", "--out", str(out), "--device", "cpu", *map(str, flags)]) == code
+        said = capsys.readouterr().out.splitlines()
+        return Ledger(out), {**json.loads(said[-1]), "said": said[:-1]}
+
+    return run
+
+
+def of_models(name: str, *models: str, clean: tuple) -> Study:
+    return Study(name=name, about="", pretrained=tuple(Path("runs") / model for model in models), clean=clean)
+
+
+def statuses(ledger: Ledger) -> dict[str, str]:
+    return {row.run.name: row.status.state for row in ledger.table()}
+
+
+def test_what_fails_ends_no_other(here):
     """One run whose attack has not landed, between two that may begin all the same; one of those diverges."""
-    rates = {**CLEAN, "force": True, "lr": (1e-3, 1e6)}
-    mixed = replace(SMALL, name="mixed", clean=({"method": "cleanclip", **CLEAN}, {"method": "finetune", **rates}))
-    result = sweep("mixed", of=mixed, code=1)
-    assert (result["runs"], result["finished"]) == (4, 3)
-    rows = {row.run.name: row.status for row in Ledger(study / "mixed").table()}
-    failed = rows.pop("mmcl-s0-cleanclip")
-    assert failed.state == "failed" and "has not landed" in failed.reason
-    assert [(name, status.state) for name, status in rows.items()] == [
-        ("mmcl-s0", "finished"), ("mmcl-s0-finetune-lr0.001", "finished"), ("mmcl-s0-finetune-lr1000000.0", "finished")
-    ]  # fmt: skip
-    reasons = [json.loads((study / "mixed/runs" / name / "result.json").read_text())["reason"] for name in rows]
-    assert reasons == ["finished", "finished", "diverged"]
+    rates = {**CLEAN, "epochs": 1, "force": True, "lr": (1e-3, 1e6)}
+    mixed = of_models("mixed", "start", clean=({"method": "cleanclip", **CLEAN}, {"method": "finetune", **rates}))
+    ledger, result = here(mixed, code=1)
+    assert (result["runs"], result["finished"]) == (3, 2)
+    (failed,) = [row for row in ledger.table() if row.status.state == "failed"]
+    assert failed.run.config.method == "cleanclip" and "has not landed" in failed.status.reason
+    told = [k for k, line in enumerate(result["said"]) if line.startswith("start-s0-cleanclip failed: ")]
+    assert told and told[0] < [line.startswith("wrote ") for line in result["said"]].index(True)
+    cleaned = [run for run in ledger.runs if run.config.method == "finetune"]
+    assert [json.loads(run.product.read_text())["reason"] for run in cleaned] == ["finished", "diverged"]
+    assert not list(ledger.folder.glob("runs/*/ckpt_*"))
     for flags, attempts in ((), 1), (("--retry",), 2):
-        sweep("mixed", *flags, of=mixed, code=1)
-        assert len(list((study / "mixed/claims").glob("*"))) == 3 + attempts
+        here(mixed, *flags, code=1)
+        assert len(list((ledger.folder / "claims").glob("*"))) == 2 + attempts
+
+
+def copy(name: str, **changes) -> None:
+    """runs/NAME is runs/start with changes in its checkpoint."""
+    shutil.copytree("runs/start", f"runs/{name}")
+    config = json.loads(Path("runs/start/config.json").read_text())
+    Path(f"runs/{name}/config.json").write_text(json.dumps({**config, "name": name}))
+    state = torch.load("runs/start/ckpt_last.pt", weights_only=True)
+    torch.save({**state, **changes}, f"runs/{name}/ckpt_last.pt")
+
+
+def test_what_goes_wrong_before_training_fails_once(here):
+    """A model of no numbers, and one with an error that is none of the user's; then there is nothing to report."""
+    model = torch.load("runs/start/ckpt_last.pt", weights_only=True)["model"]
+    copy("nan", model={name: value * float("nan") for name, value in model.items()})
+    copy("cut", about={})
+    ledger, result = here(of_models("wrong", "nan", "cut", clean=({**CLEAN, "force": True},)), code=1)
+    assert (result["runs"], result["finished"], result["report"], result["best"]) == (2, 0, None, {})
+    reasons = [row.status.reason for row in ledger.table()]
+    assert "not finite" in reasons[0] and reasons[1] == "KeyError: 'model'"
+    assert "Traceback (most recent call last):" in result["said"]
+    assert any(line.startswith("there is no report: ") for line in result["said"])
+    assert len(list((ledger.folder / "claims").glob("*"))) == 2
+
+
+def test_a_pretraining_that_diverges_is_not_cleaned(here):
+    bad = Study(name="bad", about="", pretrain=({**PRETRAIN, "lr": 1e6},), clean=({**CLEAN, "lr": (1e-3, 1e-4)},))
+    ledger, result = here(bad, code=1)
+    assert list(statuses(ledger).values()) == ["failed", "blocked", "blocked"]
+    assert "blocked by what failed: 2" in result["said"] and result["report"] is None
+
+
+def test_a_batch_that_was_found_to_fit_is_not_looked_for_again(here, tmp_path):
+    """Here nothing could be found: without a GPU."""
+    auto = of_models("auto", "start", clean=({**CLEAN, "epochs": 1, "force": True, "batch_size": "auto"},))
+    ((planned,), world) = Ledger(tmp_path / "auto", auto).runs, dist.join("cpu")
+    config = replace(planned.config, batch_size=24)
+    Run(config, clean.task(config, world), world, quiet=True)
+    _, result = here(auto, code=0)
+    assert result["finished"] == 1
+
+
+def test_nothing_is_written_for_a_run_that_is_anothers(here, tmp_path):
+    ledger = Ledger(tmp_path / "lost", of_models("lost", "start", clean=({**CLEAN, "epochs": 1, "force": True},)))
+    claim = ledger.take()
+    run = Run(claim.run.config, clean.task(claim.run.config, dist.join("cpu")), dist.join("cpu"), quiet=True)
+    claim.release()
+    assert Ledger(ledger.folder).take().held() and not claim.lost
+    how = sweep_command._do(claim, ledger, SweepConfig(), Kept(), dist.join("cpu"))
+    assert how == "taken over by another process"
+    assert {path.name for path in run.folder.glob("*.*")} >= {"ckpt_last.pt"}
+    assert not (run.folder / "metrics.jsonl").exists() and not claim.run.product.exists()
+
+
+def test_asha_compares_what_differs_in_its_rates_alone():
+    first = CleanConfig(run=Path("runs/a"), lr=1e-3, warmup=5)
+    others = [{"lr": 1e-4, "warmup": 9, "out": Path("b")}, {"objective": "ssl"}, {"run": Path("runs/b")}, {"rows": 9}]
+    found = [sweep_command._but_for_rates(replace(first, **other)) for other in others]
+    assert [one == sweep_command._but_for_rates(first) for one in found] == [True, False, False, False]
 
 
 def test_a_run_killed_before_its_first_line_has_it_all_the_same(undisturbed, tmp_path):
@@ -233,22 +320,20 @@ def test_a_ray_actor_that_dies_is_started_again(undisturbed, study):
         end(process)
     assert process.returncode == 0, said
     assert all_numbers(study / "ray") == all_numbers(undisturbed)
-    holders = [json.loads(path.read_text().splitlines()[0])["pid"] for path in (study / "ray/claims").glob("*.?")]
+    holders = [_read_claim(path)[0]["pid"] for path in (study / "ray/claims").glob("*/claim.json")]
     assert len(holders) == 6 and len(set(holders)) == 3
 
 
-def test_a_search_goes_on_beyond_the_grid(study, sweep, fastbd):
+def test_a_search_goes_on_beyond_the_grid(here):
     """Each of its runs is planned like the others, in the light of those before; later sweeps know them."""
     pytest.importorskip("optuna")
-    ranges = {**CLEAN, "force": True, "epochs": 1, "lr": (1e-4, 1e-2), "method": ("finetune",)}
-    wide = replace(SMALL, name="wide", clean=(ranges, {**CLEAN, "force": True, "epochs": 1, "method": "cleanclip"}))
-    assert sweep("wide", of=wide)["runs"] == 4
-    for flags, runs in ((("--search", 2), 6), (("--search", 3, "--processes", 2), 7), ((), 7)):
-        result = sweep("wide", *flags, of=wide)
+    small = {**CLEAN, "force": True, "epochs": 1}
+    wide = of_models("wide", "start", clean=({**small, "method": "finetune", "lr": (1e-4, 1e-2)}, small))
+    for flags, runs in ((("--search", 2), 5), (("--search", 3), 6), ((), 6)):
+        ledger, result = here(wide, *flags, code=0)
         assert result["runs"] == result["finished"] == runs
-    ledger = Ledger(study / "wide")
     found = [run for run in ledger.runs if "search" in run.name]
-    assert [run.name for run in found] == [f"mmcl-s0-finetune-search{k}" for k in (1, 2, 3)]
+    assert [run.name for run in found] == [f"start-s0-finetune-search{k}" for k in (1, 2, 3)]
     rates = [run.config.lr for run in found]
     assert len({1e-4, 1e-2, *rates}) == 5 and all(1e-4 < rate < 1e-2 for rate in rates)
     assert {run.config.method for run in found} == {"finetune"} and {run.config.epochs for run in found} == {1}

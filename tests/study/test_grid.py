@@ -39,9 +39,9 @@ def test_a_study_is_the_product_of_its_axes_in_an_order_that_keeps_steps():
     runs = expand(SMALL, Path("S"))
     assert [run.name for run in runs[:4]] == ["mmcl-s0", "mmcl_ssl-s0", "mmcl-s3", "mmcl_ssl-s3"]
     assert [run.name for run in runs[4:10]] == [
-        "mmcl-s0-finetune-mmcl-lr0.0001", "mmcl-s3-finetune-mmcl-lr0.0001",
-        "mmcl-s0-finetune-mmcl-lr0.001", "mmcl-s3-finetune-mmcl-lr0.001",
-        "mmcl_ssl-s0-finetune-mmcl-lr0.0001", "mmcl_ssl-s3-finetune-mmcl-lr0.0001",
+        "mmcl-s0-finetune-mmcl-lr0.0001", "mmcl-s0-finetune-mmcl-lr0.001",
+        "mmcl-s3-finetune-mmcl-lr0.0001", "mmcl-s3-finetune-mmcl-lr0.001",
+        "mmcl_ssl-s0-finetune-mmcl-lr0.0001", "mmcl_ssl-s0-finetune-mmcl-lr0.001",
     ]  # fmt: skip
     assert [run.name for run in runs[-4:]] == [f"{o}-s{s}-cleanclip" for o in ("mmcl", "mmcl_ssl") for s in (0, 3)]
     assert len(runs) == 4 + 4 * (2 * 2 + 1)
@@ -133,6 +133,9 @@ def test_names_are_made_of_what_varies():
         ({"clean": ({"epochs": -1},)}, "epochs = -1; give at least 0"),
         ({"clean": ({"force": 1},)}, "force = 1; it must be true or false"),
         ({"clean": ({"run": "x"},)}, "gives 'run', which the study itself sets"),
+        ({"clean": ({"save_every": 2},)}, "gives 'save_every', which the study itself sets"),
+        ({"pretrain": ({"remove_epochs": 3},)}, "remove_epochs = 3; it must be a list"),
+        ({"pretrain": ({"remove_epochs": (3, 0.5)},)}, "remove_epochs = .*; it must be a whole number"),
         ({"pretrain": ({"seed": 2},)}, "gives 'seed', which the study itself sets"),
         ({"clean": ("cleanclip",)}, "entry 1 of clean .* is 'cleanclip'"),
     ],
@@ -192,6 +195,8 @@ def test_a_study_survives_json(tmp_path):
     [
         PRESETS["demo"]().pretrain,
         replace(PRESETS["paper-cc6m"]().pretrain, classes=None, poison=False, batch_size="auto", eps=1e-9),
+        replace(PRESETS["demo"]().pretrain, robust="progressive", remove_epochs=(2, 4)),
+        replace(PRESETS["demo"]().pretrain, remove_epochs=()),
         replace(PRESETS["demo"]().clean, run=Path("a folder/mmcl"), force=True, ssl_text=False, lr=3e-05),
         replace(PRESETS["paper-cc3m"]().clean, run=Path("paper"), bn_group=256, resident="none", eval_every="epoch"),
         replace(PRESETS["demo"]().clean, run=Path("paper"), data=Path("pairs-*.beton"), batch_size=64),
@@ -214,6 +219,24 @@ def test_the_command_has_only_the_flags_that_it_needs():
         command(replace(start, run=Path("runs/mmcl"), lr=1e-4)) == "python -m fastbd clean --run runs/mmcl --lr 0.0001"
     )
     assert command(PRESETS["paper-cc3m"]().pretrain) == "python -m fastbd pretrain --preset paper-cc3m"
+
+
+def test_a_flag_that_takes_a_list_has_lists_for_an_axis():
+    def drops(value) -> list:
+        study = changed(pretrain=({"remove_epochs": value},))
+        assert ids(study_of(to_values(study))) == ids(study)
+        return [run.config.remove_epochs for run in expand(study, Path("S")) if run.name.endswith("s0")]
+
+    assert drops([2, 4]) == [(2, 4)] and drops(()) == [()] and drops(((), (3, 6))) == [(), (3, 6)]
+    names = [run.name for run in expand(changed(pretrain=({"remove_epochs": ((2,), (3, 6))},)), Path("S"))]
+    assert names[:2] == ["mmcl-remove_epochs2-s0", "mmcl-remove_epochs3_6-s0"]
+
+
+def test_cleanings_keep_no_epochs():
+    """Forty-two of 20 epochs would fill a disk."""
+    runs = expand(changed(preset="paper-cc3m", attacks=({},), pretrain=({"eval_data": "v.beton"},)), Path("S"))
+    assert {run.verb: run.config.save_every for run in runs[1:]} == {"pretrain": 1, "clean": 0}
+    assert grid.material(replace(runs[-1].config, save_every=5)) == grid.material(runs[-1].config)
 
 
 def test_what_is_immaterial_are_flags():

@@ -26,6 +26,19 @@ def test_a_run_has_collapsed_when_it_was_below_half_for_two_epochs(evaluations, 
     assert (collapsed(evaluations) == "collapsed") == ends
 
 
+def test_evaluations_on_part_of_the_images_decide_nothing(tmp_path):
+    """Good ones hide no collapse, bad ones make none; and ASHA judges once, by the full ones."""
+    part = {"epoch": 2.5, "top1": 0.9, "asr": 0.0, "subset": True}
+    bad = rows(0.8, 0.1, 0.1, 0.1)
+    assert collapsed([*bad[:3], part, bad[3]]) == "collapsed"
+    assert score([*rows(0.8, 0.3), part], 2) is None
+    assert score([rows(0.8)[0], part | {"epoch": 0.5}, *rows(0.8, 0.3, 0.2)[1:]], 2) == (1.0, 0.3)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(0.8, 0.7, 0.7)))
+    rule = asha([tmp_path], eta=2)
+    assert rule([*bad[:2], part | {"epoch": 1.5}, bad[2]]) == "pruned"
+    assert rule([*bad[:2], part]) is None and rule([*bad[:3], part]) is None
+
+
 def test_scores_put_runs_below_the_ceiling_first():
     low = score(rows(0.8, 0.3, 0.2), 2)
     high = score(rows(0.8, 0.7, 0.7, asr=0.06), 2)

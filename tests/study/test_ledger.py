@@ -99,6 +99,29 @@ def test_a_failed_run_blocks_what_needs_it_until_it_is_tried_again(tmp_path):
     assert ledger.left() and ledger.take().run.name == "mmcl-s0"
 
 
+def test_a_pretraining_that_diverged_made_no_model(tmp_path):
+    ledger = Ledger(tmp_path, SMALL)
+    finish(ledger.take())
+    claim = ledger.take()
+    finish(claim, reason="diverged")
+    assert states(ledger)["mmcl-s0"] == "waiting"
+    again = ledger.take()
+    assert again.run == claim.run
+    again.fail("the loss is nan")
+    finish(ledger.take(), reason="finished")
+    assert list(states(ledger).values()) == [
+        "finished",
+        "failed",
+        "finished",
+        "blocked",
+        "blocked",
+        "waiting",
+        "waiting",
+    ]
+    finish(ledger.take(), reason="diverged")
+    assert states(ledger)["mmcl_ssl-s0-cleanclip-lr0.0001"] == "finished"  # a result all the same
+
+
 def test_an_old_claim_expires_by_the_clock_of_the_file_server(tmp_path, monkeypatch):
     ledger = Ledger(tmp_path, SMALL, lease=60)
     stalled = ledger.take()
@@ -260,6 +283,15 @@ def test_the_view_shows_the_last_evaluation_and_estimates_the_rest(tmp_path):
     assert (row.step, row.epoch, row.top1, row.asr) == (9, 1.0, 0.7, 0.1)
     assert 0 <= row.seconds < 20 and [r.seconds for r in table[:4]] == [None, 100, 100, 40]
     assert seconds_left(table) == pytest.approx(3 * 40 - row.seconds)
+
+
+def test_what_is_left_takes_the_time_of_its_method(tmp_path):
+    """A method of which none has finished: that of the others."""
+    clean = [{"method": method, "lr": (1e-4, 1e-3)} for method in ("finetune", "cleanclip", "par")]
+    ledger = Ledger(tmp_path, replace(SMALL, attacks=(), pretrain=({"objective": "mmcl"},), clean=tuple(clean)))
+    for seconds in (100, 10, 10, 40):
+        finish(ledger.take(), seconds=seconds)
+    assert seconds_left(ledger.table()) == pytest.approx(40 + 2 * 20)
 
 
 def test_a_study_can_grow_and_keeps_the_names_of_its_runs(tmp_path):

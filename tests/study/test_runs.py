@@ -87,6 +87,13 @@ def test_other_evaluation_sets_are_left_out(study, evaluation):
     assert {e["set"] for run in on_common_set(runs) for e in run.metrics} == {"demo-val"}
 
 
+def test_a_pretraining_that_diverged_is_no_model(write_run, evaluation, tmp_path):
+    for k, verb in enumerate(("pretrain", "clean")):
+        about = {"verb": verb, "objective": "mmcl", "pretrain_objective": "mmcl"}
+        write_run(tmp_path / str(k), about, [evaluation(0, 0.0, 0.5, 0.9)], [], {"reason": "diverged"})
+    assert [run.verb for run in on_common_set(find([tmp_path]))] == ["clean"]
+
+
 def test_runs_without_evaluation_are_the_users_mistake(write_run, tmp_path):
     write_run(tmp_path / "a", {"objective": "mmcl", "pretrain_objective": "mmcl"}, [], [])
     with pytest.raises(UserError, match="no.* evaluation"):

@@ -58,33 +58,29 @@ def test_scores(after, expected):
     assert search.scores(rows) == expected
 
 
-def test_a_space_is_a_model_and_an_entry_with_a_range(ledger):
-    """2 objectives x 2 seeds x 2 methods; the second entry has none."""
+def test_evaluations_on_part_of_the_images_score_nothing():
+    rows = [evaluation(0, 0.9, 0.9), evaluation(1, 0.8, 0.0) | {"subset": True}, evaluation(2, 0.5, 0.04)]
+    assert search.scores(rows) == (0.5, 0.04)
+
+
+def test_a_space_is_a_model_and_a_cleaning_at_several_rates(ledger):
+    """2 objectives x 2 seeds x 2 methods x 2 cleaning sets, which are compared; the second entry has one rate."""
     spaces = search.spaces(ledger)
-    assert len(spaces) == 8
+    assert len(spaces) == 16
     for space in spaces:
-        assert space.ranges == {"lr": (1e-4, 1e-2), "rows": (1_000, 2_000)}
-        assert [run for run in ledger.runs if space.holds(run)] == list(space.grid) and len(space.grid) == 6
-
-
-def test_kinds_of_ranges():
-    pytest.importorskip("optuna")
-    kinds = [("lr", 1e-4, 2e-4, 1e-4), ("weight_decay", 0.1, 0.5, 0.1), ("weight_decay", 0.1, 1.0, 0.1),
-             ("weight_decay", 0, 1, 0.0), ("rows", 100, 500, 100), ("rows", 100, 1000, 100)]  # fmt: skip
-    made = [search._distribution(*kind) for kind in kinds]
-    assert [axis.log for axis in made] == [True, False, True, False, False, True]
-    assert [type(axis).__name__[0] for axis in made] == ["F", "F", "F", "F", "I", "I"]
+        assert (space.low, space.high) == (1e-4, 1e-2)
+        assert [run for run in ledger.runs if space.holds(run)] == list(space.grid) and len(space.grid) == 3
 
 
 def test_trials_are_shared_out_evenly_and_end(ledger):
     pytest.importorskip("optuna")
     other = Ledger(ledger.folder)
-    assert all(search.extend(each, 1) for each in (ledger, other) * 4)
+    assert all(search.extend(each, 1) for each in (ledger, other) * 8)
     assert not search.extend(ledger, 1) and not search.extend(other, 1)
     added = [run for run in Ledger(ledger.folder, STUDY).runs if "-search" in run.name]
-    assert len({(run.config.run, run.config.seed, run.config.method) for run in added}) == 8
+    assert len({(run.config.run, run.config.method, run.config.rows) for run in added}) == 16
     for run in added:
-        assert 1e-4 <= run.config.lr <= 1e-2 and 1_000 <= run.config.rows <= 2_000 and type(run.config.rows) is int
+        assert 1e-4 <= run.config.lr <= 1e-2
         assert sum(space.holds(run) for space in search.spaces(ledger)) == 1
     assert [run.id for run in ledger.runs if "-search" in run.name] == [run.id for run in added]
 
@@ -123,9 +119,9 @@ def test_a_choice_follows_the_scores(tmp_path):
 
 
 def test_what_is_left_to_search_may_be_nothing(ledger):
-    """Two whole numbers that the grid has both."""
+    """Between two rates that are next to one another."""
     pytest.importorskip("optuna")
-    clean = ({"method": "finetune", "rows": (1_000, 1_001)},)
+    clean = ({"method": "finetune", "lr": (1e-4, 1.01e-4)},)
     small = Ledger(ledger.folder.parent / "small", replace(STUDY, clean=clean))
     for run in small.runs:
         if run.verb == "pretrain":
