@@ -26,7 +26,7 @@ class Kept:
 
     def clear(self) -> None:
         """Let go of all."""
-        self._kept.clear()
+        self.drop(*list(self._kept))
 
     def put(self, kind: str, key: Hashable, thing: Any) -> Any:
         self._kept[kind] = key, thing

@@ -527,6 +527,8 @@ class Run:
             self._evaluate(self.done)  # on another device, it had not ended when the run was stopped
         began, reason = time.perf_counter(), "finished"
         try:
+            if self.done:  # it may have been killed before it ended
+                self._ask_whether_to_end()
             train(
                 self.step, self.batches, table, start=self.done, label="" if self.quiet else self.folder.name,
                 pairs_limit=self.pairs_limit(), world=self.world, evaluate=self.measure, save=self.save,
@@ -638,9 +640,13 @@ class Run:
         """Evaluate, and add a line to metrics.jsonl; on another device later, while training goes on."""
         if self.zeroshot:
             self._evaluate(step)
-            if reason := self.enough(read(self.folder).metrics):
-                raise Enough(reason)
+            self._ask_whether_to_end()
         self.world.barrier()
+
+    def _ask_whether_to_end(self) -> None:
+        """Raises Enough where the evaluations so far are."""
+        if reason := self.zeroshot and self.enough(read(self.folder).metrics):
+            raise Enough(reason)
 
     def _evaluate(self, step: int) -> None:
         between = self.partly and step % self.steps_per_epoch and step < self.total
