@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from fastbd.study.groups import Group, by_seed, cleaned_groups, groups, models, replicates
+from fastbd.study.groups import Group, by_seed, cleaned_groups, groups, models, place_of, replicates
 from fastbd.study.intervals import Estimate, over
 from fastbd.study.pareto import CEILINGS, area, best
 from fastbd.study.runs import Evaluation, Run, slug
@@ -61,10 +61,12 @@ def best_of(runs: Sequence[Run]) -> dict[str, dict[str, float] | None]:
     """{"objective/method": {"top1", "asr"}}: best accuracy at ASR <= 5 %, mean over seeds; None where there is none."""
     rows = [row for row in table(runs) if row.group.method]
     names = [f"{row.group.objective}/{slug(row.group.runs[0])}" for row in rows]
+    among = [row.group for row in rows]
     found = {}
     for row, name in zip(rows, names, strict=True):
         alone = names.count(name) == 1
-        more = ", ".join(filter(None, (*row.group.place, row.group.variant, row.group.method.partition(", ")[2])))
+        settings = row.group.method.partition(", ")[2]
+        more = ", ".join(filter(None, (place_of(row.group, among), row.group.variant, settings)))
         first = row.best[0]
         value = {"top1": first.top1.mean, "asr": first.asr.mean} if first.top1 and first.asr else None
         found[name if alone else f"{name} ({more})"] = value
