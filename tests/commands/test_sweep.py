@@ -42,9 +42,12 @@ CLEANINGS = [f"{method}-lr{lr}" for method in ("finetune", "cleanclip") for lr i
 KILLS = 3  # enough; then the study may end
 
 
-@pytest.fixture(autouse=True)
-def few_threads(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For all processes: sums that more of them share out are rounded otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
