@@ -68,38 +68,33 @@ def on_ray(work: Work, folder: Path, count: int, device: str) -> None:
         import ray
     except ImportError:
         raise UserError("--engine ray needs Ray: pip install 'fastbd[cluster]'.") from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="ERROR")
-    except ConnectionError as error:
-        raise UserError(f"{error}: see that it runs at RAY_ADDRESS, and with this machine's RAY_AUTH_MODE.") from None
-    there = ray.cluster_resources()
-    kind = "GPU" if device == "auto" and there.get("GPU") else "CPU"
-    count = count or (int(there["GPU"]) if kind == "GPU" else 1)
-    if count > there.get(kind, 0):
-        raise UserError(f"--processes {count} is more than Ray's {there.get(kind, 0):g} {kind}s: give fewer.")
-    log.console.print(f"{count} processes of Ray; what they say is in {folder}/worker-*.log", markup=False)
-    bell = ray.remote(num_cpus=0)(_Bell).remote()
+    with _joined(ray):
+        there = ray.cluster_resources()
+        kind = "GPU" if device == "auto" and there.get("GPU") else "CPU"
+        count = count or (int(there["GPU"]) if kind == "GPU" else 1)
+        if count > there.get(kind, 0):
+            raise UserError(f"--processes {count} is more than Ray's {there.get(kind, 0):g} {kind}s: give fewer.")
+        log.console.print(f"{count} processes of Ray; what they say is in {folder}/worker-*.log", markup=False)
+        bell = ray.remote(num_cpus=0)(_Bell).remote()
 
-    def worker(number: int, home: Path) -> None:
-        os.chdir(home)
-        threading.Thread(target=listen, daemon=True).start()
-        _logged(partial(work, device), folder / f"worker-{number}.log")
+        def worker(number: int, home: Path) -> None:
+            os.chdir(home)
+            threading.Thread(target=listen, daemon=True).start()
+            _logged(partial(work, device), folder / f"worker-{number}.log")
 
-    def listen() -> None:
-        ray.get(bell.wait.remote())
-        os.kill(os.getpid(), signal.SIGTERM)
+        def listen() -> None:
+            ray.get(bell.wait.remote())
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    class Worker:
-        def run(self, number: int, home: Path) -> None:
-            worker(number, home)
+        class Worker:
+            def run(self, number: int, home: Path) -> None:
+                worker(number, home)
 
-    again = dict(max_restarts=RESTARTS, max_task_retries=RESTARTS)
-    actor = ray.remote(num_cpus=1, num_gpus=int(kind == "GPU"), **again)(Worker)
-    actors = [actor.remote() for _ in range(count)]  # Ray ends an actor whose handle is let go
-    pending = [each.run.remote(k, Path.cwd()) for k, each in enumerate(actors)]
-    errors = []
-    try:
+        again = dict(max_restarts=RESTARTS, max_task_retries=RESTARTS)
+        actor = ray.remote(num_cpus=1, num_gpus=int(kind == "GPU"), **again)(Worker)
+        actors = [actor.remote() for _ in range(count)]  # Ray ends an actor whose handle is let go
+        pending = [each.run.remote(k, Path.cwd()) for k, each in enumerate(actors)]
+        errors = []
         with _signals(lambda: bell.ring.remote()):
             while pending:
                 ended, pending = ray.wait(pending, timeout=1)  # and Python looks after signals in between
@@ -108,10 +103,24 @@ def on_ray(work: Work, folder: Path, count: int, device: str) -> None:
                         ray.get(each)
                     except ray.exceptions.RayError as error:  # the others go on
                         errors.append(error)
-    finally:
-        ray.shutdown()
     if errors:
         raise _died(f"{str(errors[0]).splitlines()[-1]}; see {folder / 'worker-*.log'}", folder)
+
+
+@contextlib.contextmanager
+def _joined(ray) -> Iterator[None]:
+    """As a part of Ray's cluster; afterwards signals go where they went before, which Ray changes."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    listening = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="ERROR")
+        yield
+    except ConnectionError as error:
+        raise UserError(f"{error}: see that it runs at RAY_ADDRESS, and with this machine's RAY_AUTH_MODE.") from None
+    finally:
+        ray.shutdown()
+        for which, handler in listening.items():
+            signal.signal(which, handler)
 
 
 class _Bell:
