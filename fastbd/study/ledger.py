@@ -403,6 +403,8 @@ def _started(pid: int) -> int | None:
     """When a process began, in ticks since the boot (proc(5)), so that an id that is used again is told apart."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # Of a process that is killed the first thread may have ended, and another still hold its files.
+        ended = state in "ZX" and len(os.listdir(f"/proc/{pid}/task")) == 1
     except OSError:
         return None
-    return None if state in "ZX" else int(fields[18])
+    return None if ended else int(fields[18])
