@@ -80,6 +80,6 @@ def clean_pairs(pairs: Pairs, plan: Plan, count: int) -> np.ndarray:
     if len(picked) < count:
         raise UserError(
             f"--rebound needs {count:,} clean pairs without the target, and {beton.path} has {len(picked):,}: "
-            "give fewer steps, or a smaller --rebound-batch-size."
+            "give fewer steps."
         )
     return np.sort(picked)

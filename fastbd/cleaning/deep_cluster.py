@@ -45,7 +45,8 @@ class DeepCluster(CleanClip):
         if self.head is None:
             classes = self.clusters if given is None else int(given.max()) + 1
             self.head = Head(len(rows), training.model.embed_dim, classes, training.device)
-        self.head.learn(rows, np.zeros_like(rows) if given is None else given[rows])
+        self.know(rows, training.device)
+        self.head.learn(np.zeros_like(rows) if given is None else given[rows])
         self.head.renew(draws.generator(training.seed, "head"))
 
     def begin(self, epoch: int, training: Training) -> None:
@@ -54,7 +55,7 @@ class DeepCluster(CleanClip):
         images, _ = training.embed(training.rows, texts=False)
         noise = draws.generator(training.seed, f"clusters/{epoch}")
         start = images[noise.permutation(len(images))[: self.clusters]]
-        self.head.learn(training.rows, spherical_kmeans(images, start)[0].cpu().numpy())
+        self.head.learn(spherical_kmeans(images, start)[0].cpu().numpy())
         self.head.renew(noise)
 
     @property
@@ -65,7 +66,7 @@ class DeepCluster(CleanClip):
         self, embedded: Embedded, group: td.ProcessGroup | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor, Losses]:
         loss, parts = super().forward(embedded, group, weights)
-        cluster = self.head(normalize(embedded.images[0].float(), dim=-1), embedded.rows, group)
+        cluster = self.head(normalize(embedded.images[0].float(), dim=-1), self.places(embedded.rows), group)
         return loss + self.weight * cluster, parts | {"cluster": cluster.detach()}
 
 

@@ -16,12 +16,10 @@ class Head(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, classes, device=device)
         self.register_buffer("labels", torch.zeros(rows, dtype=torch.int64, device=device))
-        self.register_buffer("ids", torch.zeros_like(self.labels), persistent=False)
 
     @torch.no_grad()
-    def learn(self, rows: np.ndarray, labels: np.ndarray) -> None:
-        """Take other labels [N], those of `rows` [N], ascending."""
-        self.ids.copy_(torch.from_numpy(rows))
+    def learn(self, labels: np.ndarray) -> None:
+        """Take other labels [N]."""
         self.labels.copy_(torch.from_numpy(labels))
 
     @torch.no_grad()
@@ -31,9 +29,9 @@ class Head(nn.Module):
         self.linear.weight.copy_(torch.from_numpy(weight))
         self.linear.bias.zero_()
 
-    def forward(self, embeddings: Tensor, rows: Tensor, group: td.ProcessGroup | None = None) -> Tensor:
-        """Mean cross-entropy [] of the labels of `rows` [B] by embeddings [B, D]; with a group, over all processes."""
-        loss = cross_entropy(self.linear(embeddings.float()), self.labels[torch.searchsorted(self.ids, rows)])
+    def forward(self, embeddings: Tensor, places: Tensor, group: td.ProcessGroup | None = None) -> Tensor:
+        """Mean cross-entropy [] of the labels at `places` [B] by embeddings [B, D]; of all processes with a group."""
+        loss = cross_entropy(self.linear(embeddings.float()), self.labels[places])
         if group is not None:  # gradients are averaged elsewhere
             mean = loss.detach().clone()
             td.all_reduce(mean, group=group)

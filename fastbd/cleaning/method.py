@@ -83,6 +83,14 @@ class Method(nn.Module):
         else:
             self.register_buffer(name, value, persistent=saved)
 
+    def know(self, rows: np.ndarray, device: torch.device) -> None:
+        """The training's rows, int64 [N], ascending: what the N of a table belong to."""
+        self.hold("known", torch.tensor(rows, device=device), saved=False)
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Where among the known rows each of these is, int64 [B]."""
+        return torch.searchsorted(self.known, rows)
+
     def prepare(self, model: CLIP) -> None:
         """Change the weights that a fresh run begins with."""
 

@@ -41,7 +41,7 @@ class Par(Method):
     def attach(self, training: Training) -> None:
         """Copy the model, and embed what stays the same: all captions, and the images if their views are plain."""
         images, texts = training.embed(training.rows, images=training.policies[0] == "plain")
-        self.hold("places", torch.tensor(training.rows, device=training.device), saved=False)
+        self.know(training.rows, training.device)
         self.hold("texts", F.normalize(texts), saved=False)
         if images is not None:
             self.hold("images", F.normalize(images), saved=False)
@@ -80,7 +80,7 @@ class Par(Method):
     def _distances(self, embedded: Embedded, group: td.ProcessGroup | None) -> list[Tensor]:
         """Of each image, and of each caption: [B] and [B]."""
         ours = [F.normalize(x.float()) for x in (embedded.images[0], embedded.texts[0])]
-        at = torch.searchsorted(self.places, embedded.rows)
+        at = self.places(embedded.rows)
         theirs = [self._of_images(embedded.views[0]) if self.images is None else self.images[at], self.texts[at]]
         if self.distance == "rotation":
             moment = sum(x.detach().T @ y for x, y in zip(ours, theirs, strict=True))

@@ -39,9 +39,8 @@ class SafeClip(Method):
         self.warm, self.epochs, self.stage = config.warm_epochs, config.epochs, "ssl"
 
     def attach(self, training: Training) -> None:
-        rows = torch.from_numpy(training.rows).to(training.device)
-        self.hold("rows_sorted", rows)
-        self.hold("safe", torch.zeros(len(rows), dtype=torch.bool, device=training.device))
+        self.know(training.rows, training.device)
+        self.hold("safe", torch.zeros_like(self.known, dtype=torch.bool))
 
     def variant(self, epoch: int) -> str:
         self.stage = "ssl" if epoch < self.warm else "mmcl" if epoch == self.warm else "split"
@@ -68,7 +67,7 @@ class SafeClip(Method):
     def forward(
         self, embedded: Embedded, group: td.ProcessGroup | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor, Losses]:
-        safe = self.safe[torch.searchsorted(self.rows_sorted, embedded.rows)]
+        safe = self.safe[self.places(embedded.rows)]
         none = torch.zeros_like(safe)
         of_mmcl, of_ssl = {"ssl": (none, ~none), "mmcl": (~none, none), "split": (safe, ~safe)}[self.stage]
         settings = dict(gather=self.objective.gather, group=group)

@@ -31,11 +31,12 @@ class Supervised(Method):
             raise UserError("--method supervised needs images with classes: name a labelled .beton with --data.")
         if self.head is None:
             self.head = Head(len(rows), dim, int(labels.max()) + 1, training.device)
-        self.head.learn(rows, labels[rows])
+        self.know(rows, training.device)
+        self.head.learn(labels[rows])
         self.head.renew(draws.generator(training.seed, "head"), std=(3 * dim) ** -0.5)
 
     def forward(
         self, embedded: Embedded, group: td.ProcessGroup | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor, Losses]:
-        loss = self.head(embedded.images[0], embedded.rows, group)
+        loss = self.head(embedded.images[0], self.places(embedded.rows), group)
         return loss, {"supervised": loss.detach()}

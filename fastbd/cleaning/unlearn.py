@@ -28,15 +28,14 @@ class Unlearn(Method):
             raise UserError(
                 "--method unlearn needs poisoned pairs that are known: give --flagged N or --flagged-by FILE."
             )
-        rows, flagged = (torch.from_numpy(x).to(training.device) for x in (training.rows, training.flagged))
-        self.hold("rows_sorted", rows)
-        self.hold("flags", torch.isin(rows, flagged))
+        self.know(training.rows, training.device)
+        self.hold("flags", torch.isin(self.known, torch.from_numpy(training.flagged).to(training.device)))
 
     def forward(
         self, embedded: Embedded, group: td.ProcessGroup | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor, Losses]:
         image, text, gather = embedded.images[0], embedded.texts[0], self.objective.gather
-        flags = self.flags[torch.searchsorted(self.rows_sorted, embedded.rows)]
+        flags = self.flags[self.places(embedded.rows)]
         mmcl = masked_mmcl(image, text, embedded.log_scale, ~flags, gather=gather, group=group)
         cosine = (units(image, group, gather) * units(text, group, gather)).sum(1)
         flags = gathered(flags, group)

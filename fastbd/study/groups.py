@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastbd.study.grid import IMMATERIAL
 from fastbd.study.runs import Run, method_name, objective_name, read_config
 
 
@@ -176,14 +177,11 @@ def _order(key: tuple) -> tuple:
 ORDER = ("mmcl", "mmcl_ssl", "ssl", "siglip", "siglip_ssl", "cyclip")
 # Settings that make no other kind of model: seeds, files (architecture, data and attack are compared by themselves),
 # and how a run is carried out and watched.
-HARMLESS = {
-    "accumulate", "classes", "compile", "data", "decode", "device", "eval_data", "eval_device", "eval_every",
-    "eval_between", "eval_subset", "grad_checkpointing", "graph", "hw_decoder_load", "landed", "log_every", "max_bad",
-    "model", "objective", "out", "plan", "preset", "resident", "resume", "run", "save_every", "seed", "templates",
-    "workers",
+HARMLESS = IMMATERIAL | {
+    "classes", "data", "decode", "eval_data", "eval_every", "eval_between", "eval_subset", "model", "objective", "plan",
+    "seed", "templates",
 }  # fmt: skip
 # Settings of a cleaning that are searched over, or told elsewhere.
 SEARCHED = {
-    "lr", "warmup", "epochs", "rows", "poison_left", "checkpoint", "method", "force", "rebound",
-    "flagged_by", "rows_file",
+    "lr", "warmup", "epochs", "rows", "poison_left", "checkpoint", "method", "rebound", "flagged_by", "rows_file",
 }  # fmt: skip

@@ -46,7 +46,8 @@ def test_loss_and_gradients_are_the_published_ones():
     log_scale = torch.tensor(2.0, requires_grad=True)
     method = DeepCluster(CleanConfig(clusters=3))
     method.head = Head(7, 8, 3, torch.device("cpu"))
-    method.head.learn(np.array([2, 3, 5, 7, 11, 13, 17]), np.array([0, 1, 2, 1, 2, 0, 0]))
+    method.know(np.array([2, 3, 5, 7, 11, 13, 17]), torch.device("cpu"))
+    method.head.learn(np.array([0, 1, 2, 1, 2, 0, 0]))
     method.head.renew(np.random.default_rng(0), std=1.0)
     images, texts, images_aug, texts_aug = vectors
     step = Embedded([images, images_aug], [texts, texts_aug], log_scale, torch.tensor([17, 5, 2, 13, 3, 11]), [])

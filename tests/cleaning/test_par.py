@@ -203,10 +203,10 @@ def test_plain_views_are_embedded_once():
 def test_another_run_in_the_same_memory_compares_with_its_own_start():
     one, other, embedded = poisoned_model(), poisoned_model(seed=1), embedded_of()
     method = method_of(one, rows=ROWS + 40)
-    places = [x.data_ptr() for x in (method.places, method.texts)]
+    places = [x.data_ptr() for x in (method.known, method.texts)]
     one.load_state_dict(other.state_dict())
     method.attach(Around(one, ROWS))
-    assert [x.data_ptr() for x in (method.places, method.texts)] == places
+    assert [x.data_ptr() for x in (method.known, method.texts)] == places
     assert method(embedded)[0].item() == pytest.approx(method_of(other)(embedded)[0].item(), rel=1e-6)
 
 

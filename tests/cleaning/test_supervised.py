@@ -31,7 +31,8 @@ def test_loss_and_gradients_are_those_of_a_linear_layer_on_the_embedding_as_it_i
     images, texts = (torch.randn(4, 8, generator=noise).requires_grad_() for _ in range(2))
     method = Supervised(CleanConfig())
     method.head = Head(5, 8, 3, torch.device("cpu"))
-    method.head.learn(np.array([1, 2, 4, 8, 9]), np.array([2, 0, 1, 1, 0]))
+    method.know(np.array([1, 2, 4, 8, 9]), torch.device("cpu"))
+    method.head.learn(np.array([2, 0, 1, 1, 0]))
     method.head.renew(np.random.default_rng(0), std=1.0)
     loss, _ = method(Embedded([images], [texts], torch.tensor(2.0), torch.tensor([8, 1, 9, 4]), []))
     inputs = [images, method.head.linear.weight, method.head.linear.bias]
