@@ -17,6 +17,10 @@ from importlib.util import find_spec
 
 import torch
 import torch.distributed as td
+
+# Its defaults keep for ever the group that is there when it is imported, which the first call of a custom operation
+# does; gloo's threads then outlive Python and may end a process that has done its work with SIGABRT.
+import torch.distributed.nn  # before there is a group
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as td
 import torch.nn.functional as F
@@ -65,3 +67,5 @@ if __name__ == "__main__":
     td.init_process_group("gloo")
     main(td.get_rank(), td.get_world_size())
     td.destroy_process_group()
+    left = [(thread / "comm").read_text() for thread in Path("/proc/self/task").glob("*")]  # none anywhere but on Linux
+    assert not [name for name in left if "gloo" in name], "something still holds the group"
