@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,22 +17,18 @@ import torch
 
 from fastbd import __version__, checkpoint, dist, log
 from fastbd.cleaning.method import Method
-from fastbd.config import CleanConfig, PretrainConfig, portable, to_dict
+from fastbd.config import PretrainConfig, to_dict
 from fastbd.data import eda, resident, sheet
 from fastbd.data.beton import Beton
 from fastbd.data.decode import Decoder, open_decoder
 from fastbd.data.loader import RECIPES, Batch, Pairs, batches, text_lengths
-from fastbd.data.rows import read_rows
 from fastbd.data.shards import Shards as BetonShards
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.errors import Diverged, UserError
 from fastbd.evals.background import Background
 from fastbd.evals.embedding import embed
-from fastbd.evals.monitor import Monitor
-from fastbd.evals.sets import Labelled, open_set, part_of
 from fastbd.evals.towers import Towers
-from fastbd.evals.zeroshot import ZeroShot
 from fastbd.fit import Shares, batch_that_fits
 from fastbd.kept import Kept
 from fastbd.kernels.text_pack import room_for
@@ -47,9 +43,9 @@ from fastbd.precision import is_captured, is_compiled, set_precision
 from fastbd.rebound import clean_pairs, rebound
 from fastbd.step import Step
 from fastbd.study.runs import read, read_metrics
+from fastbd.task import ROWS, SPARED, Config, Task
+from fastbd.watch import LOOKING, Watch
 
-Config = PretrainConfig | CleanConfig
-ROWS, SPARED = "kept.rows", "spared.rows"  # copies of --rows-file and of --flagged-by
 REBOUND_BATCH, REBOUND_LR = 16, 1e-6
 FREE = {
     "run", "checkpoint", "lr", "warmup", "seed", "mmcl_weight", "ssl_weight", "siglip_weight", "cyclic_weight",
@@ -59,61 +55,6 @@ FREE = {
     "hw_decoder_load", "resident",
 }  # fmt: skip
 """Settings in which two runs may differ and still be trained by the same step in the same memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is trained, with what, on what."""
-
-    name: str
-    """Name of the run folder when --out gives none."""
-    model: CLIP
-    """With the weights to begin with, on the CPU; a run may take it for its own."""
-    model_name: str
-    method: Method
-    data: Path
-    rows: np.ndarray
-    """Places in `data` to train on, int64 [N]."""
-    held_out: np.ndarray = field(default_factory=partial(np.empty, 0, np.int64))
-    """Clean places in `data`, none of `rows`, on which cleaning is watched."""
-    plan: Plan | None
-    """The backdoor that evaluation attacks with."""
-    poisoned: bool
-    """Whether the plan's triggers and captions are in the training data."""
-    eval_data: Path | None
-    classes: str | None
-    templates: str
-    pretrain_objective: str
-    flagged: np.ndarray | None = None
-    """Those of the rows that are known to be poisoned, int64, ascending."""
-    method_name: str | None = None
-    start: Path | None = None
-    """The run that is cleaned."""
-    optimizer: dict | None = None
-    """Optimizer state to begin with; its weight decay wins over the config's, as in the published program."""
-
-    def about(self, verb: str) -> dict:
-        """What config.json says of the run beside the flags."""
-        return {
-            "verb": verb,
-            "method": self.method_name,
-            "objective": self.method.objective_name,
-            "pretrain_objective": self.pretrain_objective,
-            "start": portable(self.start),
-            "model": self.model_name,
-            "data": portable(self.data),
-            "eval_data": portable(self.eval_data),
-            "classes": portable(self.classes),
-            "templates": portable(self.templates),
-        }
-
-
-def allowed_rows(config: Config, beton: Beton | BetonShards) -> np.ndarray:
-    """int64 [N], ascending: the rows of --rows-file, of which a run keeps a copy to go on with; all without it."""
-    if config.rows_file is None:
-        return np.arange(len(beton))
-    path = config.resume / ROWS if config.resume else config.rows_file
-    return read_rows(path, beton.fingerprint, len(beton))
 
 
 def execute(config: Config, make_task: Callable[[World], Task]) -> int:
@@ -173,21 +114,19 @@ class Run:
         self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
         self.precision = set_precision(config.precision, world.device)
         self.compiled, self.captured = is_compiled(config.compile, world), is_captured(config.graph, world)
-        self.eval_device = dist.device_of(config.eval_device) if config.eval_device else world.device
         self.shares = self._shares()
         resumed = checkpoint.load(config.resume / "ckpt_last.pt") if config.resume else None
         if resumed and self.verb == "pretrain":
             task.model.load_state_dict(resumed["model"])  # --weights have been taken in already
 
         in_place = self._found(resumed)
-        evaluated = self._open_evaluation()
+        self.watch = self._watch()
         self.pairs = self._open_pairs()
-        self.background, self.writer = Background(aside=self.eval_device != world.device), Background(aside=True)
+        self.writer = Background(aside=True)
         self._place(in_place)
-        self.zeroshot = evaluated and self._zeroshot(evaluated)
+        if self.watch:
+            self.watch.look_at(self.model, self.pairs, precision=self.precision, compiled=self.compiled)
         self.rebound_rows = self._rebound_rows() if self.verb == "clean" and config.rebound else None
-        self.partly = self._partly() if self.zeroshot and config.eval_between else None
-        self.monitor = self._monitor() if self.zeroshot and len(task.held_out) > 1 else None
         self.method.attach(self)
         self.start = None if resumed and read_metrics(config.resume) else self._checked_start()
         if resumed:
@@ -228,7 +167,7 @@ class Run:
         found = self.kept.held("setup", self._structure())
         if found and resumed is None and self.task.optimizer is None:  # optimizer states that are read lie elsewhere
             return found
-        self.kept.drop("setup", "zeroshot", "partly", "monitor")  # all that look at its model
+        self.kept.drop("setup", *LOOKING)
         if self.compiled:
             torch.compiler.reset()  # which compiles a function for so many models, and no more
         return None
@@ -332,10 +271,10 @@ class Run:
 
     def embed(self, rows: np.ndarray, images: bool = True, texts: bool = True) -> tuple:
         """Raw embeddings, float32 [N, D], of the base views and of the captions, by the model as it is."""
-        if self.zeroshot is None or self.eval_device != self.device:
+        if self.watch is None or self.watch.aside:
             towers = Towers(self.model, precision=self.precision, device=self.device)
         else:
-            towers = self.zeroshot.towers
+            towers = self.watch.zeroshot.towers
             towers.refresh()
         return embed(towers, self.pairs, rows, images=images, texts=texts)
 
@@ -402,74 +341,25 @@ class Run:
         threads = config.workers or threads
         return open_decoder(config.decode, threads, str(self.world.device), config.hw_decoder_load)
 
-    def _open_evaluation(self) -> Labelled | None:
-        """The evaluation set on the main rank, if there is one."""
-        config, task = self.config, self.task
+    def _watch(self) -> Watch | None:
+        """What evaluates, on the main rank, where there is something to evaluate on."""
+        config, task, trains = self.config, self.task, self.world.device
         every(config.eval_every, 1, 1)  # what it cannot read is to be known before training
+        device = dist.device_of(config.eval_device) if config.eval_device else trains
         if task.eval_data is None or not self.world.main:
             return None
-        if open_beton(task.eval_data).class_names is None:
-            raise UserError(
-                f"{task.eval_data} has no classes and cannot be evaluated while training; build it from class folders "
-                "or with --class-key."
-            )
-        if self.kept.held("evaluation", self._evaluation()) is None:
-            self.kept.drop("zeroshot", "partly", "monitor")  # which hold the earlier one
-        return self.kept.get("evaluation", self._evaluation(), self._decoded_evaluation)
-
-    def _evaluation(self) -> tuple:
-        """All that an evaluation set depends on."""
-        task, plan = self.task, self.task.plan and json.dumps(self.task.plan.to_dict())
-        texts = (str(task.classes), str(task.templates))
-        return str(task.eval_data), task.model.image_size, *texts, plan, self.config.eval_subset, self.eval_device
-
-    def _decoded_evaluation(self) -> Labelled:
-        config, task = self.config, self.task
-        decoder = self._decoder(os.cpu_count() or 1)  # the other processes have nothing to decode meanwhile
-        return open_set(
-            task.eval_data, decoder, task.model.image_size, classes=task.classes, templates=task.templates,
-            plan=task.plan, subset=config.eval_subset, device=self.eval_device,
-        )  # fmt: skip
-
-    def _zeroshot(self, data: Labelled) -> ZeroShot:
-        """Compiled where the step is, but not for another device: compilation is no work for a second thread."""
-        compiled = self.compiled and self.eval_device == self.world.device
-
-        def make() -> ZeroShot:
-            towers = Towers(self.model, precision=self.precision, device=self.eval_device, compiled=compiled)
-            return ZeroShot(towers, data)
-
-        zeroshot = self.kept.get("zeroshot", self._evaluation(), make)
-        zeroshot.towers.refresh()
-        return zeroshot
-
-    def _partly(self) -> ZeroShot:
-        """On part of the images, for evaluations between the epochs' ends."""
-        data, count = self.zeroshot.data, self.config.eval_between
-        key = (self._evaluation(), count)
-        return self.kept.get("partly", key, lambda: ZeroShot(self.zeroshot.towers, part_of(data, count)))
-
-    def _monitor(self) -> Monitor:
-        """On the pairs that cleaning does not see, from the model as it is."""
-        key = (self._evaluation(), str(self.task.data), self.task.held_out.tobytes())
-        make = partial(Monitor, self.zeroshot.towers, self.pairs, self.task.held_out)
-        monitor = self.kept.get("monitor", key, make)
-        monitor.start()
-        return monitor
+        decoder = partial(self._decoder, os.cpu_count() or 1)  # the other processes have nothing to decode meanwhile
+        return Watch(config, task, device, aside=device != trains, kept=self.kept, decoder=decoder)
 
     def _checked_start(self) -> dict | None:
         """The model that is to be cleaned, evaluated. UserError when there is no backdoor in it to be removed."""
-        if self.zeroshot is None or (self.verb == "pretrain" and self.config.epochs):
+        config = self.config
+        if self.watch is None or (self.verb == "pretrain" and config.epochs):
             return None
-        task, config = self.task, self.config
-        of = (str(task.start), getattr(config, "checkpoint", None), self._evaluation(), self.precision)
-        known = self.kept.held("start", of) if task.start else None
-        row = known | {"seconds": 0.0} if known else self.zeroshot()
-        self.kept.put("start", of, row)
-        row = row | (self.monitor() if self.monitor else {})
+        row = self.watch.start()
         if self.verb == "clean" and row.get("asr") is not None and row["asr"] < config.landed and not config.force:
             raise UserError(
-                f"the attack on {task.start} has not landed: ASR {row['asr']:.1%} is below {config.landed:.0%} "
+                f"the attack on {self.task.start} has not landed: ASR {row['asr']:.1%} is below {config.landed:.0%} "
                 "(--landed), so a low ASR after cleaning would show nothing; clean it all the same with --force."
             )
         return row
@@ -511,7 +401,7 @@ class Run:
         self._say(
             f"{self.folder}: {task.method_name or 'pre-training'} of {task.model_name} with "
             f"{task.method.objective_name}, {len(task.rows):,} pairs of {task.data} ({planned:,} poisoned), "
-            f"{self.total:,} steps, evaluated on {self._evaluated_on()}"
+            f"{self.total:,} steps, evaluated on {self.watch or 'nothing: no --eval-data'}"
         )
         if self.start:
             self._report(0, self.start)
@@ -523,7 +413,7 @@ class Run:
             evaluations | every("epoch", self.steps_per_epoch, self.total),
             config.log_every,
         )
-        if self.zeroshot and self.done in table.evaluate_at and self.done not in self._measured():
+        if self.watch and self.done in table.evaluate_at and self.done not in self._measured():
             self._evaluate(self.done)  # on another device, it had not ended when the run was stopped
         began, reason = time.perf_counter(), "finished"
         try:
@@ -534,14 +424,14 @@ class Run:
                 pairs_limit=self.pairs_limit(), world=self.world, evaluate=self.measure, save=self.save,
                 record=self.record,
             )  # fmt: skip
-            self.background.wait()
+            self._wait()
         except Enough as enough:
             reason = str(enough)
         except Diverged:
             self._end("diverged")
             raise
         finally:
-            self.background.wait()
+            self._wait()
             self.writer.wait()
         how = f"done: {self.total - self.done:,} steps" if reason == "finished" else f"ended early ({reason})"
         self._say(f"{how} in {time.perf_counter() - began:.0f} s, evaluations included; {self.folder}")
@@ -574,21 +464,16 @@ class Run:
         """Which leaves other weights behind: the last thing that is done with them."""
         pairs = Pairs(self.pairs.beton, self.pairs.decoder, self.pairs.size, max_bad=self.pairs.max_bad)
         return rebound(
-            self.model, self.zeroshot, pairs, self.rebound_rows, steps=self.config.rebound, lr=REBOUND_LR,
+            self.model, self.watch.zeroshot, pairs, self.rebound_rows, steps=self.config.rebound, lr=REBOUND_LR,
             precision=self.precision, world=self.world,
         )  # fmt: skip
 
     def _rebound_rows(self) -> np.ndarray:
-        if self.zeroshot is None or not self.zeroshot.data.attacked or self.world.size > 1:
+        if self.watch is None or not self.watch.data.attacked or self.world.size > 1:
             raise UserError("--rebound watches ASR, in one process: it needs a plan, and --eval-data with its target.")
         if self.shares.group and REBOUND_BATCH % self.shares.group:
             raise UserError(f"--rebound takes {REBOUND_BATCH} pairs a step: give a --bn-group that divides it.")
         return clean_pairs(self.pairs, self.task.plan, self.config.rebound * REBOUND_BATCH)
-
-    def _evaluated_on(self) -> str:
-        if self.zeroshot is None:
-            return "nothing: no --eval-data"
-        return f"{self.task.eval_data}, templates {self.zeroshot.data.about['templates']}"
 
     def _measured(self) -> set[int]:
         """Steps that have been evaluated."""
@@ -638,28 +523,24 @@ class Run:
 
     def measure(self, step: int) -> None:
         """Evaluate, and add a line to metrics.jsonl; on another device later, while training goes on."""
-        if self.zeroshot:
+        if self.watch:
             self._evaluate(step)
             self._ask_whether_to_end()
         self.world.barrier()
 
     def _ask_whether_to_end(self) -> None:
         """Raises Enough where the evaluations so far are."""
-        if reason := self.zeroshot and self.enough(read(self.folder).metrics):
+        if reason := self.watch and self.enough(read(self.folder).metrics):
             raise Enough(reason)
 
     def _evaluate(self, step: int) -> None:
-        between = self.partly and step % self.steps_per_epoch and step < self.total
+        between = bool(step % self.steps_per_epoch) and step < self.total
+        self.watch.evaluate(partial(self._report, step), between=between)
 
-        def work() -> None:
-            began = time.perf_counter()
-            row = self.partly() | {"subset": True} if between else self.zeroshot()
-            row |= self.monitor() if self.monitor else {}
-            self._report(step, row | {"seconds": round(time.perf_counter() - began, 3)})
-
-        self.background.wait()
-        self.zeroshot.towers.refresh()
-        self.background.start(work)
+    def _wait(self) -> None:
+        """Until the evaluations that were asked for are written."""
+        if self.watch:
+            self.watch.wait()
 
     def _report(self, step: int, row: dict) -> None:
         self.guard()
@@ -670,7 +551,7 @@ class Run:
     def save(self, step: int) -> None:
         """Write ckpt_last.pt, and the one to be kept where --save-every ends an epoch, while training goes on."""
         if self.world.main:
-            self.background.wait()  # an evaluation that is due is made up for only at the last checkpoint
+            self._wait()  # an evaluation that is due is made up for only at the last checkpoint
             self.guard()
             steps = self.config.save_every * self.steps_per_epoch
             kept = [str(step // self.steps_per_epoch)] if steps and step % steps == 0 else []

@@ -17,7 +17,8 @@ from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.models import create
 from fastbd.poison.plan import Plan
-from fastbd.run import SPARED, Task, allowed_rows, execute
+from fastbd.run import execute
+from fastbd.task import SPARED, Task, allowed_rows
 
 HELD_OUT = 512  # pairs
 

@@ -17,8 +17,9 @@ from fastbd.models import create
 from fastbd.models.weights import load_weights
 from fastbd.objectives import make_objective
 from fastbd.poison.plan import Plan
-from fastbd.run import Task, allowed_rows, execute
+from fastbd.run import execute
 from fastbd.study.runs import read_config
+from fastbd.task import Task, allowed_rows
 
 
 def run(config: PretrainConfig) -> int:
