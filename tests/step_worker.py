@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from copy import deepcopy
 from functools import partial
 
@@ -65,3 +66,4 @@ if __name__ == "__main__":
     td.init_process_group("gloo")
     main()
     td.destroy_process_group()
+    gc.collect()  # DDP's cycles hold the group, whose threads must not outlive Python

@@ -14,10 +14,10 @@ KERNELS = Path(kernels.__file__).parent
 LEAVES = {"errors", "config", "draws", "dist", "log", "precision", "prompts"}
 ARROWS = {
     "cli": {"commands", "study"},
-    "commands": {"run", "task", "engines", "rebound", "kept", "loop", "data", "models", "objectives", "cleaning", "evals",
-                 "poison", "study", "checkpoint", "kernels", "cli"},
-    "run": {"task", "watch", "cleaning", "loop", "step", "fit", "kept", "limits", "optim", "checkpoint", "data", "models", "evals",
-            "poison", "kernels", "rebound", "study"},
+    "commands": {"run", "task", "engines", "rebound", "kept", "loop", "data", "models", "objectives", "cleaning",
+                 "evals", "poison", "study", "checkpoint", "kernels", "cli"},
+    "run": {"task", "watch", "cleaning", "loop", "step", "fit", "kept", "limits", "optim", "checkpoint", "data",
+            "models", "evals", "poison", "kernels", "rebound", "study"},
     "watch": {"task", "data", "evals", "kept", "models"},
     "task": {"cleaning", "data", "models", "poison"},
     "engines": {"loop"},

@@ -115,4 +115,5 @@ if __name__ == "__main__":
     check_sigmoid(td.get_rank(), td.get_world_size())
     check_compiled_ddp(td.get_rank(), td.get_world_size())
     td.destroy_process_group()
-    print("done")
+    print("done", flush=True)
+    os._exit(0)  # dynamo keeps hold of the group, and Python must not end before the group's threads
