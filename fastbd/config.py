@@ -479,7 +479,7 @@ class SweepConfig:
     stop_collapsed: bool = False
     """End a cleaning whose top-1 was below half of its start's for 2 epochs."""
     asha: int = 0
-    """End cleanings that are not among the best 1 / N of their learning rates at 2, 2 N, 2 N N, ... epochs; 0: none."""
+    """End cleanings that are not among the best 1 / N of their learning rates at 2, 2 N, 2 N N, ... epochs (N > 1)."""
     search: int = 0
     """Cleanings beyond the grid, of each model by each entry that has two or more learning rates, between which Optuna
     chooses others for high top-1 and low ASR."""

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -64,10 +65,7 @@ def on_ray(work: Work, folder: Path, count: int, device: str) -> None:
     shared out already. RAY_ADDRESS names the cluster, whose machines must all have fastbd, and the folder and the data
     where they are here; without it Ray starts on this machine. Raises like on_this_machine.
     """
-    try:
-        import ray
-    except ImportError:
-        raise UserError("--engine ray needs Ray: pip install 'fastbd[cluster]'.") from None
+    ray = load_ray()
     with _joined(ray):
         there = ray.cluster_resources()
         kind = "GPU" if device == "auto" and there.get("GPU") else "CPU"
@@ -105,6 +103,14 @@ def on_ray(work: Work, folder: Path, count: int, device: str) -> None:
                         errors.append(error)
     if errors:
         raise _died(f"{str(errors[0]).splitlines()[-1]}; see {folder / 'worker-*.log'}", folder)
+
+
+def load_ray() -> ModuleType:
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--engine ray needs Ray: pip install 'fastbd[cluster]'.") from None
+    return ray
 
 
 @contextlib.contextmanager

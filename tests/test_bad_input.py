@@ -107,6 +107,21 @@ def test_what_evaluation_refuses_costs_no_decoding(place, fastbd):
         assert "decoded" not in done.stdout, flags
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "sweep needs --study, a shipped one or a file, or --out"),
+        (("--study", "papr"), "there is no study 'papr'; did you mean paper?"),
+        (("--study", "paper", "--data", "train.beton"), "'paper' measures top-1 and ASR: give --eval-data"),
+        (("--study", "paper", "--data", "train.beton", "--eval-data", "v.beton"), "v.beton does not exist"),
+        (("--study", "paper", "--data", "t-*.beton", "--eval-data", "val.beton"), "no file matches t-*.beton"),
+        (("--study", "demo", "--asha", 1), "--asha 1 would end no run"),
+    ],
+)
+def test_a_sweep_that_cannot_be(refused, flags, message):
+    assert message in refused("sweep", *flags)
+
+
 def test_a_target_that_is_no_class(refused, place):
     edited_plan(place, target="zebra")
     said = refused(*TRAIN, "--plan", "other.json")

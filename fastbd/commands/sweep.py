@@ -6,7 +6,7 @@ import json
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,14 +19,15 @@ from rich.live import Live
 from fastbd import dist, log
 from fastbd.commands import clean, demo, poison, pretrain, report
 from fastbd.config import CleanConfig, ReportConfig, SweepConfig
+from fastbd.data.shards import open_beton
 from fastbd.dist import World
-from fastbd.engines import ENGINES
+from fastbd.engines import ENGINES, load_ray
 from fastbd.errors import Diverged, UserError
 from fastbd.kept import Kept
 from fastbd.loop import Stopped
 from fastbd.run import Run
 from fastbd.study import halting, live, search
-from fastbd.study.grid import Planned, Study, command, material, with_overrides
+from fastbd.study.grid import Planned, Study, command, expand, material, with_overrides
 from fastbd.study.ledger import Claim, Ledger
 from fastbd.study.runs import find, on_common_set, read_config
 from fastbd.study.studies import load
@@ -42,9 +43,8 @@ class Lost(Exception):
 def run(config: SweepConfig) -> int:
     """Do what is left of the study, write its report; the last line is the result as JSON."""
     began = time.perf_counter()
+    _check(config)
     engine, ledger = ENGINES[config.engine], open_ledger(config)
-    if config.search:
-        search.load()  # before anything takes its time
     if config.retry:
         ledger.retry()
     if any(run.verb == "pretrain" and run.config.data == "demo" for run in ledger.runs):
@@ -73,6 +73,16 @@ def run(config: SweepConfig) -> int:
     return 0 if states.count("finished") == len(states) and page else 1
 
 
+def _check(config: SweepConfig) -> None:
+    """Whether what the flags need is there, before anything takes its time."""
+    if config.asha == 1:
+        raise UserError("--asha 1 would end no run: give 2 or more, or 0.")
+    if config.search:
+        search.load()
+    if config.engine == "ray":
+        load_ray()
+
+
 def _report(folder: Path) -> tuple[str | None, dict]:
     """The page that is written, and the best of its runs; (None, {}) where nothing was evaluated."""
     folders, page = (folder / "runs",), folder / "report.html"
@@ -90,9 +100,20 @@ def open_ledger(config: SweepConfig) -> Ledger:
     if config.study is None:
         if config.out is None:
             raise UserError("sweep needs --study, a shipped one or a file, or --out, the folder of one to go on with.")
-        return Ledger(config.out, lease=config.lease)
+        ledger = Ledger(config.out, lease=config.lease)
+        _check_data(ledger.runs)
+        return ledger
     study = changed(load(config.study, config.preset), config)
-    return Ledger(config.out or Path("studies") / study.name, study, lease=config.lease)
+    folder = config.out or Path("studies") / study.name
+    _check_data(expand(study, folder))
+    return Ledger(folder, study, lease=config.lease)
+
+
+def _check_data(runs: Iterable[Planned]) -> None:
+    """UserError where a file that one of the runs will read cannot be opened."""
+    named = {str(getattr(run.config, flag, None)) for run in runs for flag in ("data", "eval_data")}
+    for name in sorted(named - {"None", "demo"}):
+        open_beton(name)
 
 
 def changed(study: Study, config: SweepConfig) -> Study:

@@ -24,7 +24,7 @@ from fastbd import cli, dist
 from fastbd.commands import clean
 from fastbd.commands import sweep as sweep_command
 from fastbd.config import CleanConfig, SweepConfig
-from fastbd.engines import ENGINES
+from fastbd.engines import load_ray
 from fastbd.errors import UserError
 from fastbd.kept import Kept
 from fastbd.run import Run
@@ -299,9 +299,7 @@ def test_a_second_run_is_compiled_no_more_and_stays_in_its_memory(method, undist
     assert 0 < frames[0] == frames[1]
 
 
-@pytest.mark.parametrize(
-    ("package", "call"), [("ray", partial(ENGINES["ray"], print, Path(), 1, "cpu")), ("optuna", search.load)]
-)
+@pytest.mark.parametrize(("package", "call"), [("ray", load_ray), ("optuna", search.load)])
 def test_what_is_not_installed_is_named(package, call, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"needs {package.title()}: pip install 'fastbd\[cluster\]'"):
