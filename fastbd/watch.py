@@ -74,13 +74,15 @@ class Watch:
         self.zeroshot = kept.get("zeroshot", self.key, zeroshot)
         self.zeroshot.towers.refresh()
         self.partly = self.monitor = None
-        if count := config.eval_between:  # of the images, where no epoch ends
-            partly = lambda: ZeroShot(self.zeroshot.towers, part_of(self.data, count))  # noqa: E731
-            self.partly = kept.get("partly", (self.key, count), partly)
+        if config.eval_between:
+            self.partly = kept.get("partly", (self.key, config.eval_between), self._of_part)
         if len(task.held_out) > 1:
             about = (self.key, str(task.data), task.held_out.tobytes())
             self.monitor = kept.get("monitor", about, partial(Monitor, self.zeroshot.towers, pairs, task.held_out))
             self.monitor.start()
+
+    def _of_part(self) -> ZeroShot:
+        return ZeroShot(self.zeroshot.towers, part_of(self.data, self.config.eval_between))
 
     def start(self) -> dict:
         """The line of the model that is to be cleaned, which runs that begin with the same one share."""
