@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastbd.study import published
-from fastbd.study.groups import apart
+from fastbd.study.groups import apart, cleaned_groups
 from fastbd.study.pareto import CEILINGS, front
 from fastbd.study.runs import METHODS, Evaluation, Run, method_name, objective_name, slug
 
@@ -64,11 +64,12 @@ def scatter(runs: Sequence[Run]) -> Figure:
 @_styled
 def methods(runs: Sequence[Run]) -> Figure:
     """The scatter with a panel for each cleaning method, and attack where there are several, on the same axes."""
-    cleaning = [run for run in runs if run.verb == "clean" and run.attacks]
+    ways = [(group.method, run) for group in cleaned_groups(runs) for run in group.runs if run.attacks]
+    cleaning = [run for _, run in ways]
     attacks = {run.attack for run in cleaning}
     panelled: dict[str, list[Run]] = {}
-    for run in sorted(cleaning, key=lambda run: (method_name(run), run.attack)):
-        panelled.setdefault("\n".join(filter(None, (method_name(run), apart(run.attack, attacks)))), []).append(run)
+    for method, run in sorted(ways, key=lambda way: (way[0], way[1].attack)):
+        panelled.setdefault("\n".join(filter(None, (method, apart(run.attack, attacks)))), []).append(run)
     figure, panels = _grid(max(1, len(panelled)))
     hollow = False
     for (title, some), axes in zip((panelled or {"": runs}).items(), panels, strict=True):

@@ -67,6 +67,17 @@ def test_a_panel_an_attack(study):
     assert titles == [f"{method}\n16 px {at}" for method in methods for at in ("corner", "random")]
 
 
+def test_a_panel_a_setting_that_is_compared(write_run, evaluation, tmp_path):
+    about = {"verb": "clean", "method": "par", "objective": "mmcl", "pretrain_objective": "mmcl", "start": "/base"}
+    for tau in (0.0, 2.15):
+        for lr in (1e-4, 3e-4):
+            rows = [evaluation(0, 0, 0.5, 0.9), evaluation(10, 1, 0.4, 0.2 + tau / 10)]
+            write_run(tmp_path / f"{tau}-{lr}", about | {"config": {"lr": lr, "tau": tau, "seed": 0}}, rows, [])
+    panels = [axes for axes in plots.methods(find([tmp_path])).axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["PAR, tau 0", "PAR, tau 2.15"]
+    assert [drawn(axes.collections[:1]) for axes in panels] == [{(20, 40)}, {(41.5, 40)}]
+
+
 def test_published_points_only_beside_the_same_classes(write_run, evaluation, tmp_path):
     config = {
         "verb": "clean",
