@@ -9,7 +9,6 @@ from fastbd.errors import UserError
 from fastbd.study.grid import Study, expand, with_overrides
 from fastbd.study.studies import STUDIES, load
 
-# Cleaning methods and flags that these studies wait for; to be emptied as they come.
 TOML = """
 about = "what a user wants to know"
 seeds = [0, 1]
@@ -102,3 +101,9 @@ def test_a_mistake_in_a_file_is_told_with_its_place(tmp_path, name, text, said):
 def test_what_there_is_not_is_told(name, preset, said):
     with pytest.raises(UserError, match=said):
         load(name, preset)
+
+
+def test_the_study_that_the_docs_tell_of():
+    study = load(Path(__file__).parents[2] / "docs/real-images.toml")
+    verbs = [run.verb for run in expand(study, Path("S"))]
+    assert (verbs.count("pretrain"), verbs.count("clean")) == (6, 132)
