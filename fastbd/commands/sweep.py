@@ -110,8 +110,9 @@ def open_ledger(config: SweepConfig) -> Ledger:
 
 
 def _check_data(runs: Iterable[Planned]) -> None:
-    """UserError where a file that one of the runs will read cannot be opened."""
-    named = {str(getattr(run.config, flag, None)) for run in runs for flag in ("data", "eval_data")}
+    """UserError where a file that one of the runs has still to read cannot be opened."""
+    left = [run.config for run in runs if not run.finished]
+    named = {str(getattr(config, flag, None)) for config in left for flag in ("data", "eval_data")}
     for name in sorted(named - {"None", "demo"}):
         open_beton(name)
 

@@ -99,6 +99,12 @@ def test_a_finished_study_is_left_alone(undisturbed, sweep):
     assert (result["runs"], result["finished"], result["report"]) == (5, 5, "one/report.html")
 
 
+def test_a_finished_study_needs_no_data(undisturbed, fastbd, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "moved")  # to where train.beton is not
+    result = json.loads(fastbd("sweep", "--out", "moved", cwd=tmp_path).stdout.splitlines()[-1])
+    assert (result["runs"], result["finished"]) == (5, 5)
+
+
 @pytest.mark.parametrize("name", ["mmcl-s0-finetune-lr0.003", "mmcl-s0-cleanclip-lr0.003"])
 def test_a_run_is_that_of_its_own_command(name, undisturbed, study, fastbd):
     """These came second in their memory."""
