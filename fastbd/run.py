@@ -218,7 +218,7 @@ class Run:
         )
         self.step = Step(
             self.model, self.method, optimizer, rates, precision=self.precision, world=self.world,
-            parts=config.accumulate, compiled=self.compiled, captured=self.captured,
+            parts=config.accumulate, compiled=self.compiled, captured=self.captured, falls_back=config.graph == "auto",
         )  # fmt: skip
         setup = Setup(self.model, self.method, batch_size, self.room, self.step)
         self.kept.put("setup", self._structure(), setup)
@@ -580,9 +580,10 @@ class Run:
         }
 
     def record(self, row: dict) -> None:
-        """Add a line to log.jsonl."""
+        """Add a line to log.jsonl; `uncaptured` in it says why --graph auto has come to nothing."""
         if self.world.main:
-            log.append(self.folder / "log.jsonl", {**row, "bad_images": len(self.pairs.bad)})
+            failed = {"uncaptured": self.step.uncaptured} if self.step.uncaptured else {}
+            log.append(self.folder / "log.jsonl", {**row, "bad_images": len(self.pairs.bad), **failed})
 
     def _say(self, line: str) -> None:
         if not self.quiet:

@@ -30,7 +30,7 @@ class Step:
 
     `rates` [steps] are the learning rates, `start` the number of the first step. A batch comes in `parts`, by its
     captions, and is embedded in as many, with the gradient of the whole. The `weights` of the objective's terms may be
-    written between steps.
+    written between steps. A step that cannot be `captured` is a UserError, or runs without a graph where it `falls_back`.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Step:
         parts: int = 1,
         compiled: bool = False,
         captured: bool = False,
+        falls_back: bool = False,
     ):
         self.model, self.method, self.optimizer = model, method, optimizer
         self.precision, self.world = precision, world
@@ -59,8 +60,14 @@ class Step:
         if world.size > 1:
             ddp = _parallel(model, static=parts == 1)
             self.towers = _compile(ddp) if compiled else ddp
-        self.call = Captured(self._step, world.device, lambda: self.variant) if captured else self._step
-        self.variant = None
+        self.variant, self.call = None, self._step
+        if captured:
+            self.call = Captured(self._step, world.device, lambda: self.variant, falls_back)
+
+    @property
+    def uncaptured(self) -> str | None:
+        """Why the step runs without the CUDA graph that it was to be captured in; None where that has not failed."""
+        return self.call.failure if isinstance(self.call, Captured) else None
 
     def begin(self, epoch: int) -> None:
         """Before the steps of an epoch."""
