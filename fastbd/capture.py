@@ -87,10 +87,11 @@ class Captured:
         return graph, own, output
 
     def _fail(self, error: Exception) -> None:
-        self.failure = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        said = f"the step could not be captured in a CUDA graph ({self.failure})"
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        said = f"the step could not be captured in a CUDA graph ({reason})"
         if not self.falls_back:
             raise UserError(f"{said}: give --graph auto, which then goes on without one, or --graph off.") from error
+        self.failure = reason
         console.print(f"{said}: from here on it runs without one.", markup=False)
 
     def _replay(self, shapes: tuple, flat: list[Tensor]):
@@ -117,9 +118,11 @@ def _capturing(graph: torch.cuda.CUDAGraph, pool, stream: torch.cuda.Stream):
             except Exception as error:
                 first = error
                 raise
-    except Exception as last:
+    except Exception:
         _end(graph, pool, stream.device_index)
-        raise first or last
+        if first is None:
+            raise
+        raise first from first.__cause__
     finally:
         if collects:
             gc.enable()

@@ -33,13 +33,37 @@ def save(path: Path, state: dict) -> None:
             temporary.unlink()
 
 
-def snapshot(state: Any) -> Any:
-    """A copy in main memory, which training leaves alone while it is written."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: snapshot(value) for key, value in state.items()}
-    return [snapshot(value) for value in state] if isinstance(state, list) else state
+class Snapshot:
+    """A copy of a state in main memory, which training leaves alone while it is written.
+
+    What lies on a GPU is copied into locked memory behind all that its current stream has to do, and before what comes
+    later, while nothing waits here: wait() does. PyTorch keeps such memory, and the next snapshot is made in it.
+    """
+
+    def __init__(self, state: Any):
+        self._events: dict[torch.device, torch.cuda.Event] = {}
+        self._state = self._copy(state)
+        for device, event in self._events.items():
+            event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> Any:
+        """The copy, as soon as it is whole; from any thread."""
+        for device, event in self._events.items():
+            with torch.cuda.device(device):  # a thread begins on the first GPU, and would take memory of it
+                event.synchronize()
+        return self._state
+
+    def _copy(self, state: Any) -> Any:
+        if isinstance(state, torch.Tensor):
+            return self._begin(state.detach()) if state.is_cuda else state.detach().to("cpu", copy=True)
+        if isinstance(state, dict):
+            return {key: self._copy(value) for key, value in state.items()}
+        return [self._copy(value) for value in state] if isinstance(state, list) else state
+
+    def _begin(self, x: torch.Tensor) -> torch.Tensor:
+        """Of a tensor on a GPU; strides stay, as others would make PyTorch wait for a copy with them."""
+        self._events.setdefault(x.device, torch.cuda.Event(blocking=True))
+        return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
 def load(path: Path) -> dict:

@@ -477,7 +477,7 @@ class Run:
 
     def _measured(self) -> set[int]:
         """Steps that have been evaluated."""
-        return {row["step"] for row in read(self.folder).metrics}
+        return {row["step"] for row in read_metrics(self.folder)}
 
     def _say_whether_they_landed(self) -> None:
         """Each attack, by the last evaluation of pre-training."""
@@ -530,7 +530,7 @@ class Run:
 
     def _ask_whether_to_end(self) -> None:
         """Raises Enough where the evaluations so far are."""
-        if reason := self.watch and self.enough(read(self.folder).metrics):
+        if reason := self.watch and self.enough(read_metrics(self.folder)):
             raise Enough(reason)
 
     def _evaluate(self, step: int) -> None:
@@ -555,10 +555,13 @@ class Run:
             self.guard()
             steps = self.config.save_every * self.steps_per_epoch
             kept = [str(step // self.steps_per_epoch)] if steps and step % steps == 0 else []
-            self.writer.start(partial(self._write, [*kept, "last"], checkpoint.snapshot(self._state(step))))
+            self.writer.wait()  # there is memory for one snapshot
+            snapshot = checkpoint.Snapshot(self._state(step))
+            self.writer.start(partial(self._write, [*kept, "last"], snapshot))
         self.world.barrier()
 
-    def _write(self, names: list[str], state: dict) -> None:
+    def _write(self, names: list[str], snapshot: checkpoint.Snapshot) -> None:
+        state = snapshot.wait()
         for name in names:  # the last one last: what it is past is not done again
             checkpoint.save(checkpoint.path_of(self.folder, name), state)
 

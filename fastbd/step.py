@@ -30,7 +30,7 @@ class Step:
 
     `rates` [steps] are the learning rates, `start` the number of the first step. A batch comes in `parts`, by its
     captions, and is embedded in as many, with the gradient of the whole. The `weights` of the objective's terms may be
-    written between steps. A step that cannot be `captured` is a UserError, or runs without a graph where it `falls_back`.
+    written between steps. A step that cannot be `captured` is a UserError, or it `falls_back` to what it does without.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ def state_of(step) -> list[torch.Tensor]:
 
 
 def two_runs(step, objective, parts: int) -> tuple[list[dict], list[torch.Tensor]]:
-    """Five steps, and four of a run in the same memory with more room for captions: losses, and the state after them."""
+    """Five steps, and four of a run in the same memory with more room for captions: losses, and the last state."""
     losses = []
     for room, steps in ((512, 5), (1024, 4)):
         for seed in range(steps):

@@ -5,11 +5,15 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import weakref
 
 import pytest
 import torch
+from cleanings import cleaning, start
 
 from fastbd import checkpoint
+from fastbd.checkpoint import Snapshot
 from fastbd.errors import UserError
 from fastbd.loop import Stopped
 
@@ -25,6 +29,84 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert torch.equal(loaded["model"].pop("w"), STATE["model"]["w"]) and loaded["model"].pop("n") == 7
     assert loaded == STATE | {"model": {}}
     assert os.listdir(tmp_path) == ["ckpt_last.pt"]
+
+
+def test_training_leaves_a_snapshot_alone():
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    state = {"model": {"w": torch.nn.Parameter(weight)}, "steps": [torch.tensor(3.0), 3], "plan": None}
+    before, snapshot = weight.clone(), Snapshot(state)
+    state["model"]["w"].data.zero_()
+    state["steps"][0].add_(1)
+    state["steps"].append(4)
+    copy = snapshot.wait()
+    assert torch.equal(copy["model"]["w"], before) and copy["model"]["w"].stride() == weight.stride()
+    assert not copy["model"]["w"].requires_grad and copy["steps"] == [3.0, 3] and copy["plan"] is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_snapshot_of_a_gpu_waits_for_nothing_and_takes_its_memory_again():
+    weight = torch.randn(64, 32, 3, 3, device="cuda").to(memory_format=torch.channels_last)
+    pinned = []
+    for _ in range(2):
+        before = weight.clone()
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            torch.cuda._sleep(100_000_000)
+            snapshot = Snapshot({"w": weight, "steps": [torch.ones((), device="cuda"), 3]})
+            assert not torch.cuda.current_stream().query()
+            weight.add_(1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        copy = snapshot.wait()
+        assert copy["w"].is_pinned() and copy["w"].stride() == weight.stride() and copy["steps"] == [1.0, 3]
+        assert torch.equal(copy["w"], before.cpu())
+        torch.cuda.synchronize()
+        del copy, snapshot
+        torch.cuda.synchronize()  # an event behind the last use is recorded when memory is let go
+        pinned.append(torch.cuda.host_memory_stats()["num_host_alloc"])
+    assert pinned[0] == pinned[1]
+
+
+def test_a_checkpoint_is_written_as_soon_as_its_copy_is_whole(study, monkeypatch, tmp_path):
+    """Training does not wait for that; and the copy before has been let go."""
+    whole, alive = threading.Event(), weakref.WeakSet()
+
+    class Late(Snapshot):
+        """Its tensors come only when they are waited for."""
+
+        def __init__(self, state):
+            assert not alive
+            alive.add(self)
+            self.underway = []
+            super().__init__(state)
+
+        def _copy(self, state):
+            if not isinstance(state, torch.Tensor):
+                return super()._copy(state)
+            self.underway.append((torch.zeros_like(state), state.detach().clone()))
+            return self.underway[-1][0]
+
+        def wait(self):
+            assert threading.current_thread() is not threading.main_thread() and whole.wait(60)
+            for copy, value in self.underway:
+                copy.copy_(value)
+            return super().wait()
+
+    monkeypatch.chdir(study)
+    start(study)
+    monkeypatch.setattr(checkpoint, "Snapshot", Late)
+    training = cleaning(tmp_path / "run")
+    weight = next(training.model.parameters())
+    for step in (1, 2):
+        before = weight.detach().clone()
+        training.save(step)
+        weight.data.add_(1)
+        assert checkpoint.load(tmp_path / "run/ckpt_last.pt")["step"] == 0 or whole.is_set()
+        whole.set()
+    training.writer.wait()
+    saved = checkpoint.load(tmp_path / "run/ckpt_last.pt")
+    assert saved["step"] == 2 and torch.equal(next(iter(saved["model"].values())), before)
 
 
 def test_a_signal_while_a_checkpoint_is_read_is_no_damage(tmp_path):

@@ -323,7 +323,9 @@ LOSSES = {
     "ssl_image": "SSL (image)",
     "ssl_text": "SSL (text)",
 }
-NO_LOSSES = {"step", "epoch", "pairs_per_s", "of_limit", "data_wait", "scale", "bad_images", "lr", "uncaptured"}  # of log.jsonl
+NO_LOSSES = {  # of log.jsonl
+    "step", "epoch", "pairs_per_s", "of_limit", "data_wait", "scale", "bad_images", "lr", "uncaptured",
+}  # fmt: skip
 # Okabe and Ito's colours, safe for the colour-blind.
 COLOURS = {"mmcl": "#0072B2", "mmcl_ssl": "#D55E00", "ssl": "#009E73", "siglip": "#CC79A7", "siglip_ssl": "#E69F00",
            "cyclip": "#56B4E9"}  # fmt: skip
