@@ -14,7 +14,7 @@ import torch
 from fastbd.cleaning.method import Method
 from fastbd.data.loader import Batch
 from fastbd.dist import World
-from fastbd.errors import UserError
+from fastbd.errors import UserError, is_short_of_memory
 from fastbd.kernels.text_pack import END, PackedText, pack
 from fastbd.models import CLIP
 from fastbd.optim import learning_rates, make_optimizer
@@ -110,7 +110,9 @@ def batch_that_fits(
             for batch in waiting[:2]:
                 step(batch)
             torch.cuda.synchronize()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_short_of_memory(error):
+                raise
             return False
         finally:
             copy = trained_by = optimizer = step = waiting = batch = None

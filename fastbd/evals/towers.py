@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbd.errors import Diverged
+from fastbd.errors import Diverged, is_short_of_memory
 from fastbd.kernels.constants import normalisation
 from fastbd.kernels.text_pack import PackedText, pack
 from fastbd.kernels.text_tree import TextTree
@@ -73,8 +73,8 @@ class Towers:
                 out = embedded.new_empty(count, embedded.shape[1]) if out is None else out
                 out[first : first + batch] = embedded
                 self.advance(min(batch, count - start))
-        except torch.OutOfMemoryError:
-            if self._share >= SMALLEST:
+        except RuntimeError as error:
+            if self._share >= SMALLEST or not is_short_of_memory(error):
                 raise
             return None
         return out

@@ -64,18 +64,31 @@ def test_compiled_it_is_one_graph_for_all_batches(model, monkeypatch):
     assert graphs["unique_graphs"] == before + 1
 
 
-def test_the_batch_shrinks_where_memory_is_short(model, monkeypatch):
+SHORT = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"),
+    RuntimeError("FIND was unable to find an engine to execute this computation"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", [*SHORT, RuntimeError("CUDA error: an illegal memory access was encountered")])
+def test_the_batch_shrinks_where_memory_is_short(error, model, monkeypatch):
     towers, tried = Towers(model, precision="fp32", device=CPU), []
     embed = towers._call
 
     def short(images: torch.Tensor) -> torch.Tensor:
         tried.append(len(images))
         if len(images) > 20:
-            raise torch.OutOfMemoryError
+            raise error
         return embed(images)
 
     monkeypatch.setattr(towers, "_call", short)
     monkeypatch.setitem(module.PIXELS, "cpu", 64 * 32 * 32)
+    if error not in SHORT:
+        with pytest.raises(RuntimeError, match="illegal"):
+            towers.images(pictures(40))
+        return
     assert torch.allclose(towers.images(pictures(40)), plain(model, pictures(40)), atol=1e-5)
     assert tried == [40, 32, 16, 16, 16]
 
