@@ -14,7 +14,7 @@ from cleanings import cleaning, start
 from steps import BOTH, EVERY, RATES, batch_of, make_step
 
 from fastbd import capture, run
-from fastbd.capture import WARM
+from fastbd.capture import WARM, Captured
 from fastbd.errors import UserError
 from fastbd.kept import Kept
 from fastbd.models import create
@@ -138,6 +138,37 @@ def test_no_garbage_is_collected_in_a_capture(collects, device):
         gc.callbacks.pop()
     assert device.collects == [False] and ("stop", 0, False) in collected
     assert not [about for about in collected if about[2]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_as_before_after_a_capture_that_broke_off():
+    """Memory that two streams have used is freed, the cache emptied, numbers are drawn, another step is captured."""
+    gpu = torch.device("cuda", 0)
+    total = torch.zeros((), device=gpu)
+
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        total.add_(x.sum())
+        if torch.cuda.is_current_stream_capturing():
+            total.item()  # waits for the device
+        return total * 2
+
+    def active() -> int:
+        torch.cuda.synchronize()
+        torch.ones(1, device=gpu)  # an allocation looks whether events have passed
+        return torch.cuda.memory_stats()["active_bytes.all.current"]
+
+    broken, whole = Captured(breaks, gpu, falls_back=True), Captured(lambda x: x * 2, gpu)
+    assert [broken(torch.ones(4, device=gpu)).item() for _ in range(6)] == [8 * n for n in range(1, 7)]
+    assert "captur" in broken.failure and not broken.graphs
+    torch.cuda.empty_cache()
+    assert len(torch.randn(3, device=gpu).unique()) == 3
+    before = active()
+    for _ in range(3):
+        torch.ones(1 << 20, device=gpu).record_stream(torch.cuda.Stream())
+    assert active() == before
+    for n in range(WARM + 2):
+        assert whole(torch.full((4,), n, device=gpu)).tolist() == 4 * [2 * n]
+    assert len(whole.graphs) == 1
 
 
 def test_a_sweeps_runs_say_and_record_it(device, study, monkeypatch, tmp_path, capsys):
