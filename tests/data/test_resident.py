@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import ctypes
 import io
+import json
 import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +173,20 @@ def test_a_full_disk_shows_at_once_and_leaves_nothing(beton):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert pairs.decoder.decoded == 0
     assert [p.name for p in beton.path.parent.iterdir()] == ["pairs.beton"]
+
+
+def test_processes_agree_on_a_place_and_all_end_where_the_first_one_cannot_write(beton, together, monkeypatch):
+    path = beton.path.with_suffix(".16.pixels")
+    monkeypatch.setenv("BETON", str(beton.path))
+    first, second = map(json.loads, together(Path(__file__).with_name("resident_worker.py"), 2))
+    assert first.pop("seconds") < 20 and second.pop("seconds") < 20
+    assert (first.pop("decoded"), second.pop("decoded")) == (ROWS, 0)  # the second one read the file
+    assert first == second == {
+        "both": "ram", "one": "none", "other": "none",
+        "too much": "--resident ram needs 0.00 GB, of 0.00 GB free in memory: give --resident disk or none.",
+        "no room": f"{path} has no room on its disk for 0.00 GB: give --resident ram or none.",
+        "left": ["pairs.beton"],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("times", "processes", "kept"), [(4, 1, True), (3.9, 1, False), (8, 2, True), (7, 2, False)])
