@@ -93,8 +93,9 @@ def epoch(
         note = "its own simple pipeline: a random crop, uint8, not normalised; so its pixels are not compared"
         theirs = partial(ffcv_epoch, path, world.device)
         providers["FFCV, random crop"] = Provider(theirs, {"": float("inf")}, note=note)
-    for decode in ("pil", "ffcv", "dali"):
-        tolerance = TOLERANCE if decode == "pil" or (device == "cpu" and decode == "dali") else GPU_DECODE
+    for decode in ("pil", "ffcv", "dali", *(["dali-cpu"] if device == "cuda" else [])):
+        exact = decode in ("pil", "dali-cpu") or (device == "cpu" and decode == "dali")
+        tolerance = TOLERANCE if exact else GPU_DECODE
         providers[f"fastbd, {decode}"] = Provider(partial(ours, decode), tolerance, ours=True, own_memory=False)
     if device == "cuda":
         for load in hw_loads:
