@@ -10,11 +10,13 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from damage import damaged
 from PIL import Image
 
 from fastbd.data import resident
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import BadImage, open_decoder, read
+from fastbd.data.decode_dali import is_like
 from fastbd.data.loader import RECIPES, Pairs, batches
 from fastbd.data.tokenizer import tokenize
 from fastbd.dist import World
@@ -158,6 +160,42 @@ def test_an_image_does_not_depend_on_its_batch(beton, load):
             found |= {int(row): pixels(images, k) for k, row in enumerate(ids)}
         seen.append(found)
     assert all(np.array_equal(seen[0][row], seen[1][row]) for row in range(ROWS))
+
+
+@needs_dali
+@pytest.mark.parametrize("load", [0.0, 0.65, 1.0])
+@pytest.mark.parametrize("kind", [{}, {"progressive": True}])
+def test_pillow_says_which_files_are_damaged_and_the_others_come_to_no_harm(tmp_path, load, kind):
+    """Each damaged file has whole ones beside it; what Pillow can read comes from the engines with about its pixels."""
+    rng, path = np.random.default_rng(4), tmp_path / "damaged.beton"
+    whole = [jpeg(smooth(60, 200 + i, rng), **kind) for i in range(80)]
+    broken = [file for file, _ in damaged(whole[0]).values()]
+    files = [broken[i // 2] if i % 2 and i // 2 < len(broken) else whole[i] for i in range(80)]
+    with BetonWriter(path, len(files), 0, labelled=False) as writer:
+        for i, file in enumerate(files):
+            writer.add(jpeg=file, width=200 + i, height=60, tokens=tokenize([""])[0], text_views=None, caption="a",
+                       row_id=i)  # fmt: skip
+    bad, refused, beton = set(), set(), Beton(path)
+
+    def one(row: int) -> torch.Tensor:
+        try:
+            return torch.from_numpy(read(beton.jpeg(row)))
+        except BadImage:
+            bad.add(row)
+            return torch.zeros(1, 1, 3, dtype=torch.uint8)
+
+    decoder, order = open_decoder("dali", 4, "cuda", load), np.split(np.arange(80), 10)
+    for ids, images in zip(order, decoder.stream(beton, order, one, host=False), strict=True):
+        for k, row in enumerate(ids.tolist()):
+            got = pixels(images, k)
+            try:
+                read(beton.jpeg(row))
+            except BadImage:
+                refused.add(row)
+                continue
+            if files[row] is whole[row] or load:
+                assert is_like(got, beton.jpeg(row)), row
+    assert bad == refused
 
 
 def test_memory_does_not_grow_with_the_epochs(beton):
