@@ -59,18 +59,18 @@ def epoch(
     name: str, recipe: tuple[str, ...], path: Path, files: list[np.ndarray], device: str, hw_loads: tuple[float, ...]
 ) -> Case:  # fmt: skip
     """An epoch of `files`, which `path` holds, in batches; what is compared are the views of its first batch."""
-    place, dtype = torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32
+    world, dtype = dist.World(0, 1, torch.device(device)), torch.bfloat16 if device == "cuda" else torch.float32
     epoch_batches = partial(
         batches, rows=np.arange(len(files)), batch_size=BATCH, seed=0, policies=recipe, text_view=None,
-        world=dist.World(0, 1, place), epoch=1, start=0, dtype=dtype,
+        world=world, epoch=1, start=0, dtype=dtype,
     )  # fmt: skip
 
-    def ours(decode: str, where: str = "none", load: float = 0.65) -> Callable[[], Output]:
+    def ours(decode: str, where: str = "none", load: float = 0.0) -> Callable[[], Output]:
         try:
             pairs = Pairs(Beton(path), open_decoder(decode, 0, device, load), SIZE)
         except UserError as error:
             raise Unavailable(str(error)) from None
-        resident.keep(pairs, np.arange(len(files)), where, base=recipe == ("plain",), device=place, quiet=True)
+        resident.keep(pairs, np.arange(len(files)), where, base=recipe == ("plain",), world=world, quiet=True)
 
         def call() -> Output:
             views = first_of(lambda: (batch.views for batch in epoch_batches(pairs)))
@@ -86,14 +86,16 @@ def epoch(
         sizes = np.stack([beton.height[order], beton.width[order]], -1)
         views = draw_views(recipe, SIZE, order, sizes, seed=0, epoch=1)
         loader = published.loader(published.Views([files[i] for i in order], views, SIZE), BATCH, os.cpu_count())
-        return partial(first_of, lambda: ([view.to(place, dtype) for view in views] for views in loader))
+        return partial(first_of, lambda: ([view.to(world.device, dtype) for view in views] for views in loader))
 
     providers = {"Pillow, float32, DataLoader": Provider(as_published, TOLERANCE)}
     if len(recipe) == 1:
         note = "its own simple pipeline: a random crop, uint8, not normalised; so its pixels are not compared"
-        providers["FFCV, random crop"] = Provider(partial(ffcv_epoch, path, place), {"": float("inf")}, note=note)
-    for decode in ("pil", "ffcv", "dali"):
-        tolerance = TOLERANCE if decode == "pil" or (device == "cpu" and decode == "dali") else GPU_DECODE
+        theirs = partial(ffcv_epoch, path, world.device)
+        providers["FFCV, random crop"] = Provider(theirs, {"": float("inf")}, note=note)
+    for decode in ("pil", "ffcv", "dali", *(["dali-cpu"] if device == "cuda" else [])):
+        exact = decode in ("pil", "dali-cpu") or (device == "cpu" and decode == "dali")
+        tolerance = TOLERANCE if exact else GPU_DECODE
         providers[f"fastbd, {decode}"] = Provider(partial(ours, decode), tolerance, ours=True, own_memory=False)
     if device == "cuda":
         for load in hw_loads:

@@ -23,7 +23,7 @@ Location = Literal["random", "four_corners", "corner", "centre"]
 Geometry = Literal["squash", "crop"]
 Preset = Literal["demo", "paper-cc3m", "paper-cc6m", "par", "par-2"]
 Views = Literal["cleanclip", "randaugment", "slip", "par"]
-Decode = Literal["auto", "dali", "ffcv", "pil"]
+Decode = Literal["auto", "dali", "dali-cpu", "ffcv", "pil"]
 Detector = Literal["clip_score", "k_distance", "slof", "dao"]
 Switch = Literal["auto", "on", "off"]
 
@@ -272,14 +272,17 @@ class TrainConfig:
     eda: Literal["epoch", "frozen"] = "epoch"
     """Second text views: each epoch the next of those in --data, or always the first, as published."""
     decode: Decode = "auto"
-    """What decodes JPEG; auto is dali where it is installed."""
-    hw_decoder_load: float = 0.65
-    """DALI on a GPU: share of the images, 0 to 1, that the JPEG engines take; CUDA decodes the others."""
+    """What decodes JPEG; auto is dali where it is installed; dali-cpu stays on the CPU, whatever the device."""
+    hw_decoder_load: float = 0.0
+    """DALI on a GPU: share of the images, 0 to 1, that the JPEG engines take; CUDA decodes the others, with slightly
+    different pixels. Between 0 and 1 an image's pixels depend on the other images of its batch. Above 0 each image is
+    compared with Pillow's pixels when it is first decoded, as the engines may not report damage."""
     rows_file: Path | None = None
     """Train only on the pairs that this file lists, made by detect --drop [all pairs]."""
     resident: Literal["auto", "gpu", "ram", "disk", "none"] = "auto"
-    """Where decoded images are kept (disk: a file beside --data); auto is gpu where they fill at most half of what is
-    free, else ram, at most a quarter, else none."""
+    """Where images, decoded on the CPU, are kept (disk: a file beside --data); auto is gpu where they fill at most half
+    of what is free on every rank, else ram, at most a quarter, else none. A resumed run stays with the kind of pixels
+    that it began with."""
     max_bad: float = 0.001
     """Share of the images that may turn out damaged: each is named and replaced, one more stops the run."""
     workers: int = 0

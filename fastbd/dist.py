@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
 from fastbd.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,27 @@ class World:
         if self.size > 1:
             for tensor in tensors:
                 td.broadcast(tensor, 0)
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives, which the main rank does before the others; where it fails there, all end at once.
+
+        The main rank raises its own error, the others a UserError that says the same.
+        """
+        if self.size == 1:
+            return work()
+        result, error = None, None
+        if self.main:
+            try:
+                result = work()
+            except Exception as caught:
+                error = caught
+        said = [error and (str(error) or type(error).__name__)]
+        td.broadcast_object_list(said, 0)
+        if error:
+            raise error
+        if said[0] is not None:
+            raise UserError(said[0])
+        return result if self.main else work()
 
     def barrier(self) -> None:
         """Wait for the other ranks."""

@@ -20,7 +20,7 @@ from fastbd.cleaning.method import Method
 from fastbd.config import PretrainConfig, to_dict
 from fastbd.data import eda, resident, sheet
 from fastbd.data.beton import Beton
-from fastbd.data.decode import Decoder, open_decoder
+from fastbd.data.decode import HOSTS, ON_GPU, Decoder, has_dali, open_decoder
 from fastbd.data.loader import RECIPES, Batch, Pairs, batches, text_lengths
 from fastbd.data.shards import Shards as BetonShards
 from fastbd.data.shards import open_beton
@@ -121,7 +121,7 @@ class Run:
 
         in_place = self._found(resumed)
         self.watch = self._watch()
-        self.pairs = self._open_pairs()
+        self.pairs = self._open_pairs(resumed)
         self.writer = Background(aside=True)
         self._place(in_place)
         if self.watch:
@@ -278,7 +278,7 @@ class Run:
             towers.refresh()
         return embed(towers, self.pairs, rows, images=images, texts=texts)
 
-    def _open_pairs(self) -> Pairs:
+    def _open_pairs(self, resumed: dict | None) -> Pairs:
         """The training pairs, decoded to where --resident says."""
         config, task = self.config, self.task
         beton = open_beton(task.data)
@@ -291,26 +291,35 @@ class Run:
                 raise UserError(f"{flag} {share} is no share: give 0 to 1.")
         plan = task.plan if task.poisoned else None
         base = set(self.policies) <= {"plain", "light"}  # which begin with the base view
-        settings = (config.decode, config.hw_decoder_load, config.resident, config.workers, config.max_bad)
+        decode, where = self._pixels(resumed)
+        settings = (decode, config.hw_decoder_load, where, config.workers, config.max_bad)
         stamped = plan and plan.to_dict()
         key = (str(task.data), task.rows.tobytes(), base, task.model.image_size, json.dumps(stamped), settings)
-        return self.kept.get("pairs", key, partial(self._decoded_pairs, beton, plan, base))
+        return self.kept.get("pairs", key, partial(self._decoded_pairs, beton, plan, base, decode, where))
 
-    def _decoded_pairs(self, beton: Beton | BetonShards, plan: Plan | None, base: bool) -> Pairs:
-        config, task = self.config, self.task
-        pairs = Pairs(beton, self._decoder(), task.model.image_size, plan, int(config.max_bad * len(task.rows)))
-        if not self.world.main and config.resident == "disk":
-            self.world.barrier()  # the others read the file that the main rank has made
-        line = resident.keep(pairs, task.rows, config.resident, base=base, device=self.world.device, quiet=self.quiet)
-        if self.world.main and config.resident == "disk":
-            self.world.barrier()
-        self._say(line)
+    def _pixels(self, resumed: dict | None) -> tuple[str, str]:
+        """--decode and --resident, or what a resumed run takes in their place."""
+        given = self.config.decode, self.config.resident
+        if resumed is None or self.device.type != "cuda":
+            return given
+        decode, where = taken = same_pixels(resumed["decode"], *given)
+        if taken != given:
+            began = f"the run began with images decoded by {resumed['decode']}"
+            self._say(f"{began}: it goes on with --decode {decode} --resident {where}")
+        return taken
+
+    def _decoded_pairs(
+        self, beton: Beton | BetonShards, plan: Plan | None, base: bool, decode: str, where: str
+    ) -> Pairs:
+        task, most_bad = self.task, int(self.config.max_bad * len(self.task.rows))
+        pairs = Pairs(beton, self._decoder(decode), task.model.image_size, plan, most_bad)
+        self._say(resident.keep(pairs, task.rows, where, base=base, world=self.world, quiet=self.quiet))
         return pairs
 
     @property
     def decoded_by(self) -> str:
-        """What the pixels of the images depend on; those that are kept are decoded on the host."""
-        return f"{self.pairs.decoder.about}{', kept' if self.pairs.resident else ''}"
+        """What the pixels of the images depend on."""
+        return self.pairs.decoder.about
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -336,10 +345,9 @@ class Run:
         """Captions of a pair in a step."""
         return 2 if self.task.method.objective.augments_texts else 1
 
-    def _decoder(self, threads: int = 0) -> Decoder:
+    def _decoder(self, decode: str, threads: int = 0) -> Decoder:
         config = self.config
-        threads = config.workers or threads
-        return open_decoder(config.decode, threads, str(self.world.device), config.hw_decoder_load)
+        return open_decoder(decode, config.workers or threads, str(self.world.device), config.hw_decoder_load)
 
     def _watch(self) -> Watch | None:
         """What evaluates, on the main rank, where there is something to evaluate on."""
@@ -348,7 +356,8 @@ class Run:
         device = dist.device_of(config.eval_device) if config.eval_device else trains
         if task.eval_data is None or not self.world.main:
             return None
-        decoder = partial(self._decoder, os.cpu_count() or 1)  # the other processes have nothing to decode meanwhile
+        cores = os.cpu_count() or 1  # the other processes have nothing to decode meanwhile
+        decoder = partial(self._decoder, config.decode, cores)
         return Watch(config, task, device, aside=device != trains, kept=self.kept, decoder=decoder)
 
     def _checked_start(self) -> dict | None:
@@ -383,7 +392,9 @@ class Run:
             about = {"name": folder.name, "fastbd": __version__, **task.about(self.verb), **self.extra}
             about["config"] = to_dict(config)
             with log.new_folder(folder) as new:
-                log.write_json(new / "env.json", {**log.environment(), "plan_eda_synonyms": eda.synonyms_source()})
+                pixels = {"decode": self.decoded_by, "resident": self.pairs.where}
+                synonyms = {"plan_eda_synonyms": eda.synonyms_source()}
+                log.write_json(new / "env.json", log.environment() | synonyms | pixels)
                 if task.plan:
                     task.plan.save(new / "plan.json")
                 for name, rows in ((ROWS, config.rows_file), (SPARED, getattr(config, "flagged_by", None))):
@@ -580,6 +591,7 @@ class Run:
             "random": checkpoint.random_state(),
             "plan": self.task.plan and self.task.plan.to_dict(),
             "decode": self.decoded_by,
+            "resident": self.pairs.where,
         }
 
     def record(self, row: dict) -> None:
@@ -591,6 +603,15 @@ class Run:
     def _say(self, line: str) -> None:
         if not self.quiet:
             log.console.print(line, markup=False)
+
+
+def same_pixels(began: str, decode: str, where: str) -> tuple[str, str]:
+    """--decode and --resident with which a GPU gives the pixels of the decoder `began`, where there is a choice."""
+    if began.startswith(ON_GPU):
+        return decode, "none"  # images that are kept are decoded on the CPU
+    if began in HOSTS and decode in ("auto", "dali"):
+        return "dali-cpu" if has_dali() else "pil", where
+    return decode, where
 
 
 def free_folder(path: Path) -> Path:

@@ -163,6 +163,16 @@ class Beton:
         ptr = int(self._jpeg_ptr[i])
         return self._bytes[ptr : ptr + int(self._jpeg_size[i])]
 
+    def will_need(self, ids: np.ndarray) -> None:
+        """Let the system read the images of rows int64 [B] into its cache, and the captions behind them, meanwhile."""
+        start, end = self._jpeg_ptr[ids], self._jpeg_ptr[ids] + self._jpeg_size[ids] + np.uint64(mmap.PAGESIZE)
+        order = np.argsort(start)
+        start, end = start[order].astype(np.int64) // mmap.PAGESIZE * mmap.PAGESIZE, end[order].astype(np.int64)
+        first = np.append(True, start[1:] > np.maximum.accumulate(end)[:-1])  # of ranges that do not touch the last
+        end = np.minimum(np.maximum.reduceat(end, np.flatnonzero(first)), len(self._bytes))
+        for at, stop in zip(start[first].tolist(), end.tolist(), strict=True):
+            self._map.madvise(mmap.MADV_WILLNEED, at, stop - at)
+
     def tokens(self, ids) -> np.ndarray:
         """uint16 [B, 77], the captions' tokens."""
         return self._gather("tokens", ids, 0, CONTEXT)

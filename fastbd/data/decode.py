@@ -13,18 +13,20 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastbd.errors import UserError
-from fastbd.log import console
 
 if TYPE_CHECKING:  # the packing of data needs no torch
     from torch import Tensor
 
     from fastbd.data.beton import Beton
+    from fastbd.data.decode_dali import Dali
     from fastbd.kernels.augment import Ragged
 
 # JPEG includes MPO. No format that starts another program, as EPS does.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 QUALITY = 95
-AHEAD = 2  # batches that DALI decodes in advance
+ON_GPU, ON_CPU = "dali on a GPU", "dali on a CPU"
+HOSTS = (ON_CPU, "pil")  # decoders whose pixels are the same
+READ_AHEAD = 6  # batches whose files are asked of the disk in advance
 
 _TURNS = {  # EXIF orientation to the transposition that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -84,15 +86,15 @@ class Decoder:
     """Whole images of a .beton's rows, batch after batch: one stream at a time.
 
     `name` is "dali", "ffcv" or "pil"; DALI decodes on `device`, the others on the CPU. `pool` is for PIL, and for the
-    work that follows decoding. `decoded` counts the images, `left_to_pillow` the batches that DALI gave up.
+    work that follows decoding. `decoded` counts the images.
     """
 
     def __init__(self, name: str, threads: int, device: str, hw_decoder_load: float):
         import torch
 
         self.name, self.threads, self.device, self.hw_decoder_load = name, threads, device, hw_decoder_load
-        self.decoded = self.left_to_pillow = 0
-        self._dali: dict[str, _Dali] = {}  # by device
+        self.decoded = 0
+        self._dali: Dali | None = None
         # A task works alone on its image. The number is each thread's own, once this thread has asked for its.
         torch.get_num_threads()
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -100,10 +102,11 @@ class Decoder:
     @property
     def about(self) -> str:
         """What the pixels depend on."""
-        if self.name != "dali":
-            return self.name
-        on_gpu = self.device.startswith("cuda")
-        return f"dali on a GPU, hw_decoder_load {self.hw_decoder_load:g}" if on_gpu else "dali on a CPU"
+        if self.name != "dali" or not self.device.startswith("cuda"):
+            return ON_CPU if self.name == "dali" else self.name
+        # The first images of a batch, sorted by area, go to the engines.
+        shared = " (an image's pixels depend on its batch)" if 0 < self.hw_decoder_load < 1 else ""
+        return f"{ON_GPU}, hw_decoder_load {self.hw_decoder_load:g}{shared}"
 
     def stream(
         self, beton: Beton, batches: Sequence[np.ndarray], one: Callable[[int], Tensor], host: bool = True
@@ -114,7 +117,11 @@ class Decoder:
         order of the current stream. `one(row)` decodes what this decoder cannot, and for PIL everything.
         """
         streams = {"dali": self._stream_dali, "ffcv": self._stream_ffcv, "pil": self._stream_pil}
-        for ids, images in zip(batches, streams[self.name](beton, batches, one, host), strict=True):
+        for ids in batches[:READ_AHEAD]:
+            beton.will_need(ids)
+        for k, (ids, images) in enumerate(zip(batches, streams[self.name](beton, batches, one, host), strict=True)):
+            for later in batches[k + READ_AHEAD : k + READ_AHEAD + 1]:
+                beton.will_need(later)
             self.decoded += len(ids)
             yield images
 
@@ -131,83 +138,20 @@ class Decoder:
             yield [one(int(i)) if x is None else torch.from_numpy(x) for i, x in zip(ids, images, strict=True)]
 
     def _stream_dali(self, beton, batches, one, host) -> Iterator[Sequence[Tensor] | Ragged]:
-        device = "cpu" if host else self.device
-        largest, dali = max(map(len, batches), default=1), self._dali.pop(device, None)
-        if dali is None or dali.batch_size < largest:
-            dali = _Dali(largest, self.threads, device, self.hw_decoder_load)
-        dali.start([beton.jpeg(int(i)) for i in ids] for ids in batches)
-        for ids in batches:
-            try:
-                images = dali.next()
-            except RuntimeError as error:
-                if "nvImageCodec" not in str(error):  # not an image's fault: no memory, no library
-                    raise
-                # Its message names the first bad image only, and DALI goes on with the next batch.
-                if not self.left_to_pillow:
-                    console.print(f"DALI cannot decode some images of {beton.path}: Pillow tries, a batch at a time.")
-                self.left_to_pillow += 1
-                images = _one_by_one(ids, one)
-            yield images
-        dali.end()  # a stream that is left before leaves its pipeline in the middle, to be thrown away
-        self._dali[device] = dali
+        from fastbd.data.decode_dali import Dali
+
+        if self._dali is None:
+            self._dali = Dali(self.threads, self.hw_decoder_load, self.pool)
+        yield from self._dali.stream(beton, batches, one, "cpu" if host else self.device)
+
+    @property
+    def left_to_pillow(self) -> int:
+        """Images that DALI has left to Pillow."""
+        return self._dali.left if self._dali else 0
 
 
-class _Dali:
-    """A pipeline from JPEG files to RGB pixels of their own size."""
-
-    def __init__(self, batch_size: int, threads: int, device: str, hw_decoder_load: float):
-        from nvidia.dali import fn, pipeline_def, types
-
-        self.batch_size = batch_size
-        feed = self._feed = [iter(())]  # not self: without a cycle a pipeline ends when it is dropped
-        self.gpu = device.startswith("cuda")
-        where = {"device": "cpu"}
-        if self.gpu:  # chroma as the CPU has it, in training and in evaluation
-            where = {"device": "mixed", "hw_decoder_load": hw_decoder_load, "jpeg_fancy_upsampling": True}
-
-        @pipeline_def(
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=int(device.partition(":")[2] or 0) if self.gpu else None,
-            prefetch_queue_depth=AHEAD,
-        )
-        def pipeline():
-            # Not copied: the file stays mapped.
-            jpegs = fn.external_source(source=lambda: next(feed[0]), dtype=types.UINT8, ndim=1, no_copy=True)
-            # The build has turned the images upright; an orientation that is still recorded is not to be applied again.
-            return fn.decoders.image(jpegs, output_type=types.RGB, adjust_orientation=False, **where)
-
-        self._pipeline = pipeline()
-        self._pipeline.build()
-
-    def start(self, batches: Iterator[list[np.ndarray]]) -> None:
-        """Batches of files that are to come."""
-        self._feed[0] = batches
-
-    def next(self) -> Sequence[Tensor] | Ragged:
-        import torch
-
-        if not self.gpu:
-            (images,) = self._pipeline.run()
-            return [torch.from_dlpack(image) for image in images]
-        from fastbd.kernels.augment import Ragged
-
-        stream = torch.cuda.current_stream()
-        (images,) = self._pipeline.run(stream)  # in its order, so that the host need not wait
-        addresses = np.array([image.data_ptr() for image in images], np.int64)
-        sizes = np.array(images.shape(), np.int32).reshape(-1, 3)[:, :2]
-        return Ragged(addresses, sizes, stream.device, images)
-
-    def end(self) -> None:
-        """After the last batch: ready for other files."""
-        try:
-            self._pipeline.run()
-        except StopIteration:
-            self._pipeline.reset()
-
-
-def open_decoder(backend: str, threads: int, device: str, hw_decoder_load: float = 0.65) -> Decoder:
-    """A decoder by "dali", "ffcv", "pil", or "auto": dali where it is installed.
+def open_decoder(backend: str, threads: int, device: str, hw_decoder_load: float = 0) -> Decoder:
+    """A decoder by "dali", "dali-cpu" (whatever the device), "ffcv", "pil", or "auto": dali where it is installed.
 
     `threads` 0 means one for each CPU core, shared out among the processes of this machine. `hw_decoder_load` is the
     share of a GPU's images that its JPEG engines take. On the CPU DALI's pixels are PIL's; those of a GPU and FFCV are
@@ -216,13 +160,20 @@ def open_decoder(backend: str, threads: int, device: str, hw_decoder_load: float
     if not 0 <= hw_decoder_load <= 1:
         raise UserError(f"--hw-decoder-load {hw_decoder_load} is not a share: give a number from 0 to 1.")
     if backend == "auto":
-        backend = "dali" if _installed("nvidia", "nvidia.dali") else "pil"
-    elif backend == "dali" and not _installed("nvidia", "nvidia.dali"):
-        raise UserError("--decode dali needs DALI: pip install nvidia-dali-cuda130, or give --decode pil.")
+        backend = "dali" if has_dali() else "pil"
+    elif backend in ("dali", "dali-cpu") and not has_dali():
+        raise UserError(f"--decode {backend} needs DALI: pip install nvidia-dali-cuda130, or give --decode pil.")
     elif backend == "ffcv" and not _installed("ffcv"):
         raise UserError("--decode ffcv needs FFCV: run make ffcv, or give --decode pil.")
+    if backend == "dali-cpu":
+        backend, device = "dali", "cpu"
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Decoder(backend, threads or max(1, cores), device, hw_decoder_load)
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed."""
+    return _installed("nvidia", "nvidia.dali")
 
 
 def _installed(*modules: str) -> bool:

@@ -71,13 +71,15 @@ class Pairs:
     """The image-caption pairs of a .beton, with the triggers and captions of a plan.
 
     A damaged image is named in the log, kept in `bad` (row to reason) and replaced by the next whole one of the file;
-    more than `max_bad` of them are a UserError. With `resident`, source images are taken from there.
+    more than `max_bad` of them are a UserError. With `resident`, source images are taken from there; `where` names the
+    place that resident.keep() has found for them, "none" where they are decoded in each epoch.
     """
 
     def __init__(self, beton: Beton, decoder: Decoder, size: int, plan: Plan | None = None, max_bad: int = 0):
         self.beton, self.decoder, self.size, self.plan, self.max_bad = beton, decoder, size, plan, max_bad
         self.bad: dict[int, str] = {}
         self.resident: Resident | None = None
+        self.where = "none"
         self._lock = threading.Lock()
         # planned[i] is the place of row i in the plan, or -1
         self.planned = np.full(len(beton), -1)

@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastbd import __version__
 from fastbd.data.loader import Pairs
+from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.kernels.augment import Ragged
 from fastbd.log import progress
@@ -65,35 +67,39 @@ class Resident:
         return self.pixels[end - 3 * height * width : end].view(height, width, 3)
 
 
-def keep(pairs: Pairs, rows: np.ndarray, where: str, *, base: bool, device: torch.device, quiet: bool = False) -> str:
-    """Decode the source images of `rows` once, for good; returns a line of text that says where they are.
+def keep(pairs: Pairs, rows: np.ndarray, where: str, *, base: bool, world: World, quiet: bool = False) -> str:
+    """Decode the source images of `rows` once, for good, on the host; returns a line of text that says where they are.
 
-    `where` is "gpu", "ram", "disk", "none" or "auto". With `base` only their base views are kept, S x S. UserError
-    for a place that there is not, or where they do not fit.
+    `where` is "gpu", "ram", "disk", "none" or "auto", the same on all ranks. With `base` only their base views are
+    kept, S x S. UserError on all ranks for a place that one of them does not have, or where they do not fit.
     """
     sizes = np.full((len(rows), 2), pairs.size) if base else pairs.sizes(rows)
     need = int(_bytes(sizes).sum())
-    where, numbers = _choose(where, need, device)
+    where, numbers = _choose(where, need, world)
+    pairs.where = where
     if where == "none":
-        return f"images are decoded in each epoch: {numbers}"
+        return f"images are decoded in each epoch by {pairs.decoder.about}: {numbers}"
+    pairs.decoder.device = "cpu"  # those that are not kept are decoded as those that are
     if where == "disk":
         path = pairs.beton.path.with_suffix(f".{pairs.size if base else 'whole'}.pixels")
-        kept, numbers = _on_disk(path, pairs, rows, sizes, base, quiet), f"{need / 1e9:.2f} GB in {path}"
+        kept = world.main_first(partial(_on_disk, path, pairs, rows, sizes, base, quiet))
+        numbers = f"{need / 1e9:.2f} GB in {path}"
     else:
-        kept = Resident(rows, len(pairs.beton), sizes, _memory(where, need, device))
+        kept = Resident(rows, len(pairs.beton), sizes, _memory(where, need, world.device))
         _fill(kept, pairs, base, quiet)
     pairs.resident = kept
-    return f"images are decoded once, --resident {where}: {numbers}"
+    return f"images are decoded once by {pairs.decoder.about}, --resident {where}: {numbers}"
 
 
 def _bytes(sizes: np.ndarray) -> np.ndarray:
     return 3 * sizes.astype(np.int64).prod(1)
 
 
-def _choose(where: str, need: int, device: torch.device) -> tuple[str, str]:
-    """The place, and the numbers that led to it."""
-    gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    ram = free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def _choose(where: str, need: int, world: World) -> tuple[str, str]:
+    """The place, which is there on every rank, and the numbers that led to it; those of the rank with the least."""
+    device = world.device
+    gpu = world.least(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0)
+    ram = world.least(free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     free = f"{ram / 1e9:.2f} GB free in memory" + (f", {gpu / 1e9:.2f} GB on the GPU" if gpu else "")
     if where == "auto":
         where = "gpu" if 2 * need <= gpu else "ram" if 4 * need <= ram else "none"
@@ -101,7 +107,7 @@ def _choose(where: str, need: int, device: torch.device) -> tuple[str, str]:
         raise UserError("--resident gpu, but the run is on the CPU: give --resident ram or auto.")
     elif need > {"gpu": gpu, "ram": ram}.get(where, need):
         raise UserError(f"--resident {where} needs {need / 1e9:.2f} GB, of {free}: give --resident disk or none.")
-    return where, f"{need / 1e9:.2f} GB decoded, {free}"
+    return where, f"{need / 1e9:.2f} GB decoded, {free}" + (" on each of the ranks" if world.size > 1 else "")
 
 
 def free_memory(root: Path = Path("/")) -> int:
@@ -170,9 +176,13 @@ def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base
             os.replace(temporary, path)
         return kept
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = f"has no room on its disk for {size / 1e9:.2f} GB"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            reason = "cannot be written"
+        else:
             raise
-        raise UserError(f"{path} cannot be written: give --resident ram or none.") from None
+        raise UserError(f"{path} {reason}: give --resident ram or none.") from None
     finally:
         temporary.unlink(missing_ok=True)
 

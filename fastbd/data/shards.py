@@ -120,6 +120,12 @@ class Shards:
         shard, row = self._find(i)
         return shard.jpeg(row)
 
+    def will_need(self, ids: np.ndarray) -> None:
+        """Let the system read the images of rows int64 [B] into its cache meanwhile."""
+        shard_of = np.searchsorted(self._starts, ids, "right") - 1
+        for k in np.unique(shard_of).tolist():
+            self._shards[k].will_need(ids[shard_of == k] - self._starts[k])
+
     def tokens(self, ids) -> np.ndarray:
         """uint16 [B, 77], the captions' tokens."""
         return self._gather(ids, lambda shard, rows: shard.tokens(rows))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
 import io
@@ -10,14 +11,19 @@ import sys
 import numpy as np
 import pytest
 import torch
+from damage import damaged
 from PIL import Image, ImageOps
 
 from fastbd.data.decode import BadImage, OnDemand, open_decoder, read, to_jpeg
+from fastbd.data.decode_dali import Dali, _with_left, engine_hints, is_like
+from fastbd.data.decode_dali import Files as Known
 from fastbd.errors import UserError
+from fastbd.kernels.augment import Ragged
 
 LIMIT = 10_000_000
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
-BACKENDS = ["pil", pytest.param("dali", marks=pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed"))]
+needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
+BACKENDS = ["pil", pytest.param("dali", marks=needs_dali)]
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -48,8 +54,14 @@ class Files:
     def __init__(self, *files: bytes):
         self.files = as_arrays(*files)
 
+    def __len__(self) -> int:
+        return len(self.files)
+
     def jpeg(self, i: int) -> np.ndarray:
         return self.files[i]
+
+    def will_need(self, ids: np.ndarray) -> None:
+        """They are in memory."""
 
 
 def decoded(backend: str, files: Files, batches: list[list[int]], bad: list[int] | None = None) -> list[list]:
@@ -86,17 +98,154 @@ def test_images_come_whole_and_in_order_and_as_pillow_reads_them(backend):
             assert image.dtype == torch.uint8 and np.array_equal(image, pixels(files[row])), row
 
 
+KINDS = {"baseline": {}, "full chroma": {"subsampling": 0}, "progressive": {"progressive": True},
+         "restarts": {"restart_marker_blocks": 3}}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_damaged_images_are_left_to_the_caller_and_do_no_harm_to_others(backend):
-    files = [encoded(picture(30 + i, 20, i), quality=95) for i in range(12)]
-    whole = [pixels(file) for file in files]
-    files[4], files[6] = files[4][: len(files[4]) // 2], b"no image"
+def test_which_images_are_bad_is_pillows_word_whatever_the_damage_and_the_others_come_to_no_harm(backend, kind):
+    """Three images to a batch, of a width that names them; the one in the middle is damaged."""
+    cases = damaged(encoded(picture(200, 150), quality=95, **KINDS[kind]))
+    files = [encoded(picture(200 + i, 20, i), **KINDS[kind]) for i in range(3 * len(cases))]
+    files[1::3] = [file for file, _ in cases.values()]
+    expected, refused = {}, []
+    for row, file in enumerate(as_arrays(*files)):
+        try:
+            expected[row] = read(file)
+        except BadImage:
+            refused.append(row)
     bad = []
-    found = decoded(backend, Files(*files), [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10], [11, 4]], bad)
-    assert sorted(bad) == [4, 4, 6]
-    rows = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 4]
-    for row, image in zip(rows, (image for batch in found for image in batch), strict=True):
-        assert row in (4, 6) or np.array_equal(image, whole[row]), row
+    batches = [[row, row + 1, row + 2] for row in range(0, len(files), 3)]
+    found = decoded(backend, Files(*files), batches, bad)
+    assert len(refused) >= 20 and bad == refused
+    for row, image in zip(range(len(files)), (image for batch in found for image in batch), strict=True):
+        name = list(cases)[row // 3]
+        assert row in refused or np.array_equal(image, expected[row]), (name, row)
+
+
+@needs_dali
+def test_dali_and_pillow_agree_on_any_damage():
+    """Cuts, zeros, noise, missing bytes and single bits at random places: the same images are bad, the others alike."""
+    rng, files = np.random.default_rng(5), []
+    for i in range(300):
+        width, height = rng.integers(16, 120, 2)
+        file = bytearray(encoded(picture(width, height, i), quality=90, **list(KINDS.values())[i % 4]))
+        at, length = int(rng.integers(len(file))), int(2 ** rng.uniform(0, 9))
+        new = {0: b"", 1: bytes(length), 2: rng.integers(0, 256, length, np.uint8).tobytes(), 3: b"",
+               4: bytes([file[at] ^ 1 << rng.integers(8)])}[i // 4 % 5]  # fmt: skip
+        file[at : at + (len(file) if i // 4 % 5 == 0 else length if i // 4 % 5 == 3 else len(new))] = new
+        files.append(bytes(file))
+    by_dali, by_pillow = [], []
+    batches = [list(range(first, first + 10)) for first in range(0, len(files), 10)]
+    ours = decoded("dali", Files(*files), batches, by_dali)
+    theirs = decoded("pil", Files(*files), batches, by_pillow)
+    assert by_dali == by_pillow and 100 < len(by_pillow) < 200
+    for row, (image, other) in enumerate(zip(sum(ours, []), sum(theirs, []), strict=True)):
+        assert np.array_equal(image, other), row
+
+
+@needs_dali
+@pytest.mark.parametrize("places", [[0], [3], [3, 4], [4, 6], [8], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+def test_no_batch_is_lost_or_repeated_after_an_error_and_the_image_is_not_tried_again(places, capsys):
+    """The damage is one that only DALI itself finds; the widths name the images."""
+    broken = damaged(encoded(picture(99, 50)))["no such Huffman code"][0]
+    files = Files(*(broken if i // 2 in places and i % 2 else encoded(picture(30 + i, 20, i)) for i in range(18)))
+    decoder, bad = open_decoder("dali", 2, "cpu"), []
+
+    def one(row: int) -> torch.Tensor:
+        bad.append(row)
+        return torch.zeros(1, 1, 3, dtype=torch.uint8)
+
+    order = [np.array([2 * k, 2 * k + 1]) for k in range(9)]
+    for _ in range(2):
+        widths = [image.shape[1] for images in decoder.stream(files, order, one) for image in images]
+        assert widths == [1 if i // 2 in places and i % 2 else 30 + i for i in range(18)]
+    assert bad == 2 * [2 * place + 1 for place in places] and decoder.left_to_pillow == len(places)
+    assert capsys.readouterr().out.count("DALI cannot decode image") == len(places)
+
+
+@needs_dali
+def test_what_is_no_images_fault_is_not_laid_on_one():
+    """A file that is damaged the first time it is read only."""
+    whole, broken = encoded(picture(99, 50)), damaged(encoded(picture(99, 50)))["no such Huffman code"][0]
+
+    class Flickering(Files):
+        reads = 0
+
+        def jpeg(self, i: int) -> np.ndarray:
+            self.reads += i == 1
+            return as_arrays(broken if i == 1 and self.reads <= 2 else whole)[0]  # looked at, and decoded
+
+    decoder = open_decoder("dali", 1, "cpu")
+    with pytest.raises(RuntimeError, match="Failed to decode sample"):
+        list(decoder.stream(Flickering(whole, whole), [np.arange(2)], lambda row: pytest.fail("went to Pillow")))
+    assert decoder.left_to_pillow == 0
+
+
+@needs_dali
+def test_images_left_to_pillow_take_their_places_among_those_on_a_gpu():
+    """Here all lie in main memory; the addresses and sizes are what a kernel reads."""
+    images = [torch.full((4 + k, 5, 3), k, dtype=torch.uint8) for k in range(4)]
+    left = np.zeros(10, bool)
+    left[[7, 2]] = True
+    mended = _with_left(Ragged.of(images), np.array([5, 7, 9, 2]), left, lambda row: torch.full((2, row, 3), 100 + row,
+                        dtype=torch.uint8))  # fmt: skip
+    assert mended.sizes.tolist() == [[4, 5], [2, 7], [6, 5], [2, 2]]
+    for address, (height, width), level in zip(mended.addresses, mended.sizes, [0, 107, 2, 102], strict=True):
+        there = np.ctypeslib.as_array((ctypes.c_uint8 * int(height * width * 3)).from_address(int(address)))
+        assert (there == level).all()
+
+
+def test_pixels_that_are_a_little_off_are_like_pillows_and_a_damaged_part_is_not():
+    for size in ((200, 150), (640, 480), (17, 301), (8, 8), (1, 1)):
+        file = as_arrays(encoded(picture(*size), quality=95))[0]
+        right = read(file).astype(int)
+        noise = np.random.default_rng(0).integers(-8, 9, right.shape)
+        shifted = np.roll(right, 1, 1)
+        for near in (right, right + noise, right + 4, shifted if min(size) > 30 else right):
+            assert is_like(near.clip(0, 255).astype(np.uint8), file), size
+        cut = right.copy()
+        cut[-8:] = 255 * (right[-8:].mean() < 128)  # as if the last blocks had not been decoded
+        assert not is_like(cut.astype(np.uint8), file), size
+        assert not is_like(np.zeros((2, 2, 3), np.uint8), file), size
+    assert not is_like(np.zeros((150, 200, 3), np.uint8), as_arrays(encoded(picture(200, 150))[:2000])[0])
+
+
+def test_what_the_engines_may_have_decoded_is_compared_once(capsys):
+    files = Files(*(encoded(picture(60, 50, i), quality=95) for i in range(3)), encoded(picture(60, 50, 3))[:-100])
+    right = [pixels(file.tobytes()).astype(np.uint8) for file in files.files[:3]]
+    dali = Dali(1, 1.0, open_decoder("pil", 2, "cpu").pool)
+    known = Known(len(files))
+    known.left[3] = True  # it has been before
+    dali._compare(files, known, np.array([1, 3, 0]), [right[1], right[0], 255 - right[0]])
+    assert known.left.tolist() == [True, False, False, True] and known.compared.tolist() == [True, True, False, True]
+    dali._compare(files, known, np.array([2, 1]), [right[2], 255 - right[1]])  # row 1 was right
+    assert known.left.tolist() == [True, False, False, True] and known.compared.all()
+    assert capsys.readouterr().out.splitlines() == [
+        "DALI gives other pixels than Pillow for image 0 of files: it is left to Pillow."
+    ]
+
+
+def test_the_engines_are_told_of_the_largest_image_unless_it_would_take_too_much():
+    width, height = np.array([300, 500], np.uint16), np.array([400, 200], np.uint16)
+    hints = {"preallocate_width_hint": 500, "preallocate_height_hint": 400}
+    assert engine_hints(width, height, 256, 1.0) == hints
+    assert engine_hints(width, height, 256, 0.0) == {}
+    assert engine_hints(np.array([6000], np.uint16), np.array([4000], np.uint16), 256, 0.65) == {}
+    assert engine_hints(np.array([6000], np.uint16), np.array([4000], np.uint16), 16, 0.65) != {}
+
+
+@needs_dali
+def test_a_decoder_says_what_its_pixels_depend_on():
+    said = {load: open_decoder("dali", 1, "cuda", load).about for load in (0, 1, 0.65)}
+    assert said[0] == open_decoder("auto", 1, "cuda:1").about == "dali on a GPU, hw_decoder_load 0"
+    assert said[1] == "dali on a GPU, hw_decoder_load 1"
+    assert said[0.65] == "dali on a GPU, hw_decoder_load 0.65 (an image's pixels depend on its batch)"
+    for load in (0, 0.65):
+        assert (
+            open_decoder("dali-cpu", 1, "cuda", load).about == open_decoder("dali", 1, "cpu").about == "dali on a CPU"
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -113,7 +262,7 @@ def test_a_decoder_can_be_used_again_and_left_in_the_middle(backend):
         left.close()
 
 
-@pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
+@needs_dali
 def test_a_dali_stream_that_is_left_takes_its_threads_along():
     files = Files(encoded(picture(30, 20)))
     decoder = open_decoder("dali", 2, "cpu")

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import io
+import json
 import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec
 
 ROWS, SIZE = 9, 16
-CPU = torch.device("cpu")
+ONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def pairs_of(beton: Beton, max_bad: int = 0, seed: int = 3) -> Pairs:
 
 
 def epoch(pairs: Pairs, rows: np.ndarray, policies, number: int) -> list[torch.Tensor]:
-    settings = dict(seed=1, policies=policies, text_view=0, world=World(0, 1, CPU), epoch=number, start=0)
+    settings = dict(seed=1, policies=policies, text_view=0, world=ONE, epoch=number, start=0)
     return [x for batch in batches(pairs, rows, 3, **settings) for x in (*batch.views, *batch.texts[0])]
 
 
@@ -65,7 +66,7 @@ def test_epochs_decode_nothing_and_are_those_of_streaming(beton, policies, where
     rows = np.array([0, 2, 3, 5, 6, 8])
     kept, streaming = pairs_of(beton), pairs_of(beton)
     base = set(policies) <= {"plain", "light"}
-    said = resident.keep(kept, rows, where, base=base, device=CPU, quiet=True)
+    said = resident.keep(kept, rows, where, base=base, world=ONE, quiet=True)
     assert f"--resident {where}" in said and kept.decoder.decoded == len(rows)
     for number in (3, 4):
         assert alike(epoch(kept, rows, policies, number), epoch(streaming, rows, policies, number))
@@ -85,7 +86,7 @@ def test_addresses_are_those_of_the_images(beton):
     data[start : start + 200] = bytes(200)
     beton.path.write_bytes(data)
     pairs, rows = pairs_of(Beton(beton.path), max_bad=1), np.arange(1, ROWS)
-    resident.keep(pairs, rows, "ram", base=False, device=CPU, quiet=True)
+    resident.keep(pairs, rows, "ram", base=False, world=ONE, quiet=True)
     places = np.array([3, 0, 7, 1, 4])
     ragged = pairs.resident._ragged(places)
     for address, (height, width), image in zip(
@@ -97,7 +98,7 @@ def test_addresses_are_those_of_the_images(beton):
 
 def test_what_a_step_does_to_its_batch_does_not_reach_what_is_kept(beton):
     pairs, rows = pairs_of(beton), np.arange(ROWS)
-    resident.keep(pairs, rows, "ram", base=True, device=CPU, quiet=True)
+    resident.keep(pairs, rows, "ram", base=True, world=ONE, quiet=True)
     before = [x.clone() for x in epoch(pairs, rows, ("plain",), 0)]
     for x in (*epoch(pairs, rows, ("plain",), 0), base_views(pairs, rows)):
         x.zero_()
@@ -108,7 +109,7 @@ def test_the_file_is_used_again_for_the_same_images_only(beton):
     rows, path = np.arange(ROWS), beton.path.with_name("pairs.16.pixels")
 
     def decoded(pairs: Pairs, rows: np.ndarray = rows, base: bool = True) -> int:
-        resident.keep(pairs, rows, "disk", base=base, device=CPU, quiet=True)
+        resident.keep(pairs, rows, "disk", base=base, world=ONE, quiet=True)
         return pairs.decoder.decoded
 
     assert decoded(pairs_of(beton)) == ROWS
@@ -135,12 +136,12 @@ def test_a_substitute_is_kept_but_not_for_other_runs(beton, where, base):
     beton.path.write_bytes(data)
     rows, policies = np.arange(ROWS), ("plain",) if base else RECIPES["cleanclip"]
     kept, streaming = pairs_of(Beton(beton.path), max_bad=1), pairs_of(Beton(beton.path), max_bad=1)
-    resident.keep(kept, rows, where, base=base, device=CPU, quiet=True)
+    resident.keep(kept, rows, where, base=base, world=ONE, quiet=True)
     assert alike(epoch(kept, rows, policies, 0), epoch(streaming, rows, policies, 0))
     assert list(kept.bad) == [4]
     assert not list(beton.path.parent.glob("*.pixels*"))
     with pytest.raises(UserError, match="image 4 of"):
-        resident.keep(pairs_of(Beton(beton.path)), rows, where, base=base, device=CPU, quiet=True)
+        resident.keep(pairs_of(Beton(beton.path)), rows, where, base=base, world=ONE, quiet=True)
     assert not list(beton.path.parent.glob("*.pixels*"))
 
 
@@ -149,7 +150,7 @@ def test_what_cannot_be_is_refused(beton, monkeypatch):
 
     def refused(where: str, pairs: Pairs, message: str) -> None:
         with pytest.raises(UserError, match=message):
-            resident.keep(pairs, rows, where, base=True, device=CPU, quiet=True)
+            resident.keep(pairs, rows, where, base=True, world=ONE, quiet=True)
         assert pairs.resident is None and not list(beton.path.parent.glob("*.pixels*"))
 
     refused("gpu", pairs_of(beton), "--resident gpu, but the run is on the CPU")
@@ -166,12 +167,26 @@ def test_a_full_disk_shows_at_once_and_leaves_nothing(beton):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     pairs = pairs_of(beton)
     try:
-        with pytest.raises(OSError) as caught:
-            resident.keep(pairs, np.arange(ROWS), "disk", base=True, device=CPU, quiet=True)
+        with pytest.raises(UserError, match=r"pairs\.16\.pixels has no room on its disk for 0\.00 GB: give --resident"):
+            resident.keep(pairs, np.arange(ROWS), "disk", base=True, world=ONE, quiet=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert caught.value.errno == errno.EFBIG and pairs.decoder.decoded == 0
+    assert pairs.decoder.decoded == 0
     assert [p.name for p in beton.path.parent.iterdir()] == ["pairs.beton"]
+
+
+def test_processes_agree_on_a_place_and_all_end_where_the_first_one_cannot_write(beton, together, monkeypatch):
+    path = beton.path.with_suffix(".16.pixels")
+    monkeypatch.setenv("BETON", str(beton.path))
+    first, second = map(json.loads, together(Path(__file__).with_name("resident_worker.py"), 2))
+    assert first.pop("seconds") < 20 and second.pop("seconds") < 20
+    assert (first.pop("decoded"), second.pop("decoded")) == (ROWS, 0)  # the second one read the file
+    assert first == second == {
+        "both": "ram", "one": "none", "other": "none",
+        "too much": "--resident ram needs 0.00 GB, of 0.00 GB free in memory: give --resident disk or none.",
+        "no room": f"{path} has no room on its disk for 0.00 GB: give --resident ram or none.",
+        "left": ["pairs.beton"],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("times", "processes", "kept"), [(4, 1, True), (3.9, 1, False), (8, 2, True), (7, 2, False)])
@@ -180,15 +195,16 @@ def test_auto_keeps_what_fills_a_quarter_of_the_free_memory(beton, monkeypatch, 
     monkeypatch.setattr(resident, "free_memory", lambda: int(times * need))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     pairs = pairs_of(beton)
-    said = resident.keep(pairs, np.arange(ROWS), "auto", base=True, device=CPU, quiet=True)
+    said = resident.keep(pairs, np.arange(ROWS), "auto", base=True, world=ONE, quiet=True)
     assert (pairs.resident is not None) == kept
-    assert said.startswith("images are decoded once, --resident ram" if kept else "images are decoded in each epoch")
+    said_first = "images are decoded once by pil, --resident ram" if kept else "images are decoded in each epoch by pil"
+    assert said.startswith(said_first) and pairs.where == ("ram" if kept else "none")
 
 
 def test_auto_prefers_a_gpu_half_of_which_is_enough(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     monkeypatch.setattr(resident, "free_memory", lambda: 2100)
-    gpu = torch.device("cuda")
+    gpu = World(0, 1, torch.device("cuda"))
     assert [resident._choose("auto", need, gpu)[0] for need in (500, 501, 525, 526)] == ["gpu", "ram", "ram", "none"]
     assert resident._choose("gpu", 1000, gpu)[0] == "gpu"
     with pytest.raises(UserError, match="--resident gpu needs"):

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +110,49 @@ def test_a_study_on_shards(fastbd, study, tmp_path):
     fastbd("clean", "--run", "../run", "--force", *common, "--out", "cleaned", cwd=other)
     said = fastbd("pretrain", "--data", "train-1*.beton", *train, cwd=tmp_path, code=2)
     assert "made for other data than train-1.beton" in said.stderr
+
+
+def cached(path: Path) -> np.ndarray:
+    """Whether each page of a file is in the system's cache, bool [pages]."""
+    size = path.stat().st_size
+    there = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as memory:
+        place = ctypes.c_char.from_buffer(memory)
+        libc = ctypes.CDLL(None, use_errno=True)
+        failed = libc.mincore(ctypes.byref(place), ctypes.c_size_t(size), there.ctypes.data_as(ctypes.c_void_p))
+        del place
+    assert not failed, os.strerror(ctypes.get_errno())
+    return (there & 1).astype(bool)
+
+
+def test_what_will_be_needed_is_read_in_advance_and_nothing_else(tmp_path):
+    """Rows of 400 KB: those asked for are in the cache soon, though nothing has read them; their neighbours are not."""
+    rng, paths = np.random.default_rng(0), [tmp_path / "part-1.beton", tmp_path / "part-2.beton"]
+    for path in paths:
+        with BetonWriter(path, 12, 0, False) as writer:
+            for i in range(12):
+                writer.add(jpeg=rng.bytes(400_000), width=9, height=9, tokens=np.zeros(77), text_views=None,
+                           caption="a", row_id=i)  # fmt: skip
+    data, wanted = open_beton(tmp_path / "part-*.beton"), [3, 4, 7, 20, 23]
+    for beton in data._shards:  # the tables stay mapped, so that nothing is read around them
+        assert beton._jpeg_ptr.sum() and beton._jpeg_size.sum()
+        with beton.path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def shares() -> np.ndarray:
+        """Of each row's pages but the first and the last, those in the cache."""
+        there, found = {path: cached(path) for path in paths}, []
+        for beton, row in map(data._find, range(24)):
+            first = int(beton._jpeg_ptr[row]) // mmap.PAGESIZE
+            found.append(there[beton.path][first + 1 : first + 97].mean())
+        return np.array(found)
+
+    before = shares()
+    if (before[wanted] > 0.5).any():
+        pytest.skip("this file system keeps its files in memory")
+    data.will_need(np.array([20, 3, 4, 7, 23]))
+    ends = time.monotonic() + 20
+    while (shares()[wanted] < 1).any() and time.monotonic() < ends:
+        time.sleep(0.05)
+    after, others = shares(), [1, 9, 10, 12, 13, 14, 15, 16, 17, 18]  # none of which lies beside one of them
+    assert (after[wanted] == 1).all() and (after[others] - before[others] < 0.5).all(), (before, after)

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from fastbd.run import same_pixels
+
+HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+
+
+@pytest.mark.parametrize("began", ["dali on a CPU", "pil"])
+@pytest.mark.parametrize("where", ["auto", "gpu", "none"])
+def test_a_run_that_began_with_the_cpus_pixels_keeps_them_on_a_gpu(began, where):
+    """Kept images are the CPU's; and where auto no longer keeps them, the stream is."""
+    for decode in ("auto", "dali"):
+        assert same_pixels(began, decode, where) == ("dali-cpu" if HAS_DALI else "pil", where)
+    for decode in ("dali-cpu", "pil", "ffcv"):
+        assert same_pixels(began, decode, where) == (decode, where)
+
+
+def test_a_run_that_began_with_a_gpus_pixels_keeps_none_that_the_cpu_decodes():
+    for began in ("dali on a GPU, hw_decoder_load 0", "dali on a GPU, hw_decoder_load 1"):
+        assert same_pixels(began, "auto", "auto") == ("auto", "none")
+        assert same_pixels(began, "dali", "none") == ("dali", "none")
+
+
+def test_a_run_that_began_with_ffcvs_pixels_stays_as_it_was_told():
+    assert same_pixels("ffcv", "ffcv", "auto") == ("ffcv", "auto")
