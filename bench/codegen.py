@@ -1,7 +1,8 @@
 """python -m bench codegen: count launches and memory traffic in the code that torch.compile makes of a step's towers.
 
 The code is that for an H200 in bf16 with channels_last, as the trainer compiles it, forward and backward; no GPU is
-needed, g++ is. Time and registers are not known from code, and a library's call is one launch here, whatever it runs.
+needed, g++ is. Time and registers are not known from code; a library's call is one launch here, whatever it runs, and
+attention is one. Patterns that Inductor tries out on the device, such as padding of matrices, are left out.
 Rows go to bench/results/codegen.csv, in place of those of the same step and torch; RN50 takes minutes a row.
 """
 
@@ -102,7 +103,10 @@ def prepare(folder: Path) -> Path:
         )
     if not shutil.which("g++"):
         raise Unable("this bench compiles a small library with g++, and there is none: install it.")
-    return build_guard(folder)
+    try:
+        return build_guard(folder)
+    except subprocess.CalledProcessError as error:
+        raise Unable("g++ cannot compile bench/inductor/guard.cpp, for the reasons above.") from error
 
 
 def generate(case: Towers, guard: Path, folder: Path) -> None:

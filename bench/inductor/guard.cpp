@@ -1,6 +1,8 @@
 // A CUDA device in name: one stream, nothing is ever run or waited for. A build of PyTorch without CUDA registers no
 // guard and no hooks of its own, and its autograd engine asks for both as soon as a tensor says that it is on a GPU.
+#include <ATen/SDPBackend.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace {
@@ -25,6 +27,14 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+
+// A GPU has a kernel for attention in bf16; without an answer here attention would be taken apart.
+int64_t attention(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, double,
+                  bool, std::optional<double>, bool) {
+  return static_cast<int64_t>(at::SDPBackend::flash_attention);
+}
+const at::native::RegisterCUDADispatch<at::native::_fused_sdp_choice_stub_DECLARE_DISPATCH_type> REGISTERED(
+    at::native::_fused_sdp_choice_stub, attention);
 
 }  // namespace
 
