@@ -1,4 +1,5 @@
-"""python -m bench [NAMES]: check what each way of doing the same work computes, then time them in turn.
+"""python -m bench [NAMES]: check what each way of doing the same work computes, then time them in turn. And
+python -m bench codegen, which counts (bench/codegen.py).
 
 A ratio is measured within one run; times of different runs or machines do not compare. The last line of the output
 is one JSON object.
@@ -59,6 +60,9 @@ class Report:
 
 def main(words: list[str] | None = None) -> int:
     """Exit code 0; 1 when a provider was refused; 2 for an unknown name."""
+    words = sys.argv[1:] if words is None else words
+    if words[:1] == ["codegen"]:  # counts, and times nothing
+        return import_module("bench.codegen").main(words[1:])
     options = arguments(words)
     if unknown := [name for name in options.names if name not in BENCHES]:
         print(f"error: no bench {', '.join(unknown)}; there are {', '.join(BENCHES)}.", file=sys.stderr)

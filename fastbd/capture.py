@@ -136,7 +136,7 @@ def _end(graph: torch.cuda.CUDAGraph, pool, device: int) -> None:
     """
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
-    except RuntimeError:  # it does know
+    except (AttributeError, RuntimeError):  # it does know, or it has no such call
         return
     torch._C._cuda_releasePool(device, pool)
     generator = torch.cuda.default_generators[device]

@@ -29,11 +29,13 @@ def autocast(precision: str, device: torch.device):
 
 def is_compiled(choice: str, world: World) -> bool:
     """Whether --compile asks for it; UserError where it cannot be."""
-    if choice == "on" and not has_compiler():
+    asked = choice in ("on", "fused")
+    if asked and not has_compiler():
         raise UserError(
-            "--compile on needs a C++ compiler, and there is neither g++ nor clang++: install one, or leave it off."
+            f"--compile {choice} needs a C++ compiler, and there is neither g++ nor clang++: install one, or give "
+            "--compile off."
         )
-    return choice == "on" or (choice == "auto" and world.device.type == "cuda" and find_spec("triton") is not None)
+    return asked or (choice == "auto" and world.device.type == "cuda" and find_spec("triton") is not None)
 
 
 def has_compiler() -> bool:

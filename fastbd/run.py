@@ -218,7 +218,8 @@ class Run:
         )
         self.step = Step(
             self.model, self.method, optimizer, rates, precision=self.precision, world=self.world,
-            parts=config.accumulate, compiled=self.compiled, captured=self.captured, falls_back=config.graph == "auto",
+            parts=config.accumulate, compiled=self.compiled, fused=config.compile == "fused", captured=self.captured,
+            falls_back=config.graph == "auto",
         )  # fmt: skip
         setup = Setup(self.model, self.method, batch_size, self.room, self.step)
         self.kept.put("setup", self._structure(), setup)

@@ -9,14 +9,17 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import BATCH, BOTH, EVERY, MMCL, RATES, Waits, batch_of, captions_of, make_step
+from steps import BATCH, BOTH, EVERY, MMCL, ONE, RATES, Waits, batch_of, captions_of, make_step
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fastbd.errors import UserError
 from fastbd.kernels.text_pack import pack
 from fastbd.models import create
 from fastbd.models.batchnorm import BatchNorm, batch_norms, share_statistics
 from fastbd.models.blocks import recompute
+from fastbd.models.clip import ModelSpec, fresh
 from fastbd.objectives import Objective
+from fastbd.precision import has_compiler, is_compiled
 
 
 def trained(model, objective: Objective, steps: int = 3, parts: int = 1, room: int = 1, **settings):
@@ -210,6 +213,24 @@ def test_one_compilation_serves_captions_of_any_lengths(monkeypatch):
     compiled = trained(model, BOTH, steps=4, room=512, compiled=True)
     assert counter.frame_count == 1
     assert_alike(compiled, trained(model, BOTH, steps=4), 1e-3)  # four steps let rounding grow
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+def test_fused_towers_train_as_compiled_ones_do():
+    """A model as small as has a pool, as Inductor takes its time on a CPU too."""
+    torch._dynamo.reset()
+    model = fresh(ModelSpec(32, 32, 4, (1, 1), None, 32, 1, 2, small=True), 0)
+    compiled, fused = (trained(model, MMCL, room=256, compiled=True, fused=fused) for fused in (False, True))
+    assert_alike(fused, compiled)
+    assert_alike(fused, trained(model, MMCL))
+
+
+def test_fused_is_compiled_wherever_it_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="--compile fused needs a C"):
+        is_compiled("fused", ONE)
+    (tmp_path / "g++").touch(0o700)
+    assert is_compiled("fused", ONE) and is_compiled("on", ONE) and not is_compiled("auto", ONE)
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -158,7 +158,7 @@ def _step() -> Finding:
     if not is_compiled("auto", world):
         return "eager", "on a GPU towers are compiled and the step is one CUDA graph; --compile on works here too"
     captured = ", captured in a CUDA graph" if is_captured("auto", world) else ""
-    return f"compiled{captured}", "--compile off and --graph off change it; several GPUs run without the graph"
+    return f"compiled{captured}", "--compile off or fused and --graph off change it; several GPUs run without the graph"
 
 
 def _text_views() -> Finding:

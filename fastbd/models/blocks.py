@@ -1,4 +1,7 @@
-"""Blocks one after the other, whose activations can be computed again in the backward pass instead of being kept."""
+"""Blocks one after the other, whose activations can be computed again in the backward pass instead of being kept.
+
+And average pools that compiled code can merge with what is around them.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,29 @@ class Blocks(nn.Sequential):
             else:
                 x = checkpoint(block, x, *more, use_reentrant=False, context_fn=_second_unrecorded)
         return x
+
+
+class AvgPool(nn.AvgPool2d):
+    """Mean of each window of `stride` x `stride` pixels, as in nn.AvgPool2d: [B, C, H, W] -> [B, C, H / s, W / s].
+
+    With `fused`, compiled training writes it as a mean over dimensions. The gradient of that is a plain broadcast,
+    which torch.compile computes where it is read; that of F.avg_pool2d it writes to memory in float32.
+    """
+
+    fused: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused and self.training and torch.compiler.is_compiling():
+            side = self.kernel_size
+            return x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).mean((3, 5))
+        return super().forward(x)
+
+
+def fuse_pools(model: nn.Module) -> None:
+    """Let compiled training merge a model's average pools with the layers around them; eager code stays as it is."""
+    for module in model.modules():
+        if isinstance(module, AvgPool):
+            module.fused = True
 
 
 def _second_unrecorded():

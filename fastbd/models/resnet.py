@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbd.models.batchnorm import BatchNorm
-from fastbd.models.blocks import Blocks
+from fastbd.models.blocks import AvgPool, Blocks
 
 
 class Bottleneck(nn.Module):
@@ -22,14 +22,14 @@ class Bottleneck(nn.Module):
         self.bn1 = BatchNorm(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = BatchNorm(planes)
-        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.avgpool = AvgPool(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
         self.bn3 = BatchNorm(4 * planes)
         self.downsample = None
         if stride > 1 or inputs != 4 * planes:
             self.downsample = nn.Sequential()
             if stride > 1:
-                self.downsample.add_module("-1", nn.AvgPool2d(stride))
+                self.downsample.add_module("-1", AvgPool(stride))
             self.downsample.add_module("0", nn.Conv2d(inputs, 4 * planes, 1, bias=False))
             self.downsample.add_module("1", BatchNorm(4 * planes))
         nn.init.zeros_(self.bn3.weight)  # the block starts as its shortcut
@@ -75,7 +75,7 @@ class ModifiedResNet(nn.Module):
         self.bn2 = BatchNorm(width // 2)
         self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
         self.bn3 = BatchNorm(width)
-        self.avgpool = nn.AvgPool2d(2)
+        self.avgpool = AvgPool(2)
         for stage, blocks in enumerate(layers):
             planes = width << stage
             inputs = width if stage == 0 else 2 * planes
@@ -105,7 +105,7 @@ class BasicBlock(nn.Module):
         self.downsample = None
         if stride > 1 or inputs != planes:
             convolution = nn.Conv2d(inputs, planes, 1, bias=False)
-            self.downsample = nn.Sequential(nn.AvgPool2d(stride), convolution, BatchNorm(planes))
+            self.downsample = nn.Sequential(AvgPool(stride), convolution, BatchNorm(planes))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)

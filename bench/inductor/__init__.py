@@ -1,0 +1,3 @@
+"""torch.compile's code for a GPU that is not there: a CUDA device in name only, the step compiled for it, its kernels
+counted.
+"""
