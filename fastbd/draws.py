@@ -9,14 +9,20 @@ import hashlib
 
 import numpy as np
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# Arrays of no axes: numpy would make one of a scalar in each operation.
+_GOLDEN, _MIX_1, _MIX_2, _30, _27, _31, _11 = (
+    np.array(value, np.uint64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 30, 27, 31, 11)
+)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """splitmix64's output function (Steele, Lea and Flood 2014), a bijection of 64-bit words."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> _30)
+    x *= _MIX_1
+    x ^= x >> _27
+    x *= _MIX_2
+    x ^= x >> _31
+    return x
 
 
 def _key(seed: int, stream: str, epoch: int, view: int) -> np.uint64:
@@ -26,14 +32,13 @@ def _key(seed: int, stream: str, epoch: int, view: int) -> np.uint64:
 
 def words(seed: int, stream: str, ids, n: int, *, epoch: int = 0, view: int = 0) -> np.ndarray:
     """uint64 [len(ids), n], uniform; `stream` names the use, so that two uses never share numbers."""
-    with np.errstate(over="ignore"):
-        start = _mix(np.asarray(ids).astype(np.uint64) * _GOLDEN + _key(seed, stream, epoch, view))
-        return _mix(start[:, None] + np.arange(1, n + 1, dtype=np.uint64) * _GOLDEN)
+    start = _mix(np.asarray(ids).astype(np.uint64) * _GOLDEN + _key(seed, stream, epoch, view))
+    return _mix(start[:, None] + np.arange(1, n + 1, dtype=np.uint64) * _GOLDEN)
 
 
 def uniform(seed: int, stream: str, ids, n: int, *, epoch: int = 0, view: int = 0) -> np.ndarray:
     """float64 [len(ids), n] in [0, 1)."""
-    return (words(seed, stream, ids, n, epoch=epoch, view=view) >> np.uint64(11)) * 2.0**-53
+    return (words(seed, stream, ids, n, epoch=epoch, view=view) >> _11) * 2.0**-53
 
 
 def normal(seed: int, stream: str, ids, n: int, *, epoch: int = 0, view: int = 0) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -17,9 +18,9 @@ from fastbd.kernels.views import View
 HEIGHT, WIDTH = 0, 1  # columns of sizes
 _ONE = int(np.float32(1).view(np.int32))
 IDENTITY = {  # arguments with which an operation returns every byte as it is
-    views.AFFINE: (65536, 0, 32768, 0, 65536, 32768),
-    views.POSTERIZE: (255, 0, 0, 0, 0, 0),
-    **dict.fromkeys((views.BRIGHTNESS, views.COLOR, views.CONTRAST, views.SHARPNESS), (_ONE, 0, 0, 0, 0, 0)),
+    views.AFFINE: np.int32([65536, 0, 32768, 0, 65536, 32768]),
+    views.POSTERIZE: np.int32([255, 0, 0, 0, 0, 0]),
+    **dict.fromkeys((views.BRIGHTNESS, views.COLOR, views.CONTRAST, views.SHARPNESS), np.int32([_ONE, 0, 0, 0, 0, 0])),
 }
 
 
@@ -27,13 +28,18 @@ IDENTITY = {  # arguments with which an operation returns every byte as it is
 
 
 def _stack(*columns: np.ndarray | int) -> np.ndarray:
-    columns = np.broadcast_arrays(*columns, *[0] * (6 - len(columns)))
-    return np.stack(columns, -1).astype(np.int32)
+    made = np.zeros((*np.broadcast(*columns).shape, 6), np.int32)
+    for place, column in enumerate(columns):
+        made[:, place] = column
+    return made
 
 
 def _affine(a, b, c, d, e, f) -> np.ndarray:
     """Pillow's fixed point, taken at the middle of the first pixel."""
-    return _stack(*(np.floor(65536 * v + 0.5) for v in (a, b, c + a / 2 + b / 2, d, e, f + d / 2 + e / 2)))
+    made = np.empty((*np.broadcast(a, b, c, d, e, f).shape, 6))
+    for place, value in enumerate((a, b, c + a / 2 + b / 2, d, e, f + d / 2 + e / 2)):
+        made[:, place] = value
+    return np.floor(65536 * made + 0.5).astype(np.int32)
 
 
 def _shear_x(magnitude: np.ndarray, _) -> np.ndarray:
@@ -55,7 +61,8 @@ def _translate_y(magnitude: np.ndarray, _) -> np.ndarray:
 
 def _rotate(magnitude: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Counter-clockwise by degrees, about the centre."""
-    cos, sin = np.cos(np.radians(magnitude)), np.sin(np.radians(magnitude))
+    angle = np.radians(magnitude)
+    cos, sin = np.cos(angle), np.sin(angle)
     x, y = sizes[:, WIDTH] / 2, sizes[:, HEIGHT] / 2
     return _affine(cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y)
 
@@ -88,10 +95,10 @@ class Operation:
     """The column of sizes that the ends are fractions of."""
     signed: bool = False
 
-    def magnitudes(self, bin_: int | np.ndarray, bins: int, sizes: np.ndarray) -> np.ndarray:
+    def magnitudes(self, bin_: np.ndarray, bins: int, sizes: np.ndarray) -> np.ndarray:
         """float64 [G] without sign: torch.linspace(*ends, bins)[bin_] with its float32 rounding."""
         unit = 1 if self.relative is None else np.asarray(sizes, np.float64)[:, self.relative]
-        first, last = (np.broadcast_to(end * unit, len(sizes)).astype(np.float32) for end in self.ends)
+        first, last = (np.float32(end * unit) for end in self.ends)
         step = ((last - first) / np.float32(bins - 1)).astype(np.float64)
         value = np.where(bin_ < bins // 2, first + step * bin_, last - step * (bins - 1 - bin_))
         return value.astype(np.float32).astype(np.float64)
@@ -124,6 +131,8 @@ OPERATIONS = {
     "Invert": Operation(views.SOLARIZE, _threshold),
 }
 NAMES = tuple(OPERATIONS)
+# Places of the operations whose arguments depend on the image's size; all others are looked up in a table.
+_SIZED = tuple(NAMES.index(name) for name in ("TranslateX", "TranslateY", "Rotate"))
 
 # (operation, probability, magnitude bin), twice. Repeated lines are in the published policy.
 SUB_POLICIES = (
@@ -181,18 +190,33 @@ def rand_augment(u: np.ndarray, sizes: np.ndarray, size: int, *, operations: int
     return _before(places, u[:, operations : 2 * operations] < 0.5, bins, 31, sizes, size)
 
 
-def _before(places, negative, bin_, bins: int, sizes: np.ndarray, size: int) -> View:
-    """Operations by arrays [B, turns]: place in OPERATIONS, whether negative (for those with a sign), magnitude bin."""
+def _before(places, negative, bins, count: int, sizes: np.ndarray, size: int) -> View:
+    """`views.plain` after operations by arrays [B, turns]: place in OPERATIONS, whether negative, bin of `count`."""
     sizes = np.asarray(sizes)
+    made = _table(count)[places, bins, negative.view(np.int8)]
+    for place in _SIZED:
+        rows, turns = np.nonzero(places == place)
+        if len(rows):
+            made[rows, turns] = _encoded(place, bins[rows, turns], count, negative[rows, turns], sizes[rows])
     view = views.plain(sizes, size)
-    for turn in range(places.shape[1]):
-        for place in np.unique(places[:, turn]):
-            operation = OPERATIONS[NAMES[place]]
-            rows = np.flatnonzero(places[:, turn] == place)
-            magnitude = operation.magnitudes(bin_[rows, turn], bins, sizes[rows])
-            sign = np.where(operation.signed & negative[rows, turn], -1, 1)
-            view.params["before"][rows, turn] = operation.encode(sign * magnitude, sizes[rows])
+    view.params["before"][:, : places.shape[1]] = made
     return view
+
+
+def _encoded(place: int, bins: np.ndarray, count: int, negative: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """views.OPERATION [G]: one operation by bins of `count` and signs, where it has them, for images of `sizes`."""
+    operation = OPERATIONS[NAMES[place]]
+    magnitude = operation.magnitudes(bins, count, sizes)
+    return operation.encode(np.where(operation.signed & negative, -magnitude, magnitude), sizes)
+
+
+@cache
+def _table(count: int) -> np.ndarray:
+    """views.OPERATION [operations, `count` bins, positive and negative], of an image of one pixel."""
+    bins, negative = np.repeat(np.arange(count), 2), np.tile([False, True], count)
+    sizes = np.ones((2 * count, 2), np.int64)
+    made = [_encoded(place, bins, count, negative, sizes) for place in range(len(NAMES))]
+    return np.stack(made).reshape(len(NAMES), count, 2)
 
 
 def random_crop(u: np.ndarray, sizes: np.ndarray, size: int) -> View:
@@ -206,14 +230,14 @@ def simclr(u: np.ndarray, sizes: np.ndarray, size: int) -> View:
     Draws: the crop's 22; whether to jitter, the order, the four factors; whether grey; whether to blur, sigma; flip.
     """
     view = _resized_crop(u[:, :22], sizes, size, 0.08)
-    jitters, order, strength = u[:, 22, None] < 0.8, u[:, 23:27].argsort(1), 2 * u[:, 27:31] - 1
+    jittered, order, strength = np.flatnonzero(u[:, 22] < 0.8), u[:, 23:27].argsort(1), 2 * u[:, 27:31] - 1
     jitter = np.zeros(order.shape, views.OPERATION)
     jitter["code"] = views.BRIGHTNESS, views.CONTRAST, views.COLOR, views.HUE
     for place in range(3):
         jitter["args"][:, place] = _factor(0.4 * strength[:, place])
     jitter["args"][:, 3, 0] = np.trunc(0.1 * strength[:, 3] * 255) % 256
     after = view.params["after"]
-    after[:, :4] = np.where(jitters, np.take_along_axis(jitter, order, 1), np.zeros((), views.OPERATION))
+    after[jittered, :4] = jitter[jittered[:, None], order[jittered]]
     after["code"][:, 4] = np.where(u[:, 31] < 0.2, views.COLOR, views.NONE)  # by factor 0
     after["code"][:, 5] = np.where(u[:, 32] < 0.5, views.BLUR, views.NONE)
     after["args"][:, 5, :3] = views.blur_args(0.1 + 1.9 * u[:, 33])
@@ -230,7 +254,8 @@ def _resized_crop(u: np.ndarray, sizes: np.ndarray, size: int, smallest: float) 
     area = sizes.prod(1, keepdims=True) * (smallest + (1 - smallest) * u[:, :10])
     ratio = np.exp(np.log(4 / 3) * (2 * u[:, 10:20] - 1))
     tries = np.round(np.sqrt(np.stack([area / ratio, area * ratio], -1)))  # [B, 10, 2]
-    fits = ((tries > 0) & (tries <= sizes[:, None])).all(2)
+    fits = (tries > 0) & (tries <= sizes[:, None])
+    fits = fits[:, :, 0] & fits[:, :, 1]
     first = tries[np.arange(len(u)), fits.argmax(1)]
     # Where none of the ten fits: the middle, as much of it as the ratios allow.
     fallback = np.minimum(sizes, np.round(sizes[:, ::-1] * (4 / 3)))

@@ -62,9 +62,11 @@ def plain(sizes: np.ndarray, size: int, squash: np.ndarray | bool = False) -> Vi
     sizes = np.asarray(sizes, np.int64)
     params = np.zeros(len(sizes), PARAMS)
     params["box"][:, 2:] = sizes
-    resized = size * sizes // sizes.min(1, keepdims=True)
-    params["resized"] = np.where(np.reshape(squash, (-1, 1)), size, resized)
-    params["window"] = np.round((params["resized"] - size) / 2)  # half to even, as Python's round
+    resized = size * sizes // np.minimum(sizes[:, :1], sizes[:, 1:])
+    if squash is not False:
+        resized = np.where(np.reshape(squash, (-1, 1)), size, resized)
+    params["resized"] = resized
+    params["window"] = np.rint((resized - size) / 2)  # half to even, as Python's round
     return View(params)
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when a kernel is defined
 
 from fastbd.data.demo import write_demo_set
+
+
+def pytest_configure() -> None:
+    """Stop at once where no interpreted kernel could run: Triton 3.6 is what torch 2.11 comes with."""
+    try:
+        triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    except PackageNotFoundError:
+        return  # the tests of kernels are left out
+    if os.environ.get("TRITON_INTERPRET") == "1" and triton < (3, 7) and numpy >= (2, 4):
+        raise pytest.UsageError(
+            "without a GPU the tests run kernels in Triton's interpreter, and that of Triton 3.6 cannot loop with "
+            'NumPy 2.4: pip install "numpy<2.4", or triton>=3.7 where torch allows it.'
+        )
 
 
 def _fastbd(*arguments, cwd: Path, code: int = 0, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:

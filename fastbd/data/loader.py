@@ -130,10 +130,10 @@ class Pairs:
     def sources(self, batches: Sequence[np.ndarray], host: bool = True) -> Iterator[Images]:
         """The source images of batches of rows, in order: made on demand, to be used before the next batch is taken.
 
-        Tensors in main memory; a Ragged where the GPU has them and not the `host` is to.
+        Tensors in main memory; a Ragged where the GPU has or reads them, and they are not for the `host`.
         """
         if self.resident is not None and not (host and self.resident.pixels.is_cuda):
-            yield from map(self.resident.images, batches)
+            yield from map(partial(self.resident.images, host=host), batches)
             return
         for ids, images in zip(batches, self.decoder.stream(self.beton, batches, self.stored, host), strict=True):
             if isinstance(images, Ragged):
@@ -329,10 +329,8 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
 
 
 def _uploaded(pairs: Pairs, sources: Sequence[Tensor], device: torch.device) -> Ragged:
-    """Images in main memory, on the GPU: from where they are if that is locked, else in one copy of locked memory."""
+    """Images that are made on demand or lie in pageable memory, on the GPU: in one copy of locked memory."""
     images = pairs.each(sources)
-    if images[0].is_pinned():
-        return Ragged.of([image.to(device, non_blocking=True) for image in images])
     sizes = np.array([image.shape[:2] for image in images], np.int32)
     *starts, total = np.cumsum([0, *(image.numel() for image in images)]).tolist()
     locked = torch.empty(total, dtype=torch.uint8, pin_memory=True)

@@ -31,6 +31,7 @@ class Resident:
 
     def __init__(self, rows: np.ndarray, total: int, sizes: np.ndarray, pixels: Tensor):
         self.rows, self.sizes, self.pixels = rows, sizes.astype(np.int32), pixels
+        self._locked = pixels.is_pinned()
         self._ends = np.cumsum(_bytes(sizes))
         self.place = np.full(total, -1)
         self.place[rows] = np.arange(len(rows))
@@ -41,14 +42,24 @@ class Resident:
         if np.array_equal(image.shape[:2], self.sizes[place]):
             self._image(place).copy_(image)
         else:
-            self._substitutes[place] = image.to(self.pixels.device).contiguous()
+            image = image.to(self.pixels.device).contiguous()
+            self._substitutes[place] = image.pin_memory() if self._locked else image
 
-    def images(self, ids: np.ndarray) -> list[Tensor] | Ragged:
-        """Of rows int64 [B]; Ragged on a GPU. IndexError for a row that is not kept."""
+    def images(self, ids: np.ndarray, host: bool = True) -> list[Tensor] | Ragged:
+        """Images of rows int64 [B]. IndexError for a row that is not kept.
+
+        A Ragged on the GPU where the pixels are there, or are locked in main memory and not for the `host`.
+        """
         places = self.place[ids]
         if (places < 0).any():
             raise IndexError("a row that is not kept")
-        return self._ragged(places) if self.pixels.is_cuda else [self._image(int(place)) for place in places]
+        if self.pixels.is_cuda:
+            return self._ragged(places)
+        if self._locked and not host:
+            from fastbd.kernels.gather_triton import gathered
+
+            return gathered(self._ragged(places), torch.device("cuda", torch.cuda.current_device()))
+        return [self._image(int(place)) for place in places]
 
     def _ragged(self, places: np.ndarray) -> Ragged:
         sizes = self.sizes[places]
@@ -131,7 +142,7 @@ def _memory(where: str, need: int, device: torch.device) -> Tensor:
     if where == "gpu":
         return torch.empty(need, dtype=torch.uint8, device=device)
     pixels = torch.empty(need, dtype=torch.uint8)
-    if device.type == "cuda":  # locked in place; pin_memory() would round up to a power of two
+    if device.type == "cuda":  # locked in place, for the GPU to read; pin_memory() would round up to a power of two
         runtime = torch.cuda.cudart()
         torch.cuda.check_error(runtime.cudaHostRegister(pixels.data_ptr(), need, 0))
         # Else what is allocated in its place would count as locked, and be copied from after it is freed.

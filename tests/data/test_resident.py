@@ -89,11 +89,13 @@ def test_addresses_are_those_of_the_images(beton):
     resident.keep(pairs, rows, "ram", base=False, world=ONE, quiet=True)
     places = np.array([3, 0, 7, 1, 4])
     ragged = pairs.resident._ragged(places)
-    for address, (height, width), image in zip(
-        ragged.addresses, ragged.sizes, pairs.resident.images(rows[places]), strict=True
-    ):
-        there = np.ctypeslib.as_array((ctypes.c_uint8 * (height * width * 3)).from_address(int(address)))
-        assert np.array_equal(there.reshape(height, width, 3), image)
+    gathered = pytest.importorskip("fastbd.kernels.gather_triton").gathered
+    for found in (ragged, gathered(ragged, CPU)):
+        for address, (height, width), image in zip(
+            found.addresses, found.sizes, pairs.resident.images(rows[places]), strict=True
+        ):
+            there = np.ctypeslib.as_array((ctypes.c_uint8 * (height * width * 3)).from_address(int(address)))
+            assert np.array_equal(there.reshape(height, width, 3), image)
 
 
 def test_what_a_step_does_to_its_batch_does_not_reach_what_is_kept(beton):

@@ -1,7 +1,8 @@
 """Compile every Triton kernel for GPUs that need not be here, and print what each one needs as .csv.
 
-    TRITON_INTERPRET=0 python tests/kernels/aot.py 80 90 > tests/kernels/aot.csv
+    TRITON_INTERPRET=0 python tests/kernels/aot.py 80 90 > tests/kernels/aot-3.7.1.csv
 
+A table is named after its version of Triton: 3.7.1 is the one of constraints.txt, 3.6.0 the one of torch 2.11.
 Columns: registers of a thread, shared memory in bytes, spills (local loads and stores), matrix instructions (HGMMA,
 HMMA).
 """
@@ -26,6 +27,7 @@ from triton.compiler import ASTSource
 from fastbd.kernels import augment_triton as augment
 from fastbd.kernels import contrastive_small as small
 from fastbd.kernels import contrastive_tile as tile
+from fastbd.kernels import gather_triton as gather
 from fastbd.kernels import stamp_triton as stamp
 from fastbd.kernels import text_pack_triton as text
 
@@ -33,10 +35,11 @@ CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 COLUMNS = ["kernel", "case", "arch", "registers", "shared", "spills", "hgmma", "hmma", "f64"]
 INTS = {"M", "N", "D", "L", "NP", "offset", "m0", "rows", "pm0", "all_blocks_m", "blocks_m", "blocks_n", "parts",
         "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch", "size", "H", "W",
-        "h", "w", "captions", "T", *(f"{plane}_{axis}" for plane in ("keep", "add") for axis in "byxc")}  # fmt: skip
+        "h", "w", "captions", "images", "T", *(f"{plane}_{axis}" for plane in ("keep", "add") for axis in "byxc"),
+        }  # fmt: skip
 POINTERS = {"i32": {"TERMS", "DIRECTIONS", "widths", "params", "weights", "first", "shape", "means", "histograms",
                     "KEEP", "ADD", "PLACES", "FIELD", "STARTS"},
-            "i64": {"addresses", "jobs"}, "u8": {"tables", "IMAGES", "STAMPED", "LEVELS"}}  # fmt: skip
+            "i64": {"addresses", "jobs", "spans"}, "u8": {"tables", "IMAGES", "STAMPED", "LEVELS"}}  # fmt: skip
 ALIGNED = {"D", "NP", "pitch", "H", "W"}  # multiples of 16, as Triton sees them when they are launched
 KIND = re.compile(r"^([QKXG]\d?|out|OUT|QKV|OF_QKV|GRADIENT)$")  # pointers to what the case is named after
 
@@ -52,6 +55,7 @@ def cases(arch: int):
     yield from augment_cases()
     yield from stamp_cases()
     yield from text_cases()
+    yield gather.gather_kernel, "", "i64", dict(BLOCK=gather.BLOCK)
 
 
 def augment_cases():

@@ -54,7 +54,7 @@ def test_magnitudes_are_torchs_linspace(bins: int) -> None:
     ends |= {"ShearX": (0, 0.3), "ShearY": (0, 0.3), "Rotate": (0, 30), "Solarize": (255, 0), "Posterize": (8, 4)}
     for name, (first, last) in ends.items():
         for bin_ in range(bins):
-            ours = OPERATIONS[name].magnitudes(bin_, bins, sizes)
+            ours = OPERATIONS[name].magnitudes(np.array([bin_]), bins, sizes)
             if name.startswith("Translate"):
                 across = sizes[:, 1 if name == "TranslateX" else 0]
                 truth = [torch.linspace(0.0, 150.0 / 331.0 * side, bins)[bin_].item() for side in across[::40].tolist()]
@@ -68,7 +68,7 @@ def test_posterize_keeps_whole_bits(bins: int) -> None:
     operation = OPERATIONS["Posterize"]
     for i in range(bins):
         bits = 8 - int((torch.tensor(i) / ((bins - 1) / 4)).round())
-        made = operation.encode(operation.magnitudes(i, bins, np.ones((1, 2))), np.ones((1, 2)))[0]
+        made = operation.encode(operation.magnitudes(np.array([i]), bins, np.ones((1, 2))), np.ones((1, 2)))[0]
         mask = made["args"][0] if made["code"] else 255
         assert mask == 256 - 2 ** (8 - bits)
 
@@ -86,6 +86,30 @@ def test_operations_that_change_nothing_are_left_out() -> None:
         assert OPERATIONS[name].encode(np.zeros(1), sizes)["code"] != views.NONE
 
 
+@pytest.mark.parametrize("bins", [10, 31])
+def test_arguments_of_three_operations_depend_on_the_size(bins: int) -> None:
+    some, other = np.full((bins, 2), (1, 1)), np.full((bins, 2), (320, 481))
+    found = set()
+    for name, operation in OPERATIONS.items():
+        for sign in (1, -1):
+            made = [
+                operation.encode(sign * operation.magnitudes(np.arange(bins), bins, sizes), sizes)
+                for sizes in (some, other)
+            ]
+            found |= {name} if made[0].tobytes() != made[1].tobytes() else set()
+    assert found == {"TranslateX", "TranslateY", "Rotate"}
+
+
+def one_by_one(names, negative, bins, count: int, size: np.ndarray) -> list[np.ndarray]:
+    """The operations of one image, each made by itself."""
+    made = []
+    for name, below, bin_ in zip(names, negative, bins, strict=True):
+        operation = OPERATIONS[name]
+        magnitude = operation.magnitudes(np.array([bin_]), count, size[None])
+        made += [*operation.encode(-magnitude if operation.signed and below else magnitude, size[None])]
+    return made
+
+
 # AutoAugment.
 
 
@@ -101,6 +125,16 @@ def sub_policy(policy: int, fires: float, sign: float) -> np.ndarray:
     """The two operations of one sub-policy."""
     u = np.array([[(policy + 0.5) / len(SUB_POLICIES), fires, fires, sign, sign]])
     return policies.auto_augment(u, np.array([[300, 400]]), 224).params["before"][0]
+
+
+def test_operations_of_auto_augment_are_those_made_one_by_one() -> None:
+    sizes = np.concatenate([sizes_of(3000), sizes_of(500, 1, 12), sizes_of(500, 1, 9000)])
+    u, params = drawn("auto_augment", len(sizes), sizes)
+    for draw, size, before in zip(u, sizes, params["before"], strict=True):
+        pair = SUB_POLICIES[int(draw[0] * len(SUB_POLICIES))]
+        names = [name if fires <= p else "Identity" for (name, p, _), fires in zip(pair, draw[1:3], strict=True)]
+        truth = one_by_one(names, draw[3:5] < 0.5, [bin_ for _, _, bin_ in pair], policies.BINS, size)
+        assert before.tobytes() == np.array(truth).tobytes(), draw
 
 
 def test_draws_choose_sub_policy_and_sign() -> None:
@@ -150,6 +184,19 @@ def test_frequencies_of_rand_augment() -> None:
             assert_share(factors(before[before["code"] == code]) < 1, 0.5, code)
     same = params["before"]["code"][:, 0] == params["before"]["code"][:, 1]
     assert_share(same, sum((count / 14) ** 2 for count in kinds.values()))
+
+
+@pytest.mark.parametrize("operations", [1, 2])
+def test_operations_of_rand_augment_are_those_made_one_by_one(operations: int) -> None:
+    sizes = np.concatenate([sizes_of(100), sizes_of(30, 1, 12), sizes_of(30, 1, 9000)])
+    for magnitude in range(31):
+        u = draws.uniform(magnitude, "one", np.arange(len(sizes)), 4)
+        view = policies.rand_augment(u, sizes, 32, operations=operations, magnitude=magnitude)
+        for draw, size, before in zip(u, sizes, view.params["before"], strict=True):
+            names = [NAMES[int(place * 14)] for place in draw[:operations]]
+            negative = draw[operations : 2 * operations] < 0.5
+            truth = one_by_one(names, negative, [magnitude] * operations, 31, size)
+            assert before[:operations].tobytes() == np.array(truth).tobytes(), draw
 
 
 def test_rand_augment_takes_other_strengths() -> None:
