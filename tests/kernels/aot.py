@@ -34,10 +34,11 @@ COLUMNS = ["kernel", "case", "arch", "registers", "shared", "spills", "hgmma", "
 INTS = {"M", "N", "D", "L", "NP", "offset", "m0", "rows", "pm0", "all_blocks_m", "blocks_m", "blocks_n", "parts",
         "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch", "size", "H", "W",
         "h", "w", "captions", "T", *(f"{plane}_{axis}" for plane in ("keep", "add") for axis in "byxc")}  # fmt: skip
-POINTERS = {"i32": {"TERMS", "DIRECTIONS", "widths", "params", "weights", "first", "shape", "means", "histograms",
-                    "KEEP", "ADD", "PLACES", "FIELD", "STARTS"},
-            "i64": {"addresses", "jobs"}, "u8": {"tables", "IMAGES", "STAMPED", "LEVELS"}}  # fmt: skip
-ALIGNED = {"D", "NP", "pitch", "H", "W"}  # multiples of 16, as Triton sees them when they are launched
+POINTERS = {"i32": {"TERMS", "DIRECTIONS", "params", "first", "shape", "means", "histograms", "KEEP", "ADD", "PLACES",
+                    "FIELD", "STARTS"},
+            "i64": {"resizes", "jobs"}, "i16": {"weights"},
+            "u8": {"scratch", "tables", "IMAGES", "STAMPED", "LEVELS"}}  # fmt: skip
+ALIGNED = {"D", "NP", "pitch", "H", "W", "size"}  # multiples of 16, as Triton sees them when they are launched
 KIND = re.compile(r"^([QKXG]\d?|out|OUT|QKV|OF_QKV|GRADIENT)$")  # pointers to what the case is named after
 
 
@@ -55,16 +56,20 @@ def cases(arch: int):
 
 
 def augment_cases():
-    exact = dict(enable_fp_fusion=False)
-    block = dict(BLOCK=augment.BLOCK)
+    exact, block = dict(enable_fp_fusion=False), dict(BLOCK=augment.PIXELS)
     for name, cubic in (("cubic", True), ("linear", False)):
-        yield augment.weights_kernel, name, "fp32", dict(CUBIC=cubic, K=8, BO=64), exact
+        yield augment.weights_kernel, name, "fp32", dict(CUBIC=cubic, BLOCK=augment.OUTPUTS), exact
+    yield augment.columns_kernel, "", "u8", dict(ROWS=augment.TILE_ROWS, COLUMNS=augment.TILE_COLUMNS), {}
+    resized = dict(SUMS=True, ROWS=augment.ROWS, BLOCK=augment.BYTES, num_warps=2)
+    as_it_is = resized | dict(SUMS=False, **dict.fromkeys(("weights", "first", "shape", "scratch")))
     for kind in ("bf16", "fp32", "u8"):
-        yield augment.resample_kernel, kind, kind, dict(K=8, NORMALISE=kind != "u8", **block), exact
+        yield augment.finish_kernel, f"{kind} resized", kind, dict(NORMALISE=kind != "u8", **resized), exact
+        yield augment.finish_kernel, f"{kind} as it is", kind, dict(NORMALISE=kind != "u8", **as_it_is), exact
     yield augment.operate_kernel, "", "u8", block, exact
-    yield augment.statistics_kernel, "", "u8", dict(BLOCK=4 * augment.BLOCK), {}
+    yield augment.statistics_kernel, "", "u8", dict(BLOCK=augment.COUNTED_PIXELS), exact
+    yield augment.tables_kernel, "", "u8", {}, exact
     for name, across in (("rows", True), ("columns", False)):
-        yield augment.blur_kernel, name, "u8", dict(ACROSS=across, **block), {}
+        yield augment.blur_kernel, name, "u8", dict(ACROSS=across, LINES=augment.LINES, **block), {}
 
 
 def stamp_cases():
