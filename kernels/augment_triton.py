@@ -691,8 +691,9 @@ def _upload(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """To the device in one copy, without waiting for it; flat, each at an address that 16 divides."""
     room = _padded(np.array([array.nbytes for array in arrays]))
     host = torch.empty(int(room.sum()), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    buffer = host.numpy()
     for array, start in zip(arrays, _starts(room), strict=True):
-        host.numpy()[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     there = host.to(device, non_blocking=True)
     return [
         there[start : start + array.nbytes].view(torch.int64 if array.itemsize == 8 else torch.int32)

@@ -3,7 +3,8 @@
     TRITON_INTERPRET=0 python tests/kernels/aot.py 80 90 > tests/kernels/aot.csv
 
 Columns: registers of a thread, shared memory in bytes, spills (local loads and stores), matrix instructions (HGMMA,
-HMMA).
+HMMA), float64 instructions of the PTX. Of the kernels that resize images, `tap`: instructions of the innermost loop for
+each pixel that is multiplied by a weight in it, so three times those for each byte of an image that it loads.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fastbd.kernels import stamp_triton as stamp
 from fastbd.kernels import text_pack_triton as text
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-COLUMNS = ["kernel", "case", "arch", "registers", "shared", "spills", "hgmma", "hmma", "f64"]
+COLUMNS = ["kernel", "case", "arch", "registers", "shared", "spills", "hgmma", "hmma", "f64", "tap"]
 INTS = {"M", "N", "D", "L", "NP", "offset", "m0", "rows", "pm0", "all_blocks_m", "blocks_m", "blocks_n", "parts",
         "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch", "size", "H", "W",
         "h", "w", "captions", "T", *(f"{plane}_{axis}" for plane in ("keep", "add") for axis in "byxc")}  # fmt: skip
@@ -152,7 +153,26 @@ def row(case, arch: int) -> dict:
         kernel=kernel.__name__, case=name, arch=arch, registers=int(re.search(r"REG:(\d+)", usage)[1]),
         shared=compiled.metadata.shared, spills=count("LDL|STL"), hgmma=count("HGMMA"), hmma=count("HMMA"),
         f64=compiled.asm["ptx"].count(".f64"),
+        tap=f"{tap(sass):.1f}" if kernel is augment.columns_kernel or arguments.get("SUMS") else "",
     )  # fmt: skip
+
+
+def tap(sass: str) -> float:
+    """Instructions for each pixel and tap in the longest innermost loop that loads bytes of images.
+
+    A byte is loaded alone, or four at once; weights are the loads of 16 bits.
+    """
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
+    jumps = [(int(to[1], 16), at) for at, text in code if (to := re.search(r"\bBRA\b.*0x([0-9a-f]+)", text))]
+    loops = [(to, at) for to, at in jumps if to < at]
+    found = []
+    for to, at in loops:
+        if not any((to, at) != other and to <= other[0] and other[1] <= at for other in loops):
+            body = [text for place, text in code if to <= place <= at]
+            loads = [load[1] for text in body if (load := re.search(r"LDG\.E(\.U8|\.U16|) ", text))]
+            found.append((len(body), loads.count(".U8") + 4 * loads.count("")))
+    instructions, loaded = max((length, loaded) for length, loaded in found if loaded)
+    return 3 * instructions / loaded
 
 
 def main(archs: list[int]) -> None:
