@@ -160,7 +160,7 @@ def test_views_of_images_that_have_their_size() -> None:
 
 @pytest.mark.parametrize("cubic", [True, False], ids=["cubic", "linear"])
 def test_an_image_far_larger_than_the_others(cubic: bool) -> None:
-    sizes = [(5, 5), (6, 4), (4, 4), (90, 61), (4, 7)]
+    sizes = [(5, 5), (6, 4), (4, 4), (60, 41), (4, 7)]
     params = views.plain(np.array(sizes), 4).params
     params["before"][2:, 0] = OPERATIONS["equalize"]
     params["before"][3:, 1] = OPERATIONS["blur less"]
