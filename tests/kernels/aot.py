@@ -4,7 +4,8 @@
 
 A table is named after its version of Triton: 3.7.1 is the one of constraints.txt, 3.6.0 the one of torch 2.11.
 Columns: registers of a thread, shared memory in bytes, spills (local loads and stores), matrix instructions (HGMMA,
-HMMA).
+HMMA), float64 instructions of the PTX. Of the kernels that resize images, `tap`: instructions of the innermost loop for
+each pixel that is multiplied by a weight in it, so three times those for each byte of an image that it loads.
 """
 
 from __future__ import annotations
@@ -32,15 +33,16 @@ from fastbd.kernels import stamp_triton as stamp
 from fastbd.kernels import text_pack_triton as text
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-COLUMNS = ["kernel", "case", "arch", "registers", "shared", "spills", "hgmma", "hmma", "f64"]
+COLUMNS = ["kernel", "case", "arch", "registers", "shared", "spills", "hgmma", "hmma", "f64", "tap"]
 INTS = {"M", "N", "D", "L", "NP", "offset", "m0", "rows", "pm0", "all_blocks_m", "blocks_m", "blocks_n", "parts",
         "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch", "size", "H", "W",
         "h", "w", "captions", "images", "T", *(f"{plane}_{axis}" for plane in ("keep", "add") for axis in "byxc"),
         }  # fmt: skip
-POINTERS = {"i32": {"TERMS", "DIRECTIONS", "widths", "params", "weights", "first", "shape", "means", "histograms",
-                    "KEEP", "ADD", "PLACES", "FIELD", "STARTS"},
-            "i64": {"addresses", "jobs", "spans"}, "u8": {"tables", "IMAGES", "STAMPED", "LEVELS"}}  # fmt: skip
-ALIGNED = {"D", "NP", "pitch", "H", "W"}  # multiples of 16, as Triton sees them when they are launched
+POINTERS = {"i32": {"TERMS", "DIRECTIONS", "params", "first", "shape", "means", "histograms", "KEEP", "ADD", "PLACES",
+                    "FIELD", "STARTS"},
+            "i64": {"resizes", "jobs", "spans"}, "i16": {"weights"},
+            "u8": {"scratch", "tables", "IMAGES", "STAMPED", "LEVELS"}}  # fmt: skip
+ALIGNED = {"D", "NP", "pitch", "H", "W", "size"}  # multiples of 16, as Triton sees them when they are launched
 KIND = re.compile(r"^([QKXG]\d?|out|OUT|QKV|OF_QKV|GRADIENT)$")  # pointers to what the case is named after
 
 
@@ -59,16 +61,20 @@ def cases(arch: int):
 
 
 def augment_cases():
-    exact = dict(enable_fp_fusion=False)
-    block = dict(BLOCK=augment.BLOCK)
+    exact, block = dict(enable_fp_fusion=False), dict(BLOCK=augment.PIXELS)
     for name, cubic in (("cubic", True), ("linear", False)):
-        yield augment.weights_kernel, name, "fp32", dict(CUBIC=cubic, K=8, BO=64), exact
+        yield augment.weights_kernel, name, "fp32", dict(CUBIC=cubic, BLOCK=augment.OUTPUTS), exact
+    yield augment.columns_kernel, "", "u8", dict(ROWS=augment.TILE_ROWS, COLUMNS=augment.TILE_COLUMNS), {}
+    resized = dict(SUMS=True, ROWS=augment.ROWS, BLOCK=augment.BYTES, num_warps=2)
+    as_it_is = resized | dict(SUMS=False, **dict.fromkeys(("weights", "first", "shape", "scratch")))
     for kind in ("bf16", "fp32", "u8"):
-        yield augment.resample_kernel, kind, kind, dict(K=8, NORMALISE=kind != "u8", **block), exact
+        yield augment.finish_kernel, f"{kind} resized", kind, dict(NORMALISE=kind != "u8", **resized), exact
+        yield augment.finish_kernel, f"{kind} as it is", kind, dict(NORMALISE=kind != "u8", **as_it_is), exact
     yield augment.operate_kernel, "", "u8", block, exact
-    yield augment.statistics_kernel, "", "u8", dict(BLOCK=4 * augment.BLOCK), {}
+    yield augment.statistics_kernel, "", "u8", dict(BLOCK=augment.COUNTED_PIXELS), exact
+    yield augment.tables_kernel, "", "u8", {}, exact
     for name, across in (("rows", True), ("columns", False)):
-        yield augment.blur_kernel, name, "u8", dict(ACROSS=across, **block), {}
+        yield augment.blur_kernel, name, "u8", dict(ACROSS=across, LINES=augment.LINES, **block), {}
 
 
 def stamp_cases():
@@ -151,7 +157,26 @@ def row(case, arch: int) -> dict:
         kernel=kernel.__name__, case=name, arch=arch, registers=int(re.search(r"REG:(\d+)", usage)[1]),
         shared=compiled.metadata.shared, spills=count("LDL|STL"), hgmma=count("HGMMA"), hmma=count("HMMA"),
         f64=compiled.asm["ptx"].count(".f64"),
+        tap=f"{tap(sass):.1f}" if kernel is augment.columns_kernel or arguments.get("SUMS") else "",
     )  # fmt: skip
+
+
+def tap(sass: str) -> float:
+    """Instructions for each pixel and tap in the longest innermost loop that loads bytes of images.
+
+    A byte is loaded alone, or four at once; weights are the loads of 16 bits.
+    """
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
+    jumps = [(int(to[1], 16), at) for at, text in code if (to := re.search(r"\bBRA\b.*0x([0-9a-f]+)", text))]
+    loops = [(to, at) for to, at in jumps if to < at]
+    found = []
+    for to, at in loops:
+        if not any((to, at) != other and to <= other[0] and other[1] <= at for other in loops):
+            body = [text for place, text in code if to <= place <= at]
+            loads = [load[1] for text in body if (load := re.search(r"LDG\.E(\.U8|\.U16|) ", text))]
+            found.append((len(body), loads.count(".U8") + 4 * loads.count("")))
+    instructions, loaded = max((length, loaded) for length, loaded in found if loaded)
+    return 3 * instructions / loaded
 
 
 def main(archs: list[int]) -> None:

@@ -27,9 +27,16 @@ def compiled() -> list[dict]:
 
 def test_kernels_fit(compiled):
     assert len(compiled) >= 60
-    doubles = {"weights_kernel", "operate_kernel"}  # weights as PyTorch makes them, and Pillow's hue
+    # weights as PyTorch makes them, Pillow's hue and autocontrast
+    doubles = {"weights_kernel", "operate_kernel", "statistics_kernel", "tables_kernel"}
     for row in compiled:
         assert int(row["shared"]) <= LIMIT[int(row["arch"])] and (row["f64"] == "0" or row["kernel"] in doubles), row
+
+
+def test_a_tap_takes_few_instructions(compiled):
+    """For each pixel and weight; six are the loads and the products of three channels."""
+    taps = [float(row["tap"]) for row in compiled if row["tap"]]
+    assert len(taps) == 8 and max(taps) < 20
 
 
 def test_matrix_units_are_used(compiled):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastbd import draws
 from fastbd.kernels import augment_reference as reference
 from fastbd.kernels import augment_triton, views
 from fastbd.kernels.augment import Ragged, render
+from fastbd.kernels.policies import POLICIES
 from fastbd.kernels.views import View, operation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,6 +145,186 @@ def test_addresses_need_not_be_aligned() -> None:
     params["before"][:, 0] = OPERATIONS["sharper"]
     got = render(ragged, View(params), 6)
     assert torch.equal(got.cpu(), reference.render(images, View(params), 6, torch.float32))
+
+
+def test_views_of_images_that_have_their_size() -> None:
+    """Nothing is resized, but pieces are cut out and mirrored."""
+    sizes = [(12, 12), (12, 40), (31, 12), (20, 20), (12, 13)]
+    params = views.plain(np.array(sizes), 12).params
+    params["box"][3], params["resized"][3], params["window"][3] = (1, 2, 17, 15), (17, 15), (5, 3)
+    params["flip"] = [0, 1, 1, 1, 0]
+    params["noise"][1] = np.float32(0.2).view(np.int32), 17, -5
+    params["before"][2, 0] = OPERATIONS["equalize"]
+    assert_same(pictures(sizes), View(params), 12)
+
+
+@pytest.mark.parametrize("cubic", [True, False], ids=["cubic", "linear"])
+def test_an_image_far_larger_than_the_others(cubic: bool) -> None:
+    sizes = [(5, 5), (6, 4), (4, 4), (60, 41), (4, 7)]
+    params = views.plain(np.array(sizes), 4).params
+    params["before"][2:, 0] = OPERATIONS["equalize"]
+    params["before"][3:, 1] = OPERATIONS["blur less"]
+    assert_same(pictures(sizes), View(params, cubic), 4, (torch.uint8,))
+
+
+def test_tables_are_the_references() -> None:
+    """Of histograms of up to 50 million pixels, with levels that are missing, alone, or one beside the other."""
+    rng = np.random.default_rng(1)
+    counts = rng.integers(0, 200_000, (24, 3, 256)) * (rng.random((24, 3, 256)) < rng.random((24, 3, 1)))
+    counts[:6] //= 1000
+    counts[0], counts[1], counts[2] = 0, 0, 0
+    counts[0, :, 7], counts[1, :, 99:101], counts[2, :, [0, 255]] = 3, 2, 1
+    params = np.zeros(24, views.PARAMS)
+    params["before"]["code"][:, 1] = np.resize([views.EQUALIZE, views.AUTOCONTRAST, views.CONTRAST], 24)
+    passes, *_ = augment_triton._passes(
+        np.zeros(24, np.int64), np.ones((24, 2)), params, "before", 0, torch.device(DEVICE)
+    )
+    (one,) = passes
+    assert one.counted == 24
+    words, jobs = augment_triton._upload([params.view(np.int32), one.jobs], torch.device(DEVICE))
+    tables = torch.zeros(24, 3, 256, dtype=torch.uint8, device=DEVICE)
+    means = torch.zeros(24, dtype=torch.int32, device=DEVICE)
+    histograms = torch.from_numpy(counts)
+    augment_triton.tables_kernel[(3, 24)](
+        jobs, words, histograms.int().to(DEVICE), tables, means, **augment_triton.FUSION
+    )
+    assert torch.equal(tables[0::3].cpu(), reference.equalize_tables(histograms[0::3]))
+    assert torch.equal(tables[1::3].cpu(), reference.autocontrast_tables(histograms[1::3]))
+    luma = counts[2::3, 0]
+    assert means[2::3].tolist() == [int(mean + 0.5) for mean in (luma * np.arange(256)).sum(1) / luma.sum(1)]
+
+
+def test_operations_share_a_pass_unless_one_looks_at_other_pixels() -> None:
+    turns = [
+        ([views.AFFINE, views.EQUALIZE, views.HUE], [0, 0, 0]),
+        ([views.EQUALIZE, views.AFFINE, views.HUE], [0, 2, 2]),
+        ([views.EQUALIZE, views.COLOR, views.CONTRAST], [0, 0, 2]),
+        ([views.BLUR, views.BLUR, views.COLOR], [1, 3, 4]),
+        ([views.NONE, views.SHARPNESS, views.BLUR], [0, 0, 1]),
+        ([views.AFFINE, views.BLUR, views.AFFINE], [0, 1, 2]),
+        ([views.CONTRAST, views.SHARPNESS, views.EQUALIZE], [0, 2, 2]),
+    ]
+    codes, phases = zip(*turns, strict=True)
+    assert augment_triton._phases(np.array(codes)).tolist() == list(phases)
+
+
+class Started(TorchDispatchMode):
+    """What a GPU would start: Triton's kernels, PyTorch's operations but for FREE ones, and the copy to the GPU."""
+
+    FREE = {
+        "aten.empty.memory_format",
+        "aten.slice.Tensor",
+        "aten.view.dtype",
+        "aten.permute.default",
+        "aten.detach.default",
+    }  # these allocate, or look at the same memory in another way
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, launch: bool = True) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.variants: set[tuple] = set()
+        self.bytes = 0
+        kind, upload = type(augment_triton.finish_kernel), augment_triton._upload
+        run = kind.run
+
+        def started(kernel, *args, **kwargs):
+            self.names.append(kernel.fn.__name__)
+            self.variants.add(self.variant(kernel, args, kwargs))
+            names, total = list(self.names), self.bytes
+            if launch:
+                run(kernel, *args, **kwargs)
+            self.names, self.bytes = names, total  # an interpreted kernel's own operations do not count
+
+        def uploaded(*args):
+            if DEVICE == "cpu":
+                self.names.append("copy")
+            return upload(*args)
+
+        monkeypatch.setattr(kind, "run", started)
+        monkeypatch.setattr(augment_triton, "_upload", uploaded)
+
+    def variant(self, kernel, args: tuple, kwargs: dict) -> tuple:
+        """The kernel, and all of its arguments that are compiled into it."""
+        parameters = inspect.signature(kernel.fn).parameters
+        bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in kwargs.items() if k in parameters})
+        made = [kernel.fn.__name__]
+        for name, value in bound.arguments.items():
+            if isinstance(value, torch.Tensor):
+                made.append((value.dtype, value.data_ptr() % 16 == 0))
+            else:
+                compiled = "constexpr" in str(parameters[name].annotation)
+                # Triton compiles anew for integers that are 1 and for those that 16 divides.
+                made.append(value if compiled or value is None else (value == 1, value % 16 == 0))
+        return tuple(made)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if str(function) not in self.FREE and out.numel():
+            self.names.append(str(function))
+        if str(function).startswith(("aten.empty", "aten.zeros")):
+            self.bytes += out.nbytes
+        return out
+
+
+def constants(device: torch.device, size: int) -> None:
+    """Make what a process makes once, before anything is counted."""
+    augment_triton.noise_levels(device)
+    augment_triton.normalisation(device, size)
+
+
+@pytest.mark.parametrize("policy", ["plain", *POLICIES])
+def test_policies_start_few_kernels(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's bytes, from images of odd sizes, of one pixel, and smaller than the view."""
+    sizes = np.random.default_rng(2).integers(5, 22, (28, 2))
+    sizes[:4] = (1, 1), (3, 29), (1, 7), (12, 12)
+    images = pictures([(int(h), int(w)) for h, w in sizes])
+    view = views.plain(sizes, 12)
+    if policy != "plain":
+        draw, count = POLICIES[policy]
+        view = draw(draws.uniform(0, "started", np.arange(28), count), sizes, 12)
+    given = Ragged.of([image.to(DEVICE) for image in images])
+    constants(given.device, 12)
+    with Started(monkeypatch) as started:
+        got = augment_triton.render(given, view, 12, torch.float32)
+    assert torch.equal(got.cpu(), reference.render(images, view, 12, torch.float32))
+    resize = ["weights_kernel", "columns_kernel", "finish_kernel"]
+    operate = ["statistics_kernel", "tables_kernel", "operate_kernel"]
+    expected = {
+        "auto_augment": ["copy", "aten.zeros.default", *operate, *operate, *resize],
+        "rand_augment": ["copy", "aten.zeros.default", *operate, *operate, *resize],
+        "simclr": ["copy", "aten.zeros.default", *resize, *operate, "blur_kernel", "blur_kernel", "finish_kernel"],
+    }.get(policy, ["copy", *resize])
+    if DEVICE == "cpu":
+        assert started.names == expected
+    assert len(started.names) <= 12
+
+
+def test_kept_images_take_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.stack(pictures([(16, 16)] * 4)).to(DEVICE)
+    constants(images.device, 16)
+    with Started(monkeypatch) as started:
+        augment_triton.render(Ragged.of(images), views.plain(np.full((4, 2), 16), 16), 16, torch.bfloat16)
+    assert len(started.names) == 2
+
+
+def test_a_huge_image_costs_its_own_memory_and_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is launched here. An int16 weight for each of 2 x 224 rows and columns takes a byte for half a tap."""
+    usual = np.tile([[256, 341], [384, 256]], (128, 1))
+    constants(torch.device(DEVICE), 224)
+    made = []
+    for sizes in (usual, np.concatenate([usual[:-1], [[4000, 6000]]])):
+        with monkeypatch.context() as patched, Started(patched, launch=False) as started:
+            images = Ragged(np.arange(256) << 32, sizes.astype(np.int32), torch.device(DEVICE), None)
+            policy, count = POLICIES["rand_augment"]
+            view = policy(draws.uniform(0, "huge", np.arange(256), count), sizes, 224)
+            view.params["before"]["code"][-1] = views.NONE
+            augment_triton.render(images, view, 224, torch.bfloat16)
+        made.append(started)
+    without, huge = made
+    assert huge.variants == without.variants
+    taps = 2 * 2 * 4000 / 224 + 2  # at most, each way
+    rows = 4000 * 224 * 3
+    assert huge.bytes - without.bytes < 2 * 224 * taps * 2 + rows
 
 
 def test_one_image_is_the_same_in_any_batch() -> None:
