@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -23,6 +24,9 @@ class Provider:
 
     `build` returns the call that is timed, or raises Unavailable. `tolerance` bounds the relative error of each
     output, by name, "" standing for the rest. `no_worse_than` names a provider whose largest error bounds this one's.
+    `compared` turns what a call returns into the outputs of the other providers; its time does not count. `memory`
+    tells where the peak is found: in the tensors of one "call", in what a CUDA "graph" keeps, or nowhere. `slow` is
+    why --quick leaves this provider out unless it is named in full.
     """
 
     build: Callable[[], Call]
@@ -30,13 +34,15 @@ class Provider:
     no_worse_than: str | None = None
     ours: bool = False
     rate: str = ""  # number format whose matmul rate limits it; the case's when empty
-    own_memory: bool = True  # False where a captured graph holds the memory, out of a counter's sight
+    compared: Callable[[Output], Output] = dict
+    memory: Literal["call", "graph", ""] = "call"
+    slow: str = ""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Providers that do the same `units` of work; the first one is what ratios refer to.
+    """Providers that do the same `units` of work; ratios refer to the first one that is timed.
 
     `truth` computes the outputs for the gate, mostly in float64; without it the first provider is the truth. `flops`
     and `bytes` are the fewest that the work needs; 0 means not counted. `least` takes their place where the work has
@@ -58,7 +64,7 @@ class Case:
     sizes: dict[str, float] = field(default_factory=dict)
 
 
-Cases = Iterable[Case]
+Cases = Iterator[tuple[str, Callable[[], Case]]]  # each case's name, and what makes its data when it is wanted
 
 
 def errors(output: Output, truth: Output, sizes: dict[str, float]) -> dict[str, float]:

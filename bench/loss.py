@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.case import Call, Case, Output, Provider, Unavailable
-from bench.peers import Form, autocast, of_pairs, one_matrix, two_matrices
+from bench.case import Call, Case, Cases, Output, Provider, Unavailable
+from bench.peers import Form, autocast, inf_cl, memeff, of_pairs, one_matrix, two_matrices
 
 SMALL = 512  # the largest batch of the way "small"
 TOWERS = {"mmcl": ("image", "text"), "mmcl_ssl": ("image", "text", "image_aug", "text_aug")}
@@ -49,8 +49,9 @@ def sizes(device: str, quick: bool) -> list[Size]:
         batches = (128,) if quick else (128, 512, 2048)
         return [Size(batch, 1024, terms, "fp32") for batch in batches for terms in both]
     if quick:
-        return [Size(256, 1024, "mmcl_ssl", "bf16"), Size(32768, 1024, "mmcl", "bf16"),
-                Size(8192, 1024, "mmcl_ssl", "bf16"), Size(2048, 1024, "mmcl_ssl", "bf16")]  # fmt: skip
+        # A usual batch, a large one and one between; then where the ways small, tile and hybrid meet.
+        found = [Size(batch, 1024, "mmcl", "bf16") for batch in (256, 32768, 2048, 512, 1024)]
+        return [*found[:3], Size(256, 1024, "mmcl_ssl", "bf16"), *found[3:]]
     batches = (128, 256, 512, 1024, 2048, 4096, 8192, 32768, 131072)
     return [
         *(Size(batch, 1024, terms, "bf16") for batch in batches for terms in both),
@@ -59,12 +60,12 @@ def sizes(device: str, quick: bool) -> list[Size]:
     ]
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
+def cases(device: str, quick: bool) -> Cases:
     for size in sizes(device, quick):
-        yield loss_case(size, device, quick)
+        yield str(size), partial(loss_case, size, device)
 
 
-def loss_case(size: Size, device: str, quick: bool) -> Case:
+def loss_case(size: Size, device: str) -> Case:
     """All providers on the same embeddings."""
     towers, log_scale = embeddings(size, device)
     square = size.batch**2 * size.width
@@ -74,7 +75,7 @@ def loss_case(size: Size, device: str, quick: bool) -> Case:
         unit="pairs/s",
         units=size.batch,
         device=device,
-        providers=providers(size, device, quick, towers, log_scale),
+        providers=providers(size, device, towers, log_scale),
         truth=partial(truth, towers, log_scale),
         truth_flops=8.0 * square * len(towers),
         flops=float(products * square),
@@ -99,37 +100,38 @@ def embeddings(size: Size, device: str) -> tuple[dict[str, Tensor], Tensor]:
     return towers, torch.tensor(LOG_SCALE, device=device, requires_grad=True)
 
 
-def providers(
-    size: Size, device: str, quick: bool, towers: dict[str, Tensor], log_scale: Tensor
-) -> dict[str, Provider]:
-    """By name; the first is what ratios refer to."""
+def providers(size: Size, device: str, towers: dict[str, Tensor], log_scale: Tensor) -> dict[str, Provider]:
+    """By name; the first is what ratios refer to. Ours come early: what is compiled takes seconds to build."""
 
     def provider(make: Callable[[], Form], tolerance: str, **about) -> Provider:
         return Provider(lambda: gradients(make(), towers, log_scale), TOLERANCE[tolerance], **about)
 
     plain, exact = autocast(two_matrices), "fp32" if size.dtype == "fp32" else "bf16"
-    ours = {"no_worse_than": BASELINE, "ours": True}
-    compiled = partial(compile_form, plain, device, quick)
+    bf16, in_tf32 = {"tolerance": "autocast", "rate": "bf16"}, {"tolerance": "tf32", "rate": tf32(device)}
+    compiled = partial(compile_form, plain, device)
     found = {
-        BASELINE: provider(lambda: plain, "autocast", rate="bf16"),
-        "open_clip form, compiled": provider(compiled, "autocast", rate="bf16"),
+        BASELINE: provider(lambda: plain, **bf16),
+        **{f"fastbd {way}": provider(partial(our_form, way, size, device), exact, no_worse_than=BASELINE, ours=True)
+           for way in ("auto", "small", "tile", "hybrid", "reference")},
+        "open_clip form, compiled": provider(compiled, slow="it is compiled" if device == "cpu" else "", **bf16),
         "open_clip form, reduce-overhead": provider(
-            partial(compiled, "reduce-overhead", size.batch), "autocast", rate="bf16", own_memory=False
+            partial(compiled, "reduce-overhead", size.batch), memory="graph", **bf16
         ),
+        "memeff": provider(partial(memeff, log_scale, device, len(towers) == 2), **bf16,
+                           note="its temperature is a constant: the gradient is taken through the image embeddings"),
+        "inf_cl": provider(partial(inf_cl, device), **in_tf32),
         "CleanCLIP form, float32": provider(lambda: one_matrix, exact, rate="fp32"),
         "fixed maximum, atomics": provider(
-            partial(triton_form, "fixed_maximum", device), "autocast", rate="bf16",
-            note="bf16; wrong where scale is near 100"),
-        "online maximum by rows": provider(partial(triton_form, "online_rows", device), "tf32", rate=tf32(device)),
-        **{f"fastbd {way}": provider(partial(our_form, way, size, device), exact, **ours)
-           for way in ("auto", "small", "tile", "hybrid", "reference")},
+            partial(triton_form, "fixed_maximum", device), note="bf16; wrong where scale is near 100", **bf16
+        ),
+        "online maximum by rows": provider(
+            partial(triton_form, "online_rows", device), slow="seconds a call" if size.batch > 8192 else "", **in_tf32
+        ),
     }  # fmt: skip
     if device == "cuda" and size.batch <= SMALL:
         for name, make in {BASELINE: lambda: plain, "fastbd small": partial(our_form, "small", size, device)}.items():
-            build, like = partial(captured, make, towers, log_scale), found[name]
-            found[f"{name}, in a CUDA graph"] = Provider(
-                build, like.tolerance, like.no_worse_than, like.ours, like.rate, own_memory=False
-            )
+            build = partial(captured, make, towers, log_scale)
+            found[f"{name}, in a CUDA graph"] = replace(found[name], build=build, memory="graph")
     return found
 
 
@@ -178,10 +180,8 @@ def our_form(way: str, size: Size, device: str) -> Form:
     return lambda towers, log_scale: loss(*towers, log_scale=log_scale, way=way)[0]
 
 
-def compile_form(form: Form, device: str, quick: bool, mode: str = "default", batch: int = 0) -> Form:
+def compile_form(form: Form, device: str, mode: str = "default", batch: int = 0) -> Form:
     """The form through torch.compile."""
-    if device == "cpu" and quick:
-        raise Unavailable("compilation takes too long for --quick on a CPU")
     if mode == "reduce-overhead":
         if device == "cpu":
             raise Unavailable("CUDA graphs need a GPU")

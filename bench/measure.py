@@ -14,9 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-LEAST, MOST = 5, 200  # rounds
+MOST = 200  # rounds
 
 
 @dataclass(frozen=True)
@@ -63,23 +64,28 @@ def clock_of(device: str) -> Clock:
     return cuda_clock() if device == "cuda" else cpu_clock
 
 
-def measure(calls: dict[str, Callable[[], object]], clock: Clock, seconds: float) -> dict[str, Seconds]:
-    """Time the calls in turn, round after round, after two rounds of warm-up.
+def measure(
+    calls: dict[str, Callable[[], object]], clock: Clock, seconds: float, least: int
+) -> dict[str, Seconds]:  # fmt: skip
+    """Time the calls in turn, round after round, after a round of warm-up.
 
-    As many rounds as fit into `seconds`, within LEAST and MOST. A drift of the machine then meets all calls alike.
+    Rounds follow for so many `seconds` by the clock; `least` and MOST bound them. A drift of the machine then meets
+    all calls alike.
     """
     for call in calls.values():
         call()
-    once = sum(clock(call) for call in calls.values())
-    rounds = min(MOST, max(LEAST, int(seconds / once)))
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
+    times, spent = {name: [] for name in calls}, 0.0
+    for done in range(MOST):
+        if done >= least and spent >= seconds:
+            break
         for name, call in calls.items():
             times[name].append(clock(call))
+            spent += times[name][-1]
     return {name: spread(values) for name, values in times.items()}
 
 
 def spread(values: list[float]) -> Seconds:
+    """The quantiles of two or more values."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return Seconds(statistics.median(values), fifths[0], fifths[3])
 
@@ -120,6 +126,41 @@ def most_in_use(events: list[dict]) -> int:
             total -= live.pop(address, 0)
         peak = max(peak, total)
     return peak
+
+
+def graph_bytes(device: str) -> int:
+    """Bytes that captured graphs keep from all others, in pools of their own: their tensors and the gaps between."""
+    if device == "cpu":
+        return 0
+    segments = torch.cuda.memory_snapshot(include_traces=False)
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0))
+
+
+@dataclass(frozen=True)
+class Share:
+    """A kernel of a GPU, or an operation of a CPU: how often one call starts it, its seconds, its share of all."""
+
+    name: str
+    count: int
+    seconds: float
+    share: float
+
+
+def largest(call: Callable[[], object], device: str, count: int) -> list[Share]:
+    """The `count` kernels that take most of one call's time, by the profiler; on a CPU the operations."""
+    cuda = device == "cuda"
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with silence(), profile(activities=[activity]) as profiler:
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+    # A GPU's own events only, without the ranges that the program has named: they hold kernels that are there already.
+    kind = DeviceType.CUDA if cuda else DeviceType.CPU
+    found = [event for event in profiler.key_averages() if event.device_type == kind and not event.is_user_annotation]
+    of = {event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) for event in found}
+    total = sum(of.values()) or 1.0
+    ranked = sorted(found, key=lambda event: -of[event.key])[:count]
+    return [Share(e.key, e.count, of[e.key] / 1e6, of[e.key] / total) for e in ranked]
 
 
 @contextmanager

@@ -7,10 +7,14 @@ loss is then MMCL + SSL, each with weight 1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bench.case import Unavailable
 
 Form = Callable[[list[Tensor], Tensor], Tensor]
 
@@ -58,3 +62,48 @@ def of_pairs(pair_loss: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> For
         return loss / 2
 
     return form
+
+
+# ---- packages, where they are installed ----
+
+
+def memeff(log_scale: Tensor, device: str, alone: bool) -> Form:
+    """MemoryEfficientCLIP's loss (b0nce, PyPI: memeff), which has MMCL `alone`.
+
+    Its temperature is a number. What it is now becomes part of the loss, and a factor of 1 on the image embeddings
+    carries the gradient.
+    """
+    module = package("memeff", device)
+    if not alone:
+        raise Unavailable("memeff has no loss of one direction with gradients for both sides")
+    constant = log_scale.detach().exp().item()
+    pair_loss = module.MemoryEfficientCLIPLoss(temperature=1 / constant, normalized_inputs=True, stable=False)
+
+    def form(towers: list[Tensor], log_scale: Tensor) -> Tensor:
+        image, text = (F.normalize(tower, dim=-1) for tower in towers)
+        return pair_loss(image * (log_scale.exp() / constant).to(image.dtype), text)
+
+    return form
+
+
+def inf_cl(device: str) -> Form:
+    """Inf-CL's loss on one GPU (DAMO-NLP-SG, PyPI: inf-cl), a call for each direction."""
+    rows = package("inf_cl", device).cal_flash_loss
+
+    def pair_loss(a: Tensor, b: Tensor, scale: Tensor, both: bool) -> Tensor:
+        loss = rows(a, b, scale=scale).mean()
+        return loss + rows(b, a, scale=scale).mean() if both else loss
+
+    return of_pairs(pair_loss)
+
+
+def package(name: str, device: str) -> ModuleType:
+    """Unavailable where it is not installed, or could not run."""
+    if device == "cpu":
+        raise Unavailable("needs a GPU")
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise Unavailable(f"{name} is not installed") from None

@@ -44,6 +44,12 @@ def photographs(n: int) -> list[np.ndarray]:
     return made
 
 
+def repeated(count: int) -> list[np.ndarray]:
+    """`count` photographs, 256 of which differ."""
+    made = photographs(256)
+    return [made[i % len(made)] for i in range(count)]
+
+
 def _jpeg(image: Image.Image) -> np.ndarray:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)

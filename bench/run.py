@@ -1,67 +1,152 @@
-"""One case: build the providers, let the gate look at what they compute, time those that pass."""
+"""One case, provider by provider: build it, let the gate look at what it computes, and time it against the first.
+
+Each result is there before the next provider is built, and only the first one's memory stays: a run that is killed
+loses no more than the provider it was at.
+"""
 
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, field
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from bench.case import Call, Case, Unavailable, errors, objection
 from bench.limits import Limits
-from bench.measure import Seconds, clock_of, measure, peak_bytes
+from bench.measure import Clock, Seconds, Share, clock_of, graph_bytes, largest, measure, peak_bytes
 
 TRUTH_SECONDS = 10.0  # as much as float64 may take by the measured rate; larger cases trust their first provider
 
 
-@dataclass
-class Outcome:
-    """What one case gave: rows of those that were timed, and why the others were not."""
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured: providers whose names begin with one of `only` (all when there is none), with the slow
+    ones or without; `seconds` of timing for each, in `rounds` at least; and so many of its largest `kernels`."""
 
-    rows: list[dict] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    rounds: int = 3
+    only: Sequence[str] = ()
+    slow: bool = True
+    kernels: int = 0
 
-
-def run(case: Case, limits: Limits, seconds: float) -> Outcome:
-    """Check and time the providers of a case for about `seconds`."""
-    outcome = Outcome()
-    calls, found = prepare(case, limits, outcome)
-    if not calls:
-        return outcome
-    memory = {name: peak_bytes(calls[name], case.device) for name in calls if case.providers[name].own_memory}
-    times = measure(calls, clock_of(case.device), seconds)
-    first = next(iter(times))
-    for name, time in times.items():
-        about = {"baseline": first, "ratio": times[first].median / time.median, "peak_bytes": memory.get(name)}
-        about["error"] = max(found[name].values())
-        outcome.rows.append(row(case, name, time, limits.seconds(case, case.providers[name])) | about)
-    return outcome
+    def takes(self, name: str) -> bool:
+        return not self.only or name.startswith(tuple(self.only))
 
 
-def prepare(case: Case, limits: Limits, outcome: Outcome) -> tuple[dict[str, Call], dict[str, dict[str, float]]]:
-    """Calls that passed the gate, and their errors. The others go into the outcome with the reason."""
-    calls, found, truth = {}, {}, None
-    if case.truth and case.truth_flops / limits.matmul["fp64"] < TRUTH_SECONDS:
-        truth = case.truth()
+@dataclass(frozen=True)
+class Result:
+    """What one provider gave: a row where it was timed, else why it was skipped or refused, with its traceback."""
+
+    provider: str
+    row: dict | None = None
+    kernels: Sequence[Share] = ()
+    skipped: str = ""
+    refused: str = ""
+    trace: str = ""
+
+
+class Refused(Exception):
+    """A provider whose outputs are wrong, and how far off."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A provider that passed the gate: its call, the seconds until the first one was done, its largest error."""
+
+    call: Call
+    seconds: float
+    error: float
+
+
+class Gate:
+    """Builds the providers of a case and compares what they compute with its truth."""
+
+    def __init__(self, case: Case, limits: Limits):
+        self.case, self.found = case, {}
+        fits = case.truth and case.truth_flops / limits.matmul["fp64"] < TRUTH_SECONDS
+        self.truth = case.truth() if fits else None
+
+    def build(self, name: str) -> Ready:
+        """Whatever the provider raises, or Refused. Without a truth the first provider's outputs are it."""
+        provider, began = self.case.providers[name], time.perf_counter()
+        call = provider.build()
+        output = call()
+        synchronize(self.case.device)
+        seconds = time.perf_counter() - began
+        output = {key: value.clone() for key, value in provider.compared(output).items()}
+        self.truth = self.truth or output
+        found = self.found[name] = errors(output, self.truth, self.case.sizes)
+        if why := objection(found, provider.tolerance, self.found.get(provider.no_worse_than)):
+            raise Refused(why)
+        return Ready(call, seconds, max(found.values()))
+
+
+def run(case: Case, limits: Limits, effort: Effort) -> Iterator[Result]:
+    """Check and time the providers one after the other, each in turns with the first of those that passed."""
+    gate, clock = Gate(case, limits), clock_of(case.device)
+    first: dict[str, Call] = {}
     for name, provider in case.providers.items():
-        try:
-            call = provider.build()
-            output = {key: value.clone() for key, value in call().items()}
-        except Exception as error:
-            expected = not provider.ours or isinstance(error, (Unavailable, ImportError, torch.OutOfMemoryError))
-            (outcome.skipped if expected else outcome.refused)[name] = reason(error)
-            output = None
-        if output is None:
-            release(case.device)  # only here, where the exception no longer holds what it passed through
+        if not effort.takes(name):
             continue
-        truth = truth or output
-        found[name] = errors(output, truth, case.sizes)
-        if why := objection(found[name], provider.tolerance, found.get(provider.no_worse_than)):
-            outcome.refused[name] = why
-        else:
-            calls[name] = call
-    return calls, found
+        if provider.slow and not effort.slow and name not in effort.only:
+            yield Result(name, skipped=f"{provider.slow}, too long for --quick unless --providers names it in full")
+            continue
+        result, call = attempt(gate, limits, name, first, clock, effort)
+        yield result
+        if call and effort.kernels:
+            yield profiled(case, name, call, effort.kernels)
+        if call and not first:
+            first[name] = call
+        call = None
+        release(case.device)
+
+
+def attempt(
+    gate: Gate, limits: Limits, name: str, first: dict[str, Call], clock: Clock, effort: Effort
+) -> tuple[Result, Call | None]:
+    """The result of one provider, and its call where it was timed."""
+    provider = gate.case.providers[name]
+    try:
+        before = graph_bytes(gate.case.device)
+        ready = gate.build(name)
+        return Result(name, timed(gate.case, limits, name, ready, first, clock, effort, before)), ready.call
+    except Refused as error:
+        return Result(name, refused=str(error)), None
+    except Exception as error:
+        if not provider.ours or isinstance(error, (Unavailable, ImportError, torch.OutOfMemoryError)):
+            return Result(name, skipped=reason(error)), None
+        return Result(name, refused=reason(error), trace=traceback.format_exc()), None
+
+
+def timed(
+    case: Case, limits: Limits, name: str, ready: Ready, first: dict[str, Call], clock: Clock, effort: Effort,
+    graphs_before: int,
+) -> dict:  # fmt: skip
+    """The row of a provider, timed in turns with the first one."""
+    provider, calls = case.providers[name], first | {name: ready.call}
+    peak = peak_bytes(ready.call, case.device) if provider.memory == "call" else None
+    times = measure(calls, clock, effort.seconds, effort.rounds)
+    if provider.memory == "graph":  # after the timing: some are captured only at their second call
+        peak = graph_bytes(case.device) - graphs_before
+    baseline = next(iter(calls))
+    return row(case, name, times[name], limits.seconds(case, provider)) | {
+        "baseline": baseline,
+        "ratio": times[baseline].median / times[name].median,
+        "peak_bytes": peak,
+        "build_seconds": ready.seconds,
+        "error": ready.error,
+    }
+
+
+def profiled(case: Case, name: str, call: Call, count: int) -> Result:
+    """The largest kernels of a call. A profiler that fails costs no row."""
+    try:
+        return Result(name, kernels=largest(call, case.device, count))
+    except Exception as error:
+        return Result(f"{name}: kernels", skipped=reason(error))
 
 
 def reason(error: Exception) -> str:
@@ -73,8 +158,13 @@ def reason(error: Exception) -> str:
     return text if isinstance(error, Unavailable) else f"{type(error).__name__}: {text}"[:160]
 
 
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def release(device: str) -> None:
-    """Give back what a failed provider held."""
+    """Give back what nothing refers to any more."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

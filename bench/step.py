@@ -5,7 +5,7 @@ Pixels are random and normalised, as none is decoded here; captions are as long 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from bench.captions import captions, lengths
-from bench.case import Call, Case, Output, Provider, Unavailable
+from bench.case import Call, Case, Cases, Output, Provider, Unavailable
 from bench.measure import MOST
 from bench.published_step import Hyper, open_clip, outputs, published, trimmed
 from bench.published_step import Step as Peer
-from bench.run import release
 from fastbd.capture import WARM
 from fastbd.cleaning.method import Method
 from fastbd.data.loader import Batch
@@ -36,6 +35,7 @@ from fastbd.step import Step
 Build = Callable[[], Call]
 
 HYPER = Hyper()
+CALLS = 100 * MOST  # of a step, at most: the first provider is timed with each of the others
 OBJECTIVES = {"mmcl": Objective(), "mmcl_ssl": Objective(ssl_weight=1.0)}
 # Relative L2 errors. Rounding moves numbers across the kink of a ReLU, behind a batch norm even that of float32: one
 # such number moves the gradient of a ResNet's first convolution by 1e-3, and bf16 leaves little of it.
@@ -81,15 +81,14 @@ def sizes(device: str, quick: bool) -> list[Size]:
     return found if quick else [*found, Size("rn50", 128, "mmcl", "bf16"), Size("vit-b-32", 256, "mmcl", "bf16")]
 
 
-def cases(device: str, quick: bool) -> Iterator[Case]:
+def cases(device: str, quick: bool) -> Cases:
     for size in sizes(device, quick):
-        torch._dynamo.reset()  # what the case before has left: other sizes would be compiled for any size
-        release(device)
-        yield step_case(size, device, quick)
+        yield str(size), partial(step_case, size, device)
 
 
-def step_case(size: Size, device: str, quick: bool) -> Case:
+def step_case(size: Size, device: str) -> Case:
     """All providers on the same weights and batch; each trains a copy of its own."""
+    torch._dynamo.reset()  # what the case before has left: other sizes would be compiled for any size
     model = create(size.model, 0).to(device)
     data = made(size, model.image_size, device)
     texts = np.concatenate(data.tokens)
@@ -98,7 +97,7 @@ def step_case(size: Size, device: str, quick: bool) -> Case:
         unit="pairs/s",
         units=size.batch,
         device=device,
-        providers=providers(size, device, quick, model, data),
+        providers=providers(size, device, model, data),
         least=partial(least, model, size, lengths_of(texts).mean().item()),
         rate=size.precision,
         sizes={"logit_scale": 1e-2},
@@ -117,42 +116,46 @@ def least(model: CLIP, size: Size, tokens: float, rates: Rates, precision: str) 
     return step_seconds(model, rates, **about)["compiled"]
 
 
-def providers(size: Size, device: str, quick: bool, model: CLIP, data: Data) -> dict[str, Provider]:
-    """By name; the first is what ratios refer to. The compiled peer comes before ours, as it resets the compiler."""
+def providers(size: Size, device: str, model: CLIP, data: Data) -> dict[str, Provider]:
+    """By name; the first is what ratios refer to. Those that reset the compiler come behind those that do not."""
 
-    def provider(build: Build, why_not: str = "", **about) -> Provider:
-        return Provider(partial(unless, why_not, build), size.tolerance, **about)
+    def provider(build: Build, **about) -> Provider:
+        return Provider(build, size.tolerance, **about)
 
-    peer, our = partial(peer_step, model, data), partial(our_step, size, model, data)
+    def ours(slow: str = "", combo: bool = False, **how: bool) -> Provider:
+        """`how` is what Step is told, by name; with `combo` Inductor may join kernels."""
+        build = partial(our_step, size, model, data, **how)
+        memory = "graph" if how.get("captured") else "call"
+        return provider(partial(with_combo_kernels, build) if combo else build, ours=True, memory=memory, slow=slow)
+
+    peer = partial(peer_step, model, data)
     if device == "cpu":
         return {
             "CleanCLIP": provider(partial(peer, published)),
-            "fastbd": provider(our, ours=True),
-            "fastbd, compiled": provider(partial(our, compiled=True), no_compiler(quick), ours=True),
+            "fastbd": ours(),
+            "fastbd, compiled": ours("it is compiled", compiled=True),
         }
-    haste = "takes minutes to compile, too long for --quick" if quick else ""
     whole = partial(open_clip, backend="inductor")
+    minutes = "it takes minutes to compile"
     return {
         "CleanCLIP": provider(partial(peer, published), rate="tf32"),  # its convolutions
         "open_clip": provider(partial(peer, open_clip)),
-        "open_clip, step compiled": provider(partial(peer, whole, cut=True), haste),
-        "fastbd": provider(our, ours=True),
-        "fastbd, compiled": provider(partial(our, compiled=True), ours=True),
-        "fastbd, compiled, captured": provider(partial(our, compiled=True, captured=True), ours=True, own_memory=False),
+        "fastbd": ours(),
+        "fastbd, compiled": ours(compiled=True),
+        "fastbd, compiled, captured": ours(compiled=True, captured=True),
+        "open_clip, step compiled": provider(partial(peer, whole, cut=True), slow=minutes),
+        "fastbd, compiled, captured, fused": ours(minutes, compiled=True, captured=True, fused=True),
+        "fastbd, compiled, captured, combo kernels": ours(minutes, combo=True, compiled=True, captured=True),
     }
 
 
-def unless(why_not: str, build: Build) -> Call:
-    if why_not:
-        raise Unavailable(why_not)
-    return build()
+def with_combo_kernels(build: Build) -> Call:
+    """The call that `build` makes, which is to compile all of it, with Inductor's joined kernels."""
+    from torch._inductor import config
 
-
-def no_compiler(quick: bool) -> str:
-    """Why nothing is compiled for a CPU; "" where it can be."""
-    if quick:
-        return "compilation takes too long for --quick on a CPU"
-    return "" if has_compiler() else "needs a C++ compiler"
+    torch._dynamo.reset()  # what is compiled already would be used again, as it is
+    with config.patch(combo_kernels=True):
+        return build()
 
 
 def peer_step(model: CLIP, data: Data, make: Callable[[CLIP, Hyper], Peer], cut: bool = False) -> Call:
@@ -162,17 +165,21 @@ def peer_step(model: CLIP, data: Data, make: Callable[[CLIP, Hyper], Peer], cut:
     return partial(step, data.images, *(trimmed(*texts) if cut else texts))
 
 
-def our_step(size: Size, model: CLIP, data: Data, compiled: bool = False, captured: bool = False) -> Call:
+def our_step(
+    size: Size, model: CLIP, data: Data, compiled: bool = False, captured: bool = False, **how: bool
+) -> Call:  # fmt: skip
     """A step as the trainer makes it. When it is first called it has been captured, its weights still as given."""
     device = data.images[0].device
+    if compiled and device.type == "cpu" and not has_compiler():
+        raise Unavailable("needs a C++ compiler")
     set_precision(size.precision, device)
     clip = deepcopy(model).to(memory_format=torch.channels_last).train()
     warm = WARM + 1 if captured else 0
-    rates = torch.full((2 * MOST,), HYPER.lr)
+    rates = torch.full((CALLS,), HYPER.lr)
     rates[:warm] = 0
     step = Step(
         clip, Method(OBJECTIVES[size.objective]), make_optimizer(clip, **asdict(HYPER)), rates,
-        precision=size.precision, world=World(0, 1, device), compiled=compiled, captured=captured,
+        precision=size.precision, world=World(0, 1, device), compiled=compiled, captured=captured, **how,
     )  # fmt: skip
     batch = our_batch(size, data, fixed=compiled or captured)
 

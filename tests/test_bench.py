@@ -4,12 +4,16 @@ import csv
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
-from dataclasses import replace
+import time
+import weakref
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,16 +23,18 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import gpu_check, loss, records, step
+from bench.__main__ import BENCHES, listed, main
 from bench.captions import captions, lengths
 from bench.case import Case, Provider, Unavailable, errors, objection
 from bench.eval import every_other, protocol_case
 from bench.limits import Limits
-from bench.measure import LEAST, measure, most_in_use, peak_bytes, spread
+from bench.measure import MOST, largest, measure, most_in_use, peak_bytes, spread
 from bench.peers import autocast, one_matrix, two_matrices
 from bench.published_step import text_tower, trimmed
-from bench.run import Outcome, prepare, run
+from bench.run import Effort, Gate, run
 from bench.text import text_case
 from fastbd.cleaning.method import Method
+from fastbd.data.beton import BetonWriter
 from fastbd.dist import World
 from fastbd.evals.classifier import Classifier
 from fastbd.kernels.text_pack import lengths_of, pack, room_for
@@ -56,11 +62,11 @@ def test_calls_are_timed_in_turn_after_a_warm_up():
         ticks.append(called[-1])
         return {"a": 1.0, "b": 3.0}[called[-1]]
 
-    times = measure({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, clock, seconds=0)
-    assert ticks == ["a", "b"] * (1 + LEAST) and called == ["a", "b"] + ticks
+    times = measure({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, clock, seconds=0, least=3)
+    assert ticks == ["a", "b"] * 3 and called == ["a", "b"] + ticks
     assert (times["a"].median, times["b"].median) == (1.0, 3.0)
-    measure({"a": lambda: called.append("a")}, clock, seconds=20)
-    assert len(ticks) == 2 * (1 + LEAST) + 1 + 20
+    measure({"a": lambda: called.append("a")}, clock, seconds=20, least=3)
+    assert len(ticks) == 2 * 3 + 20
 
 
 def test_quantiles_of_values_done_by_hand():
@@ -85,13 +91,13 @@ def test_what_was_there_before_is_no_release_of_the_call():
     assert most_in_use([{"ts": ts, "args": {"Addr": addr, "Bytes": size}} for ts, addr, size in events]) == 120
 
 
-def work(value: float, calls: list | None = None):
+def work(value: float, calls: list | None = None, **about) -> Provider:
     def call():
         if calls is not None:
             calls.append(value)
         return {"x": torch.full((4,), value)}
 
-    return Provider(lambda: call, {"": 1e-3}, ours=True)
+    return Provider(lambda: call, {"": 1e-3}, **{"ours": True, "memory": "", **about})  # a profiler takes a second
 
 
 def missing(error: Exception, ours: bool = True) -> Provider:
@@ -114,12 +120,14 @@ def test_the_gate_times_no_provider_that_is_wrong_or_missing():
         "broken": missing(RuntimeError("no such kernel")),
     }
     case = Case("sum", "x/s", 4, "cpu", providers, truth=lambda: {"x": torch.ones(4, dtype=torch.float64)}, flops=1e6)
-    outcome = run(case, LIMITS, seconds=0)
-    assert [row["provider"] for row in outcome.rows] == ["right"] and calls == [1.1]
-    assert outcome.rows[0]["limit_share"] == pytest.approx(1e-3 / outcome.rows[0]["seconds"])
-    assert set(outcome.refused) == {"wrong", "nan", "broken"}
-    assert outcome.refused["wrong"] == "x is off by 1.0e-01; 1e-03 is allowed"
-    assert outcome.skipped == {
+    results = {result.provider: result for result in run(case, LIMITS, Effort())}
+    row = results["right"].row
+    assert [name for name, result in results.items() if result.row] == ["right"] and calls == [1.1]
+    assert row["limit_share"] == pytest.approx(1e-3 / row["seconds"]) and row["error"] == pytest.approx(1e-4, rel=1e-3)
+    refused = {name: result.refused for name, result in results.items() if result.refused}
+    assert set(refused) == {"wrong", "nan", "broken"} and refused["broken"] == "RuntimeError: no such kernel"
+    assert refused["wrong"] == "x is off by 1.0e-01; 1e-03 is allowed" and "no such kernel" in results["broken"].trace
+    assert {name: result.skipped for name, result in results.items() if result.skipped} == {
         "absent": "needs a GPU",
         "no package": "ImportError: No module named 'x'",
         "huge": "does not fit in memory",
@@ -127,24 +135,122 @@ def test_the_gate_times_no_provider_that_is_wrong_or_missing():
     }
 
 
+def rows(case: Case, **effort) -> list[dict]:
+    return [result.row for result in run(case, LIMITS, Effort(**effort)) if result.row]
+
+
 def test_without_a_truth_the_first_provider_is_it():
     case = Case("sum", "x/s", 4, "cpu", {"first": work(2.0), "second": work(2.5), "third": work(2.0)})
-    outcome = run(case, LIMITS, seconds=0)
-    assert [row["provider"] for row in outcome.rows] == ["first", "third"] and list(outcome.refused) == ["second"]
-    assert outcome.rows[0]["ratio"] == 1 and outcome.rows[0]["limit_share"] is None
+    found = rows(case)
+    assert [row["provider"] for row in found] == ["first", "third"]
+    assert found[0]["ratio"] == 1 and found[0]["limit_share"] is None
     slow = Case("sum", "x/s", 4, "cpu", {"first": work(2.0)}, truth=missing(AssertionError()).build, truth_flops=1e12)
-    assert len(run(slow, LIMITS, seconds=0).rows) == 1  # float64 would take 1000 s here
+    assert len(rows(slow)) == 1  # float64 would take 1000 s here
+
+
+def test_a_ratio_is_of_times_taken_in_turns(monkeypatch):
+    """On a machine that becomes twice as slow with each provider; `broken` fails, so the next one is the baseline."""
+    called, speed = [], {"a": 1.0, "b": 2.0, "c": 4.0}
+    built = []
+
+    def provider(name: str) -> Provider:
+        def build():
+            built.append(name)
+            return lambda: called.append(name) or {"x": torch.ones(4)}
+
+        return Provider(build, {"": 0.0})
+
+    def clock(call) -> float:
+        call()
+        return 2 ** len(built) / speed[called[-1]]
+
+    monkeypatch.setattr("bench.run.clock_of", lambda device: clock)
+    providers = {"broken": missing(Unavailable("needs a GPU")), **{name: provider(name) for name in speed}}
+    found = rows(Case("sum", "x/s", 4, "cpu", providers))
+    assert [row["seconds"] for row in found] == [2, 2, 2] and [row["ratio"] for row in found] == [1, 2, 4]
+    assert {row["baseline"] for row in found} == {"a"}
+
+
+def test_only_the_first_provider_stays_in_memory():
+    alive, most = weakref.WeakSet(), []
+
+    class Held(torch.Tensor):
+        pass
+
+    def build():
+        held = torch.ones(4).as_subclass(Held)
+        alive.add(held)
+        most.append(len(alive))
+        return lambda: {"x": held.as_subclass(torch.Tensor)}
+
+    rows(Case("sum", "x/s", 4, "cpu", dict.fromkeys("abcd", Provider(build, {"": 0.0}))))
+    assert most == [1, 2, 2, 2]
+
+
+def test_what_a_provider_takes_to_build_is_until_its_first_call_is_done(monkeypatch):
+    """The first call compiles; what is compared is no time of the provider's."""
+    now = [0.0]
+
+    def passes(seconds: float, value=None):
+        now[0] += seconds
+        return value
+
+    calls = iter([5.0, 2.0, 2.0, 2.0, 2.0])
+    provider = Provider(
+        lambda: passes(10.0) or (lambda: passes(next(calls), {"x": torch.ones(2, 4)})), {"": 0.0}, memory="",
+        compared=lambda output: passes(100.0, {"x": output["x"][0]}),
+    )  # fmt: skip
+
+    def clock(call) -> float:
+        began = now[0]
+        call()
+        return now[0] - began
+
+    monkeypatch.setattr("bench.run.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("bench.run.clock_of", lambda device: clock)
+    (row,) = rows(Case("sum", "x/s", 4, "cpu", {"a": provider}, truth=lambda: {"x": torch.ones(4)}))
+    assert row["build_seconds"] == 15.0 and row["seconds"] == 2.0 and row["peak_bytes"] is None
+
+
+def test_the_largest_operations_of_a_call():
+    a, b = torch.randn(600, 600), torch.randn(10)
+    found = largest(lambda: (a @ a, b + 1, b + 1), "cpu", 5)
+    assert found[0].name == "aten::mm" and found[0].share > 0.5 and 0 < found[0].seconds < 10
+    assert {share.name: share.count for share in found}["aten::add"] == 2 and len(found) <= 5
+    assert sum(share.share for share in found) <= 1 + 1e-9
+
+
+def gated(case: Case, names=None) -> tuple[dict, dict]:
+    """The calls that pass the gate, and why the others do not."""
+    gate, calls, reasons = Gate(case, LIMITS), {}, {}
+    for name in names or case.providers:
+        try:
+            calls[name] = gate.build(name).call
+        except (Unavailable, ImportError) as error:
+            reasons[name] = str(error)
+    return calls, reasons
 
 
 @pytest.mark.parametrize("name", ["step", "text", "eval", "augment", "data"])
 def test_the_ways_of_a_bench_do_the_same(name):
-    for case in import_module(f"bench.{name}").cases("cpu", quick=True):
-        outcome = Outcome()
-        calls, _ = prepare(case, LIMITS, outcome)
-        there = [way for way in case.providers if way not in outcome.skipped]
-        assert list(calls) == there and len(calls) >= 2 and not outcome.refused
-        # Packages may not be installed, and nothing is compiled for --quick on a CPU.
-        assert all("ffcv" in way.lower() or "dali" in way or "compiled" in way for way in outcome.skipped)
+    """Refused raises here. Packages may not be installed, and nothing is compiled for --quick on a CPU."""
+    for case_name, build in import_module(f"bench.{name}").cases("cpu", quick=True):
+        case = build()
+        calls, skipped = gated(case, [way for way, provider in case.providers.items() if not provider.slow])
+        assert case.name == case_name and len(calls) >= 2
+        assert all("ffcv" in way.lower() or "dali" in way or "GPU" in why for way, why in skipped.items())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", BENCHES)
+def test_names_of_cases_cost_no_data(name, device, monkeypatch):
+    """They are told apart, and are there before anything is made, for a GPU on a machine without one too."""
+    monkeypatch.setattr(torch, "randn", None)
+    monkeypatch.setattr(BetonWriter, "__init__", None)
+    for quick in (True, False):
+        began = time.process_time()
+        names = [case_name for case_name, _ in import_module(BENCHES[name]).cases(device, quick)]
+        assert names and len(set(names)) == len(names) and time.process_time() - began < 1
 
 
 def test_captions_are_as_long_as_those_of_cc3m():
@@ -222,13 +328,18 @@ def test_the_eager_steps_of_a_gpus_case_do_the_same(name, objective):
     """In bf16, which a CPU computes too."""
     size = step.Size(name, 8, objective, "bf16")
     model, data = create(name, 0), step.made(size, 32, "cpu")
-    found = step.providers(size, "cuda", True, model, data)
-    eager = {way: found[way] for way in ("CleanCLIP", "open_clip", "fastbd")}
-    outcome = Outcome()
-    calls, _ = prepare(Case("", "", 8, "cpu", eager), LIMITS, outcome)
-    assert list(calls) == list(eager) and not outcome.refused
-    with pytest.raises(Unavailable, match="too long for --quick"):
-        found["open_clip, step compiled"].build()
+    found = step.providers(size, "cuda", model, data)
+    eager = ["CleanCLIP", "open_clip", "fastbd"]
+    calls, _ = gated(Case("", "", 8, "cpu", found), eager)
+    assert list(calls) == eager
+    slow = {way for way, provider in found.items() if provider.slow}
+    variants = {f"fastbd, compiled, captured, {variant}" for variant in ("fused", "combo kernels")}
+    assert slow == {"open_clip, step compiled", *variants}
+    in_graphs = {way for way, provider in found.items() if provider.memory == "graph"}
+    assert in_graphs == {"fastbd, compiled, captured", *variants}
+
+    # The first one is timed with each of the others; a learning rate too few would end the process on a GPU.
+    assert len(found) * (MOST + 10) < step.CALLS
 
 
 def test_the_evaluations_of_a_gpus_case_do_the_same(monkeypatch):
@@ -236,13 +347,11 @@ def test_the_evaluations_of_a_gpus_case_do_the_same(monkeypatch):
     built, build = [], Classifier.__call__
     monkeypatch.setattr(Classifier, "__call__", lambda self, tower: built.append(build(self, tower)) or built[-1])
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    case = protocol_case("tiny-rn", 200, every_other(50), "bf16", "cpu")
-    there = {way: case.providers[way] for way in ("open_clip, arithmetic", "fastbd, compiled")}
-    outcome = Outcome()
-    calls, found = prepare(replace(case, providers=there), LIMITS, outcome)
-    assert list(calls) == list(there) and not outcome.refused
-    assert found["fastbd, compiled"]["clean"] > 1e-4  # as a CPU's open_clip is in float32
-    calls["fastbd, compiled"]()
+    case = protocol_case("tiny", "tiny-rn", 200, every_other(50), "bf16", "cpu")
+    gate = Gate(case, LIMITS)
+    ready = {name: gate.build(name) for name in ("open_clip, arithmetic", "fastbd, compiled")}
+    assert gate.found["fastbd, compiled"]["clean"] > 1e-4  # as a CPU's open_clip is in float32
+    ready["fastbd, compiled"].call()
     assert len(built) == 2
 
 
@@ -272,10 +381,10 @@ def test_limits_of_the_step_and_of_the_text_tower():
     want = step_seconds(
         model, rates, batch=8, views=2, texts=2, tokens=lengths_of(tokens).mean(), precision="fp32"
     )["compiled"]  # fmt: skip
-    assert step.step_case(size, "cpu", quick=True).least(rates, "fp32") == pytest.approx(want)
+    assert step.step_case(size, "cpu").least(rates, "fp32") == pytest.approx(want)
     ops = list(text_ops(model, lengths_of(tokens[:8]).mean()))
     want = 8 * sum(max(op.flops / 1e11, 2 * op.compiled / 2e10) for op in ops)
-    assert text_case("tiny-rn", 8, "fp32", "cpu").least(rates, "bf16") == pytest.approx(want)
+    assert text_case("tiny", "tiny-rn", 8, "fp32", "cpu").least(rates, "bf16") == pytest.approx(want)
 
 
 def test_errors_are_relative_and_a_rival_bounds_them():
@@ -364,34 +473,120 @@ def test_the_rows_in_the_repository_are_whole():
 
 
 def test_the_command_ends_with_one_json_object(tmp_path):
-    done = bench("loss", "--quick", "--out", tmp_path, CUDA_VISIBLE_DEVICES="")
+    words = ("--cases", "mmcl fp32", "--providers", "fastbd,open_clip form, autocast,CleanCLIP", "--kernels", 8)
+    done = bench("loss", "--quick", *words, "--out", tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["rows"] and not result["refused"]
+    assert not result["refused"] and not result["failed"]
     for row in result["rows"]:
         assert {"name", "provider", "rate", "unit", "ratio", "limit_share", "device"} <= set(row)
-        assert row["rate"] > 0 and row["limit_share"] > 0 and row["peak_bytes"] > 0
-    ways = {row["provider"] for row in result["rows"]}
-    assert {"open_clip form, autocast", "CleanCLIP form, float32", "fastbd reference"} <= ways
+        assert row["rate"] > 0 and row["limit_share"] > 0 and row["peak_bytes"] > 0 and row["build_seconds"] > 0
+        assert row["name"] == "loss B=128 D=1024 mmcl fp32" and row["baseline"] == "open_clip form, autocast"
+    ways = [row["provider"] for row in result["rows"]]
+    assert ways == ["open_clip form, autocast", "fastbd reference", "CleanCLIP form, float32"]
     assert "needs a GPU" in done.stdout and result["skipped"]["loss B=128 D=1024 mmcl fp32: fastbd tile"]
+    assert sum("aten::mm" in line for line in done.stdout.splitlines()) == len(ways)  # of each
     with open(tmp_path / "cpu.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(result["rows"]) and all(row["device"] and row["fp32_tflops"] for row in rows)
 
 
-def test_what_there_is_no_time_for_is_skipped_by_name(tmp_path):
-    done = bench("loss", "--quick", "--json", "--seconds", 0, "--out", tmp_path, CUDA_VISIBLE_DEVICES="")
-    (line,) = done.stdout.splitlines()
-    assert done.returncode == 0 and json.loads(line)["rows"] == [] and len(json.loads(line)["skipped"]) == 2
+def sum_case(name: str, **providers: Provider) -> tuple[str, Callable[[], Case]]:
+    return name, lambda: Case(name, "x/s", 4, "cpu", providers)
 
 
-def test_an_unknown_name_is_answered_with_the_names_there_are(capsys):
-    from bench.__main__ import main
+ABSENT, NO_GPU = missing(Unavailable("no such package")), missing(Unavailable("needs a GPU"))
 
+
+def command(monkeypatch, capsys, tmp_path, cases, *words) -> tuple[int, dict, str]:
+    """Exit code, JSON and error output of a command with one bench of its own, "sum", and one that is not there."""
+    module = ModuleType("sum")
+    module.cases = lambda device, quick: iter(cases)
+    monkeypatch.setitem(sys.modules, "sum", module)
+    monkeypatch.setattr("bench.__main__.BENCHES", {"sum": "sum", "gone": "bench.gone"})
+    monkeypatch.setattr("bench.__main__.circumstances", lambda device: (LIMITS, {"device": "a CPU"}))
+    code = main([*words, "--quick", "--out", str(tmp_path)])
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    return code, json.loads(lines[-1]) if lines else {}, captured.err
+
+
+@pytest.mark.parametrize(
+    "words, cases, code, rows, failed",
+    [
+        (["sum"], [sum_case("one", a=work(1.0), b=ABSENT)], 0, ["a"], []),
+        (["sum"], [sum_case("one", a=ABSENT, b=NO_GPU)], 1, [], ["sum"]),
+        (["sum"], [sum_case("one", a=ABSENT), sum_case("two", a=work(1.0))], 0, ["a"], []),
+        (["sum"], [sum_case("one", a=work(1.0), b=work(2.0))], 1, ["a"], []),
+        (["gone", "sum"], [sum_case("one", a=work(1.0))], 1, ["a"], ["gone"]),
+        ([], [sum_case("one", a=work(1.0))], 1, ["a"], ["gone"]),
+        (["sum"], [("one", lambda: 1 / 0), sum_case("two", a=work(1.0))], 1, ["a"], ["one"]),
+        (["sum", "--seconds", "0"], [sum_case("one", a=work(1.0))], 1, [], ["sum"]),
+        (["sum", "--cases", "tw"], [("one", lambda: 1 / 0), sum_case("two", a=work(1.0))], 0, ["a"], []),
+        (["sum", "--providers", "b"], [sum_case("one", a=work(1.0), b=work(2.0))], 0, ["b"], []),
+        (["sum", "--providers", "b"], [sum_case("one", b=work(1.0)), sum_case("two", a=ABSENT)], 0, ["b"], []),
+        (["sum"], [sum_case("one", a=work(1.0), b=work(1.0, slow="slow"))], 0, ["a"], []),
+        (["sum", "--providers", "a,b"], [sum_case("one", a=work(1.0), b=work(1.0, slow="slow"))], 0, ["a", "b"], []),
+        (["sum", "--providers", "a,b"], [sum_case("one", a=work(1.0), bc=work(1.0, slow="slow"))], 0, ["a"], []),
+        (["sum", "--providers", "a,c"], [sum_case("one", a=work(1.0), b=work(1.0))], 2, ["a"], []),
+    ],
+)
+def test_exit_codes_and_what_is_measured(monkeypatch, capsys, tmp_path, words, cases, code, rows, failed):
+    found, result, errors = command(monkeypatch, capsys, tmp_path, cases, *words)
+    assert (found, [row["provider"] for row in result["rows"]], list(result["failed"])) == (code, rows, failed)
+    assert errors == ("error: no provider c; there are a, b.\n" if code == 2 else "")
+
+
+def test_an_unknown_name_is_answered_with_the_names_there_are(monkeypatch, capsys, tmp_path):
     assert main(["loss", "los"]) == 2
     captured = capsys.readouterr()
     assert captured.err == "error: no bench los; there are step, text, eval, loss, augment, data.\n"
     assert not captured.out
+    cases = [("one", lambda: 1 / 0), ("two", lambda: 1 / 0)]
+    words = "sum", "--cases", "two,three"
+    assert command(monkeypatch, capsys, tmp_path, cases, *words) == (
+        2,
+        {},
+        "error: no case three; there are one, two.\n",
+    )
+
+
+def test_names_with_commas_on_the_command_line():
+    assert listed("open_clip, step compiled,fastbd,a") == ["open_clip, step compiled", "fastbd", "a"]
+
+
+KILLED = """
+import os, signal, sys
+from types import ModuleType, SimpleNamespace
+import torch
+from bench import __main__ as command
+from bench.case import Case, Provider
+from bench.limits import Limits
+
+def provider(calls: int):
+    def call():
+        nonlocal calls
+        calls -= 1
+        if not calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"x": torch.ones(4)}
+    return Provider(lambda: call, {"": 0.0})
+
+ways = {"a": provider(0), "b": provider(0), "killed": provider(4), "later": provider(0)}
+module = sys.modules["sum"] = ModuleType("sum")
+module.cases = lambda device, quick: iter([("one", lambda: Case("one", "x/s", 4, "cpu", ways))])
+command.BENCHES["sum"] = "sum"
+command.measure_limits = lambda device: Limits("cpu", {"fp32": 1e9, "fp64": 1e9}, 1e9)
+command.main(["sum", "--quick", "--out", sys.argv[1]])
+"""
+
+
+def test_a_run_that_is_killed_keeps_the_rows_before(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with open(tmp_path / "cpu.csv", newline="") as file:
+        assert [row["provider"] for row in csv.DictReader(file)] == ["a", "b"]
+    assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == ["a", "b"]
 
 
 def test_gpu_check_says_that_there_is_no_gpu(tmp_path):

@@ -90,7 +90,7 @@ def test_addresses_are_those_of_the_images(beton):
     places = np.array([3, 0, 7, 1, 4])
     ragged = pairs.resident._ragged(places)
     gathered = pytest.importorskip("fastbd.kernels.gather_triton").gathered
-    for found in (ragged, gathered(ragged, CPU)):
+    for found in (ragged, gathered(ragged, ONE.device)):
         for address, (height, width), image in zip(
             found.addresses, found.sizes, pairs.resident.images(rows[places]), strict=True
         ):
