@@ -2,7 +2,8 @@
 FITS := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-OUT ?= gpu-check
+CALL ?= 1
+OUT ?= gpu-check/$(CALL)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 FFCV_NEEDS := g++ libopencv-imgproc-dev libturbojpeg0-dev pkg-config
@@ -46,9 +47,9 @@ test: install      ## run all tests
 bench: install     ## measure, and add the rows to bench/results
 	$(BIN)/python -m bench
 
-gpu-check:         ## test and measure on a machine with a GPU and no network; logs and rows go to OUT=
+gpu-check:         ## CALL=1 the step, CALL=2 the rest: test and measure on a GPU without network; logs and rows go to OUT=
 	@test -n "$(PYTHON)" || { echo "gpu-check needs Python 3.11 or 3.12; name one: make gpu-check PYTHON=/path/to/python3.12"; exit 2; }
-	@$(PYTHON) -m bench.gpu_check $(OUT)
+	@$(PYTHON) -m bench.gpu_check $(CALL) $(OUT)
 
 lint: install      ## check the style
 	$(BIN)/ruff check .

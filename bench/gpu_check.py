@@ -1,121 +1,181 @@
-"""python -m bench.gpu_check OUT: test the kernels and run the quick benches on a machine with a GPU and no network.
+"""python -m bench.gpu_check CALL OUT: test and measure on a machine with a GPU and no network, in two calls.
 
-Nothing is installed: a copy of the tree is laid out as the package is, and this interpreter runs it. Logs, rows and
-a summary go to OUT. Exit code 0; 1 when a stage failed; 2 without a GPU.
+Call 1 takes at most 300 seconds and looks at the training step and the kernels; call 2 takes at most 420 and looks at
+everything else. Nothing is installed: this interpreter runs the tree where it lies, with the packages of PYTHONPATH.
+
+All output is shown and written to OUT as it comes, so that a call which is cut off leaves what it had found: a log for
+each stage, the rows of the benches, and summary.txt. A stage whose time is over writes the stacks of its processes to
+its log and is ended; the next one follows. Exit code 0; 1 when a stage failed; 2 when something is missing.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "numpy", "rich", "pytest", "tyro", "pillow", "ftfy", "instant-clip-tokenizer",
-            "nvidia-dali-cuda130", "ffcv", "torchvision", "open-clip-torch")  # fmt: skip
-# name, arguments of the interpreter, seconds; 9 minutes together with the rest. Correctness comes before timings, and
-# of these the step's first.
-STAGES = (
-    ("tests", ("-m", "pytest", "tests/kernels", "tests/data/test_gpu.py", "tests/test_step_gpu.py",
-               "-pno:cacheprovider", "--durations=5"), 145),
-    ("step", ("-m", "bench", "step", "--quick", "--seconds", "80", "--out", "{out}"), 140),
-    ("eval", ("-m", "bench", "eval", "--quick", "--seconds", "90", "--out", "{out}"), 140),
-    ("pixels", ("-m", "bench", "data", "augment", "--quick", "--seconds", "60", "--out", "{out}"), 95),
-    ("bench", ("-m", "bench", "loss", "text", "--quick", "--seconds", "35", "--out", "{out}"), 65),
-)  # fmt: skip
+GRACE = 2.0  # seconds in which the processes of a stage may write their stacks when its time is over
+WIDTH = 200  # characters of a line on the screen; the logs have all
 
 
-def main(out: Path) -> int:
-    """Run the stages one after the other, a failed one too, and sum up."""
-    if why := no_gpu():
-        print(f"error: gpu-check needs a GPU: {why}; nothing was run.", file=sys.stderr)
+@dataclass(frozen=True)
+class Stage:
+    """What the interpreter is given, {out} being the folder, and for how many seconds at most.
+
+    Nothing follows a `needed` one that fails.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    limit: float
+    needed: bool = False
+
+
+MODULES = ("torch", "triton", "numpy", "rich", "PIL", "ftfy", "instant_clip_tokenizer")
+MORE_MODULES = ("tyro", "nvidia.dali", "pytest", "xdist", "pytest_timeout")
+# The names of all tests as they run, eight at a time, one by one to whichever process is free. One that hangs writes
+# its stacks and is ended, and another one takes its place.
+PYTEST = ("--override-ini=addopts=--import-mode=importlib", "-v", "--tb=short", "--durations=10", "-pno:cacheprovider",
+          "-pbench.pytest_gpu", "-n8", "--maxschedchunk=1", "--override-ini=faulthandler_timeout=75", "--timeout=80",
+          "--timeout-method=thread")  # fmt: skip
+TESTED = ("tests/test_step_gpu.py", "tests/test_losses.py", "tests/data/test_gpu.py", "tests/kernels")
+NOT_TESTED = ("tests/kernels/test_aot.py", "tests/kernels/test_contrastive_distributed.py")  # they use no GPU
+PEERS = "CleanCLIP,open_clip,fastbd tile,fastbd small,fastbd hybrid"
+
+
+def bench(name: str, *words: str, limit: float) -> Stage:
+    """A stage of `python -m bench`, which begins nothing in the last fifth of its time."""
+    seconds = f"{0.8 * limit:.0f}"
+    return Stage(name, ("-m", "bench", *words, "--quick", "--seconds", seconds, "--out", "{out}"), limit)
+
+
+# Correctness comes before timings, and what is known soonest first.
+CALLS = {
+    "1": (
+        Stage("imports", ("-m", "bench.imports", "cuda", *MODULES), 15, needed=True),
+        Stage("parity", ("-m", "bench.parity", "--seconds", "40"), 60),
+        bench("step", "step", "--providers", "fastbd", "--kernels", "40", limit=150),
+        bench("kernels", "loss", "text", limit=60),
+    ),
+    "2": (
+        Stage("imports", ("-m", "bench.imports", "cuda", *MODULES, *MORE_MODULES), 15, needed=True),
+        Stage("tests", ("-m", "pytest", *PYTEST, *TESTED, *(f"--ignore={path}" for path in NOT_TESTED)), 120),
+        bench("eval", "eval", "--cases", "protocol", limit=80),
+        bench("decode", "data", "augment", limit=90),
+        bench("peers", "step", "loss", "--cases", "step,B=256,B=512,B=1024", "--providers", PEERS, limit=95),
+    ),
+}
+
+
+def main(words: Sequence[str]) -> int:
+    if len(words) != 2 or words[0] not in CALLS:
+        print(f"usage: python -m bench.gpu_check {'|'.join(CALLS)} OUT", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the stage is ended then too
+    return check(CALLS[words[0]], Path(words[1]))
+
+
+def check(stages: Sequence[Stage], out: Path) -> int:
+    """Run the stages one after the other, and sum up in OUT/summary.txt after each. Returns the exit code."""
+    out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    lines = circumstances()
-    failed = False
-    with TemporaryDirectory(prefix="fastbd-") as folder:
-        lay_out(Path(folder))
-        for name, words, limit in STAGES:
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, most))  # a stage that is aborted writes its stacks, not its memory
+    commit = os.environ.get("FASTBD_COMMIT") or described()
+    failed, lines = False, [f"commit {commit or 'unknown'}"]
+    with TemporaryDirectory(prefix="fastbd-", ignore_cleanup_errors=True) as caches:
+        settings = environment(Path(caches), commit)
+        for stage in stages:
+            write(out, [*lines, f"{stage.name}: not ended, at most {stage.limit:g} s"])
             began = time.monotonic()
-            code = run(name, [word.format(out=out.resolve()) for word in words], limit, Path(folder), out)
+            code = run(stage, out, settings)
+            lines.append(f"{stage.name}: {verdict(code, stage.limit)}, {time.monotonic() - began:.0f} s")
+            write(out, lines)
             failed |= code != 0
-            verdict = {0: "passed", None: f"stopped after {limit} s"}.get(code, f"FAILED with exit code {code}")
-            lines.append(f"{name}: {verdict}, {time.monotonic() - began:.0f} s, {out / name}.log")
-    summary = "\n".join(lines) + "\n"
-    (out / "summary.txt").write_text(summary)
-    print("\n" + summary, end="")
+            if stage.needed and code:
+                print(f"error: gpu-check stops here, as something is missing: see {stage.name}.log.", file=sys.stderr)
+                return 2
+    print("\n".join(["", *lines, f"logs and rows are in {out}"]), flush=True)
     return int(failed)
 
 
-def no_gpu() -> str:
-    """Why torch cannot use a GPU here; "" when it can."""
-    if not importlib.util.find_spec("torch"):
-        return f"{sys.executable} has no torch"
-    import torch
-
-    return "" if torch.cuda.is_available() else "torch sees none on this machine"
+def write(out: Path, lines: Sequence[str]) -> None:
+    (out / "summary.txt").write_text("\n".join(lines) + "\n")
 
 
-def circumstances() -> list[str]:
-    """GPU, interpreter, and the packages that are there or absent."""
-    import torch
+def verdict(code: int | None, limit: float) -> str:
+    if code is None:
+        return f"STOPPED after {limit:g} s, its stacks are in its log"
+    if code < 0:
+        return f"DIED of {signal.Signals(-code).name}"
+    return f"FAILED with exit code {code}" if code else "passed"
 
-    found = {}
-    for package in PACKAGES:
+
+def environment(caches: Path, commit: str | None) -> dict[str, str]:
+    """A stage's: the tree before the caller's packages, and the caches that all stages share."""
+    carried = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *carried]),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # at SIGABRT a process writes the stacks of its threads, whatever it is doing
+        "COLUMNS": "120",
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        **({"FASTBD_COMMIT": commit} if commit else {}),
+    }
+
+
+def run(stage: Stage, out: Path, settings: dict[str, str]) -> int | None:
+    """Exit code of a stage, None when its time was over. It writes to its log, which the screen follows."""
+    print(f"\n{stage.name}: at most {stage.limit:g} s", flush=True)
+    log, end = out / f"{stage.name}.log", time.monotonic() + stage.limit
+    command = [sys.executable, *(word.replace("{out}", str(out)) for word in stage.words)]
+    with open(log, "w") as file, open(log, errors="replace") as written:
+        # In a group of its own, so that all its processes can be ended.
+        process = subprocess.Popen(command, cwd=ROOT, env=settings, stdin=subprocess.DEVNULL, stdout=file,
+                                   stderr=subprocess.STDOUT, process_group=0)  # fmt: skip
+        line = ""
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    there = ", ".join(f"{name} {number}" for name, number in found.items() if number)
-    absent = ", ".join(name for name, number in found.items() if not number)
-    return [f"{torch.cuda.get_device_name()}, Python {sys.version.split()[0]}, {there}", f"absent: {absent or 'none'}"]
-
-
-def lay_out(site: Path) -> None:
-    """Copy the tree so that `import fastbd.kernels` works without an installation."""
-    ignore = shutil.ignore_patterns("__pycache__", "results")
-    for name in ("fastbd", "bench", "tests"):
-        shutil.copytree(ROOT / name, site / name, ignore=ignore)
-    shutil.copytree(ROOT / "kernels", site / "fastbd" / "kernels", ignore=ignore)
-    (site / "kernels").symlink_to(site / "fastbd" / "kernels")
-    for name in ("pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, site)
-
-
-def run(name: str, words: list[str], limit: float, site: Path, out: Path) -> int | None:
-    """Exit code of one stage, None when its time was over. Its output goes to OUT/NAME.log, the end to the screen."""
-    print(f"{name}: at most {limit:.0f} s", flush=True)
-    settings = {"TRITON_INTERPRET": "0", "PYTHONPATH": str(site), "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
-    if commit := os.environ.get("FASTBD_COMMIT") or described():
-        settings["FASTBD_COMMIT"] = commit
-    log = out / f"{name}.log"
-    with open(log, "w") as file:
-        stage = subprocess.Popen([sys.executable, *words], cwd=site, stdout=file, stderr=subprocess.STDOUT,
-                                 env=os.environ | settings, start_new_session=True)  # fmt: skip
-        try:
-            code = stage.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
+            while process.poll() is None and time.monotonic() < end:
+                line = show(line + written.read())
+                time.sleep(0.1)
+            return process.poll()
         finally:
-            stop(stage)
-    for line in log.read_text(errors="replace").splitlines()[-60:]:
-        print(f"  {line[:200]}", flush=True)
-    return code
+            show(line + written.read() + "\n")
+            stop(process)
 
 
-def stop(stage: subprocess.Popen) -> None:
-    """End a stage and the processes that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(stage.pid, signal.SIGKILL)
-    stage.wait()
+def show(text: str) -> str:
+    """Print the whole lines of a text, without what is beyond WIDTH; returns the rest."""
+    *lines, rest = text.split("\n")
+    for line in lines:
+        print(f"  {line[:WIDTH]}", flush=True)
+    return rest
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a stage and the processes that it has started; when it still runs, all of them write their stacks first."""
+    with suppress(ProcessLookupError):  # none is left
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGABRT)
+            end = time.monotonic() + GRACE
+            while time.monotonic() < end:
+                time.sleep(0.05)
+                process.poll()
+                os.killpg(process.pid, 0)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def described() -> str | None:
@@ -127,6 +187,4 @@ def described() -> str | None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m bench.gpu_check OUT")
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(sys.argv[1:]))

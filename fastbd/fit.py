@@ -108,8 +108,7 @@ def batch_that_fits(
             )
             waiting = [made(count) for _ in range(WAITING)]
             for batch in waiting[:2]:
-                step(batch)
-            torch.cuda.synchronize()
+                step(batch)["loss"].item()  # which waits for the device
         except RuntimeError as error:
             if not is_short_of_memory(error):
                 raise

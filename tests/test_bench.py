@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import gpu_check, loss, records, step
+from bench import loss, records, step
 from bench.__main__ import BENCHES, listed, main
 from bench.captions import captions, lengths
 from bench.case import Case, Provider, Unavailable, errors, objection
@@ -48,9 +48,9 @@ ROOT = Path(__file__).parents[1]
 LIMITS = Limits("cpu", {"fp32": 1e9, "bf16": 1e9, "fp64": 1e9}, 1e9)
 
 
-def bench(*words, module="bench", **settings) -> subprocess.CompletedProcess:
+def bench(*words, **settings) -> subprocess.CompletedProcess:
     """The real command, in a process of its own."""
-    command = [sys.executable, "-m", module, *map(str, words)]
+    command = [sys.executable, "-m", "bench", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | settings)
 
 
@@ -587,30 +587,3 @@ def test_a_run_that_is_killed_keeps_the_rows_before(tmp_path):
     with open(tmp_path / "cpu.csv", newline="") as file:
         assert [row["provider"] for row in csv.DictReader(file)] == ["a", "b"]
     assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == ["a", "b"]
-
-
-def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
-    done = bench(tmp_path / "out", module="bench.gpu_check", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2 and "needs a GPU" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_gpu_check_goes_on_after_a_stage_that_fails(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "no_gpu", lambda: "")
-    monkeypatch.setattr(gpu_check, "circumstances", lambda: ["a GPU"])
-    imported = "import fastbd.kernels.augment as a, os, bench; print(a.__file__, os.environ['TRITON_INTERPRET'])"
-    monkeypatch.setattr(gpu_check, "STAGES", (
-        ("tests", ("-c", "raise SystemExit(3)"), 20),
-        ("slow", ("-c", "import time; time.sleep(60)"), 0.5),
-        ("bench", ("-c", imported + "; open('{out}/gpu.csv', 'w').close()"), 20),
-    ))  # fmt: skip
-    assert gpu_check.main(tmp_path / "out") == 1
-    summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
-    assert summary[0] == "a GPU" and summary[1].startswith("tests: FAILED with exit code 3")
-    assert summary[2].startswith("slow: stopped after 0.5 s") and summary[3].startswith("bench: passed")
-    used, interpreted = (tmp_path / "out" / "bench.log").read_text().split()
-    assert used.endswith("fastbd/kernels/augment.py") and not used.startswith(str(ROOT)) and interpreted == "0"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "bench.log", "gpu.csv", "slow.log", "summary.txt", "tests.log",
-    ]  # fmt: skip
-    assert summary[-1] in capsys.readouterr().out

@@ -325,7 +325,7 @@ def test_arguments_that_do_not_fit(bad, message):
         contrastive_loss(**{**towers, "log_scale": torch.tensor(1.0), **bad})
 
 
-TERMS = (torch.tensor([[0.5, 0.5], [0.5, 0.0], [0.5, 0.0]]), [0, 1, 1, 0, 2, 0, 1, 3, 0])
+TERMS = (torch.tensor([[0.5, 0.5], [0.5, 0.0], [0.5, 0.0]], device=DEVICE), [0, 1, 1, 0, 2, 0, 1, 3, 0])
 
 
 @pytest.mark.parametrize("way", ["reference", "tile"])
@@ -335,7 +335,7 @@ def test_the_operations_are_registered_right(way):
     opcheck(torch.ops.fastbd.contrastive.default, (towers, scale, None, *TERMS, "", True, way))
     opcheck(
         torch.ops.fastbd.contrastive.default,
-        (towers[:2], scale, bias, torch.tensor([[1.0, 0.0]]), [0, 1, 0], "", True, way),
+        (towers[:2], scale, bias, torch.tensor([[1.0, 0.0]], device=DEVICE), [0, 1, 0], "", True, way),
     )
 
 
