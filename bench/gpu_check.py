@@ -50,7 +50,11 @@ PYTEST = ("--override-ini=addopts=--import-mode=importlib", "-v", "--tb=short", 
           "--timeout-method=thread")  # fmt: skip
 TESTED = ("tests/test_step_gpu.py", "tests/test_losses.py", "tests/data/test_gpu.py", "tests/kernels")
 NOT_TESTED = ("tests/kernels/test_aot.py", "tests/kernels/test_contrastive_distributed.py")  # they use no GPU
-PEERS = "CleanCLIP,open_clip,fastbd tile,fastbd small,fastbd hybrid"
+PEERS = ",".join((
+    "fastbd tile", "fastbd small", "fastbd hybrid",  # of the loss: the borders between them
+    "CleanCLIP", "open_clip",  # of the step; ours are compiled anew, the slow ones as long as there is time
+    "fastbd, compiled, captured", "fastbd, compiled, captured, fused", "fastbd, compiled, captured, combo kernels",
+))  # fmt: skip
 
 
 def bench(name: str, *words: str, limit: float) -> Stage:
@@ -72,7 +76,16 @@ CALLS = {
         Stage("tests", ("-m", "pytest", *PYTEST, *TESTED, *(f"--ignore={path}" for path in NOT_TESTED)), 120),
         bench("eval", "eval", "--cases", "protocol", limit=80),
         bench("decode", "data", "augment", limit=90),
-        bench("peers", "step", "loss", "--cases", "step,B=256,B=512,B=1024", "--providers", PEERS, limit=95),
+        bench(
+            "peers",
+            "loss",
+            "step",
+            "--cases",
+            "loss B=256,loss B=512,loss B=1024,step rn50 B=256",
+            "--providers",
+            PEERS,
+            limit=95,
+        ),
     ),
 }
 
