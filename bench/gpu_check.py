@@ -50,6 +50,7 @@ PYTEST = ("--override-ini=addopts=--import-mode=importlib", "-v", "--tb=short", 
           "--timeout-method=thread")  # fmt: skip
 TESTED = ("tests/test_step_gpu.py", "tests/test_losses.py", "tests/data/test_gpu.py", "tests/kernels")
 NOT_TESTED = ("tests/kernels/test_aot.py", "tests/kernels/test_contrastive_distributed.py")  # they use no GPU
+SIZES = "loss B=256,loss B=512,loss B=1024,step rn50 B=256"
 PEERS = ",".join((
     "fastbd tile", "fastbd small", "fastbd hybrid",  # of the loss: the borders between them
     "CleanCLIP", "open_clip",  # of the step; ours are compiled anew, the slow ones as long as there is time
@@ -69,23 +70,14 @@ CALLS = {
         Stage("imports", ("-m", "bench.imports", "cuda", *MODULES), 15, needed=True),
         Stage("parity", ("-m", "bench.parity", "--seconds", "40"), 60),
         bench("step", "step", "--providers", "fastbd", "--kernels", "40", limit=150),
-        bench("kernels", "loss", "text", limit=60),
+        bench("kernels", "text", "loss", limit=60),
     ),
     "2": (
         Stage("imports", ("-m", "bench.imports", "cuda", *MODULES, *MORE_MODULES), 15, needed=True),
         Stage("tests", ("-m", "pytest", *PYTEST, *TESTED, *(f"--ignore={path}" for path in NOT_TESTED)), 120),
         bench("eval", "eval", "--cases", "protocol", limit=80),
-        bench("decode", "data", "augment", limit=90),
-        bench(
-            "peers",
-            "loss",
-            "step",
-            "--cases",
-            "loss B=256,loss B=512,loss B=1024,step rn50 B=256",
-            "--providers",
-            PEERS,
-            limit=95,
-        ),
+        bench("decode", "augment", "data", limit=90),
+        bench("peers", "loss", "step", "--cases", SIZES, "--providers", PEERS, limit=95),
     ),
 }
 
