@@ -96,7 +96,7 @@ def test_geometry_is_pillows_at_any_size(name: str) -> None:
     operation = OPERATIONS[name]
     for size in rng.integers(1, 400, (40, 2)):
         image = rng.integers(1, 256, (*size, 3)).astype(np.uint8)
-        magnitude = operation.magnitudes(rng.integers(10), 10, size[None]) * rng.choice([-1, 1])
+        magnitude = operation.magnitudes(rng.integers(10, size=1), 10, size[None]) * rng.choice([-1, 1])
         theirs = np.asarray(PILLOW[name](Image.fromarray(image), magnitude.item()))
         ours = operate(image, operation.encode(magnitude, size[None])[0])
         np.testing.assert_array_equal(ours, theirs, err_msg=f"{size} {magnitude}")
