@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 SIZES = {
-    "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "i1": 1, "u8": 1, "i8": 1, "i32": 4, "i64": 8,
-    "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "bool": 1, "uint8": 1, "int8": 1, "int32": 4, "int64": 8,
+    "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "i1": 1, "u8": 1, "i8": 1, "i32": 4, "u32": 4, "i64": 8, "u64": 8,
+    "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "bool": 1, "uint8": 1, "int8": 1, "int32": 4, "uint32": 4,
+    "int64": 8, "uint64": 8,
 }  # fmt: skip
 SMALL = 2_000_000  # bytes: less than the H200 moves in half a microsecond, far less than a launch takes
 
