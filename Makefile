@@ -49,7 +49,7 @@ bench: install     ## measure, and add the rows to bench/results
 
 gpu-check:         ## CALL=1 the step, CALL=2 the rest: test and measure on a GPU without network; logs and rows go to OUT=
 	@test -n "$(PYTHON)" || { echo "gpu-check needs Python 3.11 or 3.12; name one: make gpu-check PYTHON=/path/to/python3.12"; exit 2; }
-	@$(PYTHON) -m bench.gpu_check $(CALL) $(OUT)
+	@"$(PYTHON)" -m bench.gpu_check "$(CALL)" "$(OUT)"
 
 lint: install      ## check the style
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
+MISSING = 2  # exit code of a stage that names what the machine lacks
 GRACE = 2.0  # seconds in which the processes of a stage may write their stacks when its time is over
 WIDTH = 200  # characters of a line on the screen; the logs have all
 
@@ -32,7 +33,7 @@ WIDTH = 200  # characters of a line on the screen; the logs have all
 class Stage:
     """What the interpreter is given, {out} being the folder, and for how many seconds at most.
 
-    Nothing follows a `needed` one that fails.
+    Nothing follows a `needed` one that finds something MISSING.
     """
 
     name: str
@@ -48,7 +49,10 @@ MORE_MODULES = ("tyro", "nvidia.dali", "pytest", "xdist", "pytest_timeout")
 PYTEST = ("--override-ini=addopts=--import-mode=importlib", "-v", "--tb=short", "--durations=10", "-pno:cacheprovider",
           "-pbench.pytest_gpu", "-n8", "--maxschedchunk=1", "--override-ini=faulthandler_timeout=75", "--timeout=80",
           "--timeout-method=thread")  # fmt: skip
-TESTED = ("tests/test_step_gpu.py", "tests/test_losses.py", "tests/data/test_gpu.py", "tests/kernels")
+TESTED = ("tests/test_step_gpu.py", "tests/test_losses.py", "tests/data/test_gpu.py", "tests/kernels",
+          "tests/test_capture.py::test_a_gpu_is_as_before_after_a_capture_that_broke_off",
+          "tests/test_checkpoint.py::test_a_snapshot_of_a_gpu_waits_for_nothing_and_takes_its_memory_again",
+          )  # fmt: skip
 NOT_TESTED = ("tests/kernels/test_aot.py", "tests/kernels/test_contrastive_distributed.py")  # they use no GPU
 SIZES = "loss B=256,loss B=512,loss B=1024,step rn50 B=256"
 PEERS = ",".join((
@@ -67,17 +71,17 @@ def bench(name: str, *words: str, limit: float) -> Stage:
 # Correctness comes before timings, and what is known soonest first.
 CALLS = {
     "1": (
-        Stage("imports", ("-m", "bench.imports", "cuda", *MODULES), 15, needed=True),
-        Stage("parity", ("-m", "bench.parity", "--seconds", "40"), 60),
-        bench("step", "step", "--providers", "fastbd", "--kernels", "40", limit=150),
-        bench("kernels", "text", "loss", limit=60),
+        Stage("imports", ("-m", "bench.imports", "cuda", *MODULES), 30, needed=True),
+        Stage("parity", ("-m", "bench.parity", "--seconds", "40"), 55),
+        bench("step", "step", "--providers", "fastbd", "--kernels", "40", limit=145),
+        bench("kernels", "text", "loss", limit=55),
     ),
     "2": (
-        Stage("imports", ("-m", "bench.imports", "cuda", *MODULES, *MORE_MODULES), 15, needed=True),
-        Stage("tests", ("-m", "pytest", *PYTEST, *TESTED, *(f"--ignore={path}" for path in NOT_TESTED)), 120),
-        bench("eval", "eval", "--cases", "protocol", limit=80),
+        Stage("imports", ("-m", "bench.imports", "cuda", *MODULES, *MORE_MODULES), 30, needed=True),
+        Stage("tests", ("-m", "pytest", *PYTEST, *TESTED, *(f"--ignore={path}" for path in NOT_TESTED)), 115),
+        bench("eval", "eval", "--cases", "protocol", limit=75),
         bench("decode", "augment", "data", limit=90),
-        bench("peers", "loss", "step", "--cases", SIZES, "--providers", PEERS, limit=95),
+        bench("peers", "loss", "step", "--cases", SIZES, "--providers", PEERS, limit=90),
     ),
 }
 
@@ -86,14 +90,20 @@ def main(words: Sequence[str]) -> int:
     if len(words) != 2 or words[0] not in CALLS:
         print(f"usage: python -m bench.gpu_check {'|'.join(CALLS)} OUT", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the stage is ended then too
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # the stage is ended then too
     return check(CALLS[words[0]], Path(words[1]))
 
 
 def check(stages: Sequence[Stage], out: Path) -> int:
     """Run the stages one after the other, and sum up in OUT/summary.txt after each. Returns the exit code."""
     out = out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write(out, ["begun"])
+    except OSError as error:
+        print(f"error: {out} cannot be written ({error.strerror}): give another OUT.", file=sys.stderr)
+        return 2
     _, most = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, most))  # a stage that is aborted writes its stacks, not its memory
     commit = os.environ.get("FASTBD_COMMIT") or described()
@@ -107,7 +117,7 @@ def check(stages: Sequence[Stage], out: Path) -> int:
             lines.append(f"{stage.name}: {verdict(code, stage.limit)}, {time.monotonic() - began:.0f} s")
             write(out, lines)
             failed |= code != 0
-            if stage.needed and code:
+            if stage.needed and code == MISSING:  # slow or killed, it may have shown nothing that is missing
                 print(f"error: gpu-check stops here, as something is missing: see {stage.name}.log.", file=sys.stderr)
                 return 2
     print("\n".join(["", *lines, f"logs and rows are in {out}"]), flush=True)

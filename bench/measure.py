@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import statistics
@@ -168,10 +169,15 @@ def silence():
     """Drop what libraries below Python write to the error output; the profiler says that it starts and stops."""
     sys.stderr.flush()
     before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stacks = faulthandler.is_enabled()
+    if stacks:  # those of a process that is ended meanwhile are still wanted
+        faulthandler.enable(before)
     os.dup2(nowhere, 2)
     try:
         yield
     finally:
         os.dup2(before, 2)
+        if stacks:
+            faulthandler.enable()
         os.close(before)
         os.close(nowhere)

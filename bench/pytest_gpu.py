@@ -13,7 +13,9 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # the process that prints
+    if hasattr(config, "workerinput"):  # one of several, which share the cores
+        torch.set_num_threads(2)
+    else:  # the process that prints
         config.pluginmanager.register(Teller(config))
 
 

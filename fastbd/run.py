@@ -292,13 +292,13 @@ class Run:
                 raise UserError(f"{flag} {share} is no share: give 0 to 1.")
         plan = task.plan if task.poisoned else None
         base = set(self.policies) <= {"plain", "light"}  # which begin with the base view
-        decode, where = self._pixels(resumed)
+        decode, where = self._decoder_and_place(resumed)
         settings = (decode, config.hw_decoder_load, where, config.workers, config.max_bad)
         stamped = plan and plan.to_dict()
         key = (str(task.data), task.rows.tobytes(), base, task.model.image_size, json.dumps(stamped), settings)
         return self.kept.get("pairs", key, partial(self._decoded_pairs, beton, plan, base, decode, where))
 
-    def _pixels(self, resumed: dict | None) -> tuple[str, str]:
+    def _decoder_and_place(self, resumed: dict | None) -> tuple[str, str]:
         """--decode and --resident, or what a resumed run takes in their place."""
         given = self.config.decode, self.config.resident
         if resumed is None or self.device.type != "cuda":
@@ -592,7 +592,6 @@ class Run:
             "random": checkpoint.random_state(),
             "plan": self.task.plan and self.task.plan.to_dict(),
             "decode": self.decoded_by,
-            "resident": self.pairs.where,
         }
 
     def record(self, row: dict) -> None:
@@ -608,9 +607,11 @@ class Run:
 
 def same_pixels(began: str, decode: str, where: str) -> tuple[str, str]:
     """--decode and --resident with which a GPU gives the pixels of the decoder `began`, where there is a choice."""
+    if decode not in ("auto", "dali"):
+        return decode, where
     if began.startswith(ON_GPU):
         return decode, "none"  # images that are kept are decoded on the CPU
-    if began in HOSTS and decode in ("auto", "dali"):
+    if began in HOSTS:
         return "dali-cpu" if has_dali() else "pil", where
     return decode, where
 

@@ -46,6 +46,7 @@ def test_training_leaves_a_snapshot_alone():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_snapshot_of_a_gpu_waits_for_nothing_and_takes_its_memory_again():
     weight = torch.randn(64, 32, 3, 3, device="cuda").to(memory_format=torch.channels_last)
+    Snapshot({"w": weight, "steps": [torch.ones((), device="cuda"), 3]}).wait()  # a first locking may take long
     pinned = []
     for _ in range(2):
         before = weight.clone()

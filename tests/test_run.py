@@ -21,6 +21,7 @@ def test_a_run_that_began_with_the_cpus_pixels_keeps_them_on_a_gpu(began, where)
 
 def test_a_run_that_began_with_a_gpus_pixels_keeps_none_that_the_cpu_decodes():
     for began in ("dali on a GPU, hw_decoder_load 0", "dali on a GPU, hw_decoder_load 1"):
+        assert same_pixels(began, "pil", "ram") == ("pil", "ram")  # they cannot be the same
         assert same_pixels(began, "auto", "auto") == ("auto", "none")
         assert same_pixels(began, "dali", "none") == ("dali", "none")
 

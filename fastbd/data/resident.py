@@ -144,7 +144,11 @@ def _memory(where: str, need: int, device: torch.device) -> Tensor:
     pixels = torch.empty(need, dtype=torch.uint8)
     if device.type == "cuda":  # locked in place, for the GPU to read; pin_memory() would round up to a power of two
         runtime = torch.cuda.cudart()
-        torch.cuda.check_error(runtime.cudaHostRegister(pixels.data_ptr(), need, 0))
+        if (code := runtime.cudaHostRegister(pixels.data_ptr(), need, 0)) != runtime.cudaError.success:
+            why = runtime.cudaGetErrorString(runtime.cudaError(code))
+            raise UserError(
+                f"{need / 1e9:.2f} GB of main memory cannot be locked for the GPU ({why}): give --resident gpu or none."
+            )
         # Else what is allocated in its place would count as locked, and be copied from after it is freed.
         weakref.finalize(pixels, runtime.cudaHostUnregister, pixels.data_ptr())
     return pixels

@@ -89,8 +89,10 @@ def test_addresses_are_those_of_the_images(beton):
     resident.keep(pairs, rows, "ram", base=False, world=ONE, quiet=True)
     places = np.array([3, 0, 7, 1, 4])
     ragged = pairs.resident._ragged(places)
-    gathered = pytest.importorskip("fastbd.kernels.gather_triton").gathered
-    for found in (ragged, gathered(ragged, ONE.device)):
+    copies = []
+    if not torch.cuda.is_available():  # where kernels are interpreted
+        copies = [pytest.importorskip("fastbd.kernels.gather_triton").gathered(ragged, ONE.device)]
+    for found in (ragged, *copies):
         for address, (height, width), image in zip(
             found.addresses, found.sizes, pairs.resident.images(rows[places]), strict=True
         ):
