@@ -33,8 +33,10 @@ class Blocks(nn.Sequential):
 class AvgPool(nn.AvgPool2d):
     """Mean of each window of `stride` x `stride` pixels, as in nn.AvgPool2d: [B, C, H, W] -> [B, C, H / s, W / s].
 
-    With `fused`, compiled training writes it as a mean over dimensions. The gradient of that is a plain broadcast,
-    which torch.compile computes where it is read; that of F.avg_pool2d it writes to memory in float32.
+    With `fused`, compiled training writes it as a mean over dimensions, which Inductor merges with the layers around
+    it: it sums in the kernel before, and the gradient is a plain broadcast, computed where it is read. To larger
+    kernels yet (realize_reads_threshold) it must not be driven: it would compute the gradients of several residual
+    blocks again in each kernel that reads them, which moves more memory than it saves.
     """
 
     fused: bool = False
