@@ -33,10 +33,9 @@ class Blocks(nn.Sequential):
 class AvgPool(nn.AvgPool2d):
     """Mean of each window of `stride` x `stride` pixels, as in nn.AvgPool2d: [B, C, H, W] -> [B, C, H / s, W / s].
 
-    With `fused`, compiled training writes it as a mean over dimensions, which Inductor merges with the layers around
-    it: it sums in the kernel before, and the gradient is a plain broadcast, computed where it is read. To larger
-    kernels yet (realize_reads_threshold) it must not be driven: it would compute the gradients of several residual
-    blocks again in each kernel that reads them, which moves more memory than it saves.
+    With `fused`, compiled training writes it as a mean over dimensions, which Inductor can merge with the layers before
+    it. A higher realize_reads_threshold would merge more, but the sums of a residual network's gradients too: each
+    kernel would read those of several blocks, and more memory would move (bench codegen counts it).
     """
 
     fused: bool = False
