@@ -259,8 +259,8 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
     compile: Compile = "auto"
-    """torch.compile the towers; auto is on with a GPU. fused: on, and with larger fused kernels, which move less memory
-    by the generated code; not yet measured on a GPU."""
+    """torch.compile the towers; auto is on with a GPU. fused: on, and average pools are merged with the layers around
+    them, which moves less memory by the generated code; not yet measured on a GPU."""
     graph: Switch = "auto"
     """Capture the whole step in a CUDA graph; auto is on with one GPU."""
     bn_group: int | Literal["batch", "sync"] = "batch"

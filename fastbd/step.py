@@ -25,18 +25,14 @@ from fastbd.models.clip import tower_of
 from fastbd.optim import clamp_log_scale
 from fastbd.precision import autocast
 
-FUSED = {"realize_opcount_threshold": 200, "realize_reads_threshold": 8}
-"""Inductor's options for larger fused kernels: what several kernels need is computed in each and not kept in memory, if
-at most 200 operations (instead of 30) on at most 8 tensors (instead of 4) give it."""
-
 
 class Step:
     """step(batch) does one optimiser step and returns the loss, its parts and the temperature, scalars on the device.
 
     `rates` [steps] are the learning rates, `start` the number of the first step. A batch comes in `parts`, by its
     captions, and is embedded in as many, with the gradient of the whole. The `weights` of the objective's terms may be
-    written between steps. The towers can be `compiled`, with larger kernels where `fused` too. A step that cannot be
-    `captured` is a UserError, or it `falls_back` to what it does without.
+    written between steps. The towers can be `compiled`, and average pools `fused` with the layers around them. A step
+    that cannot be `captured` is a UserError, or it `falls_back` to what it does without.
     """
 
     def __init__(
@@ -64,11 +60,11 @@ class Step:
         self._choose_trained()
         if fused:
             fuse_pools(model)
-        self.alone = _compile(model, fused) if compiled else model
+        self.alone = _compile(model) if compiled else model
         self.towers = self.alone
         if world.size > 1:
             ddp = _parallel(model, static=parts == 1)
-            self.towers = _compile(ddp, fused) if compiled else ddp
+            self.towers = _compile(ddp) if compiled else ddp
         self.variant, self.call = None, self._step
         if captured:
             self.call = Captured(self._step, world.device, lambda: self.variant, falls_back)
@@ -197,7 +193,7 @@ def _parallel(model: nn.Module, static: bool) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static, broadcast_buffers=False)
 
 
-def _compile(towers: nn.Module, fused: bool) -> nn.Module:
+def _compile(towers: nn.Module) -> nn.Module:
     """For each shape by itself: one batch with longer captions is not to slow down all that follow."""
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # left off on purpose
-    return torch.compile(towers, dynamic=False, options=FUSED if fused else None)
+    return torch.compile(towers, dynamic=False)

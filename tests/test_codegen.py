@@ -118,6 +118,16 @@ def test_the_code_of_a_small_step_is_that_of_the_table(tmp_path):
     assert forward["layout_copies"] == backward["layout_copies"] == "0"
 
 
+def test_fused_pools_move_less_in_the_table_and_no_convolution_copies():
+    moved = {}
+    for row in table(RESULTS):
+        assert row["layout_copies"] == "0"
+        key = row["model"], row["views"], row["group"], row["torch"], row["fused"]
+        moved[key] = moved.get(key, 0) + int(row["triton_bytes"])
+    fused = [case for *case, pools in moved if pools == "True"]
+    assert fused and all(moved[*case, "True"] < 0.97 * moved[*case, "False"] for case in fused)
+
+
 def table(folder) -> list[dict]:
     with open(folder / "codegen.csv") as file:
         return list(csv.DictReader(file))

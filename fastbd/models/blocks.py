@@ -33,8 +33,9 @@ class Blocks(nn.Sequential):
 class AvgPool(nn.AvgPool2d):
     """Mean of each window of `stride` x `stride` pixels, as in nn.AvgPool2d: [B, C, H, W] -> [B, C, H / s, W / s].
 
-    With `fused`, compiled training writes it as a mean over dimensions. The gradient of that is a plain broadcast,
-    which torch.compile computes where it is read; that of F.avg_pool2d it writes to memory in float32.
+    With `fused`, compiled training writes it as a mean over dimensions, which Inductor can merge with the layers before
+    it. A higher realize_reads_threshold would merge more, but the sums of a residual network's gradients too: each
+    kernel would read those of several blocks, and more memory would move (bench codegen counts it).
     """
 
     fused: bool = False
