@@ -178,7 +178,8 @@ class Session:
 
 @cache
 def circumstances(device: str) -> tuple[Limits, dict]:
-    """Measured once: writing rows changes the tree that a commit names."""
+    """The limits of a device, and what its rows say of where they come from; measured once, as writing rows changes the
+    tree that a commit names."""
     limits = measure_limits(device)
     return limits, records.circumstances(limits)
 

@@ -58,12 +58,13 @@ SIZES = "loss B=256,loss B=512,loss B=1024,step rn50 B=256"
 PEERS = ",".join((
     "fastbd tile", "fastbd small", "fastbd hybrid",  # of the loss: the borders between them
     "CleanCLIP", "open_clip",  # of the step; ours are compiled anew, the slow ones as long as there is time
-    "fastbd, compiled, captured", "fastbd, compiled, captured, fused", "fastbd, compiled, captured, combo kernels",
+    "fastbd, compiled, captured", "open_clip, step compiled",
+    "fastbd, compiled, captured, fused", "fastbd, compiled, captured, combo kernels",
 ))  # fmt: skip
 
 
 def bench(name: str, *words: str, limit: float) -> Stage:
-    """A stage of `python -m bench`, which begins nothing in the last fifth of its time."""
+    """A stage of `python -m bench`, which begins no case in the last fifth of its time."""
     seconds = f"{0.8 * limit:.0f}"
     return Stage(name, ("-m", "bench", *words, "--quick", "--seconds", seconds, "--out", "{out}"), limit)
 

@@ -39,7 +39,7 @@ def version_of(name: str, module: ModuleType, packages: dict[str, list[str]]) ->
 
 
 def missing_on_gpu() -> list[str]:
-    """What a kernel cannot run without; prints the GPU's name, driver and memory."""
+    """What is missing for a kernel to run, a line each; prints the GPU's name, driver and memory."""
     import torch
     from triton.runtime import driver
 

@@ -70,7 +70,10 @@ class Gate:
         self.truth = case.truth() if fits else None
 
     def build(self, name: str) -> Ready:
-        """Whatever the provider raises, or Refused. Without a truth the first provider's outputs are it."""
+        """The provider's call, once it has computed what it should. Raises Refused, or whatever the provider raises.
+
+        Without a truth the first provider's outputs are it.
+        """
         provider, began = self.case.providers[name], time.perf_counter()
         call = provider.build()
         output = call()

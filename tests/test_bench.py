@@ -465,7 +465,7 @@ def test_a_new_column_leaves_old_rows_whole(tmp_path):
 
 
 def test_the_rows_in_the_repository_are_whole():
-    for path in records.RESULTS.glob("*.csv"):
+    for path in (records.RESULTS / "cpu.csv", *records.RESULTS.glob("gpu-*.csv")):
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
                 assert None not in row and None not in row.values()

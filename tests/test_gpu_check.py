@@ -170,7 +170,8 @@ def test_one_stage_that_fails_leaves_the_others_their_turn(tmp_path, capfd):
     assert hung.startswith("hang: STOPPED after 2 s") and last.startswith("last: passed, ")
     assert "in fall" in (tmp_path / "signal.log").read_text()
     stacks = (tmp_path / "hang.log").read_text()
-    assert stacks.startswith("now\n") and stacks.count("Fatal Python error: Aborted") == 2
+    # Two processes write at once: their words may alternate.
+    assert stacks.startswith("now\n") and stacks.count("Fatal Python error: ") == stacks.count("Aborted") == 2
     assert "in communicate" in stacks or "in wait" in stacks
     assert read(tmp_path / "last.log") == ["well"] and "  well\n" in capfd.readouterr().out
 
@@ -271,7 +272,8 @@ def test_what_is_wrong_or_fails_is_said_and_the_next_one_has_its_turn(capsys):
     assert re.match(r"eager tiny-vit .*: right, .*; [\d.]+ s$", lines[-2]) and lines[-1] == "2 of 3 failed"
     assert parity.main(["--device", "cpu", "--modes", "eager", "--done", "2", "--failed", "1"], settings) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "1 of 3 failed"
-    assert parity.main(["--device", "cpu", "--modes", "eager", "--seconds", "-1"], settings) == 0
+    nothing = ["--device", "cpu", "--modes", "eager", "--seconds", "-1"]
+    assert parity.main(nothing, settings) == 1
     assert capsys.readouterr().out == "0 of 3 failed, for the last 3 there was no time\n"
 
 

@@ -31,8 +31,8 @@ CELL = 32  # px; side of the squares whose means are compared
 LEVELS = 10  # that these means may be apart
 
 
-class Files:
-    """What is known of a data set's files: bool [N] each.
+class Known:
+    """Keeps what is known of a data set's files: bool [N] each.
 
     `checked`: the segments have been looked at; `compared`: the pixels have been; `left`: Pillow decodes it.
     """
@@ -47,7 +47,7 @@ class Dali:
     def __init__(self, threads: int, hw_decoder_load: float, pool: ThreadPoolExecutor):
         self.threads, self.hw_decoder_load, self.pool = threads, hw_decoder_load, pool
         self._pipelines: dict[str, Pipeline] = {}  # by device
-        self._files: WeakKeyDictionary[Beton, Files] = WeakKeyDictionary()
+        self._files: WeakKeyDictionary[Beton, Known] = WeakKeyDictionary()
 
     @property
     def left(self) -> int:
@@ -58,7 +58,7 @@ class Dali:
         self, beton: Beton, batches: Sequence[np.ndarray], one: Callable[[int], Tensor], device: str
     ) -> Iterator[Sequence[Tensor] | Ragged]:
         """As Decoder.stream, decoded on `device`. RuntimeError where DALI fails on no image in particular."""
-        files = self._files.setdefault(beton, Files(len(beton)))
+        files = self._files.setdefault(beton, Known(len(beton)))
         pipeline, done = self._pipelines.pop(device, None), 0
         if pipeline and pipeline.batch_size < max(map(len, batches), default=1):
             pipeline = None
@@ -91,7 +91,7 @@ class Dali:
             where = {"device": "mixed", "hw_decoder_load": self.hw_decoder_load, "jpeg_fancy_upsampling": True, **hints}
         return Pipeline(batch_size, self.threads, device, where)
 
-    def _jpegs(self, beton: Beton, files: Files, ids: np.ndarray) -> list[np.ndarray]:
+    def _jpegs(self, beton: Beton, files: Known, ids: np.ndarray) -> list[np.ndarray]:
         """The files of a batch, with another one in place of those that are left to Pillow."""
         for row in ids[~files.checked[ids]].tolist():
             files.left[row] |= not is_whole(beton.jpeg(row))
@@ -118,7 +118,7 @@ class Dali:
 
         return refused(np.unique(ids).tolist()) if len(ids) and decodes([placeholder()]) else []
 
-    def _compare(self, beton: Beton, files: Files, ids: np.ndarray, images: Sequence) -> None:
+    def _compare(self, beton: Beton, files: Known, ids: np.ndarray, images: Sequence) -> None:
         """Leave to Pillow what is unlike its pixels, of the images uint8 [H, W, 3] that were not compared before."""
         new = np.flatnonzero(~files.compared[ids] & ~files.left[ids])
         same = self.pool.map(lambda k: is_like(np.asarray(images[k]), beton.jpeg(int(ids[k]))), new.tolist())
@@ -127,7 +127,7 @@ class Dali:
         _leave(beton, files, np.unique(ids[unlike]).tolist(), "DALI gives other pixels than Pillow for")
 
 
-def _leave(beton: Beton, files: Files, rows: list[int], why: str) -> None:
+def _leave(beton: Beton, files: Known, rows: list[int], why: str) -> None:
     files.left[rows] = True
     for row in rows:
         console.print(f"{why} image {row} of {beton.path}: it is left to Pillow.", markup=False)

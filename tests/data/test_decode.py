@@ -15,8 +15,7 @@ from damage import damaged
 from PIL import Image, ImageOps
 
 from fastbd.data.decode import BadImage, OnDemand, open_decoder, read, to_jpeg
-from fastbd.data.decode_dali import Dali, _with_left, engine_hints, is_like
-from fastbd.data.decode_dali import Files as Known
+from fastbd.data.decode_dali import Dali, Known, _with_left, engine_hints, is_like
 from fastbd.errors import UserError
 from fastbd.kernels.augment import Ragged
 
