@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -347,7 +348,9 @@ def test_the_evaluations_of_a_gpus_case_do_the_same(monkeypatch):
     built, build = [], Classifier.__call__
     monkeypatch.setattr(Classifier, "__call__", lambda self, tower: built.append(build(self, tower)) or built[-1])
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    case = protocol_case("tiny", "tiny-rn", 200, every_other(50), "bf16", "cpu")
+    made = partial(protocol_case, "tiny", "tiny-rn", 200, every_other(50), "bf16", "cpu")
+    assert list(made(False).providers) == ["fastbd, compiled"]
+    case = made(True)
     gate = Gate(case, LIMITS)
     ready = {name: gate.build(name) for name in ("open_clip, arithmetic", "fastbd, compiled")}
     assert gate.found["fastbd, compiled"]["clean"] > 1e-4  # as a CPU's open_clip is in float32
