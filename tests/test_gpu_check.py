@@ -170,9 +170,8 @@ def test_one_stage_that_fails_leaves_the_others_their_turn(tmp_path, capfd):
     assert hung.startswith("hang: STOPPED after 2 s") and last.startswith("last: passed, ")
     assert "in fall" in (tmp_path / "signal.log").read_text()
     stacks = (tmp_path / "hang.log").read_text()
-    # Two processes write at once: their words may alternate.
+    # Two processes write at once, by turns and some of it letter by letter.
     assert stacks.startswith("now\n") and stacks.count("Fatal Python error: ") == stacks.count("Aborted") == 2
-    assert "in communicate" in stacks or "in wait" in stacks
     assert read(tmp_path / "last.log") == ["well"] and "  well\n" in capfd.readouterr().out
 
 
