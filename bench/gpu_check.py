@@ -138,7 +138,7 @@ def verdict(code: int | None, limit: float) -> str:
 
 
 def environment(caches: Path, commit: str | None) -> dict[str, str]:
-    """A stage's: the tree before the caller's packages, and the caches that all stages share."""
+    """Environment of every stage: the tree before the caller's packages, and one folder of caches for all stages."""
     carried = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *carried]),
