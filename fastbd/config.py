@@ -38,10 +38,10 @@ class BuildConfig:
     images with --labels, or Karpathy's dataset_coco.json or dataset_flickr30k.json."""
     out: Path
     """The .beton file to write; rejects go to NAME.rejects.csv. A build that was cut short goes on when run again."""
-    image_key: str = "path"
-    """CSV column holding the image path, relative to the CSV's folder."""
-    caption_key: str = "caption"
-    """CSV column holding the caption; may be empty when --class-key names the class."""
+    image_key: str | None = None
+    """CSV column holding the image path, relative to the CSV's folder [path]."""
+    caption_key: str | None = None
+    """CSV column holding the caption; may be empty when --class-key names the class [caption]."""
     class_key: str | None = None
     """CSV column holding the class name of labelled (evaluation) images."""
     labels: Path | None = None

@@ -29,7 +29,8 @@ from fastbd.data.beton import BetonWriter, holds, temporary
 from fastbd.data.decode import BadImage, to_jpeg
 from fastbd.data.eda import N_DRAWS, eda, synonyms_source
 from fastbd.data.journal import Journal
-from fastbd.data.sources import Item, read_items
+from fastbd.data.sources import read_items
+from fastbd.data.sources.item import Item
 from fastbd.data.tokenizer import clean, tokenize
 from fastbd.data.workers import WorkerDied, map_in_order
 from fastbd.errors import UserError

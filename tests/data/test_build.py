@@ -329,7 +329,7 @@ def test_karpathys_splits(tmp_path):
         ([1], {}, "is no file of Karpathy's"),
         ({"images": [{"split": "test"}]}, {}, "is no file of Karpathy's"),
         (KARPATHY, {"images": Path("nowhere")}, "--images nowhere is no folder: give that of the images that"),
-        (KARPATHY, {"labels": Path("x.txt")}, "--labels belongs to a folder or tars of images"),
+        (KARPATHY, {"labels": Path("x.txt")}, "--labels is for tars or a folder of images"),
         (KARPATHY, {"classes": "cifar10"}, "--classes is for labelled images"),
     ],
 )
@@ -376,7 +376,7 @@ def test_mistakes_are_told_and_leave_no_beton(tmp_path, rows, options, message):
 
 def test_flags_of_another_kind_of_source(tmp_path):
     source = table(tmp_path / "a.csv", ("path", "caption"), ("a.jpg", "x"))
-    with pytest.raises(UserError, match="--images and --split belong to a .json file"):
+    with pytest.raises(UserError, match="--split is for a JSON file of Karpathy's, and the source .*a.csv is a table"):
         run(BuildConfig(source=source, out=tmp_path / "set.beton", split="test"))
 
 

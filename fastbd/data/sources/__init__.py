@@ -1,0 +1,96 @@
+"""Where pairs come from: a module for each layout of files, and the table that chooses among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from fastbd.config import BuildConfig
+from fastbd.data.sources.folder import class_folder_items, image_items
+from fastbd.data.sources.item import Item
+from fastbd.data.sources.json_file import karpathy_items
+from fastbd.data.sources.labels import labelled
+from fastbd.data.sources.table import table_items
+from fastbd.data.sources.tars import tar_items
+from fastbd.errors import UserError
+from fastbd.prompts import labels_of, read_classes
+
+FLAGS = ("image_key", "caption_key", "class_key", "labels", "images", "split")
+"""Flags of build that only some layouts use."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way in which people keep pairs, or labelled images, in files."""
+
+    name: str  # as in "the source x is NAME"
+    flags: frozenset[str]  # those of FLAGS that it uses
+    read: Callable[[BuildConfig], Iterable[Item]]
+
+
+TABLE = Layout("a table", frozenset({"image_key", "caption_key", "class_key"}), table_items)
+KARPATHY = Layout("a JSON file of Karpathy's", frozenset({"images", "split"}), karpathy_items)
+TARS = Layout("tars", frozenset({"labels"}), tar_items)
+CLASS_FOLDERS = Layout("a folder of class folders", frozenset(), class_folder_items)
+LABELLED_IMAGES = Layout("a folder of images with --labels", frozenset({"labels"}), image_items)
+LAYOUTS = (TABLE, KARPATHY, TARS, CLASS_FOLDERS, LABELLED_IMAGES)
+
+
+def read_items(config: BuildConfig) -> list[Item]:
+    """All rows of the source, in order; tars are read by config.workers processes (0: one a core).
+
+    Raises UserError for a source that is missing, empty, of an unknown layout, or given a flag that its layout does
+    not use; WorkerDied.
+    """
+    source, layout = config.source, layout_of(config)
+    _check_flags(config, layout)
+    items = list(layout.read(config))
+    if not items and layout is CLASS_FOLDERS and any(image_items(config)):
+        raise UserError(f"the images of {source} are in no class folders: give --labels, a file with their classes.")
+    if not items:
+        raise UserError(f"the source {source} holds no rows: there is nothing to build.")
+    if config.labels:
+        items = labelled(items, config)
+    return _in_list(items, config) if config.classes else items
+
+
+def layout_of(config: BuildConfig) -> Layout:
+    """The layout of config.source, by its name and what is in it; UserError where there is none."""
+    source, kind = config.source, config.source.suffix
+    if source.is_dir():
+        if any(source.glob("*.tar")):
+            return TARS
+        return LABELLED_IMAGES if config.labels else CLASS_FOLDERS
+    by_suffix = {".csv": TABLE, ".tsv": TABLE, ".json": KARPATHY, ".tar": TARS}
+    if source.is_file() and kind in by_suffix:
+        return by_suffix[kind]
+    what = "is not a .csv, .tsv, .json or .tar file or a folder" if source.exists() else "does not exist"
+    raise UserError(f"the source {source} {what}: give a table, tars, or a folder of class folders.")
+
+
+def _check_flags(config: BuildConfig, layout: Layout) -> None:
+    """Raise UserError for a flag that the layout does not use."""
+    for flag in FLAGS:
+        if getattr(config, flag) is not None and flag not in layout.flags:
+            users = " or ".join(other.name for other in LAYOUTS if flag in other.flags)
+            raise UserError(
+                f"--{flag.replace('_', '-')} is for {users}, and the source {config.source} is {layout.name}: "
+                "leave it out."
+            )
+    if config.images and not config.images.is_dir():
+        raise UserError(f"--images {config.images} is no folder: give that of the images that {config.source} names.")
+
+
+def _in_list(items: list[Item], config: BuildConfig) -> list[Item]:
+    """The items with their classes by the codes of the list config.classes; others are marked as not in it."""
+    if all(item.class_name is None for item in items):
+        raise UserError(f"--classes is for labelled images, and {config.source} names no classes: leave it out.")
+    classes, reason = read_classes(config.classes), f"class not in {config.classes}"
+    labels = labels_of(classes, {item.class_name for item in items if item.class_name})
+
+    def marked(item: Item) -> Item:
+        if item.class_name in labels:
+            return item._replace(class_name=classes.codes[labels[item.class_name]])
+        return item._replace(problem=item.problem or reason)
+
+    return list(map(marked, items))
