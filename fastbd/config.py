@@ -56,8 +56,10 @@ class BuildConfig:
     templates: str | None = None
     """Captions of images with only a class: imagenet80, or a text file with one template a line, {} for the class
     [those in the file of --classes, else imagenet80]."""
-    store: Literal["original", "short256", "crop224"] = "original"
-    """Keep the JPEG bytes as they are, or resize the short side to 256 px, or also crop the middle 224x224 px."""
+    store: Literal["original", "png", "short256", "crop224"] = "original"
+    """Keep the JPEG bytes as they are, or resize the short side to 256 px, or also crop the middle 224x224 px. What is
+    not an upright JPEG becomes one of quality 95; with png it becomes a PNG and keeps its pixels, such as those of
+    triggers that are already in images, but FFCV's own loader cannot read such files."""
     text_views: int = 1
     """Augmented (EDA) versions of each caption to draw and store."""
     seed: int = 0

@@ -26,7 +26,7 @@ from PIL import Image, ImageFile
 from fastbd import __version__, draws
 from fastbd.config import BuildConfig, to_dict
 from fastbd.data.beton import BetonWriter, holds, temporary
-from fastbd.data.decode import BadImage, to_jpeg
+from fastbd.data.decode import BadImage, to_stored
 from fastbd.data.eda import N_DRAWS, eda, synonyms_source
 from fastbd.data.journal import Journal
 from fastbd.data.sources import read_items
@@ -265,9 +265,9 @@ def _pack_chunk(
 
 
 def _image(item: Item, config: BuildConfig) -> tuple[bytes, int, int] | str:
-    """(JPEG, width, height); a string says what is wrong."""
+    """(bytes to store, width, height); a string says what is wrong."""
     try:
-        return to_jpeg(_read(item), config.store, config.max_pixels)
+        return to_stored(_read(item), config.store, config.max_pixels)
     except BadImage as error:
         return error.reason
 

@@ -151,15 +151,15 @@ class Beton:
         return number_images(self, *self.stored_images())
 
     def stored_images(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For number_images: the stored JPEG of each row, [N]; a row of each JPEG and what it ends with, uint64 [M]."""
+        """For number_images: the stored file of each row, [N]; a row of each file and what it ends with, uint64 [M]."""
         ptr, row, stored = np.unique(self._jpeg_ptr, return_index=True, return_inverse=True)
         size = self._jpeg_size[row]
-        last = sliding_window_view(self._bytes, 8)[ptr + size - np.uint64(10)]  # before the marker that ends a JPEG
+        last = sliding_window_view(self._bytes, 8)[ptr + size - np.uint64(16)]  # before what ends a JPEG or a PNG
         self._release()
         return stored, row, last.view("<u8")[:, 0] ^ size
 
     def jpeg(self, i: int) -> np.ndarray:
-        """uint8 [bytes], a view of the file: nothing is copied."""
+        """The JPEG, or PNG where the file was built with --store png, uint8 [bytes]: a view, nothing is copied."""
         ptr = int(self._jpeg_ptr[i])
         return self._bytes[ptr : ptr + int(self._jpeg_size[i])]
 
@@ -190,7 +190,7 @@ class Beton:
 def number_images(data, stored: np.ndarray, row: np.ndarray, end: np.ndarray) -> np.ndarray:
     """int64 [N]: number of the image of each row of `data`, in order of first appearance.
 
-    Only JPEGs of the same `end` are read in whole, so a file without repeats costs no more than its ends. They must
+    Only files of the same `end` are read in whole, so a file without repeats costs no more than its ends. They must
     be: pictures on a white ground often share their length and more than 1,024 of their last bytes.
     """
     _, like, times = np.unique(end, return_inverse=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""JPEG bytes to pixels, and any image file to the JPEG that a .beton file holds."""
+"""Stored bytes to pixels, and any image file to the JPEG or PNG that a .beton file holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fastbd.data import png
+from fastbd.data.jpeg import last_scan
 from fastbd.errors import UserError
+from fastbd.formats import FORMATS
 
 if TYPE_CHECKING:  # the packing of data needs no torch
     from torch import Tensor
@@ -21,11 +24,15 @@ if TYPE_CHECKING:  # the packing of data needs no torch
     from fastbd.data.decode_dali import Dali
     from fastbd.kernels.augment import Ragged
 
-# JPEG includes MPO. No format that starts another program, as EPS does.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 QUALITY = 95
+LONGEST = 65_500  # px of a side, of a JPEG as libjpeg writes it; a .beton file could hold 35 more
+SLENDER = 8  # an image is cropped to so many times its short side before it is resized to be cropped to a square
 ON_GPU, ON_CPU = "dali on a GPU", "dali on a CPU"
 HOSTS = (ON_CPU, "pil")  # decoders whose pixels are the same
+_CODES = bytes(range(1, 255, 2))
+FOLLOWING = _CODES + b"".join(bytes((0xFF, 0xD0 + n)) + _CODES for n in range(8))  # data of any scan, of any restart
+SMALL = 64 * 64  # px of an image that is decoded twice to be sure
+STRIP = 64  # rows that are compared at a time
 READ_AHEAD = 6  # batches whose files are asked of the disk in advance
 
 _TURNS = {  # EXIF orientation to the transposition that makes the image upright
@@ -134,7 +141,7 @@ class Decoder:
         from fastbd.data.decode_ffcv import open_stream
 
         for ids, images in zip(batches, open_stream(beton, batches, self.threads), strict=True):
-            # None: FFCV saw damage, and PIL can say what it is
+            # None: a PNG, or FFCV saw damage and PIL can say what it is
             yield [one(int(i)) if x is None else torch.from_numpy(x) for i, x in zip(ids, images, strict=True)]
 
     def _stream_dali(self, beton, batches, one, host) -> Iterator[Sequence[Tensor] | Ragged]:
@@ -181,32 +188,69 @@ def _installed(*modules: str) -> bool:
     return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
-def to_jpeg(data: bytes, store: str, max_pixels: int) -> tuple[bytes, int, int]:
-    """(JPEG bytes, width, height) of an image file, upright and in RGB; `store` as in BuildConfig.
+def to_stored(data: bytes, store: str, max_pixels: int) -> tuple[bytes, int, int]:
+    """(bytes to store, width, height) of an image file, upright and in RGB; `store` as in BuildConfig.
 
-    The bytes stay as they are where nothing has to be changed: an upright RGB or grey JPEG of the wanted size. All
-    else becomes a JPEG of quality 95 with full chroma. Alpha is dropped and CMYK converted without a colour profile,
-    as PIL's convert("RGB") does in CLIP's and CleanCLIP's own loaders; 16-bit grey is scaled to 8 bits; of several
-    frames the first is taken. Raises BadImage for a file that is not a whole image, or has more than
-    `max_pixels`.
+    The bytes stay as they are where nothing has to be changed: an upright RGB or grey JPEG of the wanted size, and with
+    store "png" such a PNG too. All else becomes a PNG there, elsewhere a JPEG of quality 95 with full chroma. Alpha is
+    dropped and CMYK converted without a colour profile, as PIL's convert("RGB") does in CLIP's and CleanCLIP's own
+    loaders; 16-bit grey is scaled to 8 bits; of several frames the first is taken. Raises BadImage for a file that is
+    not a whole image, or has more than `max_pixels`.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
             raise BadImage(f"too large: {image.width}x{image.height} px")
         image.load()
-        plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+        if _ends_early(image, data):
+            raise BadImage("damaged image: its data end before its last row")
+        plain = image.format in ("JPEG", *(["PNG"] if store == "png" else [])) and image.mode in ("RGB", "L")
         turn = _TURNS.get(_orientation(image))
         result = _resized(_rgb(image) if turn is None else _rgb(image).transpose(turn), store)
+        if max(result.size) > LONGEST:
+            raise BadImage(f"too long: {result.width}x{result.height} px, of at most {LONGEST:,} a side")
         if plain and turn is None and result.size == image.size:
             return data, *image.size
         encoded = io.BytesIO()
-        result.save(encoded, "JPEG", quality=QUALITY, subsampling="4:4:4")
+        if store == "png":
+            result.save(encoded, "PNG")
+        else:
+            result.save(encoded, "JPEG", quality=QUALITY, subsampling="4:4:4")
         return encoded.getvalue(), *result.size
     except BadImage:
         raise
     except Exception as error:  # PIL raises nearly anything for a damaged file
         raise BadImage(_reason(error)) from None
+
+
+def _ends_early(image: Image.Image, data: bytes) -> bool:
+    """Whether a loaded image has pixels that the file lacks the data of: decoders fill them in, and say nothing."""
+    if image.format in ("JPEG", "MPO"):
+        return _jpeg_ends_early(image, data)
+    return image.format == "PNG" and not png.is_full(data)
+
+
+def _jpeg_ends_early(image: Image.Image, data: bytes) -> bool:
+    """Whether the pixels change when more data follow the last scan: libjpeg makes up what it lacks there.
+
+    In a file of one scan that is not progressive it then leaves the blocks after the next one flat; few whole images
+    end so, and the others are not decoded twice. Data that lack only in the last block of a large one go unnoticed.
+    """
+    end, in_order = last_scan(data)
+    if in_order and image.width * image.height > SMALL and not _ends_flat(image):
+        return False
+    longer = Image.open(io.BytesIO(data[:end] + FOLLOWING + data[end:]), formats=["JPEG"])
+    longer.load()
+    strips = ((0, y, image.width, min(y + STRIP, image.height)) for y in range(0, image.height, STRIP))
+    return any(longer.crop(strip).tobytes() != image.crop(strip).tobytes() for strip in strips)
+
+
+def _ends_flat(image: Image.Image) -> bool:
+    """Whether the last block of 8x8 px has one colour, but for its first row and column, where the colours of others
+    are blended in."""
+    left, top = ((length - 1) // 8 * 8 + 1 for length in image.size)
+    levels = np.asarray(image.crop((left, top, max(left, image.width), max(top, image.height))))
+    return bool((levels == levels[:1, :1]).all())
 
 
 def _orientation(image: Image.Image) -> int:
@@ -227,12 +271,21 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _resized(image: Image.Image, store: str) -> Image.Image:
     if store == "crop224":
-        image = _resize_short(image, 224)
+        image = _resize_short(_middle(image), 224)
         left, top = round((image.width - 224) / 2), round((image.height - 224) / 2)
         return image.crop((left, top, left + 224, top + 224))
     if store == "short256" and min(image.size) > 256:
         return _resize_short(image, 256)
     return image
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of an image that is longer than SLENDER times its short side: what would be cropped costs memory."""
+    (width, height), most = image.size, SLENDER * min(image.size)
+    if max(width, height) <= most:
+        return image
+    left, top = max(0, width - most) // 2, max(0, height - most) // 2
+    return image.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
 def _resize_short(image: Image.Image, size: int) -> Image.Image:

@@ -1,8 +1,9 @@
 """DALI as a decoder: whole images of their own size, in the order asked for.
 
 Whether Pillow decodes an image in place of DALI depends on its file alone, never on the other images of its batch. It
-decodes those whose segments are not whole, some of which DALI would give with wrong pixels and no error; those in which
-DALI sees damage; and those that come from a GPU's JPEG engines unlike Pillow's pixels.
+decodes PNGs, so that they are read as the build read them; JPEGs whose segments are not whole, some of which DALI would
+give with wrong pixels and no error; those in which DALI sees damage; and those that come from a GPU's JPEG engines
+unlike Pillow's pixels.
 """
 
 from __future__ import annotations

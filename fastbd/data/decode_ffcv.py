@@ -29,7 +29,8 @@ BUILT = {"image", "tokens", "caption", "row_id"}  # fields of every file that `f
 def open_stream(beton: Beton, batches: Sequence[np.ndarray], threads: int) -> Iterator[list[np.ndarray | None]]:
     """For each batch (int64 [B], row ids) its images, uint8 [H, W, 3], copies that stay valid.
 
-    None stands for an image in which the decoder found damage; PIL can say what it is, or read it where it is slight.
+    None stands for a PNG, which FFCV's decoder is not given, and for an image in which it found damage; PIL can say
+    what that is, or read it where it is slight.
     The first stream over a file compiles FFCV's code, a few seconds; later ones reuse it. `threads` 0 means one for
     each core, and more are not used. Raises UserError where FFCV is missing, for a file that `fastbd build` did not
     make, for several files at once, and for an image too large for FFCV's ring.
@@ -115,10 +116,12 @@ def _whole_images(largest: int):
                     jpeg = read(image["data_ptr"], storage)
                     height, width = np.uint32(image["height"]), np.uint32(image["width"])
                     source, target = jpeg.ctypes.data, pixels[i].ctypes.data
-                    # all of the image (from 0, 0), at 1 / 1 of its size, neither cropped nor flipped
-                    verdict[i] = decode_jpeg(
-                        source, jpeg.size, height, width, target, height, width, 0, 0, 1, 1, False, False
-                    )
+                    verdict[i] = -1
+                    if jpeg[0] == 0xFF:  # not a PNG
+                        # all of the image (from 0, 0), at 1 / 1 of its size, neither cropped nor flipped
+                        verdict[i] = decode_jpeg(
+                            source, jpeg.size, height, width, target, height, width, 0, 0, 1, 1, False, False
+                        )
                 return pixels, verdict
 
             decode.is_parallel = True

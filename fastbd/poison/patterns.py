@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastbd import draws
 from fastbd.errors import UserError
+from fastbd.formats import FORMATS
 
 TEXT_SIZE = 224  # px of the square that text is drawn on, as published
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # none that starts another program, as EPS does
 LARGEST = 384  # px of the longest side of what is kept: no model's input is larger
 
 KEPT = {

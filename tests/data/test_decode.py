@@ -5,16 +5,18 @@ import gc
 import importlib.util
 import io
 import os
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from damage import damaged
-from PIL import Image, ImageOps
+from damage import damaged, harmless, scan_of
+from PIL import Image, ImageOps, features
 
-from fastbd.data.decode import BadImage, OnDemand, open_decoder, read, to_jpeg
+from fastbd.data.decode import BadImage, OnDemand, open_decoder, read, to_stored
 from fastbd.data.decode_dali import Dali, Known, _with_left, engine_hints, is_like
 from fastbd.errors import UserError
 from fastbd.kernels.augment import Ragged
@@ -308,26 +310,60 @@ def test_a_decoder_that_is_not_installed(monkeypatch):
 def test_an_upright_jpeg_keeps_its_bytes():
     for image in (picture(60, 40), picture(60, 40).convert("L")):
         file = encoded(image, quality=70, comment=b"kept")
-        assert to_jpeg(file, "original", LIMIT) == (file, 60, 40)
-        assert to_jpeg(file, "short256", LIMIT) == (file, 60, 40)  # never made larger
+        assert to_stored(file, "original", LIMIT) == (file, 60, 40)
+        assert to_stored(file, "short256", LIMIT) == (file, 60, 40)  # never made larger
+
+
+needs_avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+AVIF = pytest.param("AVIF", marks=needs_avif)
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", AVIF])
 def test_orientation_is_baked_in(orientation, form):
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = encoded(picture(60, 40), form, exif=exif)
-    jpeg, width, height = to_jpeg(file, "original", LIMIT)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("RGB")
-    assert (width, height) == upright.size == ((40, 60) if orientation > 4 else (60, 40))
-    assert np.abs(pixels(jpeg) - np.asarray(upright).astype(int)).mean() < 2
-    assert Image.open(io.BytesIO(jpeg)).getexif().get(0x0112) is None
+    for store, distance in (("original", 2), ("png", 0)):
+        stored, width, height = to_stored(file, store, LIMIT)
+        assert (width, height) == upright.size == ((40, 60) if orientation > 4 else (60, 40))
+        assert np.abs(pixels(stored) - np.asarray(upright).astype(int)).mean() <= distance
+        assert Image.open(io.BytesIO(stored)).getexif().get(0x0112) is None
+
+
+LOSSLESS = {"PNG": {}, "GIF": {}, "BMP": {}, "TIFF": {}, "WEBP": {"lossless": True}}
+
+
+@pytest.mark.parametrize("form", [*LOSSLESS, AVIF])
+def test_a_png_keeps_the_pixels_of_what_is_no_jpeg(form):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    file = encoded(image, form, **LOSSLESS.get(form, {}))
+    stored, *size = to_stored(file, "png", LIMIT)
+    assert size == [50, 40] and np.array_equal(pixels(stored), pixels(file))
+    assert np.array_equal(read(as_arrays(stored)[0]), pixels(file))
+    assert (stored == file) == (form == "PNG")
+    assert form in ("GIF", "AVIF") or np.array_equal(pixels(stored), image)
+    assert to_stored(file, "original", LIMIT)[0][:2] == b"\xff\xd8"
+
+
+def test_with_png_a_jpeg_stays_unless_it_must_be_written_anew():
+    for image in (picture(60, 40), picture(60, 40).convert("L")):
+        file = encoded(image, quality=70)
+        assert to_stored(file, "png", LIMIT) == (file, 60, 40)
+    file = encoded(picture(48, 48).convert("CMYK"))
+    assert np.array_equal(pixels(to_stored(file, "png", LIMIT)[0]), pixels(file))
+
+
+@needs_avif
+def test_avif_is_read():
+    jpeg, width, height = to_stored(encoded(picture(60, 40), "AVIF", quality=90), "original", LIMIT)
+    assert (width, height) == (60, 40) and np.abs(pixels(jpeg) - np.asarray(picture(60, 40)).astype(int)).mean() < 3
 
 
 def test_16_bit_grey_is_scaled():
     levels = np.repeat(np.array([0, 16448, 32896, 65535], np.uint16), 16)[None].repeat(16, 0)
-    jpeg, *_ = to_jpeg(encoded(Image.fromarray(levels), "PNG"), "original", LIMIT)
+    jpeg, *_ = to_stored(encoded(Image.fromarray(levels), "PNG"), "original", LIMIT)
     assert np.abs(pixels(jpeg)[8, 8::16, 0] - [0, 64, 128, 255]).max() <= 2
 
 
@@ -338,14 +374,14 @@ def test_other_modes_become_rgb_as_pil_converts_them(mode):
         image.putalpha(Image.linear_gradient("L").resize((48, 48)))  # alpha is dropped, not blended
     image = image.convert(mode)
     file = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
-    jpeg, width, height = to_jpeg(file, "original", LIMIT)
+    jpeg, width, height = to_stored(file, "original", LIMIT)
     stored = Image.open(io.BytesIO(jpeg))
     assert (stored.mode, stored.size, width, height) == ("RGB", (48, 48), 48, 48)
     assert np.abs(pixels(jpeg) - np.asarray(image.convert("RGB")).astype(int)).mean() < 4
 
 
 def test_a_cmyk_jpeg_is_not_kept():
-    jpeg, *_ = to_jpeg(encoded(picture(48, 48).convert("CMYK")), "original", LIMIT)
+    jpeg, *_ = to_stored(encoded(picture(48, 48).convert("CMYK")), "original", LIMIT)
     assert Image.open(io.BytesIO(jpeg)).mode == "RGB"
 
 
@@ -355,8 +391,128 @@ def test_a_cmyk_jpeg_is_not_kept():
      ("crop224", (50, 40), (224, 224))],
 )  # fmt: skip
 def test_stored_sizes(store, size, wanted):
-    jpeg, *stored = to_jpeg(encoded(picture(*size)), store, LIMIT)
+    jpeg, *stored = to_stored(encoded(picture(*size)), store, LIMIT)
     assert tuple(stored) == Image.open(io.BytesIO(jpeg)).size == wanted
+
+
+def as_it_was(image: Image.Image) -> Image.Image:
+    """Short side to 224 px, whatever the long side becomes, then cropped."""
+    short, long = sorted(image.size)
+    size = (224, int(224 * long / short)) if image.width <= image.height else (int(224 * long / short), 224)
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = round((size[0] - 224) / 2), round((size[1] - 224) / 2)
+    return image.crop((left, top, left + 224, top + 224))
+
+
+@pytest.mark.parametrize("size", [(640, 480), (333, 500), (50, 40), (90, 720), (296, 37)])
+def test_the_middle_is_what_it_was_when_all_of_the_image_was_resized(size):
+    stored, *_ = to_stored(encoded(picture(*size), "PNG"), "crop224", LIMIT)
+    assert stored == encoded(as_it_was(picture(*size)), quality=95, subsampling="4:4:4")
+
+
+@pytest.mark.parametrize("size", [(1, 600), (600, 1), (30, 1001), (3001, 100)])
+def test_the_middle_of_a_slender_image_is_cut_out_before_it_is_resized(size):
+    """At most half a pixel of the file away from where all of it would have been cropped, and nearly always alike."""
+    image = picture(*size)
+    stored, *_ = to_stored(encoded(image, "PNG"), "crop224", LIMIT)
+    off = np.abs(pixels(stored) - np.asarray(as_it_was(image)).astype(int))
+    assert off.mean() < 3
+
+
+def test_a_slender_image_takes_no_more_memory_than_another():
+    """It was 1.7 GB."""
+    code = (
+        "import io, resource; from PIL import Image; from fastbd.data.decode import to_stored; file = io.BytesIO(); "
+        "Image.new('RGB', (1, 8000)).save(file, 'PNG'); most = lambda: resource.getrusage(resource.RUSAGE_SELF)[2];"
+        "before = most(); to_stored(file.getvalue(), 'crop224', 10**6); print(most() - before)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(said) < 20_000  # kB
+
+
+def test_sides_that_no_jpeg_can_have_are_refused():
+    for store in ("original", "png", "short256"):
+        with pytest.raises(BadImage, match="too long: 2x65501 px, of at most 65,500 a side"):
+            to_stored(encoded(Image.new("L", (2, 65_501)), "PNG"), store, LIMIT)
+    assert to_stored(encoded(Image.new("L", (2, 65_501)), "PNG"), "crop224", LIMIT)[1:] == (224, 224)
+
+
+JPEGS = {**KINDS, "grey": {}, "own tables": {"optimize": True}, "halved chroma": {"subsampling": 1}}
+
+
+def of_kind(kind: str, size: tuple[int, int], ground: bool) -> bytes:
+    """A JPEG of smooth colours, on a white ground or all over."""
+    image = Image.new("RGB", size, "white") if ground else picture(*size)
+    image.paste(picture(size[0] // 2, size[1] // 2), (size[0] // 4, size[1] // 4))
+    return encoded(image.convert("L" if kind == "grey" else "RGB"), quality=85, **JPEGS[kind])
+
+
+@pytest.mark.parametrize("ground", [False, True])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_whose_data_end_early_is_refused_and_no_whole_one_is(kind, ground):
+    """libjpeg fills in what is missing, and Pillow does not tell."""
+    for size in ((200, 200), (33, 47), (301, 17), (129, 97)):
+        file = of_kind(kind, size, ground)
+        for name, whole in harmless(file).items():
+            assert to_stored(whole, "original", LIMIT)[0] == whole, (size, name)
+        start, length = scan_of(file), len(file) - scan_of(file)
+        for share in (0, 0.1, 0.5, 0.8):
+            if kind == "progressive" and share:
+                continue  # where a scan ends, nothing is missing that a decoder could know of
+            at = start + int(length * share)
+            at -= file[at - 1] == 0xFF
+            early = file[:at] + b"\xff\xd9"
+            read(as_arrays(early)[0])  # it can be decoded
+            with pytest.raises(BadImage, match="damaged image: its data end before its last row"):
+                to_stored(early, "original", LIMIT)
+
+
+def test_a_progressive_jpeg_that_ends_within_a_scan_is_refused():
+    file = of_kind("progressive", (200, 200), False)
+    scans = [at for at in range(len(file) - 1) if file[at : at + 2] == b"\xff\xda"]
+    assert len(scans) > 5
+    for scan, after in zip(scans, [*scans[1:], len(file)], strict=True):
+        early = file[: (scan + 10 + after) // 2] + b"\xff\xd9"
+        if after - scan > 200:
+            with pytest.raises(BadImage, match="end before"):
+                to_stored(early, "original", LIMIT)
+        to_stored(file[:after] + b"\xff\xd9", "original", LIMIT)  # coarser, but nothing is missing
+
+
+def png(size: tuple[int, int], depth: int, colours: int, interlaced: int, length: int, cuts: int = 1) -> bytes:
+    """A PNG of black, white or the like, of so many unpacked bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packed = zlib.compress(bytes(length))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colours, 0, 0, interlaced))
+    palette = chunk(b"PLTE", bytes(3)) if colours == 3 else b""
+    parts = np.array_split(np.frombuffer(packed, np.uint8), cuts)
+    data = b"".join(chunk(b"IDAT", part.tobytes()) for part in parts)
+    return b"\x89PNG\r\n\x1a\n" + header + palette + data + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("size", "depth", "colours", "interlaced", "length"),
+    [
+        ((5, 3), 8, 2, 0, 3 * 16),
+        ((5, 3), 8, 6, 0, 3 * 21),
+        ((5, 3), 16, 4, 0, 3 * 21),
+        ((9, 2), 1, 0, 0, 2 * 3),
+        ((3, 7), 4, 3, 0, 7 * 3),
+        ((8, 8), 8, 0, 1, 2 + 2 + 3 + 2 * 3 + 2 * 5 + 4 * 5 + 4 * 9),
+        ((1, 1), 8, 2, 1, 4),  # all passes but the first are empty
+        ((3, 1), 8, 0, 1, 2 + 2 + 2),
+    ],
+)
+def test_a_png_that_lacks_rows_is_refused(size, depth, colours, interlaced, length):
+    """Pillow would leave them black. The lengths are counted by hand."""
+    for more in (0, 5):
+        assert to_stored(png(size, depth, colours, interlaced, length + more), "png", LIMIT)[1:] == size
+    assert to_stored(png(size, depth, colours, interlaced, length, cuts=3), "png", LIMIT)[1:] == size
+    with pytest.raises(BadImage, match="damaged image"):
+        to_stored(png(size, depth, colours, interlaced, length - 1), "png", LIMIT)
 
 
 GOOD = encoded(picture(400, 300), quality=95)
@@ -375,5 +531,5 @@ GOOD = encoded(picture(400, 300), quality=95)
 )
 def test_what_is_no_whole_image_is_refused(file, reason):
     with pytest.raises(BadImage) as caught:
-        to_jpeg(file, "original", LIMIT)
+        to_stored(file, "original", LIMIT)
     assert caught.value.reason.startswith(reason)
