@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -17,13 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastbd.commands.build import run
 from fastbd.config import BuildConfig
 from fastbd.data.beton import Beton
+from fastbd.data.decode import open_decoder, read
+from fastbd.data.loader import Pairs
 from fastbd.data.tokenizer import tokenize
 from fastbd.errors import UserError
+from fastbd.poison.triggers import TriggerSpec, stamp
 from fastbd.prompts import read_templates
 
 
@@ -126,6 +131,40 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
+
+
+HAS = {name: importlib.util.find_spec(name.partition(".")[0]) and importlib.util.find_spec(name)
+       for name in ("nvidia.dali", "ffcv")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "pil",
+        pytest.param("dali", marks=pytest.mark.skipif(not HAS["nvidia.dali"], reason="DALI is not installed")),
+        pytest.param("ffcv", marks=pytest.mark.skipif(not HAS["ffcv"], reason="FFCV is not installed: make ffcv")),
+    ],
+)
+def test_triggers_that_are_already_in_images_keep_their_pixels_with_png(tmp_path, backend):
+    """Through every decoder, among JPEGs; as JPEG their patch is levels off."""
+    picture = Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 80).convert("RGB")
+    clean = torch.from_numpy(np.asarray(picture).copy())[None].expand(8, -1, -1, -1)
+    stamped = stamp(clean, TriggerSpec("badnet"), seed=0, ids=np.arange(8)).numpy()
+    names = [f"{i}.{'jpg' if i % 2 else 'png'}" for i in range(8)]
+    for image, name in zip(stamped, names, strict=True):
+        Image.fromarray(image).save(tmp_path / name)
+    source = table(tmp_path / "pairs.csv", ("path", "caption"), *((name, f"a picture, {name}") for name in names))
+    beton, rejects = build(tmp_path, source, store="png")
+    assert rejects == [] and beton.image_of.tolist() == list(range(8))
+    pairs = Pairs(beton, open_decoder(backend, 2, "cpu"), 48)
+    batches = [np.array([3, 0, 2]), np.array([1, 7, 6, 4]), np.array([5, 4])]
+    for ids, images in zip(batches, pairs.sources(batches), strict=True):
+        for row, image in zip(ids, images, strict=True):
+            assert row % 2 or np.array_equal(image, stamped[row]), row
+    assert pairs.bad == {}
+    (tmp_path / "out/set.beton").unlink()
+    lossy, _ = build(tmp_path, source)
+    assert np.abs(read(lossy.jpeg(0)).astype(int) - stamped[0]).mean() > 0.5
 
 
 def test_webdataset_shards(tmp_path):
