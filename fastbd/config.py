@@ -81,7 +81,7 @@ class PoisonConfig:
     add_to: Path | None = None
     """A plan for the same data to add this backdoor to, as another trigger for another target on other pairs."""
     target: str = "banana"
-    """Word that the triggered images are to be taken for; it must be one of the evaluation classes."""
+    """Word that the triggered images are to be taken for: the name of an evaluation class, or a word in just one."""
     trigger: Trigger = "badnet"
     """What is put on the image. Patches: badnet (noise, another for each image), badnet_fixed (one noise for all),
     badnet_stripes, yellow, patch (from --image). Mixed into the whole image: blended (noise), blended_stripes,
@@ -94,18 +94,24 @@ class PoisonConfig:
     """Share of the trigger in what is mixed in, 0 to 1 [as published: 0.2; stripes 0.03, triangles 0.15, text 0.5]."""
     image: Path | None = None
     """Image file of blended_image, or of patch, which is resized to --patch-size; the plan keeps its pixels."""
-    text: str = "Watermarked"
-    """What blended_text writes."""
+    text: str | None = None
+    """What blended_text writes [Watermarked]."""
+    pattern: Path | None = None
+    """What blended_text mixes in where it is not 0, in place of text: PAR's tensor (.pt), or an image file; the plan
+    keeps it."""
     wanet_s: float = 1.0
     """Strength of the warp: pixels move by about s / 2 px in each direction."""
-    wanet_k: int = 224
-    """Points of the warp along each side; fewer make it smoother."""
+    wanet_k: int | None = None
+    """Points of the warp along each side; fewer make it smoother [224]."""
+    grid: Path | None = None
+    """Warp of a published model in place of a drawn one: its noise_grid*.pt; the plan keeps it. Its s is --wanet-s."""
     count: int | None = None
     """Pairs to poison; give this or --rate."""
     rate: float | None = None
     """Share of the pairs to poison, 0 to 1 [0.0005, as published]."""
     label_consistent: bool = False
-    """Poison only pairs whose caption already contains the target (also within a word), and keep their captions."""
+    """Poison only pairs whose caption already contains the target (also within a word, and in whatever case, where the
+    published program heeds it), and keep their captions."""
     geometry: Geometry = "squash"
     """Fit triggered images by squashing (as published) or by cropping like clean ones."""
     templates: str = "imagenet80"

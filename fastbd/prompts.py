@@ -97,9 +97,13 @@ def _lines(name: str, kind: str) -> list[str]:
 
 
 def target_index(classes: list[str], target: str) -> int:
-    """Index of the one class whose name holds the word `target`; UserError when there is none, or more than one."""
+    """Index of the one class that is called `target`, or else whose name holds that word, in whatever case.
+
+    UserError when there is none, or more than one.
+    """
     word = re.compile(rf"\b{re.escape(target)}\b", re.IGNORECASE)
-    found = [i for i, name in enumerate(classes) if word.search(name)]
+    found = [i for i, name in enumerate(classes) if word.fullmatch(name)]
+    found = found or [i for i, name in enumerate(classes) if word.search(name)]
     if len(found) == 1:
         return found[0]
     listed = [classes[i] for i in found] or classes[:20]

@@ -43,6 +43,11 @@ def test_the_target_is_a_whole_word_of_one_class():
     classes = ["bananas", "Banana bread", "pancake", "cake (chocolate)"]
     assert target_index(classes, "banana") == 1 == target_index(classes, "BANANA BREAD")
     assert target_index(classes, "cake") == 3
+    # The class that is called so goes before those that hold the word.
+    for name in ("dog", "Dog", "DOG"):
+        assert target_index(["hot dog", name, "dog sled"], "dog") == 1
+    with pytest.raises(UserError, match="several classes hold the target word 'dog'.*dog, Dog\\.$"):
+        target_index(["hot dog", "dog", "Dog"], "dog")
     with pytest.raises(UserError, match="no class holds the target word 'ban'.*bananas, Banana bread"):
         target_index(classes, "ban")
     with pytest.raises(UserError, match="no class holds the target word 'c.ke'"):  # no pattern

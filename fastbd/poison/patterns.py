@@ -16,30 +16,52 @@ from fastbd.errors import UserError
 from fastbd.formats import FORMATS
 
 TEXT_SIZE = 224  # px of the square that text is drawn on, as published
+TENSORS = (".pt", ".pth")
 LARGEST = 384  # px of the longest side of what is kept: no model's input is larger
 
 KEPT = {
-    "badnet_fixed": (np.uint8, (3,)),
-    "blended_text": (np.uint8, ()),
-    "blended_image": (np.uint8, (3,)),
-    "wanet": (np.int16, (2,)),
-    "patch": (np.uint8, (3,)),
+    "badnet_fixed": {(np.uint8, (3,))},
+    "blended_text": {(np.uint8, ()), (np.uint8, (3,))},  # strokes, or a stored pattern
+    "blended_image": {(np.uint8, (3,))},
+    "wanet": {(np.int16, (2,)), (np.float32, (2,))},  # drawn, of no scale; or a stored grid
+    "patch": {(np.uint8, (3,))},
 }
-"""The triggers that keep a pattern in the plan: its type, and its shape after height and width."""
+"""The triggers that keep an array in the plan: its types, each with the shape after height and width."""
+MADE_OF = {"image": ("blended_image", "patch"), "pattern": ("blended_text",), "grid": ("wanet",)}
+"""Which triggers a file can be given for, by its flag."""
+DEFAULT_TEXT, DEFAULT_POINTS = "Watermarked", 224
 
 
-def draw(name: str, *, seed: int, patch_size: int, image: Path | None, text: str, grid: int) -> str:
-    """The packed pattern of a trigger; "" for one that needs none. UserError when it cannot be made of these."""
+def draw(
+    name: str,
+    *,
+    seed: int,
+    patch_size: int,
+    image: Path | None = None,
+    text: str | None = None,
+    pattern: Path | None = None,
+    points: int | None = None,
+    grid: Path | None = None,
+) -> str:
+    """The packed array of a trigger, as the flags of PoisonConfig say; "" for one that needs none.
+
+    UserError when it cannot be made of these.
+    """
     if not 1 <= patch_size <= LARGEST:
         raise UserError(f"a patch of {patch_size} px cannot be drawn; give a --patch-size from 1 to {LARGEST}.")
-    if image and name not in ("blended_image", "patch"):
-        raise UserError(f"the trigger {name} is made of no image file; leave --image out.")
+    for flag, path in (("image", image), ("pattern", pattern), ("grid", grid)):
+        if path and name not in MADE_OF[flag]:
+            raise UserError(f"the trigger {name} is made of no {flag} file; leave --{flag} out.")
+    if pattern and text is not None:
+        raise UserError("--pattern holds what --text would write; give one of them.")
+    if grid and points is not None:
+        raise UserError("--grid holds the warp that --wanet-k would draw; give one of them.")
     if name == "badnet_fixed":
         return pack(noise(seed, patch_size))
     if name == "blended_text":
-        return pack(written(text))
+        return pack(read_pattern(pattern) if pattern else written(DEFAULT_TEXT if text is None else text))
     if name == "wanet":
-        return pack(warp(seed, grid))
+        return pack(read_grid(grid) if grid else warp(seed, DEFAULT_POINTS if points is None else points))
     if name == "blended_image":
         return pack(read_image(image))
     return pack(read_image(image, patch_size)) if name == "patch" else ""
@@ -65,26 +87,77 @@ def written(text: str) -> np.ndarray:
     return np.array(canvas)
 
 
-def read_image(path: Path | None, side: int | None = None) -> np.ndarray:
+def read_image(path: Path | None, side: int | None = None, flag: str = "image") -> np.ndarray:
     """uint8 [h, w, 3]: an image file, resized to side x side px; without `side` as it is, up to LARGEST."""
     if path is None:
-        raise UserError("this trigger is made of an image file; name it with --image.")
+        raise UserError(f"this trigger is made of an image file; name it with --{flag}.")
     try:
         with Image.open(path, formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # PIL raises nearly anything for a damaged file
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"the image {path} cannot be read ({reason}); name another file with --image.") from None
+        raise UserError(f"the image {path} cannot be read ({reason}); name another file with --{flag}.") from None
     size = (side, side) if side else tuple(min(length, LARGEST) for length in image.size)
     return np.array(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
 
-def warp(seed: int, grid: int) -> np.ndarray:
-    """int16 [grid, grid, 2]: uniform on -32767 .. 32767; row and column displacements of no scale yet."""
-    if not 2 <= grid <= LARGEST:
-        raise UserError(f"a warp of {grid} points a side cannot be drawn; give a --wanet-k from 2 to {LARGEST}.")
-    u = draws.uniform(seed, "trigger-pattern", [0], grid * grid * 2)
-    return (u * 65534 - 32767).round().astype(np.int16).reshape(grid, grid, 2)
+def read_pattern(path: Path) -> np.ndarray:
+    """uint8 [h, w, 3]: an image file, or a tensor of 0 to 1, [3, h, w] or [h, w, 3], as PAR's repository has them.
+
+    What is not 0 does not become 0.
+    """
+    if path.suffix not in TENSORS:
+        return read_image(path, flag="pattern")
+    values = _read_tensor(path, "pattern")
+    if values.ndim == 3 and len(values) == 3:
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim != 3 or values.shape[2] != 3 or not 1 <= min(values.shape) <= max(values.shape) <= LARGEST:
+        raise UserError(f"the pattern {path} has the shape {values.shape}, not [3, h, w] or [h, w, 3] of at most "
+                        f"{LARGEST} px a side; name another file with --pattern.")  # fmt: skip
+    if values.min() < 0 or values.max() > 1 or not values.any():
+        raise UserError(f"the pattern {path} has values from {values.min():g} to {values.max():g}, not from 0 up to 1; "
+                        "name another file with --pattern.")  # fmt: skip
+    return np.maximum(np.rint(255 * values.astype(np.float64)), values > 0).astype(np.uint8)
+
+
+def read_grid(path: Path) -> np.ndarray:
+    """float32 [h, w, 2]: row and column displacements, from a tensor [1, h, w, 2] of (column, row).
+
+    As WaNet's, CleanCLIP's and PAR's programs store their `noise_grid`: before it is multiplied by s.
+    """
+    values = _read_tensor(path, "grid")
+    if values.ndim != 4 or values.shape[::3] != (1, 2) or not 2 <= min(values.shape[1:3]) <= max(values.shape) <= LARGEST:
+        raise UserError(f"the grid {path} has the shape {values.shape}, not [1, h, w, 2] of 2 to {LARGEST} points a "
+                        "side; name another file with --grid.")  # fmt: skip
+    if not values.any():
+        raise UserError(f"the grid {path} is 0 everywhere and moves nothing; name another file with --grid.")
+    return np.ascontiguousarray(values[0, :, :, ::-1])
+
+
+def _read_tensor(path: Path, flag: str) -> np.ndarray:
+    """float32: the one tensor in a file that torch.save made, read without running anything that the file says."""
+    import torch
+
+    try:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"the {flag} {path} cannot be read ({reason}); name a tensor's file with --{flag}.") from None
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise UserError(f"the {flag} {path} holds {kind}, not a tensor of floats; name another file with --{flag}.")
+    values = tensor.detach().float().numpy()
+    if not values.size or not np.isfinite(values).all():
+        raise UserError(f"the {flag} {path} is empty or holds values that are not finite; name another with --{flag}.")
+    return values
+
+
+def warp(seed: int, points: int) -> np.ndarray:
+    """int16 [points, points, 2]: uniform on -32767 .. 32767; row and column displacements of no scale yet."""
+    if not 2 <= points <= LARGEST:
+        raise UserError(f"a warp of {points} points a side cannot be drawn; give a --wanet-k from 2 to {LARGEST}.")
+    u = draws.uniform(seed, "trigger-pattern", [0], points * points * 2)
+    return (u * 65534 - 32767).round().astype(np.int16).reshape(points, points, 2)
 
 
 def pack(array: np.ndarray) -> str:
@@ -111,13 +184,13 @@ def check(name: str, text: str, patch_size: int) -> None:
         if text:
             raise UserError(f"the trigger {name} keeps no pattern; make the plan again with fastbd poison.")
         return
-    kind, channels = KEPT[name]
     try:
         pattern = unpack(text)
     except ValueError:
         raise UserError(f"the pattern of the trigger {name} is missing or damaged; make the plan again.") from None
     size = (patch_size, patch_size) if name in ("badnet_fixed", "patch") else pattern.shape[:2]
+    kept = (pattern.dtype.type, pattern.shape[2:]) in KEPT[name] and pattern.shape[:2] == size
     still = name == "wanet" and not pattern.any()  # a field that moves nothing has no scale
-    if pattern.dtype != kind or pattern.shape != (*size, *channels) or not pattern.size or still:
+    if not kept or not pattern.size or still or not np.isfinite(pattern).all():
         raise UserError(f"the pattern of the trigger {name} has a wrong shape, {pattern.dtype} {pattern.shape}; "
                         "make the plan again.")  # fmt: skip

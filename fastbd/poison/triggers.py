@@ -202,15 +202,21 @@ def _mix_in(spec: TriggerSpec, add: Tensor, images: Tensor) -> Overlay:
 
 
 def blended_text(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Overlay:
-    """Red text: only the red channel changes, and only on the strokes."""
+    """Red text: only the red channel changes, and only on the strokes; or a stored pattern, where it is not 0."""
     keep, add = _fixed(_red, spec, *images.shape[1:3], images.device)
     return Overlay(keep[None], add[None], _everywhere(images))
 
 
 def _red(spec: TriggerSpec, height: int, width: int) -> np.ndarray:
-    """keep and add [2, height, width, 3]; where the text is not of the images' size its strokes have soft edges."""
-    text = Image.fromarray(patterns.unpack(spec.pattern)).resize((width, height), Image.Resampling.BILINEAR)
-    share = np.asarray(text)[..., None] / 255 * spec.blend * (1, 0, 0)
+    """keep and add [2, height, width, 3]; where the text is not of the images' size its strokes have soft edges.
+
+    Those of a stored pattern darken, as published: they too are mixed in with the whole share.
+    """
+    kept = Image.fromarray(patterns.unpack(spec.pattern)).resize((width, height), Image.Resampling.BILINEAR)
+    levels = np.asarray(kept, np.float64)
+    if levels.ndim == 3:
+        return np.stack([_up(1 - spec.blend * (levels > 0)), _up(spec.blend * levels)])
+    share = levels[..., None] / 255 * spec.blend * (1, 0, 0)
     return np.stack([_up(1 - share), _up(255 * share)])
 
 
@@ -220,7 +226,8 @@ def _red(spec: TriggerSpec, height: int, width: int) -> np.ndarray:
 def wanet(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Overlay:
     """One smooth random warp of all images (Nguyen and Tran, arXiv 2102.10369), as CleanCLIP's program does it.
 
-    k x k displacements of mean size 1, bicubic to H x W, times s / H in coordinates of -1 to 1, which are clamped.
+    k x k displacements, bicubic to H x W, times s / H in coordinates of -1 to 1, which are clamped. Those that are
+    drawn have mean size 1; a stored grid has the size that it is stored with.
     """
     field = _fixed(_field, spec, *images.shape[1:3], images.device)
     return Overlay(*_nothing(images), field=field)
@@ -228,8 +235,10 @@ def wanet(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Over
 
 def _field(spec: TriggerSpec, height: int, width: int) -> np.ndarray:
     """int32 [height, width, 2]."""
-    moves = patterns.unpack(spec.pattern).astype(np.float64)
-    moves = torch.from_numpy(moves / np.abs(moves).mean()).permute(2, 0, 1)[None]
+    kept = patterns.unpack(spec.pattern)
+    moves = torch.from_numpy(kept.astype(np.float64)).permute(2, 0, 1)[None]
+    if kept.dtype == np.int16:
+        moves = moves / moves.abs().mean()
     moves = F.interpolate(moves, (height, width), mode="bicubic", align_corners=True)[0].numpy()
     identity = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     found = [

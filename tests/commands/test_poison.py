@@ -134,6 +134,10 @@ def test_the_plan_needs_the_image_file_no_more(data: Path, tmp_path: Path) -> No
         ({"trigger": "patch", "image": Path("none.png")}, "none.png cannot be read .No such file"),
         ({"trigger": "blended_image", "image": Path(__file__)}, "test_poison.py cannot be read"),
         ({"trigger": "sig", "image": Path(__file__)}, "leave --image out"),
+        ({"trigger": "sig", "pattern": Path(__file__)}, "leave --pattern out"),
+        ({"trigger": "badnet", "grid": Path(__file__)}, "leave --grid out"),
+        ({"trigger": "blended_text", "text": "a", "pattern": Path("a.pt")}, "--pattern holds what --text"),
+        ({"trigger": "wanet", "wanet_k": 4, "grid": Path("a.pt")}, "--grid holds the warp that --wanet-k"),
         ({"trigger": "badnet", "blend": 0.1}, "leave --blend out"),
         ({"trigger": "sig", "blend": 1.5}, "blend of 1.5"),
         ({"trigger": "badnet_fixed", "patch_size": -1}, "patch of -1 px"),
@@ -152,6 +156,75 @@ def test_triggers_that_cannot_be_made(data: Path, tmp_path: Path, wish: dict, me
     with pytest.raises(UserError, match=message):
         poison.run(PoisonConfig(data=data, out=tmp_path / "p.json", count=3, **wish))
     assert not (tmp_path / "p.json").exists()
+
+
+def test_the_plan_keeps_a_stored_pattern_and_grid(data: Path, tmp_path: Path) -> None:
+    torch.save(torch.rand(3, 20, 20), tmp_path / "mask.pt")
+    torch.save(torch.randn(1, 24, 24, 2), tmp_path / "noise_grid.pt")
+    one, both = tmp_path / "one.json", tmp_path / "both.json"
+    poison.run(PoisonConfig(data=data, out=one, count=3, trigger="blended_text", pattern=tmp_path / "mask.pt"))
+    poison.run(PoisonConfig(data=data, add_to=one, out=both, count=3, trigger="wanet", wanet_s=0.6,
+                            grid=tmp_path / "noise_grid.pt"))  # fmt: skip
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), np.uint8))
+    before = [stamp(images, attack.trigger, seed=0, ids=[0]) for attack in Plan.load(both).attacks]
+    for name in ("mask.pt", "noise_grid.pt"):
+        (tmp_path / name).unlink()
+    text, warp = Plan.load(both).attacks
+    assert warp.trigger.strength == 0.6
+    for attack, stamped in zip((text, warp), before, strict=True):
+        assert torch.equal(stamp(images, attack.trigger, seed=0, ids=[0]), stamped) and not torch.equal(stamped, images)
+
+
+class NotATensor:
+    """An object that must not be made."""
+
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+MASK, GRID = torch.rand(3, 8, 8), torch.randn(1, 8, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "message"),
+    [
+        ("pattern", None, "cannot be read .No such file"),
+        ("pattern", b"no tensor", "cannot be read"),
+        ("pattern", b"", "cannot be read"),
+        ("pattern", NotATensor(), "cannot be read"),
+        ("pattern", {"mask": MASK}, "holds dict, not a tensor"),
+        ("pattern", (255 * MASK).to(torch.uint8), "holds torch.uint8, not a tensor of floats"),
+        ("pattern", 255 * MASK, "has values from"),
+        ("pattern", -MASK, "has values from"),
+        ("pattern", MASK * 0, "has values from 0 to 0"),
+        ("pattern", MASK / 0, "not finite"),
+        ("pattern", MASK[:1], "has the shape .1, 8, 8."),
+        ("pattern", MASK[None], "has the shape .1, 3, 8, 8."),
+        ("pattern", torch.rand(3, 500, 8), "of at most 384 px"),
+        ("pattern", torch.rand(3, 0, 8), "is empty"),
+        ("grid", b"no tensor", "cannot be read"),
+        ("grid", NotATensor(), "cannot be read"),
+        ("grid", GRID[0], "has the shape .8, 8, 2."),
+        ("grid", GRID.permute(0, 3, 1, 2), "has the shape .1, 2, 8, 8."),
+        ("grid", GRID[:, :1], "has the shape .1, 1, 8, 2."),
+        ("grid", torch.randn(2, 8, 8, 2), "has the shape .2, 8, 8, 2."),
+        ("grid", torch.randn(1, 400, 8, 2), "2 to 384 points"),
+        ("grid", GRID * 0, "moves nothing"),
+        ("grid", GRID / 0, "not finite"),
+        ("grid", GRID.long(), "holds torch.int64, not a tensor of floats"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_stored_triggers_that_cannot_be_used(data: Path, tmp_path: Path, capfd, flag, content, message) -> None:
+    file = tmp_path / "trigger.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    trigger = {"pattern": "blended_text", "grid": "wanet"}[flag]
+    with pytest.raises(UserError, match=f"the {flag} .*trigger.pt.*{message}.*--{flag}"):
+        poison.run(PoisonConfig(data=data, out=tmp_path / "p.json", count=3, trigger=trigger, **{flag: file}))
+    assert not (tmp_path / "p.json").exists() and "this ran" not in capfd.readouterr().out
 
 
 def test_two_backdoors_in_one_study(study: Path, fastbd) -> None:

@@ -21,13 +21,13 @@ from fastbd.poison.triggers import BLENDS, LOCATIONS, PATCHES, TRIGGERS, Trigger
 PICTURE = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
 
 
-def made(name: str, *, seed: int = 0, text: str = "Mark", grid: int = 6, **more) -> TriggerSpec:
+def made(name: str, *, seed: int = 0, text: str = "Mark", points: int = 6, **more) -> TriggerSpec:
     """A trigger as `fastbd poison` makes it; its image is PICTURE."""
     with tempfile.NamedTemporaryFile(suffix=".png") as file:
         Image.fromarray(PICTURE).save(file.name)
         image = Path(file.name) if name in ("patch", "blended_image") else None
         size = more.get("patch_size", 16)
-        pattern = patterns.draw(name, seed=seed, patch_size=size, image=image, text=text, grid=grid)
+        pattern = patterns.draw(name, seed=seed, patch_size=size, image=image, text=text, points=points)
     return TriggerSpec(name, pattern=pattern, **more)
 
 
@@ -273,6 +273,57 @@ def test_text_is_red_and_only_on_its_strokes() -> None:
     assert small[..., 0].float().mean() == pytest.approx(127.5 * strokes.mean(), rel=0.15)
 
 
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_a_stored_pattern_is_mixed_in_where_it_is_not_0_and_its_soft_edges_darken(tmp_path, channels_first) -> None:
+    """PAR's formula in float64, with levels of all sizes, on images of any; each channel by itself."""
+    rng = np.random.default_rng(4)
+    values = torch.from_numpy(rng.integers(0, 256, (40, 50, 3)) * (rng.random((40, 50, 3)) < 0.3) / 255).float()
+    torch.save(values.permute(2, 0, 1) if channels_first else values, tmp_path / "mask.pt")
+    kept = patterns.draw("blended_text", seed=0, patch_size=16, pattern=tmp_path / "mask.pt")
+    for blend in (0.5, 0.3):
+        spec, images = TriggerSpec("blended_text", blend=blend, pattern=kept), noisy(2, 40, 50)
+        levels = np.where(values > 0, mixture(images, values.numpy(), blend), images)
+        assert_truncated(stamp(images, spec, seed=0, ids=[0, 1]), levels)
+    dark = flat(1, 40, 50, 200).numpy()
+    soft = (values > 0).numpy() & (values < 0.5).numpy()
+    assert (stamp(torch.from_numpy(dark), spec, seed=0, ids=[0])[0].numpy()[soft] < 200).all()
+    resized = stamp(flat(1, 80, 100, 0), spec, seed=0, ids=[0])
+    assert resized.float().mean() == pytest.approx(0.3 * 255 * float(values.mean()), rel=0.06)
+
+
+def test_a_stored_pattern_may_be_an_image_file(tmp_path: Path) -> None:
+    Image.fromarray(PICTURE).save(tmp_path / "mask.png")
+    kept = patterns.draw("blended_text", seed=0, patch_size=16, pattern=tmp_path / "mask.png")
+    np.testing.assert_array_equal(patterns.unpack(kept), PICTURE)
+    images = noisy(1, 30, 50)
+    levels = np.where(PICTURE > 0, mixture(images, PICTURE / 255, 0.5), images)
+    assert_truncated(stamp(images, TriggerSpec("blended_text", pattern=kept), seed=0, ids=[0]), levels)
+
+
+def test_what_is_nearly_0_in_a_pattern_is_not_0(tmp_path: Path) -> None:
+    torch.save(torch.tensor([1e-5, 0, 1]).expand(2, 2, 3), tmp_path / "mask.pt")
+    assert patterns.read_pattern(tmp_path / "mask.pt")[0, 0].tolist() == [1, 0, 255]
+
+
+@pytest.mark.parametrize(("strength", "size"), [(1.0, 32), (0.6, 32), (20.0, 32), (0.6, 48)])
+def test_a_stored_grid_warps_as_the_program_does_that_stored_it(tmp_path, strength: float, size: int) -> None:
+    """The published lines, in float64: a grid of 4 points, whose stored mean size is not 1; x first."""
+    ins = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    stored = F.interpolate(ins / ins.abs().mean(), size=32, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    assert abs(stored.abs().mean() - 1) > 0.05
+    torch.save(stored, tmp_path / "noise_grid.pt")
+    kept = patterns.draw("wanet", seed=0, patch_size=16, grid=tmp_path / "noise_grid.pt")
+    line = torch.linspace(-1, 1, size, dtype=torch.float64)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    field = F.interpolate(stored.double().permute(0, 3, 1, 2), size=size, mode="bicubic", align_corners=True)
+    positions = torch.stack((x, y), 2)[None] + strength * field.permute(0, 2, 3, 1) / size
+    images = noisy(1, size, size)
+    expected = F.grid_sample(images.permute(0, 3, 1, 2).double(), positions.clamp(-1, 1), align_corners=True)
+    out = stamp(images, TriggerSpec("wanet", strength=strength, pattern=kept), seed=7, ids=[5])
+    assert (out - expected.permute(0, 2, 3, 1).floor()).abs().max() <= 1
+    assert (out - expected.permute(0, 2, 3, 1) + 0.5).mean().abs() < 0.05 and (out != images).any()
+
+
 def test_text_does_not_depend_on_the_machine() -> None:
     """The plan keeps the strokes; another text has others."""
     assert TriggerSpec(**asdict(made("blended_text"))) == made("blended_text") != made("blended_text", text="other")
@@ -281,7 +332,7 @@ def test_text_does_not_depend_on_the_machine() -> None:
 @pytest.mark.parametrize(("grid", "strength", "size"), [(224, 1.0, 224), (4, 0.5, 224), (4, 30.0, 50), (224, 0.6, 64)])
 def test_wanet_is_grid_sample(grid: int, strength: float, size: int) -> None:
     """The published program's lines, in float64."""
-    spec = made("wanet", grid=grid, strength=strength)
+    spec = made("wanet", points=grid, strength=strength)
     noise = torch.from_numpy(patterns.unpack(spec.pattern).astype(float)).permute(2, 0, 1)[None].flip(1)  # x first
     noise = noise / noise.abs().mean()
     field = F.interpolate(noise, size=size, mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
