@@ -17,6 +17,7 @@ import numpy as np
 
 STRENGTH = 0.1  # share of the words to change; also the probability of deletion
 N_DRAWS = 128
+MOST_WORDS = 512  # of a caption that are worked on: several times as many as 77 tokens hold
 DEBIAN_WORDNET = Path("/usr/share/wordnet")
 
 # Function words of English: never replaced by a synonym.
@@ -158,9 +159,9 @@ def eda(caption: str, u: np.ndarray, synonyms: Callable[[str], Sequence[str]] | 
     """One augmented version of the caption from uniform draws u [N_DRAWS], used again from the start when they run out.
 
     `synonyms` [WordNet, where installed] gives a word's synonyms; where no WordNet is installed only swap and deletion
-    are drawn. A caption without a letter comes back as it is.
+    are drawn. A caption without a letter comes back as it is; of a long one MOST_WORDS are left.
     """
-    words = _words(caption)
+    words = _words(caption)[:MOST_WORDS]
     if not words:
         return caption
     if synonyms is None and _wordnet():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from functools import cache
 
@@ -14,6 +15,7 @@ from fastbd.kernels.text_pack import lengths_of
 
 CONTEXT = 77
 VOCABULARY = 49408
+LONGEST_TOKEN = 32  # bytes; eight emoji
 
 
 @cache
@@ -31,11 +33,14 @@ def clean(text: str) -> str:
 def tokenize(texts: Sequence[str], context: int = CONTEXT) -> np.ndarray:
     """uint16 [B, context]: start (49406), the lower-cased text, end (49407), zeros.
 
-    A long text is cut, its end token is not: the text tower reads its output there.
+    A long text is cut, its end token is not: the text tower reads its output there. Merging a word's bytes takes time
+    that grows with the square of its length, so one that is twice as long as `context` of the longest tokens is cut.
     """
     if not texts:
         return np.zeros((0, context), np.uint16)
-    return _tokenizer().tokenize_batch(list(texts), context_length=context)
+    most = 2 * LONGEST_TOKEN * context
+    words = [text if len(text) <= most else re.sub(rf"(\S{{{most}}})\S+", r"\1", text) for text in texts]
+    return _tokenizer().tokenize_batch(words, context_length=context)
 
 
 def detokenize(tokens: np.ndarray) -> list[str]:

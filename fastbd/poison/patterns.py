@@ -111,7 +111,7 @@ def read_pattern(path: Path) -> np.ndarray:
     values = _read_tensor(path, "pattern")
     if values.ndim == 3 and len(values) == 3:
         values = np.moveaxis(values, 0, -1)
-    if values.ndim != 3 or values.shape[2] != 3 or not 1 <= min(values.shape) <= max(values.shape) <= LARGEST:
+    if values.ndim != 3 or values.shape[2] != 3 or max(values.shape) > LARGEST:
         raise UserError(f"the pattern {path} has the shape {values.shape}, not [3, h, w] or [h, w, 3] of at most "
                         f"{LARGEST} px a side; name another file with --pattern.")  # fmt: skip
     if values.min() < 0 or values.max() > 1 or not values.any():
@@ -126,7 +126,8 @@ def read_grid(path: Path) -> np.ndarray:
     As WaNet's, CleanCLIP's and PAR's programs store their `noise_grid`: before it is multiplied by s.
     """
     values = _read_tensor(path, "grid")
-    if values.ndim != 4 or values.shape[::3] != (1, 2) or not 2 <= min(values.shape[1:3]) <= max(values.shape) <= LARGEST:
+    sides = values.shape[1:3]
+    if values.ndim != 4 or values.shape[::3] != (1, 2) or not 2 <= min(sides) <= max(sides) <= LARGEST:
         raise UserError(f"the grid {path} has the shape {values.shape}, not [1, h, w, 2] of 2 to {LARGEST} points a "
                         "side; name another file with --grid.")  # fmt: skip
     if not values.any():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastbd.data import eda as eda_module
-from fastbd.data.eda import N_DRAWS, WordNet, eda, synonyms_source
+from fastbd.data.eda import MOST_WORDS, N_DRAWS, WordNet, eda, synonyms_source
 
 REPLACE, INSERT, SWAP, DELETE = 0.1, 0.3, 0.6, 0.9  # first draws that choose the operation
 
@@ -128,3 +128,11 @@ def test_installed_wordnet():
     if synonyms_source() == "none":
         pytest.skip("no WordNet is installed")
     assert "domestic dog" in eda_module.wordnet_synonyms("dog")
+
+
+@pytest.mark.parametrize("operation", [REPLACE, INSERT, SWAP, DELETE])
+def test_a_giant_caption_is_no_endless_work(operation):
+    """Replacing a tenth of 200,000 words would look at each of them 20,000 times."""
+    caption = " ".join("dog " + "cat" * (i % 7) + "abcdefghij"[i % 10] for i in range(100_000))
+    changed = eda(caption, draws(operation), known).split()
+    assert 400 < len(changed) <= 2 * MOST_WORDS and changed[0] in ("dog", "hound", "domestic", "cat", "feline", "a")

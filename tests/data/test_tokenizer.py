@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import html
 import random
+import time
 
 import ftfy
 import numpy as np
 
-from fastbd.data.tokenizer import CONTEXT, VOCABULARY, clean, tokenize
+from fastbd.data.tokenizer import CONTEXT, LONGEST_TOKEN, VOCABULARY, _tokenizer, clean, tokenize
 
 START, END = VOCABULARY - 2, VOCABULARY - 1
 
@@ -25,6 +26,31 @@ def test_a_long_text_keeps_its_end_token():
     assert row.tolist() == [START, *[2368] * (CONTEXT - 2), END]
     assert tokenize(["cat " * 75])[0, -1] == END and tokenize(["cat " * 74])[0, -2:].tolist() == [END, 0]
     assert tokenize(["cat dog bird"], context=4).tolist() == [[START, 2368, 1929, END]]
+
+
+def test_endless_words_have_the_tokens_that_they_had_when_they_were_not_cut():
+    draw, whole = random.Random(0), _tokenizer().tokenize_batch
+    letters, words = "abcdefghijklmnopqrstuvwxyz", ["cat", "dog", "photograph", "of", "the", "ing", "banana"]
+    pieces = [list(letters), words, ["a"], ["ab", "ba"], ["é", "ß"], ["日", "本"], ["😂"], ["!", "?", "-"], ["7", "x"],
+              ["😍", "no", ".", "3"], ["ha"], ["the", "re", "he", "er"]]  # fmt: skip
+    for some in pieces:
+        for length in (75, 2400, 4927, 4928, 4929, 4930, 6000, 9001):
+            word = "".join(draw.choices(some, k=length))[:length]
+            for text in (word, f"a {word} here", f"a photo of a cat and {word}"):
+                np.testing.assert_array_equal(tokenize([text])[0], whole([text], context_length=CONTEXT)[0])
+
+
+def test_no_token_is_longer_than_the_cut_takes_it_to_be():
+    tokens = (_tokenizer().decode([token]) for token in range(START))
+    assert max(len(token.strip().encode()) for token in tokens) == LONGEST_TOKEN
+
+
+def test_an_endless_word_is_no_endless_work():
+    """Half a minute when it is not cut."""
+    began = time.monotonic()
+    word = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=200_000))
+    assert tokenize([word, f"a {word} {word}"])[:, -1].tolist() == [END, END]
+    assert time.monotonic() - began < 5
 
 
 def test_special_tokens_cannot_be_written_in_a_caption():
