@@ -13,8 +13,10 @@ Objective = Literal["mmcl", "ssl", "mmcl_ssl", "siglip", "siglip_ssl", "cyclip"]
 Method = Literal["finetune", "cleanclip", "par", "shrink_perturb", "deep_cluster", "unlearn", "supervised"]
 Robust = Literal["none", "roclip", "safeclip", "progressive"]
 Model = Literal[
-    "demo", "small-rn10", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "tiny-rn", "tiny-vit"
-]
+    "demo", "small-rn10", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336", "tiny-rn",
+    "tiny-vit",
+]  # fmt: skip
+Activation = Literal["quickgelu", "gelu"]
 Trigger = Literal[
     "badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch", "blended", "blended_stripes", "blended_triangles",
     "blended_text", "blended_image", "sig", "wanet", "nashville",
@@ -151,7 +153,11 @@ class PretrainInputs:
     poison: bool = True
     """Plant the plan's backdoor; without it the plan is only attacked with at evaluation."""
     weights: Path | None = None
-    """Checkpoint to start from: OpenAI, open_clip, CleanCLIP, PAR or one of ours [fresh weights]."""
+    """Checkpoint to start from, or its folder: OpenAI, open_clip, Hugging Face, CleanCLIP, PAR or one of ours [fresh
+    weights]."""
+    activation: Activation | None = None
+    """Of the transformers: OpenAI's models have quickgelu, most of LAION's and DataComp's gelu, and weights of either
+    fit both [what a file beside --weights, or its name, tells; else quickgelu]."""
     resume: Path | None = None
     """Run folder to continue; all settings come from it."""
 

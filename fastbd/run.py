@@ -229,7 +229,8 @@ class Run:
         task, settings = self.task, to_dict(self.given)
         settings = {name: value for name, value in settings.items() if name not in FREE}
         terms = [weight > 0 for weight in task.method.objective.weights]
-        return json.dumps([task.model_name, str(task.data), len(task.rows), settings, terms, self.precision])
+        model = [task.model_name, task.model.spec.activation]
+        return json.dumps([*model, str(task.data), len(task.rows), settings, terms, self.precision])
 
     def _layout(self, lengths: np.ndarray) -> tuple[int, int]:
         """The size of a batch, and room for the captions of a part of it."""

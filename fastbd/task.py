@@ -60,6 +60,7 @@ class Task:
             "pretrain_objective": self.pretrain_objective,
             "start": portable(self.start),
             "model": self.model_name,
+            "activation": self.model.spec.activation,
             "data": portable(self.data),
             "eval_data": portable(self.eval_data),
             "classes": portable(self.classes),

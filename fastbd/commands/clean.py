@@ -15,7 +15,7 @@ from fastbd.data.rows import read_rows
 from fastbd.data.shards import Shards, open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.models import create
+from fastbd.models.clip import create_like
 from fastbd.poison.plan import Plan
 from fastbd.run import execute
 from fastbd.task import SPARED, Task, allowed_rows
@@ -34,7 +34,7 @@ def task(config: CleanConfig, world: World) -> Task:
     """The cleaning that the flags ask for."""
     saved = checkpoint.load(checkpoint.path_of(config.run, config.checkpoint))
     source, plan = saved["about"], saved["plan"] and Plan.from_dict(saved["plan"])
-    model = create(source["model"], seed=0)
+    model = create_like(source, seed=0)
     model.load_state_dict(saved["model"])
     data = config.data or Path(source["data"])
     for flag, count in (("--poison-left", config.poison_left), ("--flagged", config.flagged)):

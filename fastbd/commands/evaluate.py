@@ -19,7 +19,7 @@ from fastbd.evals import probe, retrieval
 from fastbd.evals.sets import Attacked, EvalSet, Labelled, open_set
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot
-from fastbd.models import CLIP, create
+from fastbd.models.clip import CLIP, create_like
 from fastbd.poison.plan import Plan
 from fastbd.precision import set_precision
 from fastbd.rebound import clean_pairs, rebound
@@ -46,7 +46,7 @@ def run(config: EvaluateConfig) -> int:
 def open_model(run: Path, which: str, device: torch.device) -> tuple[dict, CLIP]:
     """A run's checkpoint, `last` or of an epoch, and the model in it, on the device."""
     state = checkpoint.load(checkpoint.path_of(run, which))
-    model = create(state["about"]["model"], seed=None)
+    model = create_like(state["about"], seed=None)
     model.load_state_dict(state["model"])
     return state, model.to(device, memory_format=torch.channels_last)
 

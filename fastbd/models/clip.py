@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ VOCABULARY = 49_408
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes of a dual encoder.
+    """Sizes of a dual encoder, and the activation of its transformers: one of ACTIVATIONS.
 
     A ResNet has no `patch`, and its `vision_layers` are the blocks of its four stages; `small`: that for small images.
     """
@@ -37,6 +39,7 @@ class ModelSpec:
     text_layers: int
     text_heads: int
     small: bool = False
+    activation: str = "quickgelu"
 
 
 class CLIP(nn.Module):
@@ -46,7 +49,7 @@ class CLIP(nn.Module):
         super().__init__()
         self.spec, self.image_size, self.embed_dim = spec, spec.image_size, spec.embed_dim
         self.visual = _vision_tower(spec)
-        self.transformer = Transformer(spec.text_width, spec.text_layers, spec.text_heads)
+        self.transformer = Transformer(spec.text_width, spec.text_layers, spec.text_heads, spec.activation)
         self.token_embedding = nn.Embedding(VOCABULARY, spec.text_width)
         self.positional_embedding = nn.Parameter(torch.empty(CONTEXT, spec.text_width))
         self.ln_final = nn.LayerNorm(spec.text_width)
@@ -85,14 +88,21 @@ def _vision_tower(spec: ModelSpec) -> nn.Module:
         return ModifiedResNet(spec.image_size, spec.vision_layers, spec.vision_width, spec.embed_dim)
     (layers,) = spec.vision_layers
     heads = spec.vision_width // 64
-    return VisionTransformer(spec.image_size, spec.patch, spec.vision_width, layers, heads, spec.embed_dim)
+    return VisionTransformer(
+        spec.image_size, spec.patch, spec.vision_width, layers, heads, spec.embed_dim, spec.activation
+    )
 
 
-def create(name: str, seed: int | None) -> CLIP:
+def create(name: str, seed: int | None, activation: str = "quickgelu") -> CLIP:
     """The model of that name with fresh weights."""
     if name not in MODELS:
         raise UserError(f"There is no model {name!r}: choose one of {', '.join(MODELS)}.")
-    return fresh(MODELS[name], seed)
+    return fresh(replace(MODELS[name], activation=activation), seed)
+
+
+def create_like(about: Mapping[str, Any], seed: int | None) -> CLIP:
+    """The model that a checkpoint's `about`, or config.json, records, with fresh weights."""
+    return create(about["model"], seed, about.get("activation", "quickgelu"))  # not recorded up to version 0.1.0
 
 
 def fresh(spec: ModelSpec, seed: int | None) -> CLIP:
@@ -115,6 +125,7 @@ MODELS = {
     "vit-b-32": ModelSpec(224, 512, 768, (12,), 32, 512, 12, 8),
     "vit-b-16": ModelSpec(224, 512, 768, (12,), 16, 512, 12, 8),
     "vit-l-14": ModelSpec(224, 768, 1024, (24,), 14, 768, 12, 12),
+    "vit-l-14-336": ModelSpec(336, 768, 1024, (24,), 14, 768, 12, 12),
     "tiny-rn": ModelSpec(32, 32, 4, (1, 1, 1, 1), None, 32, 1, 2),
     "tiny-vit": ModelSpec(32, 32, 64, (2,), 8, 32, 1, 2),
 }

@@ -43,11 +43,15 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}
+"""OpenAI's models have QuickGELU, most of open_clip's the exact GELU; weights of either fit both."""
+
+
 class MLP(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, activation: str):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
-        self.gelu = QuickGELU()
+        self.gelu = ACTIVATIONS[activation]()
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,11 +59,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, activation: str):
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, activation)
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, text: PackedText | TextTree | None = None) -> Tensor:
@@ -68,11 +72,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm transformer on [B, L, width], or causal on the tokens of a text [T, width]."""
+    """Pre-norm transformer on [B, L, width], or causal on the tokens of a text [T, width]; one of ACTIVATIONS."""
 
-    def __init__(self, width: int, layers: int, heads: int):
+    def __init__(self, width: int, layers: int, heads: int, activation: str):
         super().__init__()
-        self.resblocks = Blocks(*(Block(width, heads) for _ in range(layers)))
+        self.resblocks = Blocks(*(Block(width, heads, activation) for _ in range(layers)))
 
     def forward(self, x: Tensor, text: PackedText | TextTree | None = None) -> Tensor:
         return self.resblocks(x, text)

@@ -11,14 +11,16 @@ from fastbd.models.text import Transformer
 class VisionTransformer(nn.Module):
     """Pixels [B, 3, image_size, image_size] -> embeddings [B, embed_dim]."""
 
-    def __init__(self, image_size: int, patch: int, width: int, layers: int, heads: int, embed_dim: int):
+    def __init__(
+        self, image_size: int, patch: int, width: int, layers: int, heads: int, embed_dim: int, activation: str
+    ):
         super().__init__()
         std = width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(std * torch.randn(width))
         self.positional_embedding = nn.Parameter(std * torch.randn((image_size // patch) ** 2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads)
+        self.transformer = Transformer(width, layers, heads, activation)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(std * torch.randn(width, embed_dim))
 

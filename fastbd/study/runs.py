@@ -69,7 +69,9 @@ class Run:
 
     @property
     def architecture(self) -> str:
-        return self.recorded.get("model") or "?"
+        """The model's name, with an activation that is not its usual one."""
+        gelu = " (GELU)" if self.recorded.get("activation") == "gelu" else ""
+        return f"{self.recorded.get('model') or '?'}{gelu}"
 
     @property
     def id(self) -> str:
