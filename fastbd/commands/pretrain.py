@@ -6,6 +6,7 @@ import glob
 from functools import partial
 from pathlib import Path
 
+from fastbd import log
 from fastbd.cleaning import ROBUST
 from fastbd.cleaning.method import Method
 from fastbd.commands.demo import demo_set
@@ -13,8 +14,8 @@ from fastbd.config import PretrainConfig
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.models import create
-from fastbd.models.weights import load_weights
+from fastbd.models import CLIP, create, read_weights
+from fastbd.models.clip import create_like
 from fastbd.objectives import make_objective
 from fastbd.poison.plan import Plan
 from fastbd.run import execute
@@ -30,9 +31,7 @@ def run(config: PretrainConfig) -> int:
 def task(config: PretrainConfig, world: World) -> Task:
     """The pre-training that the flags ask for."""
     data, plan, eval_data = inputs(config, world)
-    model = create(config.model, config.seed)
-    if config.weights and not config.resume:
-        load_weights(model, config.weights)
+    model = _model(config, world)
     name = config.objective if config.robust == "none" else f"{config.objective}+{config.robust}"
     return Task(
         name=name,
@@ -48,6 +47,20 @@ def task(config: PretrainConfig, world: World) -> Task:
         classes=config.classes,
         templates=config.templates or ("demo" if config.data == "demo" else None),
     )
+
+
+def _model(config: PretrainConfig, world: World) -> CLIP:
+    """With fresh weights or those of --weights, with which a run that is resumed began."""
+    if config.resume:
+        return create_like(read_config(config.resume), config.seed)
+    if config.weights is None:
+        return create(config.model, config.seed, config.activation or "quickgelu")
+    weights = read_weights(config.weights)
+    model = create(config.model, config.seed, config.activation or weights.origin.activation)
+    weights.load_into(model)
+    if world.main:
+        log.console.print(weights.said(config.activation), markup=False)
+    return model
 
 
 def method(config: PretrainConfig) -> Method:
