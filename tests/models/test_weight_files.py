@@ -85,7 +85,7 @@ HOSTILE = {
     "no shape": {"a": {"dtype": "F32", "data_offsets": [0, 16]}},
     "not a table": [1, 2],
     "tensor that is a number": {"a": 3},
-    "name that is there twice": '{"a": %s, "a": %s}' % (json.dumps(entry(0, 8)), json.dumps(entry(8, 16))),
+    "name that is there twice": f'{{"a": {json.dumps(entry(0, 8))}, "a": {json.dumps(entry(8, 16))}}}',
     "no JSON": "{" * 40,
     "deep": '{"a":' + "[" * 100_000,
     "no text": "\udcff".encode("utf-8", "surrogatepass").decode("latin1"),
