@@ -82,7 +82,7 @@ def test_a_patch_larger_than_the_images(refused, place, flags):
 def test_weights_of_another_model(refused, place):
     torch.save(create("tiny-vit", 0).state_dict(), place / "vit.pt")
     said = refused(*TRAIN, "--weights", "vit.pt")
-    assert "vit.pt is a checkpoint of another model" in said and "choose the model" in said
+    assert "vit.pt is a checkpoint of another model" in said and "give --model tiny-vit" in said
 
 
 def test_a_run_folder_that_exists(refused, place):

@@ -50,7 +50,10 @@ def task(config: PretrainConfig, world: World) -> Task:
 
 
 def _model(config: PretrainConfig, world: World) -> CLIP:
-    """With fresh weights or those of --weights, with which a run that is resumed began."""
+    """Return the model with fresh weights or those of --weights, and say of these which activation was taken.
+
+    That of a run to resume has the activation that the run recorded; its weights are in the checkpoint.
+    """
     if config.resume:
         return create_like(read_config(config.resume), config.seed)
     if config.weights is None:

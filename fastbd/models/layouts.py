@@ -49,7 +49,7 @@ class Found(NamedTuple):
 
 
 def weights_in(tree: Mapping[Any, Any]) -> Found:
-    """The weights in a checkpoint. UserError where several models are in it, or a weight is there twice."""
+    """Return the weights in a checkpoint. UserError where several models are in it, or a weight is there twice."""
     state, notes = _state_dict(tree)
     tensors, note = _without_prefix(_plain(state))
     openai = "input_resolution" in tensors
@@ -63,7 +63,7 @@ def weights_in(tree: Mapping[Any, Any]) -> Found:
 
 
 def _state_dict(tree: Mapping[Any, Any]) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
-    """The state dict inside a checkpoint that also holds an optimizer, an epoch and the like."""
+    """Return the state dict in a checkpoint that also holds an optimizer and the like; and choices that were made."""
     notes = ()
     for _ in range(DEPTH):
         raw, averaged = ([key for key in keys if isinstance(tree.get(key), Mapping)] for keys in (RAW, AVERAGED))
@@ -82,7 +82,7 @@ def _chosen(raw: str | None, averaged: str) -> str:
 
 
 def _plain(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors in ordinary memory, without the components of names that DDP, torch.compile and the like leave."""
+    """Return the tensors in ordinary memory, by their names without what DDP, torch.compile and the like put in."""
     tensors = {str(name): value for name, value in state.items() if _is_plain(value)}
     return _renamed(tensors, lambda name: ".".join(part for part in name.split(".") if part not in _WRAPPERS))
 
@@ -106,7 +106,10 @@ def _renamed(tensors: dict[str, Tensor], rename) -> dict[str, Tensor]:
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of the module that holds the temperature: Lightning modules have the model under a name of theirs."""
+    """Return the tensors of the module that holds the temperature, by their names in it; and choices that were made.
+
+    A Lightning module has the model under a name of its own, perhaps an averaged copy under another, and a loss.
+    """
     prefixes = [n.removesuffix("logit_scale") for n in tensors if n == "logit_scale" or n.endswith(".logit_scale")]
     averaged = [prefix for prefix in prefixes if set(prefix.split(".")).intersection(AVERAGED)]
     raw = [prefix for prefix in prefixes if prefix not in averaged]
@@ -121,7 +124,7 @@ def _without_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tupl
 
 
 def _from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of CLIPModel: queries, keys and values are apart there, and projections are linear layers."""
+    """Return CLIPModel's weights by OpenAI's names; queries, keys and values are apart in it."""
 
     def rename(name: str) -> str:
         for pattern, replacement in _HUGGING_FACE:

@@ -31,7 +31,7 @@ _WORDS = {
 
 
 class Origin(NamedTuple):
-    """Of weights in a file."""
+    """The activation that weights were trained with, why it is taken for that, and the heads."""
 
     activation: str
     why: str
@@ -40,7 +40,7 @@ class Origin(NamedTuple):
 
 
 def origin(path: Path, tree: Mapping[Any, Any], found: Found) -> Origin:
-    """What is known of the weights that were `found` in the `tree` of the file `path`."""
+    """Return what is known of the weights that were `found` in the `tree` of the file `path`."""
     if "fastbd" in tree:
         return Origin(tree["about"].get("activation", "quickgelu"), "as it records")
     if found.hugging_face and (config := _json(path.with_name("config.json"))):
@@ -61,14 +61,14 @@ def origin(path: Path, tree: Mapping[Any, Any], found: Found) -> Origin:
 
 
 def other_mean(path: Path) -> list[float] | None:
-    """The mean that the images of the model were normalised by, where a config beside it says another than MEAN."""
+    """Return the mean that the model's images were normalised by, if a config beside it says another than MEAN."""
     mean = _json(path.with_name("preprocessor_config.json")).get("image_mean")
     mean = mean or _json(path.with_name("open_clip_config.json")).get("preprocess_cfg", {}).get("mean")
     return mean if mean and max(abs(a - b) for a, b in zip(mean, MEAN, strict=True)) > 1e-3 else None
 
 
 def _of_hugging_face(path: Path, config: dict) -> Origin:
-    """From config.json, which leaves out what is a default of transformers."""
+    """Return what config.json says; it leaves out what is a default of transformers."""
     image, text = config.get("vision_config", {}), config.get("text_config", {})
     said = {tower.get("hidden_act", "quick_gelu") for tower in (image, text)}
     if len(said) > 1 or not said <= set(_HIDDEN_ACT):

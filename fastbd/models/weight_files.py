@@ -54,7 +54,7 @@ _KNOWN = [
 
 
 def weights_file(path: Path) -> Path:
-    """`path`, or the file of weights in that folder: of a run, or of a model of the Hugging Face Hub."""
+    """Return `path`, or the file of weights in that folder: a run's, or that of a model of the Hugging Face Hub."""
     if path.is_dir():
         found = next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
         if found is None:
@@ -66,7 +66,7 @@ def weights_file(path: Path) -> Path:
 
 
 def read_file(path: Path) -> Mapping[Any, Any]:
-    """What a file holds: names and tensors, or a checkpoint with more. UserError where it cannot be read safely."""
+    """Return what a file holds: names and tensors, or a checkpoint. UserError where it cannot be read safely."""
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -88,7 +88,7 @@ def read_file(path: Path) -> Mapping[Any, Any]:
 
 
 def damaged(path: Path, error: Exception) -> UserError:
-    """The error for a file in which a reader has failed."""
+    """Return the error for a file in which a reader has failed."""
     return UserError(f"{path} is damaged or no weights file ({type(error).__name__}): fetch it again.")
 
 
@@ -125,7 +125,7 @@ def _read_torch(path: Path) -> Mapping:
 
 
 def _read_sharded(path: Path) -> dict[str, Tensor]:
-    """The index of several files: {"weight_map": {name: file beside it}}."""
+    """Return the tensors of several files by their index: {"weight_map": {name: file beside it}}."""
     places = json.loads(path.read_bytes())["weight_map"]
     parts = {name: read_file(weights_file(path.parent / Path(name).name)) for name in sorted(set(places.values()))}
     return {name: parts[place][name] for name, place in places.items()}

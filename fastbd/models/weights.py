@@ -27,7 +27,7 @@ class Weights(NamedTuple):
     """Choices that were made, and doubts, each a clause."""
 
     def said(self, activation: str | None) -> str:
-        """What a user shall know, in one line; `activation` is what they have asked for."""
+        """Return a line on the activation that is taken, choices and doubts; `activation`: the one asked for."""
         taken, why = (activation, "as asked for") if activation else self.origin[:2]
         other = {"quickgelu": "gelu", "gelu": "quickgelu"}[taken]
         return "; ".join(
@@ -57,7 +57,7 @@ class Weights(NamedTuple):
 
 
 def read_weights(path: str | Path) -> Weights:
-    """The weights in `path`, a file or a folder with one; UserError if they are not readable or not safe.
+    """Return the weights in `path`, a file or a folder with one; UserError if they are not readable or not safe.
 
     Layouts: OpenAI (TorchScript archive or state dict), open_clip (also its CustomTextCLIP), Hugging Face's CLIPModel,
     CleanCLIP and its forks, PAR, and this project's own checkpoints; within the wrappers of DDP, torch.compile,
@@ -77,7 +77,7 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def _fitting(weights: dict[str, Tensor]) -> str | None:
-    """The name of the model whose weights they are."""
+    """Return the name of the model that the weights fit."""
     projection = weights.get("text_projection")
     for name, spec in MODELS.items():
         if projection is not None and projection.shape == (spec.text_width, spec.embed_dim):
@@ -89,7 +89,7 @@ def _fitting(weights: dict[str, Tensor]) -> str | None:
 
 
 def _difference(weights: dict[str, Tensor], model: CLIP) -> str | None:
-    """The first difference between weights and a model's, in words; of a tower that is not there, only that."""
+    """Return the first difference between weights and a model's, in words; of a tower that is not there, only that."""
     expected = model.state_dict()
     missing = [name for name in expected if name not in weights]
     present = {tower_of(name) for name in expected if name in weights}

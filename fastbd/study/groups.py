@@ -178,8 +178,8 @@ ORDER = ("mmcl", "mmcl_ssl", "ssl", "siglip", "siglip_ssl", "cyclip")
 # Settings that make no other kind of model: seeds, files (architecture, data and attack are compared by themselves),
 # and how a run is carried out and watched.
 HARMLESS = IMMATERIAL | {
-    "classes", "data", "decode", "eval_data", "eval_every", "eval_between", "eval_subset", "model", "objective", "plan",
-    "seed", "templates",
+    "activation", "classes", "data", "decode", "eval_data", "eval_every", "eval_between", "eval_subset", "model",
+    "objective", "plan", "seed", "templates",
 }  # fmt: skip
 # Settings of a cleaning that are searched over, or told elsewhere.
 SEARCHED = {

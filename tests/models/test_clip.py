@@ -50,6 +50,7 @@ def batch(rows=4):
         ("vit-b-32", 151_277_313, 87_849_216),
         ("vit-b-16", 149_620_737, 86_192_640),
         ("vit-l-14", 427_616_513, 303_966_208),
+        ("vit-l-14-336", 427_944_193, 304_293_888),
     ],
 )
 def test_published_parameter_counts(name, total, visual):
