@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,20 +32,27 @@ def png(figure: Figure) -> bytes:
 
 def svg(figure: Figure) -> bytes:
     """The figure as an SVG file, the same each time; text stays text."""
-    import matplotlib
-
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "fastbd", "svg.fonttype": "none"}):
+    with _matplotlib().rc_context({"svg.hashsalt": "fastbd", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
+
+
+def _matplotlib() -> ModuleType:
+    """The library, loaded without a look at MPLBACKEND: a notebook leaves there what a process of its own may lack."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return matplotlib
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @wraps(draw)
     def styled(*arguments: Any) -> Figure:
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE):
+        with _matplotlib().rc_context(STYLE):
             return draw(*arguments)
 
     return styled
@@ -146,7 +155,7 @@ def _cloud(axes: Axes, runs: Sequence[Run]) -> bool:
         axes.scatter(*_percent(full, "asr", "top1"), s=size, alpha=0.75, linewidth=0.5, **look)
         if parts:
             axes.scatter(*_percent(parts, "asr", "top1"), s=size / 6, alpha=0.4, linewidth=0, **look)
-    for objective in {run.pretrain_objective for run in cleaning}:
+    for objective in sorted({run.pretrain_objective for run in cleaning}):
         corners = front(e for run in cleaning if run.pretrain_objective == objective for e in run.cleaned)
         axes.step(*_percent(corners, "asr", "top1"), where="post", color=_colour(objective), lw=1, alpha=0.5, zorder=2)
     for run, evaluation in stars.values():

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -154,3 +157,19 @@ def test_runs_with_little_in_them(draw, write_run, evaluation, tmp_path):
     assert plots.png(axes.figure)
     texts = [text.get_text() for axes in draw(find([tmp_path])).axes for text in axes.texts]
     assert any(text.startswith("No") for text in texts)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://nowhere", "nonsense"])
+def test_a_backend_of_the_environment_is_not_looked_at(backend, study):
+    """As a notebook leaves one behind, which a process of its own may lack."""
+    code = (
+        "import os, sys; from pathlib import Path; from fastbd.study import plots; from fastbd.study.runs import find\n"
+        "figure = plots.scatter(find([Path(sys.argv[1])]))\n"
+        "sys.stdout.buffer.write(plots.svg(figure) + plots.png(figure))\n"
+        "assert os.environ['MPLBACKEND'] == sys.argv[2]\n"
+    )
+    environment = os.environ | {"MPLBACKEND": backend}
+    command = [sys.executable, "-c", code, study, backend]
+    drawn = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    figure = plots.scatter(find([study]))
+    assert drawn == plots.svg(figure) + plots.png(figure)
