@@ -11,26 +11,24 @@ from typing import Any
 import torch
 
 from fastbd.errors import UserError
+from fastbd.files import replacing
 
 
 def save(path: Path, state: dict) -> None:
     """Write `state` (tensors, numbers, strings, lists, dicts) to a temporary name, then rename it."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        free = shutil.disk_usage(path.parent).free // 2**20
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f" ({shutil.disk_usage(path.parent).free // 2**20} MiB free there)"
         raise UserError(
-            f"the checkpoint {path} could not be written ({free} MiB free there): {str(error).splitlines()[0]}; "
+            f"the checkpoint {path} could not be written{free}: {str(error).splitlines()[0]}; "
             "make room, then go on with --resume, or begin again if the run has no folder yet."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 class Snapshot:

@@ -296,9 +296,11 @@ class TrainConfig:
     rows_file: Path | None = None
     """Train only on the pairs that this file lists, made by detect --drop [all pairs]."""
     resident: Literal["auto", "gpu", "ram", "disk", "none"] = "auto"
-    """Where images, decoded on the CPU, are kept (disk: a file beside --data); auto is gpu where they fill at most half
+    """Where images, decoded on the CPU, are kept (disk: in a file); auto is gpu where they fill at most half
     of what is free on every rank, else ram, at most a quarter, else none. A resumed run stays with the kind of pixels
     that it began with."""
+    resident_dir: Path | None = None
+    """Folder for the file of --resident disk [that of --data]."""
     max_bad: float = 0.001
     """Share of the images that may turn out damaged: each is named and replaced, one more stops the run."""
     workers: int = 0
@@ -690,6 +692,22 @@ LEAST = {
     for flag in flags.split()
 }
 """The smallest value of flags that a negative number, or zero, would make no sense for."""
+
+
+FILES = {
+    "data": (".beton file, or make one of images with python -m fastbd build", "*.beton"),
+    "eval_data": (".beton file", "*.beton"),
+    "probe_data": (".beton file", "*.beton"),
+    "plan": ("plan file, which python -m fastbd poison makes", "*.poison.json"),
+    "add_to": ("plan file, which python -m fastbd poison makes", "*.poison.json"),
+    "weights": ("file of weights", "*.pt"),
+    "rows_file": ("row list, which python -m fastbd detect makes", "*.rows"),
+    "flagged_by": ("row list, which python -m fastbd detect makes", "*.rows"),
+    "cluster_labels": ("file of labels", "*.npy"),
+    "labels": ("file of classes", "*.txt"),
+    "image": ("file of an image", "*.png"),
+}
+"""What flags name that take a file and no folder, and the pattern of its name."""
 
 
 def to_dict(config) -> dict:

@@ -47,6 +47,28 @@ def fastbd():
     return _fastbd
 
 
+READ_ONLY = """
+mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" || exit 77
+cd "$PWD"  # else this is still the folder before
+shift
+exec "$@"
+"""
+
+
+@pytest.fixture
+def read_only():
+    """read_only(folder, *command) runs a command to which the folder is on a file system that is read-only."""
+
+    def run(folder: Path, *command, **options) -> subprocess.CompletedProcess:
+        command = ["unshare", "-rm", "sh", "-c", READ_ONLY, "sh", str(folder), *map(str, command)]
+        done = subprocess.run(command, capture_output=True, text=True, **options)
+        if done.returncode == 77 or done.stderr.startswith("unshare: "):
+            pytest.skip("needs the right to mount")
+        return done
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def study(tmp_path_factory) -> Path:
     """A folder with train.beton (240 pairs), train.poison.json (24 of them), val.beton (60 labelled images)."""

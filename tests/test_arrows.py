@@ -11,7 +11,7 @@ from fastbd import kernels
 PACKAGE = Path(fastbd.__file__).parent
 KERNELS = Path(kernels.__file__).parent
 
-LEAVES = {"errors", "config", "draws", "dist", "formats", "log", "precision", "prompts"}
+LEAVES = {"errors", "config", "draws", "dist", "files", "formats", "log", "precision", "prompts", "signals"}
 ARROWS = {
     "cli": {"commands", "study"},
     "commands": {"run", "task", "engines", "rebound", "kept", "loop", "data", "models", "objectives", "cleaning",

@@ -34,6 +34,7 @@ from fastbd.data.sources.item import Item
 from fastbd.data.tokenizer import clean, tokenize
 from fastbd.data.workers import WorkerDied, map_in_order
 from fastbd.errors import UserError
+from fastbd.files import check_out, replacing
 from fastbd.log import console, progress
 from fastbd.prompts import read_classes, read_templates
 
@@ -63,8 +64,7 @@ def run(config: BuildConfig) -> int:
     """
     began = time.time_ns()
     out, rejects_path = config.out, config.out.with_suffix(".rejects.csv")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder: give the name of the .beton file to write.")
+    check_out(out, name="pairs.beton")
     classes = read_classes(config.classes) if config.classes else None
     templates = read_templates(config.templates, classes)
     names = dict(zip(classes.codes, classes, strict=True)) if classes else {}
@@ -287,15 +287,13 @@ def _read(item: Item) -> bytes:
 
 
 def _write_rejects(path: Path, rejects: list[tuple[Item, str]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = csv.writer(file)
-            rows.writerow(["row_id", "path", "reason"])
-            rows.writerows((item.row_id, item.name, reason) for item, reason in rejects)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        rows = csv.writer(file)
+        rows.writerow(["row_id", "path", "reason"])
+        rows.writerows((item.row_id, item.name, reason) for item, reason in rejects)
 
 
 def _kinds(rejects: list[tuple[Item, str]]) -> list[tuple[str, int]]:

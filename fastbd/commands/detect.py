@@ -19,6 +19,7 @@ from fastbd.errors import UserError
 from fastbd.evals.detection import clip_score, dao, detection, k_distance, neighbours, slof
 from fastbd.evals.embedding import embed
 from fastbd.evals.towers import Towers
+from fastbd.files import check_out
 from fastbd.poison.plan import Plan
 from fastbd.precision import set_precision
 
@@ -80,6 +81,7 @@ def _check_drop(config: DetectConfig) -> None:
         raise UserError("--drop needs the scores of all pairs: leave --subset out.")
     if config.out.exists():
         raise UserError(f"{config.out} exists already: name another file with --out.")
+    check_out(config.out, name="kept.rows")
 
 
 def _plan(config: DetectConfig, state: dict, fingerprint: str) -> Plan | None:

@@ -19,6 +19,7 @@ from fastbd.evals import probe, retrieval
 from fastbd.evals.sets import Attacked, EvalSet, Labelled, open_set
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot
+from fastbd.files import check_out
 from fastbd.models.clip import CLIP, create_like
 from fastbd.poison.plan import Plan
 from fastbd.precision import set_precision
@@ -74,6 +75,7 @@ class Evaluation:
     def _check(self) -> None:
         """What can be known before anything is decoded: a mistake is not to cost the sets that went before it."""
         config = self.config
+        check_out(config.run, "--run", instead="copy the run to where that is possible")  # for its metrics.jsonl
         if not self.paths:
             raise UserError(f"{config.run} was trained without an evaluation set; name a .beton with --eval-data.")
         labelled = [open_beton(path).class_names is not None for path in self.paths]

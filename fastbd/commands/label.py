@@ -19,6 +19,7 @@ from fastbd.errors import UserError
 from fastbd.evals.classifier import Classifier
 from fastbd.evals.embedding import embed
 from fastbd.evals.towers import Towers
+from fastbd.files import check_out, replacing
 from fastbd.precision import set_precision
 from fastbd.prompts import read_classes, read_templates
 
@@ -29,6 +30,7 @@ def run(config: LabelConfig) -> int:
     """Classify all images of a data file zero-shot, and write the classes for clean --cluster-labels."""
     if config.out.suffix != ".npy" or config.out.exists():
         raise UserError(f"--out {config.out} must be a new file whose name ends in .npy.")
+    check_out(config.out, name="labels.npy")
     device = dist.join(config.device).device
     precision = set_precision(config.precision, device)
     state, model = open_model(config.run, config.checkpoint, device)
@@ -42,7 +44,8 @@ def run(config: LabelConfig) -> int:
     images, _ = embed(towers, pairs, np.arange(len(beton)), texts=False)
     labels = torch.cat([(normalize(part, dim=-1) @ classifier.T).argmax(1) for part in images.split(CHUNK)])
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    np.save(config.out, labels.cpu().numpy())
+    with replacing(config.out) as temporary, open(temporary, "wb") as file:  # np.save would add .npy to a name
+        np.save(file, labels.cpu().numpy())
     found = len(labels.unique())
     log.console.print(
         f"{config.out}: {len(labels):,} images of {beton.path}, {found:,} of {len(names):,} classes", markup=False

@@ -12,6 +12,7 @@ from fastbd.config import PoisonConfig
 from fastbd.data.beton import Beton
 from fastbd.data.shards import Shards, open_beton
 from fastbd.errors import UserError
+from fastbd.files import check_out
 from fastbd.log import console
 from fastbd.poison import patterns
 from fastbd.poison.plan import Plan, make_plan
@@ -24,6 +25,8 @@ CAPTIONS_SHOWN = 3
 def run(config: PoisonConfig) -> int:
     """Write the plan file and show what is in it."""
     beton = open_beton(config.data)
+    out = config.out or config.add_to or _beside(config.data)
+    check_out(out, name="pairs.poison.json")
     after = _earlier(config, beton)
     seed = after.seed if after else config.seed or 0
     plan = make_plan(
@@ -39,7 +42,6 @@ def run(config: PoisonConfig) -> int:
         rate=config.rate,
         after=after,
     )
-    out = config.out or config.add_to or _beside(config.data)
     added = config.add_to and out.resolve() == config.add_to.resolve()
     if out.exists() and not added and not _holds(out, plan):
         raise UserError(f"{out} exists and holds something else; name another file with --out.")

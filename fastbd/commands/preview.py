@@ -12,7 +12,7 @@ from fastbd.data import sheet
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import RECIPES, Pairs
 from fastbd.data.shards import open_beton
-from fastbd.errors import UserError
+from fastbd.files import check_out, replacing
 from fastbd.log import console
 from fastbd.models.clip import MODELS
 from fastbd.poison.plan import Plan
@@ -20,10 +20,7 @@ from fastbd.poison.plan import Plan
 
 def run(config: PreviewConfig) -> int:
     """Draw the contact sheet."""
-    if config.out.is_dir():
-        raise UserError(
-            f"--out {config.out} is a folder: name the picture in it, such as {config.out / 'preview.png'}."
-        )
+    check_out(config.out, name="preview.png")
     data, plan = Path(config.data), config.plan
     if config.data == "demo":
         data, _, demo_plan = demo_set()
@@ -42,6 +39,7 @@ def run(config: PreviewConfig) -> int:
         seed=config.seed, text_view=text_view, epoch=config.epoch, count=config.count,
     )  # fmt: skip
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(config.out, "PNG")
+    with replacing(config.out) as temporary:
+        picture.save(temporary, "PNG")
     console.print(f"wrote {config.out}: {' | '.join(RECIPES[config.views])}", markup=False)
     return 0

@@ -13,6 +13,7 @@ from rich.table import Table
 from fastbd import log
 from fastbd.config import ReportConfig
 from fastbd.errors import UserError
+from fastbd.files import check_out
 from fastbd.study import compare, report, tables
 from fastbd.study.finding import paragraphs
 from fastbd.study.groups import place_of
@@ -25,8 +26,7 @@ WATCHED = ("config.json", "metrics.jsonl", "result.json")
 
 def run(config: ReportConfig) -> int:
     """Write the page, its figures and tables, and print table 1; with --watch again and again."""
-    if config.out.is_dir():
-        raise UserError(f"--out {config.out} is a folder; name the page in it, such as {config.out / 'report.html'}.")
+    check_out(config.out, name="report.html")
     if config.watch:
         return watch(config)
     if config.compare:

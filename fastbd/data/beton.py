@@ -21,6 +21,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from fastbd.data.journal import Journal
 from fastbd.data.tokenizer import CONTEXT
 from fastbd.errors import UserError
+from fastbd.files import discard
 
 PAGE = 1 << 23  # bytes; FFCV reads whole pages, so no sample may cross a border
 HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")])
@@ -358,4 +359,4 @@ class BetonWriter:
             with suppress(OSError):  # on a full disk, closing tries once more to write what is left
                 self._file.close()
             if not self._journal.entries:
-                self._tmp.unlink(missing_ok=True)
+                discard(self._tmp)

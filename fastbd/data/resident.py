@@ -1,4 +1,4 @@
-"""Source images that stay, so that they are decoded once: on the GPU, in main memory, or in a file beside the data."""
+"""Source images that stay, so that they are decoded once: on the GPU, in main memory, or in a file."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fastbd import __version__
 from fastbd.data.loader import Pairs
 from fastbd.dist import World
 from fastbd.errors import UserError
+from fastbd.files import discard
 from fastbd.kernels.augment import Ragged
 from fastbd.log import progress
 
@@ -78,11 +79,15 @@ class Resident:
         return self.pixels[end - 3 * height * width : end].view(height, width, 3)
 
 
-def keep(pairs: Pairs, rows: np.ndarray, where: str, *, base: bool, world: World, quiet: bool = False) -> str:
+def keep(
+    pairs: Pairs, rows: np.ndarray, where: str, *, base: bool, world: World, folder: Path | None = None,
+    quiet: bool = False,
+) -> str:  # fmt: skip
     """Decode the source images of `rows` once, for good, on the host; returns a line of text that says where they are.
 
-    `where` is "gpu", "ram", "disk", "none" or "auto", the same on all ranks. With `base` only their base views are
-    kept, S x S. UserError on all ranks for a place that one of them does not have, or where they do not fit.
+    `where` is "gpu", "ram", "disk", "none" or "auto", the same on all ranks; the file of "disk" lies in `folder`, or
+    else beside the data. With `base` only their base views are kept, S x S. UserError on all ranks for a place that one
+    of them does not have, or where they do not fit.
     """
     sizes = np.full((len(rows), 2), pairs.size) if base else pairs.sizes(rows)
     need = int(_bytes(sizes).sum())
@@ -93,6 +98,7 @@ def keep(pairs: Pairs, rows: np.ndarray, where: str, *, base: bool, world: World
     pairs.decoder.device = "cpu"  # those that are not kept are decoded as those that are
     if where == "disk":
         path = pairs.beton.path.with_suffix(f".{pairs.size if base else 'whole'}.pixels")
+        path = folder / path.name if folder else path
         kept = world.main_first(partial(_on_disk, path, pairs, rows, sizes, base, quiet))
         numbers = f"{need / 1e9:.2f} GB in {path}"
     else:
@@ -179,6 +185,7 @@ def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base
         return Resident(rows, len(pairs.beton), sizes, _mapped(path, "r"))
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not as a crash in the middle
             file.write(digest)
@@ -193,13 +200,11 @@ def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             reason = f"has no room on its disk for {size / 1e9:.2f} GB"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            reason = "cannot be written"
         else:
-            raise
-        raise UserError(f"{path} {reason}: give --resident ram or none.") from None
+            reason = f"cannot be written ({error.strerror})"
+        raise UserError(f"{path} {reason}: give another --resident-dir, or --resident ram or none.") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
 
 
 def _mapped(path: Path, mode: str) -> Tensor:

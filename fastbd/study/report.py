@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastbd.files import replacing
 from fastbd.study import page, plots, stopping, tables
 from fastbd.study.runs import Run, method_name
 
@@ -36,12 +36,8 @@ def save(content: Mapping[str, bytes], folder: Path) -> list[Path]:
     """Write each file whole, by a rename."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in content.items():
-        part = folder / f"{name}.tmp"
-        try:
+        with replacing(folder / name) as part:
             part.write_bytes(data)
-            os.replace(part, folder / name)
-        finally:
-            part.unlink(missing_ok=True)
     return [folder / name for name in content]
 
 

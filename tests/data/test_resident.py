@@ -171,7 +171,9 @@ def test_a_full_disk_shows_at_once_and_leaves_nothing(beton):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     pairs = pairs_of(beton)
     try:
-        with pytest.raises(UserError, match=r"pairs\.16\.pixels has no room on its disk for 0\.00 GB: give --resident"):
+        with pytest.raises(
+            UserError, match=r"pairs\.16\.pixels has no room on its disk for 0\.00 GB: give another --resident-dir"
+        ):
             resident.keep(pairs, np.arange(ROWS), "disk", base=True, world=ONE, quiet=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -188,7 +190,8 @@ def test_processes_agree_on_a_place_and_all_end_where_the_first_one_cannot_write
     assert first == second == {
         "both": "ram", "one": "none", "other": "none",
         "too much": "--resident ram needs 0.00 GB, of 0.00 GB free in memory: give --resident disk or none.",
-        "no room": f"{path} has no room on its disk for 0.00 GB: give --resident ram or none.",
+        "no room": f"{path} has no room on its disk for 0.00 GB: give another --resident-dir, or "
+        "--resident ram or none.",
         "left": ["pairs.beton"],
     }  # fmt: skip
 
@@ -233,3 +236,22 @@ def test_free_memory_is_the_machines_or_what_the_container_may_still_take(tmp_pa
     write("sys/fs/cgroup/memory/memory.usage_in_bytes", "200000\n")
     write("sys/fs/cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 50000\n")
     assert resident.free_memory(tmp_path) == 150_000
+
+
+def test_the_file_goes_where_it_is_told_to(beton, tmp_path):
+    """And the folder of the data is left alone, which may be read-only."""
+    folder = tmp_path / "deep" / "scratch"
+    for decoded in (ROWS, 0):
+        pairs = pairs_of(beton)
+        said = resident.keep(pairs, np.arange(ROWS), "disk", base=True, world=ONE, folder=folder, quiet=True)
+        assert pairs.decoder.decoded == decoded and str(folder / "pairs.16.pixels") in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "pairs.beton"]
+    assert [path.name for path in folder.iterdir()] == ["pairs.16.pixels"]
+
+
+@pytest.mark.parametrize("folder", ["pairs.beton", "pairs.beton/deep", "/proc/fastbd"])
+def test_where_the_file_cannot_go(beton, tmp_path, folder):
+    match = r"pairs\.16\.pixels cannot be written \(.*\): give another --resident-dir, or --resident ram or none\.$"
+    with pytest.raises(UserError, match=match):
+        rows = np.arange(ROWS)
+        resident.keep(pairs_of(beton), rows, "disk", base=True, world=ONE, folder=tmp_path / folder, quiet=True)

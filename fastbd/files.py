@@ -1,0 +1,85 @@
+"""Files and folders that are made: where they can be, whole or not at all, and by one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from fastbd.errors import UserError
+
+
+def check_out(path: Path, flag: str = "--out", name: str | None = None, instead: str | None = None) -> None:
+    """Raise a UserError where `path` could not be made, before the work whose result goes there; make nothing.
+
+    `path` is to be a file where `name` gives one as an example, else a folder. The error names `flag`, and what to do
+    `instead` of it: another one.
+    """
+    instead = instead or f"choose another {flag}"
+    if name and os.path.isdir(path):
+        raise UserError(f"{flag} {path} is a folder; name the file in it, such as {path / name}.")
+    if not name and os.path.lexists(path) and not os.path.isdir(path):
+        raise UserError(f"{flag} {path} is not a folder: {instead}.")
+    folder = Path(os.path.abspath(path))
+    folder = folder if os.path.isdir(folder) else folder.parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder), suppress(FileNotFoundError):
+            os.lstat(path)  # whose name may be too long
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written in {folder} ({error.strerror}): {instead}.") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` to write to; the file takes the name `path` when the block ends well, else it goes.
+
+    An error is the one that the block raised, also where nothing can be removed, as on a read-only file system.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        discard(temporary)
+        raise
+
+
+def discard(path: Path) -> None:
+    """Remove the file if it is there and can be removed."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def lock(folder: Path) -> TextIO | None:
+    """An open file in the folder, on which the folder's lock hangs; None where another process holds that.
+
+    The lock ends when the file is closed, at the latest with the process. Where the file system has no locks, as some
+    NFS servers, nobody is kept out.
+    """
+    file = open(folder / LOCK, "a")  # noqa: SIM115 - it stays open; "a" leaves alone what the holder has written
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def holder(folder: Path) -> str:
+    """The process that holds the folder's lock, in words."""
+    return (folder / LOCK).read_text() or "another process"
+
+
+LOCK = ".lock"
