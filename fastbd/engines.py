@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from fastbd import log
+from fastbd import log, signals
 from fastbd.errors import UserError
 from fastbd.loop import Stopped
 
@@ -117,7 +117,7 @@ def load_ray() -> ModuleType:
 def _joined(ray) -> Iterator[None]:
     """As a part of Ray's cluster; afterwards signals go where they went before, which Ray changes."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    listening = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+    listening = {which: signal.getsignal(which) for which in signals.STOPPING}
     try:
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="ERROR")
         yield
@@ -144,26 +144,23 @@ class _Bell:
 
 @contextlib.contextmanager
 def _signals(tell: Callable[[], None]) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are told, and kept in the list; at the end of the block they raise Stopped."""
+    """Signals that ask to stop are told, and kept in the list; at the end of the block they raise Stopped."""
     caught: list[int] = []
 
-    def note(signum: int, frame) -> None:
+    def note(signum: int, before) -> None:
         caught.append(signum)
         tell()
 
-    previous = {which: signal.signal(which, note) for which in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals.handled(note):
         yield caught
-    finally:
-        for which, handler in previous.items():
-            signal.signal(which, handler)
     if caught:
         raise Stopped(caught[0])
 
 
 def _logged(work: Callable[[], None], path: Path) -> None:
     """What a process of several does; what it says goes to a log of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first process passes it on once
+    for which in set(signals.STOPPING) - {signal.SIGTERM}:  # they reach all; the first process passes them on once
+        signal.signal(which, signal.SIG_IGN)
     with open(path, "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         log.console.file = file
         try:

@@ -6,14 +6,14 @@ import math
 import re
 import signal
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
 from torch import Tensor
 
-from fastbd import log
+from fastbd import log, signals
 from fastbd.data.loader import Batch
 from fastbd.dist import World
 from fastbd.errors import Diverged, UserError
@@ -75,11 +75,11 @@ def train(
 
     batches(epoch, offset) gives an epoch's batches from its step `offset` on; save(step) and evaluate(step) are called
     after a step, record(row) gets a log line every table.log_every steps, with the mean losses since the last one and
-    the share of `pairs_limit`, the pairs a second that the hardware allows. Raises Stopped after a SIGINT or SIGTERM,
-    saved.
+    the share of `pairs_limit`, the pairs a second that the hardware allows. Raises Stopped after a signal that asks for
+    it, saved.
     """
     at, losses = start, Readback(table.log_every)
-    with _signals() as caught, log.progress(label, table.total, start, quiet=not world.main) as advance:
+    with _caught() as caught, log.progress(label, table.total, start, quiet=not world.main) as advance:
 
         def tell(wait: bool) -> None:
             for row in losses.arrived(wait):
@@ -98,7 +98,7 @@ def train(
                 if at % table.log_every == 0 or at == table.total:
                     losses.send({"step": at, "epoch": at / table.steps_per_epoch, **clock.read(pairs_limit)})
                 # Several processes agree only now and then: asking each step would cost a wait for the GPU.
-                asked = at < table.total and (world.size == 1 or at % table.log_every == 0) and world.any(bool(caught))
+                asked = at < table.total and (world.size == 1 or at % table.log_every == 0) and _asked(caught, world)
                 milestone = at in table.evaluate_at or at in table.save_at
                 tell(wait=asked or milestone)
                 advance(1)
@@ -107,7 +107,7 @@ def train(
                 if at in table.evaluate_at:
                     evaluate(at)
                 if asked:
-                    raise Stopped(caught[0] if caught else signal.SIGTERM)
+                    raise Stopped(asked)
                 if milestone:
                     clock.start()  # neither counts as training time
             if at == before:
@@ -146,29 +146,33 @@ class _Clock:
         return row
 
 
+def _asked(caught: list[int], world: World) -> int:
+    """The first signal that was caught, of several ranks' the one with the highest number; 0 for none."""
+    return -world.least(-caught[0] if caught else 0)
+
+
 @contextmanager
-def _signals():
-    """Collect SIGINT and SIGTERM instead of dying of them; a second one kills as usual.
+def _caught() -> Iterator[list[int]]:
+    """Collect the signals that ask to stop instead of dying of them; a second Ctrl-C or SIGTERM kills as usual.
 
     One that has not stopped the loop, as it came too late or as an error came first, is handed on to what listened
-    before, if that was of our making. What is ignored stays ignored.
+    before, if that was of our making.
     """
     caught: list[int] = []
 
-    def note(signum, frame):
+    def note(signum: int, before) -> None:
         caught.append(signum)
-        signal.signal(signum, previous[signum])
+        if signum in signals.INSISTING:
+            signal.signal(signum, before)
 
-    wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
-    previous = {s: signal.signal(s, note) for s in wanted}
+    previous: dict = {}
     try:
-        yield caught
+        with signals.handled(note) as previous:
+            yield caught
     except Stopped:
         caught.clear()
         raise
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
         for signum in caught:
             if previous[signum] not in (signal.SIG_DFL, signal.default_int_handler):
                 previous[signum](signum, None)

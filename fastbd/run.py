@@ -11,11 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 
-from fastbd import __version__, checkpoint, dist, log
+from fastbd import __version__, checkpoint, dist, files, log
 from fastbd.cleaning.method import Method
 from fastbd.config import PretrainConfig, to_dict
 from fastbd.data import eda, resident, sheet
@@ -52,7 +53,7 @@ FREE = {
     "poison_left", "flagged", "flagged_by",
     "force", "landed", "weights", "resume", "out", "save_every", "log_every", "rebound", "plan", "poison", "eval_data",
     "classes", "templates", "eval_every", "eval_subset", "eval_between", "rows_file", "max_bad", "workers", "decode",
-    "hw_decoder_load", "resident",
+    "hw_decoder_load", "resident", "resident_dir",
 }  # fmt: skip
 """Settings in which two runs may differ and still be trained by the same step in the same memory."""
 
@@ -60,6 +61,8 @@ FREE = {
 def execute(config: Config, make_task: Callable[[World], Task]) -> int:
     """Do the task that make_task gives in a run folder; exit code 0, or 128 + signal when stopped (and saved)."""
     world = dist.join(config.device)
+    if world.main:
+        _check_place(config)
     try:
         run = Run(config, make_task(world), world)
         run.train()
@@ -72,6 +75,13 @@ def execute(config: Config, make_task: Callable[[World], Task]) -> int:
     # Not after an error: the other ranks may be waiting for this one, and only its death lets torchrun end them.
     dist.leave()
     return exit_code
+
+
+def _check_place(config: Config) -> None:
+    if config.resume:
+        files.check_out(config.resume, "--resume", instead="copy the run to where that is possible")
+    else:
+        files.check_out(config.out or Path("runs"))
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,8 @@ class Run:
     """One training: everything is opened and checked before the folder is made.
 
     What `kept` holds of earlier runs is used again. `extra` goes into config.json. `enough` is asked after each
-    evaluation, with all of them, whether the run shall end, and why. `guard` is called before anything is written.
+    evaluation, with all of them, whether the run shall end, and why. `guard` is called before anything is written; it
+    is the judge of whose the run is, where it is given, and else the lock of the folder, until release().
     """
 
     def __init__(
@@ -101,7 +112,7 @@ class Run:
         kept: Kept | None = None,
         extra: dict | None = None,
         enough: Callable[[tuple[dict, ...]], str | None] = lambda rows: None,
-        guard: Callable[[], None] = lambda: None,
+        guard: Callable[[], None] | None = None,
         quiet: bool = False,
     ):
         if config.out and config.out.exists() and not config.resume:
@@ -109,9 +120,12 @@ class Run:
         self.began = time.perf_counter()
         self.config = self.given = config
         self.task, self.world = task, world
-        self.kept, self.extra, self.enough, self.guard = kept or Kept(), extra or {}, enough, guard
+        self.kept, self.extra, self.enough, self.guard = kept or Kept(), extra or {}, enough, guard or (lambda: None)
         self.quiet = quiet or not world.main
         self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
+        self.lock: TextIO | None = None
+        if config.resume:
+            world.main_first(partial(self._hold, config.resume, alone=guard is None))
         self.precision = set_precision(config.precision, world.device)
         self.compiled, self.captured = is_compiled(config.compile, world), is_captured(config.graph, world)
         self.shares = self._shares()
@@ -147,6 +161,18 @@ class Run:
         self.folder = config.resume or self._make_folder()
         if resumed:
             self._rewind()
+
+    def _hold(self, folder: Path, alone: bool = True) -> None:
+        """Keep others from resuming the run while this process trains it."""
+        if self.world.main:
+            self.lock = files.lock(folder)
+            if alone and self.lock is None:
+                raise UserError(f"{folder} is being trained by {files.holder(folder)}: wait for it to end, or stop it.")
+
+    def release(self) -> None:
+        """Let others resume the run."""
+        if self.lock:
+            self.lock.close()
 
     def _shares(self) -> Shares:
         """How a batch is shared out, checked before anything is opened."""
@@ -294,7 +320,7 @@ class Run:
         plan = task.plan if task.poisoned else None
         base = set(self.policies) <= {"plain", "light"}  # which begin with the base view
         decode, where = self._decoder_and_place(resumed)
-        settings = (decode, config.hw_decoder_load, where, config.workers, config.max_bad)
+        settings = (decode, config.hw_decoder_load, where, str(config.resident_dir), config.workers, config.max_bad)
         stamped = plan and plan.to_dict()
         key = (str(task.data), task.rows.tobytes(), base, task.model.image_size, json.dumps(stamped), settings)
         return self.kept.get("pairs", key, partial(self._decoded_pairs, beton, plan, base, decode, where))
@@ -315,7 +341,9 @@ class Run:
     ) -> Pairs:
         task, most_bad = self.task, int(self.config.max_bad * len(self.task.rows))
         pairs = Pairs(beton, self._decoder(decode), task.model.image_size, plan, most_bad)
-        self._say(resident.keep(pairs, task.rows, where, base=base, world=self.world, quiet=self.quiet))
+        folder = self.config.resident_dir
+        said = resident.keep(pairs, task.rows, where, base=base, world=self.world, folder=folder, quiet=self.quiet)
+        self._say(said)
         return pairs
 
     @property
@@ -405,10 +433,17 @@ class Run:
                 samples.save(new / "samples.png")
                 checkpoint.save(checkpoint.path_of(new, "last"), self._state(0))
                 log.write_json(new / "config.json", about)
+                self._hold(new)
         return folder
 
     def train(self) -> str:
-        """From where the run stands to its end; returns how it ended."""
+        """From where the run stands to its end; returns how it ended. Others may resume it then."""
+        try:
+            return self._train()
+        finally:
+            self.release()
+
+    def _train(self) -> str:
         config, task = self.config, self.task
         planned = int((task.plan.attack_of[task.rows] >= 0).sum()) if task.plan and task.poisoned else 0
         self._say(

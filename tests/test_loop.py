@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from fastbd.data.loader import Batch
 from fastbd.dist import World
 from fastbd.errors import Diverged, UserError
 from fastbd.loop import Enough, Stopped, Timetable, every, train
+from fastbd.signals import STOPPING
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -97,15 +99,18 @@ def test_it_starts_in_the_middle_of_an_epoch():
     assert Diary().train(start=8) == []
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_a_signal_lets_the_step_end_saves_and_stops(signum, code):
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(s) for s in STOPPING]
     diary = Diary(stop_at=5, signum=signum)
     with pytest.raises(Stopped) as stopped:
         diary.train()
     assert stopped.value.exit_code == code
     assert diary.entries[-2:] == [("step", 5, 11), ("save", 6)]
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(s) for s in STOPPING] == handlers
 
 
 def test_a_signal_in_the_last_step_changes_nothing():
@@ -142,19 +147,26 @@ def test_a_signal_before_an_evaluation_that_ends_the_run_is_handed_on(error):
     assert heard == [signal.SIGTERM]
 
 
-def test_a_signal_that_was_ignored_stays_so():
-    """A worker leaves Ctrl-C to the process that started it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_was_ignored_stays_so(signum):
+    """A worker leaves Ctrl-C to the process that started it, and nohup lets a terminal go."""
+    before = signal.signal(signum, signal.SIG_IGN)
     try:
-        assert Diary(stop_at=5, signum=signal.SIGINT).train()[-1] == ("evaluate", 8)
+        assert Diary(stop_at=5, signum=signum).train()[-1] == ("evaluate", 8)
+        assert signal.getsignal(signum) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signum, before)
+
+
+def test_all_ranks_stop_for_the_signal_of_one(together):
+    """The second is sent SIGUSR1 in step 5; they agree every third step."""
+    assert together(Path(__file__).parent / "loop_worker.py", 2) == ["saved 6, exit code 138\n"] * 2
 
 
 def test_an_error_in_a_step_puts_the_handlers_back():
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(s) for s in STOPPING]
     diary = Diary()
     diary.batches = lambda epoch, offset: ["no batch"]
     with pytest.raises(AttributeError):
         diary.train()
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(s) for s in STOPPING] == handlers

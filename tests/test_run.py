@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
+from cleanings import WORLD, cleaning, start
 
-from fastbd.run import same_pixels
+from fastbd import cli
+from fastbd.commands import clean
+from fastbd.errors import UserError
+from fastbd.run import Run, same_pixels
 
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 
@@ -28,3 +33,16 @@ def test_a_run_that_began_with_a_gpus_pixels_keeps_none_that_the_cpu_decodes():
 
 def test_a_run_that_began_with_ffcvs_pixels_stays_as_it_was_told():
     assert same_pixels("ffcv", "ffcv", "auto") == ("ffcv", "auto")
+
+
+def test_a_run_that_another_process_trains_is_not_resumed(study, monkeypatch, tmp_path):
+    monkeypatch.chdir(study)
+    start(study)
+    first = cleaning(tmp_path / "run")
+    config = cli.parse("clean", ["--resume", str(tmp_path / "run")])
+    with pytest.raises(UserError, match=rf"run is being trained by process {os.getpid()} on .*: wait for it to end"):
+        Run(config, clean.task(config, WORLD), WORLD)
+    # A sweep's claim decides whose a run is, not the lock of a process that has stalled.
+    Run(config, clean.task(config, WORLD), WORLD, guard=lambda: None)
+    first.release()
+    assert Run(config, clean.task(config, WORLD), WORLD).lock

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from rich.live import Live
 
-from fastbd import dist, log
+from fastbd import dist, files, log, signals
 from fastbd.commands import clean, demo, poison, pretrain, report
 from fastbd.config import CleanConfig, ReportConfig, SweepConfig
 from fastbd.data.shards import open_beton
@@ -100,11 +99,13 @@ def open_ledger(config: SweepConfig) -> Ledger:
     if config.study is None:
         if config.out is None:
             raise UserError("sweep needs --study, a shipped one or a file, or --out, the folder of one to go on with.")
+        files.check_out(config.out)
         ledger = Ledger(config.out, lease=config.lease)
         _check_data(ledger.runs)
         return ledger
     study = changed(load(config.study, config.preset), config)
     folder = config.out or Path("studies") / study.name
+    files.check_out(folder)
     _check_data(expand(study, folder))
     return Ledger(folder, study, lease=config.lease)
 
@@ -158,16 +159,11 @@ def work(ledger: Ledger, config: SweepConfig) -> None:
 def _stoppable() -> Iterator[None]:
     """A signal raises Stopped also where no training is there to save first: between runs, or while one is set up."""
 
-    def stop(signum: int, frame) -> None:
+    def stop(signum: int, before: Any) -> None:
         raise Stopped(signum)
 
-    wanted = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
-    previous = {s: signal.signal(s, stop) for s in wanted}
-    try:
+    with signals.handled(stop):
         yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:

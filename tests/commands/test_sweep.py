@@ -151,8 +151,9 @@ def end(process: subprocess.Popen) -> None:
         process.wait()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_saves_and_the_study_goes_on(processes, undisturbed, study, sweep):
+@pytest.mark.parametrize(("processes", "signum"), [(1, signal.SIGUSR1), (2, signal.SIGHUP)])
+def test_a_signal_saves_and_the_study_goes_on(processes, signum, undisturbed, study, sweep):
+    """One that the whole group is sent, as by a scheduler or a terminal that is lost."""
     folder = f"stopped{processes}"
     flags = ("--processes", processes)
     command = [sys.executable, "-m", "fastbd", "sweep", *started(folder), *map(str, flags)]
@@ -160,11 +161,11 @@ def test_a_signal_saves_and_the_study_goes_on(processes, undisturbed, study, swe
     try:
         while process.poll() is None and number_of_lines(study / folder) < 4:
             time.sleep(0.01)
-        process.terminate()
+        os.killpg(process.pid, signum)
         said = process.communicate(timeout=120)[0]
     finally:
         end(process)
-    assert process.returncode == 143, said
+    assert process.returncode == 128 + signum, said
     assert f"go on with: python -m fastbd sweep --out {folder}" in said
     states = [row.status.state for row in Ledger(study / folder).table()]
     assert "running" not in states and "waiting" in states
@@ -278,7 +279,7 @@ def test_asha_compares_what_differs_in_its_rates_alone():
 def test_a_run_killed_before_its_first_line_has_it_all_the_same(undisturbed, tmp_path):
     world, settings = dist.join("cpu"), {**ALIKE, "lr": 1e-3, "epochs": 1}
     config = CleanConfig(run=undisturbed / "runs/mmcl-s0", out=tmp_path / "run", **settings)
-    Run(config, clean.task(config, world), world, quiet=True)  # the folder is made, and no more
+    Run(config, clean.task(config, world), world, quiet=True).release()  # the folder is made, and no more
     config = replace(config, resume=config.out)
     Run(config, clean.task(config, world), world, quiet=True).train()
     assert [row["step"] for row in numbers(config.out)] == [0, 2, 5]

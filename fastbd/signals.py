@@ -1,0 +1,58 @@
+"""Signals that ask a process to stop: Ctrl-C, those of schedulers, and that of a terminal that is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+INSISTING = (signal.SIGINT, signal.SIGTERM)
+"""Those that mean more when they come again. A lost terminal sends SIGHUP twice, through the shell and by itself."""
+
+
+@contextmanager
+def handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
+    """Call handler(signum, the handler before) for STOPPING within the block; yields all the handlers before.
+
+    Of what is ignored, as SIGHUP under nohup, the handler does not hear. Handlers before come back at the end.
+    """
+    previous: dict[int, Any] = {}
+    told: set[int] = set()
+
+    def handle(signum: int, frame: Any) -> None:
+        if signum == signal.SIGHUP:
+            _leave_terminal()
+        if signum in INSISTING or signum not in told:
+            told.add(signum)
+            handler(signum, previous[signum])
+
+    try:
+        for signum in STOPPING:
+            if (before := signal.getsignal(signum)) is not signal.SIG_IGN:
+                previous[signum] = before
+                signal.signal(signum, handle)
+        yield previous
+    finally:
+        for signum, before in previous.items():
+            signal.signal(signum, before)
+
+
+def _leave_terminal() -> None:
+    """Say nothing more to a terminal that is lost: each write would be an error, instead of a checkpoint saved."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if _is_lost(output):
+            os.dup2(null, output)
+    os.close(null)
+
+
+def _is_lost(output: int) -> bool:
+    try:
+        os.write(output, b"")  # asks only a terminal whether it is there
+    except OSError as error:
+        return error.errno == errno.EIO
+    return False
