@@ -9,17 +9,29 @@ import importlib
 import os
 import sys
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from fastbd import config
 from fastbd.errors import UserError
-from fastbd.study.runs import read_config
+from fastbd.study.runs import read_config, run_of
 
 
 class Verb(NamedTuple):
     config: type
     example: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class First:
+    """Flags that are read before the others, whose defaults depend on them."""
+
+    preset: str | None = None
+    method: str | None = None
+    run: Path | None = None
+    checkpoint: str | None = None
+    resume: Path | None = None
 
 
 VERBS = {
@@ -41,7 +53,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command line; returns the exit code: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal."""
+    """Run one command line; returns the exit code: 0 done, 2 the user's mistake, 128 + signal when stopped by one."""
     # Spinning OpenMP threads stall one another as soon as anything else wants a core. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
@@ -59,12 +71,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            said = f"the disk is full: {error.filename or 'a file'} could not be written; free some space."
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+            said = f"{error.filename} cannot be read or written ({error.strerror}): see to its permissions."
+        else:
             raise
-        print(
-            f"error: the disk is full: {error.filename or 'a file'} could not be written; free some space.",
-            file=sys.stderr,
-        )
+        print(f"error: {said}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130
@@ -86,17 +99,20 @@ def parse(verb: str, flags: list[str]):
     kind = VERBS[verb].config
     description = kind.__doc__
     default = tyro.MISSING_NONPROP
+    first, others = _first(flags)
     if kind in (config.PretrainConfig, config.CleanConfig):
-        if folder := _value(flags, "--resume"):
-            return _resumed(kind, Path(folder), flags)
-        name = _value(flags, "--preset") or _preset_of_run(_value(flags, "--run"))
+        if first.resume and not {"-h", "--help"} & set(others):
+            return _resumed(kind, first, others)
+        name = first.preset or _preset_of_run(first.run)
         if name in config.PRESETS:
             preset = config.PRESETS[name]
-            method = _value(flags, "--method") if verb == "clean" else None
-            default = preset().defaults(verb, method if method in typing.get_args(config.Method) else None)
+            method = first.method if verb == "clean" and first.method in typing.get_args(config.Method) else None
+            default = preset().defaults(verb, method)
             description = f"{kind.__doc__}\n\nPreset {name}: {preset.__doc__}"
     settings = tyro.cli(kind, args=flags, default=default, prog=f"python -m fastbd {verb}", description=description)
     _check_numbers(settings)
+    _check_files(settings)
+    settings = _with_folders(settings, first)
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and kind in (config.PretrainConfig, config.CleanConfig):
         return _restarted(settings)
     return settings
@@ -109,25 +125,60 @@ def _check_numbers(settings) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least {least}.")
 
 
-def _value(flags: list[str], name: str) -> str | None:
-    for i, flag in enumerate(flags):
-        if flag.startswith(name + "="):
-            return flag.split("=", 1)[1]
-        if flag == name and i + 1 < len(flags):
-            return flags[i + 1]
-    return None
+def _check_files(settings) -> None:
+    for name, (what, pattern) in config.FILES.items():
+        value = getattr(settings, name, None)
+        for path in value if isinstance(value, tuple) else (value,):
+            if path not in (None, "demo") and os.path.isdir(path):
+                there = min(Path(path).glob(pattern), default=None)
+                such = f", such as {there}" if there else ""
+                raise UserError(f"--{name.replace('_', '-')} {path} is a folder: give a {what}{such}.")
 
 
-def _preset_of_run(folder: str | None) -> str:
+def _with_folders(settings, first: First):
+    """The settings with run folders in place of the checkpoints in them that were named."""
+    found = {}
+    if getattr(settings, "run", None):
+        found["run"], which = run_of(settings.run, "--run")
+        found |= {"checkpoint": which} if which and first.checkpoint is None else {}
+    for name in ("runs", "compare"):
+        if paths := getattr(settings, name, None):
+            found[name] = tuple(run_of(path, f"--{name}")[0] for path in paths)
+    if paths := getattr(settings, "pretrained", None):
+        found["pretrained"] = tuple(_run_at_its_end(path, "--pretrained") for path in paths)
+    return dataclasses.replace(settings, **found)
+
+
+def _run_at_its_end(path: Path, flag: str) -> Path:
+    """The run folder that a path means, for what takes no other checkpoint than the last."""
+    folder, which = run_of(path, flag)
+    if which not in (None, "last"):
+        raise UserError(f"{flag} takes the last checkpoint of a run, not {path.name}: give the folder {folder}.")
+    return folder
+
+
+def _first(flags: list[str]) -> tuple[First, list[str]]:
+    """What the defaults depend on, read as the flags themselves will be; and the flags that are left."""
+    import tyro
+
+    try:
+        return tyro.cli(First, args=flags, return_unknown_args=True, add_help=False, console_outputs=False)
+    except SystemExit:  # a flag without its value: the verb's own parser tells of it, with its own help
+        return First(), flags
+
+
+def _preset_of_run(path: Path | None) -> str:
     """The preset that a run was made with, so that cleaning starts from the same one."""
-    if folder and (Path(folder) / "config.json").is_file():
-        return read_config(Path(folder))["config"].get("preset", "demo")
+    folder = path and run_of(path, "--run")[0]
+    if folder and (folder / "config.json").is_file():
+        return read_config(folder)["config"].get("preset", "demo")
     return "demo"
 
 
-def _resumed(kind: type, folder: Path, flags: list[str]):
-    if len([f for f in flags if f.startswith("--")]) > 1:
+def _resumed(kind: type, first: First, others: list[str]):
+    if others or first != First(resume=first.resume):
         raise UserError("--resume takes every setting from the run folder; leave the other flags out.")
+    folder = _run_at_its_end(first.resume, "--resume")
     recorded = read_config(folder)
     verb = {config.PretrainConfig: "pretrain", config.CleanConfig: "clean"}[kind]
     if recorded["verb"] != verb:

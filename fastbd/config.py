@@ -695,7 +695,7 @@ LEAST = {
 
 
 FILES = {
-    "data": (".beton file, or make one of images with python -m fastbd build", "*.beton"),
+    "data": (".beton file, which python -m fastbd build makes", "*.beton"),
     "eval_data": (".beton file", "*.beton"),
     "probe_data": (".beton file", "*.beton"),
     "plan": ("plan file, which python -m fastbd poison makes", "*.poison.json"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cleanings import start
 
+from fastbd import cli
 from fastbd.models import create
 
 TRAIN = (
@@ -206,3 +209,85 @@ def test_a_checkpoint_that_is_not_there(refused, place, study, fastbd):
 )
 def test_a_step_that_cannot_be(refused, flags, message):
     assert message in refused(*TRAIN, *flags)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("demo",),
+        ("build", "--source", "train.csv"),
+        ("poison", "--data", "train.beton"),
+        ("pretrain", *TRAIN[1:-2]),
+        ("pretrain",),  # which would make the demo set first
+        ("clean", "--run", "start", "--force"),
+        ("sweep", "--study", "demo"),
+        ("detect", "--run", "start", "--drop", "0.1"),
+        ("label", "--run", "start"),
+        ("preview",),
+        ("report", "--runs", "start"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_known_before_the_work(arguments, study, place, monkeypatch, capsys):
+    """A file in place of a folder stands for one that is read-only, as root writes to any other."""
+    monkeypatch.chdir(study)
+    start(study)
+    (place / "start").symlink_to(study / "runs/start")
+    monkeypatch.chdir(place)
+    before, out = sorted(place.rglob("*")), "val.csv/deep/out.npy"
+    assert cli.main([*map(str, arguments), "--out", out]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == f"error: --out {out} cannot be written in {place}/val.csv (Not a directory): choose another --out."
+    assert sorted(place.rglob("*")) == before
+
+
+READ_ONLY = """
+import sys
+from fastbd import cli
+scratch = sys.argv[1]
+train = ["--data", "train.beton", "--model", "tiny-rn", "--batch-size", "24", "--epochs", "1", "--device", "cpu"]
+kept = ["--resident", "disk", "--resident-dir", scratch + "/pixels"]
+for command in (
+    ["poison", "--data", "train.beton", "--count", "3"],
+    ["pretrain", "--resume", "runs/start"],
+    ["pretrain", *train],
+    ["evaluate", "--run", "runs/start"],
+    ["report", "--runs", "runs"],
+    ["preview", "--out", scratch + "/preview.png"],
+    ["pretrain", *train, "--resident", "disk", "--out", scratch + "/run"],
+    ["pretrain", *train, *kept, "--out", scratch + "/run"],
+    ["clean", "--run", "runs/start", "--force", "--epochs", "0", "--device", "cpu", "--out", scratch + "/cleaned"],
+):
+    code = cli.main(command)
+    print("exit code", code, file=sys.stderr)
+"""
+
+
+def test_where_all_is_read_only_it_is_read_and_nothing_else(study, tmp_path, monkeypatch, read_only):
+    monkeypatch.chdir(study)
+    start(study)
+    said = read_only(study, sys.executable, "-c", READ_ONLY, tmp_path, cwd=study).stderr.splitlines()
+    refused = "(Read-only file system)"
+    assert said == [
+        f"error: --out train.poison.json cannot be written in {study} {refused}: choose another --out.",
+        "exit code 2",
+        f"error: --resume runs/start cannot be written in {study}/runs/start {refused}: copy the run to "
+        "where that is possible.",
+        "exit code 2",
+        f"error: --out runs cannot be written in {study}/runs {refused}: choose another --out.",
+        "exit code 2",
+        f"error: --run runs/start cannot be written in {study}/runs/start {refused}: copy the run to "
+        "where that is possible.",
+        "exit code 2",
+        f"error: --out report.html cannot be written in {study} {refused}: choose another --out.",
+        "exit code 2",
+        f"error: the demo set's folder data/demo cannot be written in {study} {refused}: start in a folder that can "
+        "be written to, or give --data.",
+        "exit code 2",
+        f"error: train.32.pixels cannot be written {refused}: give another --resident-dir, or --resident ram or none.",
+        "exit code 2",
+        "exit code 0",
+        "exit code 0",
+    ]
+    made = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/c*.pt"))
+    assert made == ["cleaned/ckpt_last.pt", "run/ckpt_last.pt"]
+    assert [path.name for path in (tmp_path / "pixels").iterdir()] == ["train.32.pixels"]

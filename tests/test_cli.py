@@ -143,3 +143,109 @@ def test_files_are_recorded_by_absolute_paths_and_names_as_they_are(tmp_path, mo
     recorded = config.to_dict(given)
     assert recorded["data"] == f"{tmp_path}/pairs.beton" and recorded["classes"] == f"{tmp_path}/classes.txt"
     assert recorded["plan"] == f"{tmp_path}/p.json" and recorded["templates"] == "demo"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--preset", "demo", "--preset", "paper-cc3m"],
+        ["--preset=paper-cc3m", "--preset=demo"],
+        ["--preset", "paper-cc3m", "--preset=par", "--batch_size=9"],
+        ["--preset=par", "--no_poison", "--lr", "-1", "--remove_epochs", "1", "2", "--preset", "par-2"],
+        ["--templates=--preset", "--preset", "paper-cc6m"],
+        ["--preset", "paper-cc6m", "--"],
+        ["--preset", "paper-cc3m", "--plan", "None", "--preset", "demo", "--out", "a"],
+    ],
+)
+def test_the_last_preset_is_recorded_and_gives_the_defaults(flags):
+    chosen = cli.parse("pretrain", flags)
+    defaults = config.PRESETS[chosen.preset]().pretrain
+    assert chosen.preset == [word.split("=")[-1] for word in flags if word.split("=")[-1] in config.PRESETS][-1]
+    assert (chosen.epochs, chosen.classes, chosen.warmup) == (defaults.epochs, defaults.classes, defaults.warmup)
+
+
+@pytest.mark.parametrize("flags", [["--", "--preset", "par"], ["--pre", "par"], ["--Preset", "par"], ["--preset"]])
+def test_what_is_not_a_preset_for_tyro_is_none_for_us(flags, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse("pretrain", flags)
+    assert "--preset" in capsys.readouterr().err or flags[0] in ("--pre", "--Preset")
+
+
+def test_the_last_method_and_the_last_run_win(tmp_path):
+    for name in ("paper-cc3m", "paper-cc6m"):
+        (tmp_path / name).mkdir()
+        recorded = {"verb": "pretrain", "config": config.to_dict(config.PRESETS[name]().pretrain)}
+        (tmp_path / name / "config.json").write_text(json.dumps(recorded))
+    chosen = cli.parse("clean", ["--method=par", "--method", "supervised", "--preset", "paper-cc3m"])
+    assert chosen == config.paper_cc3m().defaults("clean", "supervised")
+    runs = [f"--run={tmp_path}/paper-cc3m", "--run", str(tmp_path / "paper-cc6m")]
+    assert cli.parse("clean", runs).preset == "paper-cc6m"
+    assert cli.parse("clean", [*runs, f"--run={tmp_path}/paper-cc3m"]).preset == "paper-cc3m"
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch) -> None:
+    """A folder with a run, `run`, and files of the kinds that flags name."""
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    recorded = {"verb": "pretrain", "config": config.to_dict(config.paper_cc3m().pretrain)}
+    Path("run/config.json").write_text(json.dumps(recorded))
+    for name in ("run/env.json", "run/ckpt_last.pt", "run/ckpt_epoch_021.pt", "RN50.pt"):
+        Path(name).touch()
+
+
+@pytest.mark.parametrize(
+    ("verb", "more"),
+    [("clean", []), ("evaluate", []), ("detect", []), ("label", ["--out", "a.npy"])],
+)
+def test_a_checkpoint_of_a_run_means_the_run_and_that_checkpoint(run_folder, verb, more):
+    for name, checkpoint in (("ckpt_last.pt", "last"), ("ckpt_epoch_021.pt", "21")):
+        chosen = cli.parse(verb, ["--run", f"run/{name}", *more])
+        assert (chosen.run, chosen.checkpoint) == (Path("run"), checkpoint)
+    chosen = cli.parse(verb, ["--run=run/ckpt_epoch_021.pt", "--checkpoint", "last", *more])
+    assert (chosen.run, chosen.checkpoint) == (Path("run"), "last")
+    if verb == "clean":
+        assert cli.parse(verb, ["--run", "run/ckpt_last.pt"]).preset == "paper-cc3m"
+    with pytest.raises(UserError, match=r"--run RN50\.pt is a file: .* pretrain --weights RN50\.pt --epochs 0"):
+        cli.parse(verb, ["--run", "RN50.pt", *more])
+
+
+def test_what_takes_the_last_checkpoint_alone_refuses_others(run_folder):
+    assert cli.parse("pretrain", ["--resume", "run/ckpt_last.pt"]) == cli.parse("pretrain", ["--resume", "run"])
+    assert cli.parse("sweep", ["--pretrained", "run/ckpt_last.pt", "run"]).pretrained == (Path("run"), Path("run"))
+    assert cli.parse("report", ["--runs", "run/ckpt_epoch_021.pt"]).runs == (Path("run"),)
+    assert cli.parse("report", ["--compare", "run", "run/ckpt_last.pt"]).compare == (Path("run"), Path("run"))
+    for verb, flag in (("pretrain", "--resume"), ("sweep", "--pretrained")):
+        match = rf"{flag} takes the last checkpoint of a run, not ckpt_epoch_021\.pt: give the folder run"
+        with pytest.raises(UserError, match=match):
+            cli.parse(verb, [flag, "run/ckpt_epoch_021.pt"])
+        with pytest.raises(UserError, match=rf"{flag} RN50\.pt is a file: .* --weights RN50\.pt"):
+            cli.parse(verb, [flag, "RN50.pt"])
+
+
+FILES = [
+    (name, field.name)
+    for name, verb in cli.VERBS.items()
+    for field in dataclasses.fields(verb.config)
+    if field.name in config.FILES
+]
+NEEDED = {"build": ["--source", "a", "--out", "b"], "poison": ["--data", "a"], "evaluate": ["--run", "a"],
+          "detect": ["--run", "a"], "label": ["--run", "a", "--out", "b"]}  # fmt: skip
+
+
+@pytest.mark.parametrize(("verb", "flag"), FILES)
+def test_a_folder_where_a_file_is_meant(verb, flag, run_folder):
+    flag = f"--{flag.replace('_', '-')}"
+    with pytest.raises(UserError, match=f"^{flag} run is a folder: give a .*"):
+        cli.parse(verb, [*NEEDED.get(verb, []), flag, "run"])
+
+
+def test_a_folder_where_a_file_is_meant_names_one_that_is_in_it(run_folder):
+    for name in ("b.beton", "a.beton"):
+        Path("run", name).touch()
+    with pytest.raises(UserError, match=r"give a \.beton file, .*, such as run/a\.beton\.$"):
+        cli.parse("poison", ["--data", "run"])
+    with pytest.raises(UserError, match=r"give a file of weights, such as run/ckpt_"):
+        cli.parse("pretrain", ["--weights", "run"])
+    Path("demo").mkdir()
+    assert cli.parse("pretrain", ["--data", "demo"]).data == "demo"  # the name of the set that is built in

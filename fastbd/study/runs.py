@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -103,6 +104,25 @@ def read(path: Path) -> Run:
         )
     except KeyError as error:
         raise UserError(f"{path / 'config.json'} has no {error}, so it is not a run's; name another folder.") from None
+
+
+def run_of(path: Path, flag: str) -> tuple[Path, str | None]:
+    """(the run folder that `path` means, which of its checkpoints where `path` is the file of one: last, or a number).
+
+    A path that is not a file is taken as it is. UserError that names the flag for any other file.
+    """
+    if not path.is_file():
+        return path, None
+    folder = path.parent
+    found = re.fullmatch(r"ckpt_(last|epoch_(?P<epoch>\d+))\.pt", path.name)
+    if found and (folder / "config.json").is_file():
+        return folder, str(int(found["epoch"])) if found["epoch"] else "last"
+    if (folder / "config.json").is_file() and (folder / "env.json").is_file():
+        raise UserError(f"{flag} {path} is a file in a run folder: give the folder {folder}.")
+    raise UserError(
+        f"{flag} {path} is a file: give the folder of a run, which weights of other programs become with "
+        f"python -m fastbd pretrain --weights {path} --epochs 0."
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastbd.errors import UserError
-from fastbd.study.runs import find, on_common_set, read
+from fastbd.study.runs import find, on_common_set, read, run_of
 
 
 def test_reads_what_was_written(study):
@@ -106,3 +106,33 @@ def test_imports_neither_torch_nor_matplotlib():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.fixture
+def run_files(tmp_path, monkeypatch) -> None:
+    """A run folder `run`, and weights of another program beside their own config.json in `other`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run/config.json", "run/env.json", "run/log.jsonl", "run/ckpt_last.pt", "run/ckpt_epoch_021.pt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    Path("other").mkdir()
+    for name in ("other/config.json", "other/model.safetensors", "RN50.pt", "ckpt_last.pt"):
+        Path(name).touch()
+
+
+def test_a_checkpoint_in_a_run_folder_means_that_run(run_files, monkeypatch):
+    assert run_of(Path("run"), "--run") == (Path("run"), None)
+    assert run_of(Path("nowhere"), "--run") == (Path("nowhere"), None)
+    assert run_of(Path("run/ckpt_last.pt"), "--run") == (Path("run"), "last")
+    assert run_of(Path("run/ckpt_epoch_021.pt"), "--run") == (Path("run"), "21")
+    monkeypatch.chdir("run")
+    assert run_of(Path("ckpt_last.pt"), "--run") == (Path("."), "last")
+
+
+def test_any_other_file_is_not_a_run(run_files):
+    for name in ("run/config.json", "run/log.jsonl"):
+        with pytest.raises(UserError, match=f"^--run {name} is a file in a run folder: give the folder run\\.$"):
+            run_of(Path(name), "--run")
+    for name in ("RN50.pt", "ckpt_last.pt", "other/model.safetensors", "other/config.json"):
+        with pytest.raises(UserError, match=rf"--runs {name} is a file: .* pretrain --weights {name} --epochs 0\.$"):
+            run_of(Path(name), "--runs")
