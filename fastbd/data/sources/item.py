@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+CAPTION_LIMIT = 10_000
+"""Characters of a caption that are read; 77 tokens, all that a model reads, are some 400."""
+MISSING = frozenset(("nan", "-nan", "none", "null", "<na>", "na", "n/a", "#n/a", "#na"))
+"""Captions, in lower case, that exports of pandas and of spreadsheets write for a missing one."""
 
 
 class Item(NamedTuple):  # there are millions, sent to the workers
@@ -18,3 +22,14 @@ class Item(NamedTuple):  # there are millions, sent to the workers
     offset: int = 0
     size: int | None = None
     problem: str | None = None  # why the row cannot be used, where the source shows it
+    line: int | None = None  # of a text file, from 1, where the row begins
+    column: str | None = None  # of a parquet file, which holds the image in row `offset`
+
+
+def with_sound_caption(item: Item) -> Item:
+    """The item with its caption cut to CAPTION_LIMIT; a mark for a missing caption is a problem, or "" with a class."""
+    caption = item.caption[:CAPTION_LIMIT].strip()
+    if len(caption) < 5 and caption.lower() in MISSING:
+        problem = None if item.class_name else f"missing caption: '{caption}'"
+        return item._replace(caption="", problem=item.problem or problem)
+    return item if len(item.caption) <= CAPTION_LIMIT else item._replace(caption=caption)
