@@ -36,16 +36,19 @@ class BuildConfig:
     """Pack images and captions into one .beton file, checking every image."""
 
     source: Path
-    """A .csv/.tsv file, a folder of img2dataset .tar shards, one .tar, a folder of class folders, a folder or tars of
-    images with --labels, or Karpathy's dataset_coco.json or dataset_flickr30k.json."""
+    """A table (.csv, .tsv, .txt), a folder of img2dataset .tar shards, one .tar, a folder of class folders, a folder or
+    tars of images with --labels, or Karpathy's dataset_coco.json or dataset_flickr30k.json."""
     out: Path
     """The .beton file to write; rejects go to NAME.rejects.csv. A build that was cut short goes on when run again."""
     image_key: str | None = None
-    """CSV column holding the image path, relative to the CSV's folder [path]."""
+    """Column (or key, in JSON) of the image's path, relative to the source's folder, or in parquet of the image itself
+    [path, else image, else file_name; in parquet else jpg, png, webp]."""
     caption_key: str | None = None
-    """CSV column holding the caption; may be empty when --class-key names the class [caption]."""
+    """Column or key of the caption; may be empty when --class-key names the class [caption]."""
     class_key: str | None = None
-    """CSV column holding the class name of labelled (evaluation) images."""
+    """Column or key of the class name of labelled (evaluation) images."""
+    separator: str | None = None
+    """Character between the fields of a table, or `tab` [tab, ;, | or comma, as its first line shows]."""
     labels: Path | None = None
     """Classes of the images in a folder or in tars: one a line in the order of the file names, or lines `file label`,
     as Kaggle's LOC_val_solution.csv has them. WordNet ids, names, or numbers from 0."""
@@ -54,7 +57,7 @@ class BuildConfig:
     images: Path | None = None
     """Folder of the images that a .json source names [that of the source]."""
     split: str | None = None
-    """Take only this split of a .json source: train, restval, val, test."""
+    """Take only this split of Karpathy's .json (train, restval, val, test), or of a folder of parquet files."""
     templates: str | None = None
     """Captions of images with only a class: imagenet80, or a text file with one template a line, {} for the class
     [those in the file of --classes, else imagenet80]."""

@@ -55,7 +55,7 @@ class Row:
 
 
 def run(config: BuildConfig) -> int:
-    """Write config.out (.beton) and, beside it, .rejects.csv (row_id, path, reason) with every row that is not in it.
+    """Write config.out (.beton) and, beside it, .rejects.csv (row_id, line, path, reason) with every row not in it.
 
     Rows of classes with an empty caption get one from the templates, drawn by (seed, row). Pairs are kept when only
     their path repeats; a repeated (path, caption, class) is rejected. Raises UserError when no row, or no row of some
@@ -119,7 +119,8 @@ def _pack(
     began: int,
 ) -> tuple[int, list[tuple[Item, str]]]:
     """Write the .beton file; returns the number of rows kept, and the rejected with their reasons."""
-    usable, rejects = _split(items, repeats=config.source.suffix == ".json")
+    usable = [item for item in items if not item.problem]
+    rejects = [(item, item.problem) for item in items if item.problem]
     done, rejected = _done_before(journal, usable, config.out)
     began = journal.entries[0]["began"] if done else began
     rejects += [(usable[i], reason) for i, reason in rejected.items()]
@@ -205,19 +206,6 @@ def _changed(items: list[Item], rejected: Container[int], since: int) -> str | N
     return None
 
 
-def _split(items: list[Item], repeats: bool) -> tuple[list[Item], list[tuple[Item, str]]]:
-    """(usable, rejected): what shows before any file is read. A retrieval set may repeat itself, as published."""
-    usable, rejects, first = [], [], {}
-    for item in items:
-        row = first.setdefault((item.name, item.caption, item.class_name), item.row_id)
-        reason = item.problem or (f"duplicate of row {row}" if row != item.row_id and not repeats else None)
-        if reason:
-            rejects.append((item, reason))
-        else:
-            usable.append(item)
-    return usable, rejects
-
-
 def _pack_in_order(
     items: list[Item], pack: Callable[[Sequence[Item]], list[Row | str]], workers: int
 ) -> Iterator[tuple[Item, Row | str]]:
@@ -287,13 +275,14 @@ def _read(item: Item) -> bytes:
 
 
 def _write_rejects(path: Path, rejects: list[tuple[Item, str]]) -> None:
+    """Write row_id, line (where the source is a text file), path and reason of each row that is not taken."""
     with (
         replacing(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         rows = csv.writer(file)
-        rows.writerow(["row_id", "path", "reason"])
-        rows.writerows((item.row_id, item.name, reason) for item, reason in rejects)
+        rows.writerow(["row_id", "line", "path", "reason"])
+        rows.writerows((item.row_id, item.line, item.name, reason) for item, reason in rejects)
 
 
 def _kinds(rejects: list[tuple[Item, str]]) -> list[tuple[str, int]]:

@@ -49,9 +49,9 @@ def build(tmp_path: Path, source: Path, **options) -> tuple[Beton, list[list[str
     assert run(BuildConfig(source=source, out=out, workers=2, **options)) == 0
     with (out.parent / "set.rejects.csv").open(newline="") as file:
         header, *rejects = csv.reader(file)
-    assert header == ["row_id", "path", "reason"]
+    assert header == ["row_id", "line", "path", "reason"]
     assert sorted(p.name for p in out.parent.iterdir()) == ["set.beton", "set.rejects.csv"]
-    return Beton(out), rejects
+    return Beton(out), [[row_id, path, reason] for row_id, _, path, reason in rejects]
 
 
 def test_a_csv_with_every_kind_of_bad_row(tmp_path):
@@ -82,7 +82,7 @@ def test_a_csv_with_every_kind_of_bad_row(tmp_path):
     for row, reason in {
         2: "duplicate of row 0", 3: "empty caption", 4: "damaged image: image file is truncated", 5: "empty file",
         6: "unreadable image: no known format", 7: "missing file", 8: "not a file", 9: "not a file", 10: "empty path",
-        11: "empty path", 13: "too large: 500x300 px", 14: "missing file",
+        11: "wrong number of fields: 1, and 2 in the header", 13: "too large: 500x300 px", 14: "missing file",
     }.items():  # fmt: skip
         assert reasons[row].startswith(reason), (row, reasons[row])
 
@@ -415,7 +415,7 @@ def test_mistakes_are_told_and_leave_no_beton(tmp_path, rows, options, message):
 
 def test_flags_of_another_kind_of_source(tmp_path):
     source = table(tmp_path / "a.csv", ("path", "caption"), ("a.jpg", "x"))
-    with pytest.raises(UserError, match="--split is for a JSON file of Karpathy's, and the source .*a.csv is a table"):
+    with pytest.raises(UserError, match="--split is for a JSON file of Karpathy's, and .*a.csv is a table"):
         run(BuildConfig(source=source, out=tmp_path / "set.beton", split="test"))
 
 

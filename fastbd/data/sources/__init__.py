@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fastbd.config import BuildConfig
 from fastbd.data.sources.folder import class_folder_items, image_items
-from fastbd.data.sources.item import Item
+from fastbd.data.sources.item import Item, with_sound_caption
 from fastbd.data.sources.json_file import karpathy_items
 from fastbd.data.sources.labels import labelled
 from fastbd.data.sources.table import table_items
@@ -15,7 +15,7 @@ from fastbd.data.sources.tars import tar_items
 from fastbd.errors import UserError
 from fastbd.prompts import labels_of, read_classes
 
-FLAGS = ("image_key", "caption_key", "class_key", "labels", "images", "split")
+FLAGS = ("image_key", "caption_key", "class_key", "separator", "labels", "images", "split")
 """Flags of build that only some layouts use."""
 
 
@@ -26,45 +26,50 @@ class Layout:
     name: str  # as in "the source x is NAME"
     flags: frozenset[str]  # those of FLAGS that it uses
     read: Callable[[BuildConfig], Iterable[Item]]
+    repeats: bool = False  # may hold a pair twice, as published retrieval sets do
 
 
-TABLE = Layout("a table", frozenset({"image_key", "caption_key", "class_key"}), table_items)
-KARPATHY = Layout("a JSON file of Karpathy's", frozenset({"images", "split"}), karpathy_items)
+TABLE = Layout("a table", frozenset({"image_key", "caption_key", "class_key", "separator"}), table_items)
+KARPATHY = Layout("a JSON file of Karpathy's", frozenset({"images", "split"}), karpathy_items, repeats=True)
 TARS = Layout("tars", frozenset({"labels"}), tar_items)
 CLASS_FOLDERS = Layout("a folder of class folders", frozenset(), class_folder_items)
 LABELLED_IMAGES = Layout("a folder of images with --labels", frozenset({"labels"}), image_items)
+BY_SUFFIX = {".csv": TABLE, ".tsv": TABLE, ".txt": TABLE, ".json": KARPATHY, ".tar": TARS}
 LAYOUTS = (TABLE, KARPATHY, TARS, CLASS_FOLDERS, LABELLED_IMAGES)
 
 
 def read_items(config: BuildConfig) -> list[Item]:
     """All rows of the source, in order; tars are read by config.workers processes (0: one a core).
 
-    Raises UserError for a source that is missing, empty, of an unknown layout, or given a flag that its layout does
-    not use; WorkerDied.
+    A row whose caption is missing, or that repeats one before it where the layout does not allow that, has a problem;
+    captions are cut to CAPTION_LIMIT. Raises UserError for a source that is missing, empty, of an unknown layout, or
+    given a flag that its layout does not use; WorkerDied.
     """
     source, layout = config.source, layout_of(config)
     _check_flags(config, layout)
-    items = list(layout.read(config))
+    items = layout.read(config)
+    items = list(items if config.labels else map(with_sound_caption, items))
     if not items and layout is CLASS_FOLDERS and any(image_items(config)):
         raise UserError(f"the images of {source} are in no class folders: give --labels, a file with their classes.")
     if not items:
         raise UserError(f"the source {source} holds no rows: there is nothing to build.")
     if config.labels:
         items = labelled(items, config)
-    return _in_list(items, config) if config.classes else items
+    if config.classes:
+        items = _in_list(items, config)
+    return items if layout.repeats else _repeats_marked(items)
 
 
 def layout_of(config: BuildConfig) -> Layout:
     """The layout of config.source, by its name and what is in it; UserError where there is none."""
-    source, kind = config.source, config.source.suffix
+    source, kind = config.source, config.source.suffix.lower()
     if source.is_dir():
         if any(source.glob("*.tar")):
             return TARS
         return LABELLED_IMAGES if config.labels else CLASS_FOLDERS
-    by_suffix = {".csv": TABLE, ".tsv": TABLE, ".json": KARPATHY, ".tar": TARS}
-    if source.is_file() and kind in by_suffix:
-        return by_suffix[kind]
-    what = "is not a .csv, .tsv, .json or .tar file or a folder" if source.exists() else "does not exist"
+    if source.is_file() and kind in BY_SUFFIX:
+        return BY_SUFFIX[kind]
+    what = f"is not a {', '.join(BY_SUFFIX)} file or a folder" if source.exists() else "does not exist"
     raise UserError(f"the source {source} {what}: give a table, tars, or a folder of class folders.")
 
 
@@ -92,5 +97,16 @@ def _in_list(items: list[Item], config: BuildConfig) -> list[Item]:
         if item.class_name in labels:
             return item._replace(class_name=classes.codes[labels[item.class_name]])
         return item._replace(problem=item.problem or reason)
+
+    return list(map(marked, items))
+
+
+def _repeats_marked(items: list[Item]) -> list[Item]:
+    """The items, with a problem on each that repeats an earlier (path, caption, class) without one."""
+    first: dict[tuple, int] = {}
+
+    def marked(item: Item) -> Item:
+        row = item.problem or first.setdefault((item.name, item.caption, item.class_name), item.row_id)
+        return item if item.problem or row == item.row_id else item._replace(problem=f"duplicate of row {row}")
 
     return list(map(marked, items))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
+from fastbd.config import BuildConfig
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_KEYS = ("path", "image", "file_name")
+"""Names of the column, or key, of the images: the first that a source has is taken unless it is named by a flag."""
 CAPTION_LIMIT = 10_000
 """Characters of a caption that are read; 77 tokens, all that a model reads, are some 400."""
 MISSING = frozenset(("nan", "-nan", "none", "null", "<na>", "na", "n/a", "#n/a", "#na"))
@@ -23,7 +28,6 @@ class Item(NamedTuple):  # there are millions, sent to the workers
     size: int | None = None
     problem: str | None = None  # why the row cannot be used, where the source shows it
     line: int | None = None  # of a text file, from 1, where the row begins
-    column: str | None = None  # of a parquet file, which holds the image in row `offset`
 
 
 def with_sound_caption(item: Item) -> Item:
@@ -33,3 +37,8 @@ def with_sound_caption(item: Item) -> Item:
         problem = None if item.class_name else f"missing caption: '{caption}'"
         return item._replace(caption="", problem=item.problem or problem)
     return item if len(item.caption) <= CAPTION_LIMIT else item._replace(caption=caption)
+
+
+def image_key(keys: Container[str], config: BuildConfig, usual: Sequence[str] = IMAGE_KEYS) -> str:
+    """The column, or key, of the images: that of the flag, else the first of `usual` that is in `keys`, else "path"."""
+    return config.image_key or next((key for key in usual if key in keys), "path")

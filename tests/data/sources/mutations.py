@@ -10,9 +10,9 @@ COUNT = int(os.environ.get("FASTBD_MUTATIONS", 200))
 """Mutations of each kind of source that a test tries; 3,000 take minutes."""
 
 SPECIAL = (
-    b'"', b'""', b"'", b",", b";", b"\t", b"|", b"\n", b"\r", b"\r\n", b"\n\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xc3",
-    b"\xed\xa0\xbd", b"\xe2\x80\xa8", b"\\", b"\\ud83d", b"{", b"}", b"[", b"]", b":", b"null", b"NaN", b"1e999",
-    b"9" * 5000, b"[" * 5000, b" ", b"../", b"/", b"=", b"\x1a",
+    b'"', b'""', b"'", b",", b";", b"\t", b"|", b"\n", b"\r", b"\r\n", b"\n\n", b"\0", b"\xff", b"\xef\xbb\xbf",
+    b"\xc3", b"\xed\xa0\xbd", b"\xe2\x80\xa8", b"\\", b"\\ud83d", b"{", b"}", b"[", b"]", b":", b"null", b"NaN",
+    b"1e999", b"9" * 5000, b"[" * 5000, b" ", b"../", b"/", b"=", b"\x1a",
 )  # fmt: skip
 
 
