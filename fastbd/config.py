@@ -36,8 +36,9 @@ class BuildConfig:
     """Pack images and captions into one .beton file, checking every image."""
 
     source: Path
-    """A table (.csv, .tsv, .txt), a folder of img2dataset .tar shards, one .tar, a folder of class folders, a folder or
-    tars of images with --labels, or Karpathy's dataset_coco.json or dataset_flickr30k.json."""
+    """A table (.csv, .tsv, .txt), JSON lines (.jsonl, .ndjson), a .json file (a list of pairs, COCO's captions_*.json,
+    Karpathy's dataset_coco.json), .parquet or a folder of them, a folder of img2dataset .tar shards, one .tar, a folder
+    of class folders, or a folder or tars of images with --labels."""
     out: Path
     """The .beton file to write; rejects go to NAME.rejects.csv. A build that was cut short goes on when run again."""
     image_key: str | None = None

@@ -31,6 +31,7 @@ from fastbd.data.eda import N_DRAWS, eda, synonyms_source
 from fastbd.data.journal import Journal
 from fastbd.data.sources import read_items
 from fastbd.data.sources.item import Item
+from fastbd.data.sources.parquet import read_image
 from fastbd.data.tokenizer import clean, tokenize
 from fastbd.data.workers import WorkerDied, map_in_order
 from fastbd.errors import UserError
@@ -100,7 +101,9 @@ def _job(items: list[Item], wording: list, config: BuildConfig) -> str:
     made_by = [__version__, *map(version, ("ftfy", "instant-clip-tokenizer", "pillow")), synonyms_source()]
     digest = hashlib.sha256(json.dumps([made_by, settings, wording]).encode())
     for item in items:
-        digest.update(repr((item.name, item.caption, item.class_name, item.offset, item.size, item.problem)).encode())
+        digest.update(
+            repr((item.name, item.caption, item.class_name, item.offset, item.size, item.problem, item.column)).encode()
+        )
     return digest.hexdigest()
 
 
@@ -261,6 +264,8 @@ def _image(item: Item, config: BuildConfig) -> tuple[bytes, int, int] | str:
 
 
 def _read(item: Item) -> bytes:
+    if item.column:
+        return read_image(item)
     try:
         if not os.path.isfile(item.file):  # a pipe or a device could hold a worker for ever
             raise BadImage("not a file" if os.path.exists(item.file) else "missing file")

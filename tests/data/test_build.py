@@ -365,8 +365,9 @@ def test_karpathys_splits(tmp_path):
     [
         (KARPATHY, {"split": "minival"}, "has no split 'minival'; its splits are: restval, test, val"),
         (KARPATHY, {"split": "restval"}, "holds no rows"),
-        ([1], {}, "is no file of Karpathy's"),
-        ({"images": [{"split": "test"}]}, {}, "is no file of Karpathy's"),
+        ([1], {}, "is not a list of objects with an image and a caption .* nor COCO's .* nor a file of Karpathy's"),
+        ({"images": [{"split": "test"}]}, {}, "nor a file of Karpathy's"),
+        ({"images": [{"sentences": []}]}, {}, "is no file of Karpathy's"),
         (KARPATHY, {"images": Path("nowhere")}, "--images nowhere is no folder: give that of the images that"),
         (KARPATHY, {"labels": Path("x.txt")}, "--labels is for tars or a folder of images"),
         (KARPATHY, {"classes": "cifar10"}, "--classes is for labelled images"),
@@ -415,7 +416,7 @@ def test_mistakes_are_told_and_leave_no_beton(tmp_path, rows, options, message):
 
 def test_flags_of_another_kind_of_source(tmp_path):
     source = table(tmp_path / "a.csv", ("path", "caption"), ("a.jpg", "x"))
-    with pytest.raises(UserError, match="--split is for a JSON file of Karpathy's, and .*a.csv is a table"):
+    with pytest.raises(UserError, match="--split is for a JSON file of Karpathy's or parquet, and .*a.csv is a table"):
         run(BuildConfig(source=source, out=tmp_path / "set.beton", split="test"))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from fastbd.config import BuildConfig
 from fastbd.data.sources.folder import class_folder_items, image_items
 from fastbd.data.sources.item import Item, with_sound_caption
-from fastbd.data.sources.json_file import karpathy_items
+from fastbd.data.sources.json_file import coco_items, json_kind, json_line_items, karpathy_items, list_items
 from fastbd.data.sources.labels import labelled
+from fastbd.data.sources.parquet import parquet_files, parquet_items
 from fastbd.data.sources.table import table_items
 from fastbd.data.sources.tars import tar_items
 from fastbd.errors import UserError
@@ -29,13 +31,21 @@ class Layout:
     repeats: bool = False  # may hold a pair twice, as published retrieval sets do
 
 
+RECORD_FLAGS = frozenset({"image_key", "caption_key", "class_key", "images"})
 TABLE = Layout("a table", frozenset({"image_key", "caption_key", "class_key", "separator"}), table_items)
+JSON_LINES = Layout("JSON lines", RECORD_FLAGS, json_line_items)
+JSON_LIST = Layout("a JSON list", RECORD_FLAGS, list_items)
+COCO = Layout("a JSON file of COCO's", frozenset({"images"}), coco_items, repeats=True)
 KARPATHY = Layout("a JSON file of Karpathy's", frozenset({"images", "split"}), karpathy_items, repeats=True)
+PARQUET = Layout("parquet", frozenset({"image_key", "caption_key", "class_key", "images", "split"}), parquet_items)
 TARS = Layout("tars", frozenset({"labels"}), tar_items)
 CLASS_FOLDERS = Layout("a folder of class folders", frozenset(), class_folder_items)
 LABELLED_IMAGES = Layout("a folder of images with --labels", frozenset({"labels"}), image_items)
-BY_SUFFIX = {".csv": TABLE, ".tsv": TABLE, ".txt": TABLE, ".json": KARPATHY, ".tar": TARS}
-LAYOUTS = (TABLE, KARPATHY, TARS, CLASS_FOLDERS, LABELLED_IMAGES)
+BY_SUFFIX = {
+    ".csv": TABLE, ".tsv": TABLE, ".txt": TABLE, ".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".parquet": PARQUET,
+    ".tar": TARS,
+}  # fmt: skip
+LAYOUTS = (TABLE, JSON_LINES, JSON_LIST, COCO, KARPATHY, PARQUET, TARS, CLASS_FOLDERS, LABELLED_IMAGES)
 
 
 def read_items(config: BuildConfig) -> list[Item]:
@@ -66,11 +76,24 @@ def layout_of(config: BuildConfig) -> Layout:
     if source.is_dir():
         if any(source.glob("*.tar")):
             return TARS
+        if parquet_files(source):
+            return PARQUET
         return LABELLED_IMAGES if config.labels else CLASS_FOLDERS
+    if source.is_file() and kind == ".json":
+        return _json_layout(config)
     if source.is_file() and kind in BY_SUFFIX:
         return BY_SUFFIX[kind]
-    what = f"is not a {', '.join(BY_SUFFIX)} file or a folder" if source.exists() else "does not exist"
+    what = f"is not a {', '.join(BY_SUFFIX)} or .json file or a folder" if source.exists() else "does not exist"
     raise UserError(f"the source {source} {what}: give a table, tars, or a folder of class folders.")
+
+
+def _json_layout(config: BuildConfig) -> Layout:
+    """The layout of a .json file, which is read here once."""
+    kind, content = json_kind(config)
+    if kind == "lines":
+        return JSON_LINES
+    layout = {"list": JSON_LIST, "coco": COCO, "karpathy": KARPATHY}[kind]
+    return replace(layout, read=partial(layout.read, content=content))
 
 
 def _check_flags(config: BuildConfig, layout: Layout) -> None:

@@ -28,6 +28,7 @@ class Item(NamedTuple):  # there are millions, sent to the workers
     size: int | None = None
     problem: str | None = None  # why the row cannot be used, where the source shows it
     line: int | None = None  # of a text file, from 1, where the row begins
+    column: str | None = None  # of a parquet file, which holds the image in row `offset`
 
 
 def with_sound_caption(item: Item) -> Item:
