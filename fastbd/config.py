@@ -37,15 +37,20 @@ class BuildConfig:
 
     source: Path
     """A table (.csv, .tsv, .txt), JSON lines (.jsonl, .ndjson), a .json file (a list of pairs, COCO's captions_*.json,
-    Karpathy's dataset_coco.json), .parquet or a folder of them, a folder of img2dataset .tar shards, one .tar, a folder
-    of class folders, or a folder or tars of images with --labels."""
+    Karpathy's dataset_coco.json), .parquet or a folder of them, a .tar, a folder or a quoted pattern of them
+    ('{00000..00331}.tar'), a folder of images with a .txt or .json of the same name beside each, a folder of class
+    folders, or a folder or tars of images with --labels. docs/inputs.md has an example of each."""
     out: Path
     """The .beton file to write; rejects go to NAME.rejects.csv. A build that was cut short goes on when run again."""
+    layout: Literal["pairs", "classes", "tars"] | None = None
+    """Read a folder as pairs of image and caption files, as class folders, or as tars [by what is in it]."""
     image_key: str | None = None
     """Column (or key, in JSON) of the image's path, relative to the source's folder, or in parquet of the image itself
-    [path, else image, else file_name; in parquet else jpg, png, webp]."""
+    [path, else image, else file_name; in parquet else jpg, png, webp]; of tars and of pairs in folders the ending of
+    the images' names, such as png or left.jpg [jpg, jpeg, png, webp, ...: the first that is there]."""
     caption_key: str | None = None
-    """Column or key of the caption; may be empty when --class-key names the class [caption]."""
+    """Column or key of the caption; may be empty when --class-key names the class [caption]. Of tars and of pairs in
+    folders the key in the .json [the .txt, else caption]."""
     class_key: str | None = None
     """Column or key of the class name of labelled (evaluation) images."""
     separator: str | None = None
@@ -704,12 +709,13 @@ FILES = {
     "probe_data": (".beton file", "*.beton"),
     "plan": ("plan file, which python -m fastbd poison makes", "*.poison.json"),
     "add_to": ("plan file, which python -m fastbd poison makes", "*.poison.json"),
-    "weights": ("file of weights", "*.pt"),
     "rows_file": ("row list, which python -m fastbd detect makes", "*.rows"),
     "flagged_by": ("row list, which python -m fastbd detect makes", "*.rows"),
     "cluster_labels": ("file of labels", "*.npy"),
     "labels": ("file of classes", "*.txt"),
     "image": ("file of an image", "*.png"),
+    "pattern": ("file of a pattern", "*.pt"),
+    "grid": ("file of a grid", "*.pt"),
 }
 """What flags name that take a file and no folder, and the pattern of its name."""
 

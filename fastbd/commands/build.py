@@ -128,7 +128,7 @@ def _pack(
     began = journal.entries[0]["began"] if done else began
     rejects += [(usable[i], reason) for i, reason in rejected.items()]
     kept = Counter(item.class_name for i, item in enumerate(usable[:done]) if i not in rejected)
-    classes = sorted({item.class_name for item in usable if item.class_name})
+    classes = sorted({item.class_name for item in items if item.class_name})
     labels = {name: label for label, name in enumerate(classes)}
     before = next((usable[i] for i in reversed(range(done)) if i not in rejected), None)  # the last that was kept
     started = saved = time.monotonic()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import cycle
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from fastbd.errors import UserError
@@ -17,10 +20,13 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 class WorkerDied(UserError):
-    """A worker process ended before its work did."""
+    """A worker process ended before its work did: exit code `code`, or signal -`code`."""
 
-    def __init__(self):
-        super().__init__("a worker process died, most likely for want of memory: run with fewer --workers")
+    def __init__(self, code: int):
+        memory = code == -signal.SIGKILL
+        how = f"of {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        why = ", most likely for want of memory: run with fewer --workers" if memory else ": run the same command again"
+        super().__init__(f"a worker process died {how}{why}")
 
 
 def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[R]:
@@ -28,7 +34,7 @@ def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> It
 
     Each worker sends through a pipe of its own and waits while the pipe is full: that bounds the memory, and a worker
     that is killed, even while it sends, ends its pipe. A shared queue, as concurrent.futures has it, would hang.
-    Close the iterator to end the processes early. Raises WorkerDied.
+    Close the iterator to end the processes early. Raises WorkerDied, and what work raises.
     """
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     context = multiprocessing.get_context("forkserver")  # not forked from this process, which may have threads
@@ -41,8 +47,8 @@ def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> It
             send.close()
             processes.append(process)
             pipes.append(results)
-        for _, results in zip(tasks, cycle(pipes), strict=False):
-            yield _receive(results)
+        for _, (results, process) in zip(tasks, cycle(zip(pipes, processes, strict=True)), strict=False):
+            yield _receive(results, process)
     finally:
         for process in processes:
             process.terminate()
@@ -50,15 +56,36 @@ def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> It
             process.join()
 
 
-def _receive(results: Connection):
+def _receive(results: Connection, process: BaseProcess):
     try:
-        return results.recv()
+        result, error = results.recv()
     except (EOFError, OSError):
-        raise WorkerDied from None
+        process.join()
+        raise WorkerDied(process.exitcode) from None
+    if error:
+        raise error
+    return result
 
 
 def _work(work: Callable, tasks: Sequence, send: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
     with suppress(BrokenPipeError):  # the parent is gone: nobody is left to tell
         for task in tasks:
-            send.send(work(task))
+            try:
+                result, error = work(task), None
+            except Exception as raised:
+                result, error = None, _portable(raised)
+            send.send((result, error))
+            if error:
+                return
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or where it cannot be sent a RuntimeError that names it, with the worker's traceback as a note."""
+    note = f"in a worker process:\n{traceback.format_exc()}"
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(note)
+    return error

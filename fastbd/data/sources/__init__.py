@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from fastbd.config import BuildConfig
-from fastbd.data.sources.folder import class_folder_items, image_items
+from fastbd.data.sources.folder import class_folder_items, folders, image_items, is_tar, kind_of_folder, pair_items
 from fastbd.data.sources.item import Item, with_sound_caption
 from fastbd.data.sources.json_file import coco_items, json_kind, json_line_items, karpathy_items, list_items
 from fastbd.data.sources.labels import labelled
 from fastbd.data.sources.parquet import parquet_files, parquet_items
 from fastbd.data.sources.table import table_items
-from fastbd.data.sources.tars import tar_items
+from fastbd.data.sources.tars import is_pattern, tar_items
 from fastbd.errors import UserError
 from fastbd.prompts import labels_of, read_classes
 
-FLAGS = ("image_key", "caption_key", "class_key", "separator", "labels", "images", "split")
+FLAGS = ("layout", "image_key", "caption_key", "class_key", "separator", "labels", "images", "split")
 """Flags of build that only some layouts use."""
 
 
@@ -38,14 +38,14 @@ JSON_LIST = Layout("a JSON list", RECORD_FLAGS, list_items)
 COCO = Layout("a JSON file of COCO's", frozenset({"images"}), coco_items, repeats=True)
 KARPATHY = Layout("a JSON file of Karpathy's", frozenset({"images", "split"}), karpathy_items, repeats=True)
 PARQUET = Layout("parquet", frozenset({"image_key", "caption_key", "class_key", "images", "split"}), parquet_items)
-TARS = Layout("tars", frozenset({"labels"}), tar_items)
-CLASS_FOLDERS = Layout("a folder of class folders", frozenset(), class_folder_items)
+TARS = Layout("tars", frozenset({"layout", "labels", "image_key", "caption_key"}), tar_items)
+PAIRS = Layout("a folder of pairs", frozenset({"layout", "image_key", "caption_key"}), pair_items)
+CLASS_FOLDERS = Layout("a folder of class folders", frozenset({"layout"}), class_folder_items)
 LABELLED_IMAGES = Layout("a folder of images with --labels", frozenset({"labels"}), image_items)
 BY_SUFFIX = {
     ".csv": TABLE, ".tsv": TABLE, ".txt": TABLE, ".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".parquet": PARQUET,
-    ".tar": TARS,
 }  # fmt: skip
-LAYOUTS = (TABLE, JSON_LINES, JSON_LIST, COCO, KARPATHY, PARQUET, TARS, CLASS_FOLDERS, LABELLED_IMAGES)
+LAYOUTS = (TABLE, JSON_LINES, JSON_LIST, COCO, KARPATHY, PARQUET, TARS, PAIRS, CLASS_FOLDERS, LABELLED_IMAGES)
 
 
 def read_items(config: BuildConfig) -> list[Item]:
@@ -60,7 +60,10 @@ def read_items(config: BuildConfig) -> list[Item]:
     items = layout.read(config)
     items = list(items if config.labels else map(with_sound_caption, items))
     if not items and layout is CLASS_FOLDERS and any(image_items(config)):
-        raise UserError(f"the images of {source} are in no class folders: give --labels, a file with their classes.")
+        raise UserError(
+            f"the images of {source} have no captions beside them and are in no class folders: give --labels, a file "
+            "with their classes."
+        )
     if not items:
         raise UserError(f"the source {source} holds no rows: there is nothing to build.")
     if config.labels:
@@ -74,17 +77,25 @@ def layout_of(config: BuildConfig) -> Layout:
     """The layout of config.source, by its name and what is in it; UserError where there is none."""
     source, kind = config.source, config.source.suffix.lower()
     if source.is_dir():
-        if any(source.glob("*.tar")):
-            return TARS
-        if parquet_files(source):
-            return PARQUET
-        return LABELLED_IMAGES if config.labels else CLASS_FOLDERS
+        return _layout_of_folder(config)
+    if is_pattern(source) or (source.is_file() and is_tar(source.name)):
+        return TARS
     if source.is_file() and kind == ".json":
         return _json_layout(config)
     if source.is_file() and kind in BY_SUFFIX:
         return BY_SUFFIX[kind]
-    what = f"is not a {', '.join(BY_SUFFIX)} or .json file or a folder" if source.exists() else "does not exist"
-    raise UserError(f"the source {source} {what}: give a table, tars, or a folder of class folders.")
+    what = f"is not a {', '.join(BY_SUFFIX)}, .json or .tar file or a folder" if source.exists() else "does not exist"
+    raise UserError(f"the source {source} {what}: give a table, tars, a folder of pairs, or one of class folders.")
+
+
+def _layout_of_folder(config: BuildConfig) -> Layout:
+    if config.labels and not config.layout:
+        return TARS if any(is_tar(name) for _, names in folders(config.source) for name in names) else LABELLED_IMAGES
+    kind = config.layout or kind_of_folder(config.source, config.caption_key)
+    # img2dataset writes .parquet beside tars and images too; without captions only the .parquet can be meant.
+    if kind == "classes" and not config.layout and parquet_files(config.source):
+        return PARQUET
+    return {"tars": TARS, "pairs": PAIRS, "classes": CLASS_FOLDERS}[kind]
 
 
 def _json_layout(config: BuildConfig) -> Layout:
@@ -119,7 +130,7 @@ def _in_list(items: list[Item], config: BuildConfig) -> list[Item]:
     def marked(item: Item) -> Item:
         if item.class_name in labels:
             return item._replace(class_name=classes.codes[labels[item.class_name]])
-        return item._replace(problem=item.problem or reason)
+        return item._replace(class_name=None, problem=item.problem or reason)
 
     return list(map(marked, items))
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from fastbd.config import BuildConfig
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# The first of them that a sample has is its image.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 IMAGE_KEYS = ("path", "image", "file_name")
 """Names of the column, or key, of the images: the first that a source has is taken unless it is named by a flag."""
 CAPTION_LIMIT = 10_000

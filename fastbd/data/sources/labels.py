@@ -9,6 +9,7 @@ from pathlib import Path
 from fastbd.config import BuildConfig
 from fastbd.data.shards import natural
 from fastbd.data.sources.item import IMAGE_SUFFIXES, Item
+from fastbd.data.sources.samples import NO_IMAGE
 from fastbd.errors import UserError
 from fastbd.prompts import numbered, read_classes
 
@@ -16,7 +17,7 @@ from fastbd.prompts import numbered, read_classes
 def labelled(items: list[Item], config: BuildConfig) -> list[Item]:
     """The images in the order of their file names, each with its class from config.labels."""
     source, file = config.source, config.labels
-    if damaged := next((item for item in items if (item.problem or "").startswith("damaged")), None):
+    if damaged := next((item for item in items if item.problem not in (None, NO_IMAGE)), None):
         raise UserError(
             f"{damaged.name} cannot be read ({damaged.problem}), and every image needs its label: repair it."
         )
@@ -56,7 +57,9 @@ def _labels_by_file(lines: list[str], items: list[Item], config: BuildConfig) ->
         if pair:
             label = pair[1].strip().strip('"')
             boxes = re.fullmatch(r"(n\d{8})( \d+){4}( .*)?", label)
-            labels[place[os.path.basename(pair[0].strip())]] = boxes[1] if boxes else label
+            label, i = boxes[1] if boxes else label, place[os.path.basename(pair[0].strip())]
+            if labels.setdefault(i, label) != label:
+                raise UserError(f"{config.labels} gives {items[i].name} two labels, {labels[i]} and {label}: mend it.")
         elif row > 1 or any(suffix in line.lower() for suffix in IMAGE_SUFFIXES):
             strange = strange or f"line {row} of {config.labels}, '{line}', gives no image of {config.source} a label"
     if labels and strange:
