@@ -11,7 +11,6 @@ import resource
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts import build, save
 from PIL import Image
 
 from fastbd.commands.build import run
@@ -32,26 +32,10 @@ from fastbd.poison.triggers import TriggerSpec, stamp
 from fastbd.prompts import read_templates
 
 
-def save(path: Path, colour=(200, 30, 30), size=(40, 30)) -> bytes:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-    return path.read_bytes()
-
-
 def table(path: Path, *rows: tuple) -> Path:
     with path.open("w", newline="") as file:
         csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(rows)
     return path
-
-
-def build(tmp_path: Path, source: Path, **options) -> tuple[Beton, list[list[str]]]:
-    out = tmp_path / "out" / "set.beton"
-    assert run(BuildConfig(source=source, out=out, workers=2, **options)) == 0
-    with (out.parent / "set.rejects.csv").open(newline="") as file:
-        header, *rejects = csv.reader(file)
-    assert header == ["row_id", "line", "path", "reason"]
-    assert sorted(p.name for p in out.parent.iterdir()) == ["set.beton", "set.rejects.csv"]
-    return Beton(out), [[row_id, path, reason] for row_id, _, path, reason in rejects]
 
 
 def test_a_csv_with_every_kind_of_bad_row(tmp_path):
@@ -116,23 +100,6 @@ def test_a_labelled_csv_needs_no_caption_column(tmp_path):
     assert data.caption(0) in [template.replace("{}", "ape") for template in read_templates("imagenet80")]
 
 
-def test_class_folders(tmp_path):
-    for name in ("b/2.jpg", "b/deep/1.png", "a/1.jpg"):
-        save(tmp_path / "set" / name)
-    (tmp_path / "set/a/notes.txt").write_text("no image")
-    (tmp_path / "templates.txt").write_text("one {}")
-    data, rejects = build(tmp_path, tmp_path / "set", templates=str(tmp_path / "templates.txt"))
-    assert [data.caption(i) for i in range(3)] == ["one a", "one b", "one b"]
-    assert data.labels.tolist() == [0, 1, 1] and data.row_id.tolist() == [0, 2, 3]
-    assert rejects == [["1", "a/notes.txt", "unreadable image: no known format"]]
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-
-
 HAS = {name: importlib.util.find_spec(name.partition(".")[0]) and importlib.util.find_spec(name)
        for name in ("nvidia.dali", "ffcv")}  # fmt: skip
 
@@ -167,47 +134,6 @@ def test_triggers_that_are_already_in_images_keep_their_pixels_with_png(tmp_path
     assert np.abs(read(lossy.jpeg(0)).astype(int) - stamped[0]).mean() > 0.5
 
 
-def test_webdataset_shards(tmp_path):
-    red, blue = save(tmp_path / "red.jpg"), save(tmp_path / "blue.png", (0, 0, 250))
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    with tarfile.open(shards / "00000.tar", "w") as tar:
-        add(tar, "000000000.jpg", red)
-        add(tar, "000000000.txt", b"from the text")
-        add(tar, "000000000.json", json.dumps({"caption": "from the json", "status": "success"}).encode())
-        add(tar, "000000001.json", json.dumps({"caption": "json alone"}).encode())
-        add(tar, "000000001.png", blue)
-        add(tar, "000000002.txt", b"no image here")
-        add(tar, "000000003.jpg", red)
-        add(tar, "000000003.json", b'{"caption": null}')
-        add(tar, "000000004.jpg", red)
-        add(tar, "000000004.json", b'{"caption": "half a pair \\ud83d"}')
-    with tarfile.open(shards / "00001.tar", "w") as tar:
-        add(tar, "000010000.jpg", red)
-        add(tar, "000010000.txt", b"second shard")
-    (shards / "00002.tar").write_bytes(b"no tar at all" * 100)
-    data, rejects = build(tmp_path, shards)
-    assert [data.caption(i) for i in range(4)] == ["from the text", "json alone", "half a pair \ufffd", "second shard"]
-    assert data.jpeg(0).tobytes() == data.jpeg(3).tobytes() == red and data.row_id.tolist() == [0, 1, 4, 5]
-    assert [(row, path, reason.partition(":")[0]) for row, path, reason in rejects] == [
-        ("2", "00000.tar/000000002", "no image in the sample"),
-        ("3", "00000.tar/000000003.jpg", "empty caption"),
-        ("6", "00002.tar/", "damaged tar"),
-    ]
-
-
-def test_a_truncated_shard_keeps_its_whole_samples(tmp_path):
-    red = save(tmp_path / "red.jpg")
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for key in ("0", "1"):
-            add(tar, f"{key}.txt", b"a caption")
-            add(tar, f"{key}.jpg", red)
-    whole = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "a.tar").write_bytes(whole[: 512 * 6 + len(red) // 512 * 512])  # in the middle of the second image
-    data, rejects = build(tmp_path, tmp_path / "a.tar")
-    assert data.row_id.tolist() == [0] and [row[0] for row in rejects] == ["1"]
-
-
 def test_an_image_that_follows_itself_is_stored_once(tmp_path, monkeypatch):
     monkeypatch.setattr("fastbd.commands.build.CHUNK", 2)  # so that other workers see the same image
     a, b = save(tmp_path / "a.jpg"), save(tmp_path / "b.jpg", (0, 0, 250))
@@ -221,104 +147,6 @@ def test_an_image_that_follows_itself_is_stored_once(tmp_path, monkeypatch):
     data, _ = build(tmp_path, source)
     assert [data.jpeg(i).tobytes() for i in range(8)] == [a, a, a, b, b, a, b, b]
     assert data.path.read_bytes().count(a) == 2
-
-
-@pytest.fixture
-def flat(tmp_path) -> Path:
-    """Three images, whose colours tell them apart, and a text file; sorted they are a, b, c."""
-    for name in ("b", "a", "c"):
-        save(tmp_path / "flat" / f"val_{name}.JPEG", (80 * "abc".index(name), 0, 0))
-    (tmp_path / "flat/readme.txt").write_text("no image")
-    return tmp_path / "flat"
-
-
-def as_tar(folder: Path) -> Path:
-    with tarfile.open(folder.with_suffix(".tar"), "w") as tar:
-        for name in ("val_c.JPEG", "val_a.JPEG", "readme.txt", "val_b.JPEG"):
-            tar.add(folder / name, name)
-    return folder.with_suffix(".tar")
-
-
-LOC = "ImageId,PredictionString\nval_b,n01440764 1 2 30 40 n01440764 5 5 9 9 \nval_c,n02 1\nval_a,n01440764 1 2 3 4\n"
-
-
-@pytest.mark.parametrize("kind", [lambda folder: folder, as_tar])
-@pytest.mark.parametrize(
-    ("labels", "classes"),
-    [
-        ("great white shark\ntench\n\ngreat white shark\n", ["great white shark", "tench", "great white shark"]),
-        ("val_c.JPEG 2\nval_a.JPEG 0\nval_b.JPEG 65\n", ["0", "65", "2"]),
-        ('file,label\nval_c.JPEG,x\nsub/val_a.JPEG,"y, z"\nval_b.JPEG, x\n', ["y, z", "x", "x"]),
-        ("val_a\tsea lion\nval_b\tcat\nval_c\tcat", ["sea lion", "cat", "cat"]),
-        (LOC, ["n01440764", "n01440764", "n02 1"]),
-    ],
-)
-def test_a_list_of_labels(tmp_path, flat, kind, labels, classes):
-    (tmp_path / "labels.txt").write_text(labels)
-    data, rejects = build(tmp_path, kind(flat), labels=tmp_path / "labels.txt")
-    assert [data.class_names[label] for label in data.labels] == classes and rejects == []
-    colours = [Image.open(io.BytesIO(data.jpeg(i))).getpixel((5, 5))[0] for i in range(3)]
-    assert np.allclose(colours, [0, 80, 160], atol=3)
-
-
-@pytest.mark.parametrize(
-    ("labels", "options", "message"),
-    [
-        ("cat\ndog\n", {}, r"labels.txt holds 2 labels, and .*flat 3 images, val_c.JPEG without one: give a label a"),
-        ("cat\n" * 4, {}, r"holds 4 labels, and .*flat 3 images: give"),
-        ("val_a x\nval_c x\n", {}, r"holds 2 labels, and .* 3 images, val_b.JPEG without one"),
-        ("val_a x\nval_d x\n", {}, r"line 2 of .*labels.txt, 'val_d x', gives no image of .*flat a label: mend it"),
-        ("val_d.jpeg x\nval_a x\n", {}, "line 1 of .*, 'val_d.jpeg x', gives no image"),
-        (
-            "1\n1000\n3\n",
-            {},
-            "numbers from 1, and those of the ILSVRC development kit.*WordNet ids as in imagenet_2012",
-        ),
-        ("1\n2\n3\n", {"classes": "imagenet1k"}, "numbers from 1"),
-        ("cat\ndog\nbird", {"classes": "imagenet1k"}, "all 3 rows .* most for: class not in imagenet1k"),
-    ],
-)
-def test_labels_that_do_not_fit(tmp_path, flat, labels, options, message):
-    (tmp_path / "labels.txt").write_text(labels)
-    with pytest.raises(UserError, match=message):
-        run(BuildConfig(source=flat, out=tmp_path / "set.beton", labels=tmp_path / "labels.txt", workers=1, **options))
-
-
-def test_a_label_a_line_needs_names_of_one_order(tmp_path):
-    """Tiny-ImageNet's names: sorted as words 10 comes before 9."""
-    config = BuildConfig(source=tmp_path / "flat", out=tmp_path / "set.beton", labels=tmp_path / "l.txt", workers=1)
-    for i in (8, 9, 10):
-        save(tmp_path / f"flat/val_{i}.JPEG", (20 * i, 0, 0))
-    config.labels.write_text("cat\ndog\nbird\n")
-    with pytest.raises(UserError, match="val_10.JPEG comes before val_8.JPEG by letters.* give lines `file label`"):
-        run(config)
-    config.labels.write_text("val_8.JPEG cat\nval_9.JPEG dog\nval_10.JPEG bird\n")
-    assert run(config) == 0
-    (tmp_path / "flat/val_10.JPEG").unlink()
-    config.labels.write_text("cat\ndog\n")
-    assert run(config) == 0
-
-
-def test_a_damaged_tar_cannot_be_labelled(tmp_path, flat):
-    source = as_tar(flat)
-    source.write_bytes(source.read_bytes()[:1500])
-    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
-    with pytest.raises(UserError, match=r"flat.tar/.* cannot be read \(damaged tar"):
-        run(BuildConfig(source=source, out=tmp_path / "set.beton", labels=tmp_path / "labels.txt", workers=1))
-
-
-@pytest.mark.parametrize(
-    ("labels", "classes", "codes"),
-    [
-        ("1\n2\n1\n", "flowers102", ["1", "2", "1"]),  # codes, and so no numbers from 1
-        ("0\n2\n0\n", "imagenet1k", ["n01440764", "n01484850", "n01440764"]),
-        ("tench\nn01484850\ntench\n", "imagenet1k", ["n01440764", "n01484850", "n01440764"]),
-    ],
-)
-def test_labels_are_kept_by_their_codes(tmp_path, flat, labels, classes, codes):
-    (tmp_path / "labels.txt").write_text(labels)
-    data, _ = build(tmp_path, flat, labels=tmp_path / "labels.txt", classes=classes)
-    assert [data.class_names[label] for label in data.labels] == codes
 
 
 def test_only_the_classes_in_a_list(tmp_path):
@@ -420,11 +248,10 @@ def test_flags_of_another_kind_of_source(tmp_path):
         run(BuildConfig(source=source, out=tmp_path / "set.beton", split="test"))
 
 
-def test_sources_that_are_none(tmp_path, flat):
+def test_sources_that_are_none(tmp_path):
     (tmp_path / "pairs.xlsx").touch()
     (tmp_path / "empty").mkdir()
-    messages = {"nowhere.csv": "not exist", "pairs.xlsx": "is not a .csv", "empty": "holds no rows",
-                "flat": "the images of .*flat are in no class folders: give --labels"}  # fmt: skip
+    messages = {"nowhere.csv": "not exist", "pairs.xlsx": "is not a .csv", "empty": "holds no rows"}
     for name, message in messages.items():
         with pytest.raises(UserError, match=message):
             run(BuildConfig(source=tmp_path / name, out=tmp_path / "set.beton"))
@@ -455,7 +282,7 @@ def when_under_way(folder: Path, action) -> None:
 
 def test_a_dying_worker_is_told(tmp_path, long_source):
     when_under_way(tmp_path, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
-    with pytest.raises(UserError, match="a worker process died.*; nothing was written"):
+    with pytest.raises(UserError, match="a worker process died of SIGKILL.*; nothing was written"):
         run(BuildConfig(source=long_source, out=tmp_path / "set.beton", workers=2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "noise.png"]
 
