@@ -35,6 +35,11 @@ ffcv: install      ## add FFCV for --decode ffcv, and the system libraries it is
 		PKG_CONFIG_PATH=$$dir $(PIP) --no-deps ffcv
 	@$(BIN)/python -c "import ffcv" && echo "FFCV is installed: --decode ffcv uses it"
 
+writers:           ## make .venv-writers with img2dataset and webdataset, for the tests that read what they write
+	@test -n "$(PYTHON)" || { echo "make writers needs Python 3.11 or 3.12; name one: make writers PYTHON=/path/to/python3.12"; exit 2; }
+	@test -x .venv-writers/bin/img2dataset || { $(PYTHON) -m venv .venv-writers && \
+		.venv-writers/bin/pip install --quiet --disable-pip-version-check --requirement tests/data/sources/writers.txt; }
+
 demo: install      ## the study in small on the built-in demo set
 	$(BIN)/python -m fastbd demo
 
@@ -56,8 +61,8 @@ lint: install      ## check the style
 	$(BIN)/ruff format --check .
 
 clean:             ## remove .venv and caches; runs/ and data/ stay
-	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-writers .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install ffcv demo study test bench gpu-check lint clean
+.PHONY: help install ffcv writers demo study test bench gpu-check lint clean
 .DEFAULT_GOAL := help

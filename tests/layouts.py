@@ -65,6 +65,6 @@ def build(tmp_path: Path, source: Path, **options) -> tuple[Beton, list[list[str
     assert run(BuildConfig(source=source, out=out, workers=2, **options)) == 0
     with (out.parent / "set.rejects.csv").open(newline="") as file:
         header, *rejects = csv.reader(file)
-    assert header == ["row_id", "path", "reason"]
+    assert header == ["row_id", "line", "path", "reason"]
     assert sorted(p.name for p in out.parent.iterdir()) == ["set.beton", "set.rejects.csv"]
-    return Beton(out), rejects
+    return Beton(out), [[row_id, path, reason] for row_id, _, path, reason in rejects]

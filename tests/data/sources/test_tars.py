@@ -10,6 +10,7 @@ import tarfile
 import pytest
 from data.sources.mutations import mutations
 from layouts import build, data_of, read, save, tar_bytes, write
+from PIL import Image
 
 from fastbd.data.sources.item import CAPTION_LIMIT
 from fastbd.errors import UserError
@@ -97,8 +98,10 @@ CASES = {  # members of a tar; its rows: the image, its caption or [class], or w
     ),
     "folders": (members("x.y/0.jpg", "x.y/0.txt", "z/0.jpg"), [("x.y/0.jpg", "x.y/0.txt"), ("z/0.jpg", "no caption")]),
     "apart": (members("0.jpg", "1.jpg", "0.txt", "1.txt"), [("0.jpg", "0.txt"), ("1.jpg", "1.txt")]),
-    "again": (members("0.jpg", "0.txt", "1.jpg", "0.jpg", "0.txt", "1.txt"),
-              [("0.jpg", "0.txt"), ("0.jpg", "0.txt"), ("1.jpg", "1.txt")]),
+    "again": (
+        [*members("0.jpg", "0.txt", "1.jpg", "0.jpg"), ("0.txt", b"another"), *members("1.txt")],
+        [("0.jpg", "0.txt"), ("0.jpg", ["another"]), ("1.jpg", "1.txt")],
+    ),
     "twice": ([*members("0.jpg", "0.txt"), ("0.txt", b"another")], [("0.jpg", "twice in its sample: ")]),
     "torn": (members("0.jpg", "5.txt", "1.jpg", "1.txt", "5.jpg", "5.txt"),
              [("0.jpg", "no caption"), ("5", "no image in the sample"), ("5.jpg", "5.txt"), ("1.jpg", "1.txt")]),
@@ -274,6 +277,17 @@ def test_damage_in_the_middle_is_told(tmp_path):
         assert (not told and not problem) or told[-1].startswith(problem), (name, told)
         whole_samples = 0 if name in ("empty", "zeros") else 1 if name == "flip" else 3 if name == "cat" else 2
         assert sum(item.problem is None for item in own) == whole_samples, name
+
+
+def test_images_of_every_format_are_packed(tmp_path):
+    suffixes = ("jpg", "png", "webp", "gif", "bmp", "tif", "tiff")
+    files = {f"{i}.{s}": save(tmp_path / f"{i}.{s}", (30 * i, 60, 90)) for i, s in enumerate(suffixes)}
+    captions = {f"{i}.txt": f"in {s}".encode() for i, s in enumerate(suffixes)}
+    (tmp_path / "a.tar").write_bytes(tar_bytes([*files.items(), *captions.items()]))
+    data, rejects = build(tmp_path, tmp_path / "a.tar")
+    assert [data.caption(i) for i in range(7)] == [f"in {s}" for s in suffixes] and rejects == []
+    reds = [Image.open(io.BytesIO(data.jpeg(i))).convert("RGB").getpixel((5, 5))[0] for i in range(7)]
+    assert all(abs(red - 30 * i) < 5 for i, red in enumerate(reds))
 
 
 def test_a_compressed_tar_is_refused(tmp_path):
