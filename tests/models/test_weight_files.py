@@ -233,6 +233,7 @@ def mutations(whole, count, seed):
         yield bytes(changed)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_mutated_files_load_or_are_refused(kind, tmp_path):
     path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.pt")
