@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from fastbd import config
 from fastbd.errors import UserError
+from fastbd.signals import Stopped
 from fastbd.study.runs import read_config, run_of
 
 
@@ -78,9 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             raise
         print(f"error: {said}", file=sys.stderr)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped) as stopped:
         print("stopped.", file=sys.stderr)
-        return 130
+        return getattr(stopped, "exit_code", 130)
     return 2
 
 

@@ -18,7 +18,7 @@ import torch
 
 from fastbd import log, signals
 from fastbd.errors import UserError
-from fastbd.loop import Stopped
+from fastbd.signals import Stopped
 
 Work = Callable[[str], None]  # device -> None; it shares itself out, through a folder that all processes see
 RESTARTS = 5  # of a process that dies, under Ray
@@ -27,7 +27,7 @@ RESTARTS = 5  # of a process that dies, under Ray
 def on_this_machine(work: Work, folder: Path, count: int, device: str) -> None:
     """`count` processes, or one for each GPU; this one where it is one. Each writes to a log in the folder.
 
-    Raises loop.Stopped after a signal, which reaches all, and UserError when one has died.
+    Raises signals.Stopped after a signal, which reaches all, and UserError when one has died.
     """
     gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if device == "auto" else []
     count = count or max(1, len(gpus))

@@ -18,13 +18,7 @@ from fastbd.data.loader import Batch
 from fastbd.dist import World
 from fastbd.errors import Diverged, UserError
 from fastbd.readback import Readback
-
-
-class Stopped(BaseException):
-    """A signal asked the run to stop; its state is saved. Like KeyboardInterrupt it is no error, nor caught as one."""
-
-    def __init__(self, signum: int):
-        self.exit_code = 128 + signum
+from fastbd.signals import Stopped
 
 
 class Enough(Exception):

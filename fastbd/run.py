@@ -34,7 +34,7 @@ from fastbd.fit import Shares, batch_that_fits
 from fastbd.kept import Kept
 from fastbd.kernels.text_pack import room_for
 from fastbd.limits import measure_rates, step_seconds
-from fastbd.loop import Enough, Stopped, Timetable, every, train
+from fastbd.loop import Enough, Timetable, every, train
 from fastbd.models import CLIP
 from fastbd.models.batchnorm import batch_norms, share_statistics
 from fastbd.models.blocks import recompute
@@ -42,6 +42,7 @@ from fastbd.optim import make_optimizer, restore
 from fastbd.poison.plan import Plan
 from fastbd.precision import is_captured, is_compiled, set_precision
 from fastbd.rebound import clean_pairs, rebound
+from fastbd.signals import Stopped
 from fastbd.step import Step
 from fastbd.study.runs import read, read_metrics
 from fastbd.task import ROWS, SPARED, Config, Task
@@ -63,8 +64,8 @@ def execute(config: Config, make_task: Callable[[World], Task]) -> int:
     world = dist.join(config.device)
     if world.main:
         _check_place(config)
+    run = Run(config, make_task(world), world)
     try:
-        run = Run(config, make_task(world), world)
         run.train()
         exit_code = 0
     except Stopped as stopped:

@@ -14,6 +14,24 @@ INSISTING = (signal.SIGINT, signal.SIGTERM)
 """Those that mean more when they come again. A lost terminal sends SIGHUP twice, through the shell and by itself."""
 
 
+class Stopped(BaseException):
+    """A signal asked to stop; what can be is saved. Like KeyboardInterrupt it is no error, nor caught as one."""
+
+    def __init__(self, signum: int):
+        self.exit_code = 128 + signum
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """A signal that asks to stop raises Stopped within the block, where the work stands."""
+
+    def stop(signum: int, before: Any) -> None:
+        raise Stopped(signum)
+
+    with handled(stop):
+        yield
+
+
 @contextmanager
 def handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
     """Call handler(signum, the handler before) for STOPPING within the block; yields all the handlers before.

@@ -13,8 +13,8 @@ from fastbd import cli
 from fastbd.commands import clean
 from fastbd.dist import World
 from fastbd.kept import Kept
-from fastbd.loop import Stopped
 from fastbd.run import Run
+from fastbd.signals import Stopped
 
 WORLD = World(0, 1, torch.device("cpu"))
 START = (

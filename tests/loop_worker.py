@@ -9,7 +9,8 @@ import torch
 
 from fastbd import dist
 from fastbd.data.loader import Batch
-from fastbd.loop import Stopped, Timetable, train
+from fastbd.loop import Timetable, train
+from fastbd.signals import Stopped
 
 world, steps, saved = dist.join("cpu"), [], []
 

@@ -14,13 +14,13 @@ KERNELS = Path(kernels.__file__).parent
 LEAVES = {"errors", "config", "draws", "dist", "files", "formats", "log", "precision", "prompts", "signals"}
 ARROWS = {
     "cli": {"commands", "study"},
-    "commands": {"run", "task", "engines", "rebound", "kept", "loop", "data", "models", "objectives", "cleaning",
+    "commands": {"run", "task", "engines", "rebound", "kept", "data", "models", "objectives", "cleaning",
                  "evals", "poison", "study", "checkpoint", "kernels", "cli"},
     "run": {"task", "watch", "cleaning", "loop", "step", "fit", "kept", "limits", "optim", "checkpoint", "data",
             "models", "evals", "poison", "kernels", "rebound", "study"},
     "watch": {"task", "data", "evals", "kept", "models"},
     "task": {"cleaning", "data", "models", "poison"},
-    "engines": {"loop"},
+    "engines": set(),
     "rebound": {"cleaning", "data", "evals", "models", "objectives", "optim", "poison", "step"},
     "loop": {"data", "readback"},
     "fit": {"step", "cleaning", "data", "models", "objectives", "optim", "kernels"},

@@ -15,7 +15,7 @@ from cleanings import cleaning, start
 from fastbd import checkpoint
 from fastbd.checkpoint import Snapshot
 from fastbd.errors import UserError
-from fastbd.loop import Stopped
+from fastbd.signals import Stopped
 
 STATE = {
     "fastbd": "1", "model": {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(7)}, "step": 12, "epoch": 1.5,

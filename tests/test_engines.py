@@ -13,7 +13,7 @@ import pytest
 
 from fastbd.engines import ENGINES
 from fastbd.errors import UserError
-from fastbd.loop import Stopped
+from fastbd.signals import Stopped
 
 
 def fails_once(folder: Path, device: str) -> None:

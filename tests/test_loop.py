@@ -10,8 +10,8 @@ import torch
 from fastbd.data.loader import Batch
 from fastbd.dist import World
 from fastbd.errors import Diverged, UserError
-from fastbd.loop import Enough, Stopped, Timetable, every, train
-from fastbd.signals import STOPPING
+from fastbd.loop import Enough, Timetable, every, train
+from fastbd.signals import STOPPING, Stopped
 
 ONE = World(0, 1, torch.device("cpu"))
 

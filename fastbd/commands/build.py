@@ -38,6 +38,7 @@ from fastbd.errors import UserError
 from fastbd.files import check_out, replacing
 from fastbd.log import console, progress
 from fastbd.prompts import read_classes, read_templates
+from fastbd.signals import Stopped, stoppable
 
 CHUNK = 32  # rows a worker handles at a time
 SAVE_EVERY = 5.0  # seconds of work that a kill may cost
@@ -55,13 +56,14 @@ class Row:
     text_views: np.ndarray  # uint16 [K, 77]
 
 
+@stoppable()
 def run(config: BuildConfig) -> int:
     """Write config.out (.beton) and, beside it, .rejects.csv (row_id, line, path, reason) with every row not in it.
 
     Rows of classes with an empty caption get one from the templates, drawn by (seed, row). Pairs are kept when only
     their path repeats; a repeated (path, caption, class) is rejected. Raises UserError when no row, or no row of some
-    class, is left, when the disk is full, or when a worker process dies; then there is no new .beton file. A build
-    that was cut short goes on from its last save when it is run again, to the same bytes.
+    class, is left, when the disk is full, or when a worker process dies, and Stopped after a signal; then there is no
+    new .beton file. A build that was cut short resumes from its last save when it is run again, to the same bytes.
     """
     began = time.time_ns()
     out, rejects_path = config.out, config.out.with_suffix(".rejects.csv")
@@ -78,7 +80,7 @@ def run(config: BuildConfig) -> int:
         journal = Journal(out.with_name(out.name + ".journal"), job)
         out.parent.mkdir(parents=True, exist_ok=True)
         kept, rejects = _pack(items, pack, config, rejects_path, journal, began)
-    except KeyboardInterrupt:
+    except Stopped:
         console.print(f"{out} is not finished: {_left(journal)}", markup=False)
         raise
     except WorkerDied as error:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.live import Live
 
-from fastbd import dist, files, log, signals
+from fastbd import dist, files, log
 from fastbd.commands import clean, demo, poison, pretrain, report
 from fastbd.config import CleanConfig, ReportConfig, SweepConfig
 from fastbd.data.shards import open_beton
@@ -23,8 +23,8 @@ from fastbd.dist import World
 from fastbd.engines import ENGINES, load_ray
 from fastbd.errors import Diverged, UserError
 from fastbd.kept import Kept
-from fastbd.loop import Stopped
 from fastbd.run import Run
+from fastbd.signals import Stopped, stoppable
 from fastbd.study import halting, live, search
 from fastbd.study.grid import Planned, Study, command, expand, material, with_overrides
 from fastbd.study.ledger import Claim, Ledger
@@ -135,12 +135,12 @@ def _work_in(folder: Path, config: SweepConfig, device: str) -> None:
 
 
 def work(ledger: Ledger, config: SweepConfig) -> None:
-    """Do runs until none is left. Raises loop.Stopped after a signal, saved and let go."""
+    """Do runs until none is left. Raises signals.Stopped after a signal, saved and let go."""
     world = dist.join(config.device)
     if world.size > 1:
         raise UserError("a sweep shares out its runs by itself: start it without torchrun, with --processes.")
     kept = Kept()
-    with _stoppable():
+    with stoppable():  # also where no training is there to save first: between runs, while one is set up
         while True:
             claim = ledger.take()
             if claim:
@@ -153,17 +153,6 @@ def work(ledger: Ledger, config: SweepConfig) -> None:
                 return
             else:
                 time.sleep(POLL)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """A signal raises Stopped also where no training is there to save first: between runs, or while one is set up."""
-
-    def stop(signum: int, before: Any) -> None:
-        raise Stopped(signum)
-
-    with signals.handled(stop):
-        yield
 
 
 def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:

@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from fastbd.errors import UserError
+from fastbd.signals import STOPPING
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -68,7 +69,8 @@ def _receive(results: Connection, process: BaseProcess):
 
 
 def _work(work: Callable, tasks: Sequence, send: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
+    for signum in set(STOPPING) - {signal.SIGTERM}:  # Ctrl-C reaches the whole group; the parent ends the work
+        signal.signal(signum, signal.SIG_IGN)
     with suppress(BrokenPipeError):  # the parent is gone: nobody is left to tell
         for task in tasks:
             try:

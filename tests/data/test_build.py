@@ -30,6 +30,7 @@ from fastbd.data.tokenizer import tokenize
 from fastbd.errors import UserError
 from fastbd.poison.triggers import TriggerSpec, stamp
 from fastbd.prompts import read_templates
+from fastbd.signals import STOPPING, Stopped
 
 
 def table(path: Path, *rows: tuple) -> Path:
@@ -289,7 +290,7 @@ def test_a_dying_worker_is_told(tmp_path, long_source):
 
 def test_ctrl_c_leaves_nothing(tmp_path, long_source):
     when_under_way(tmp_path, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         run(BuildConfig(source=long_source, out=tmp_path / "set.beton", workers=2))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "noise.png"]
 
@@ -421,18 +422,20 @@ def test_what_changed_since_is_read_again(tmp_path, mixed_source, capsys, why, c
     assert results(tmp_path) == found
 
 
-def test_ctrl_c_says_that_the_build_can_go_on(tmp_path, mixed_source, wanted, capsys, monkeypatch):
+@pytest.mark.parametrize("signum", STOPPING)
+def test_a_build_that_is_stopped_says_that_it_can_go_on(tmp_path, mixed_source, wanted, capsys, monkeypatch, signum):
     monkeypatch.setattr("fastbd.commands.build.SAVE_EVERY", 0)
     config = BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS)
 
     def stop() -> None:
         while saved_lines(tmp_path) < 5:
             time.sleep(0.001)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signum)
 
     threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped) as stopped:
         run(config)
+    assert stopped.value.exit_code == 128 + signum
     assert "set.beton is not finished: the same command goes on after the" in capsys.readouterr().out
     run(config)
     assert results(tmp_path) == wanted
