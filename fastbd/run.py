@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -422,7 +423,7 @@ class Run:
         if self.world.main:
             about = {"name": folder.name, "fastbd": __version__, **task.about(self.verb), **self.extra}
             about["config"] = to_dict(config)
-            with log.new_folder(folder) as new:
+            with _new_folder(folder) as new:
                 pixels = {"decode": self.decoded_by, "resident": self.pairs.where}
                 synonyms = {"plan_eda_synonyms": eda.synonyms_source()}
                 log.write_json(new / "env.json", log.environment() | synonyms | pixels)
@@ -651,6 +652,18 @@ def same_pixels(began: str, decode: str, where: str) -> tuple[str, str]:
     if began in HOSTS:
         return "dali-cpu" if has_dali() else "pil", where
     return decode, where
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Yields log.new_folder(folder). UserError where another run has taken the name since it was looked for."""
+    try:
+        with log.new_folder(folder) as new:
+            yield new
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise UserError(f"another run has just made {folder}: choose another --out, or run this again.") from None
 
 
 def free_folder(path: Path) -> Path:

@@ -8,6 +8,7 @@ from cleanings import WORLD, cleaning, start
 
 from fastbd import cli
 from fastbd.commands import clean
+from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.run import Run, same_pixels
 
@@ -46,3 +47,18 @@ def test_a_run_that_another_process_trains_is_not_resumed(study, monkeypatch, tm
     Run(config, clean.task(config, WORLD), WORLD, guard=lambda: None)
     first.release()
     assert Run(config, clean.task(config, WORLD), WORLD).lock
+
+
+def test_of_two_runs_that_make_one_folder_the_second_is_told(study, monkeypatch, tmp_path):
+    monkeypatch.chdir(study)
+    start(study)
+
+    class Overtaken(World):
+        def barrier(self) -> None:
+            cleaning(tmp_path / "run").release()
+
+    config = cli.parse("clean", ["--run", "runs/start", "--force", "--device", "cpu", "--out", str(tmp_path / "run")])
+    world = Overtaken(0, 1, WORLD.device)
+    with pytest.raises(UserError, match=r"another run has just made .*run: choose another --out, or run this again\.$"):
+        Run(config, clean.task(config, world), world)
+    assert os.listdir(tmp_path) == ["run"]
