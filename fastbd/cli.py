@@ -7,6 +7,7 @@ import difflib
 import errno
 import importlib
 import os
+import signal
 import sys
 import typing
 from dataclasses import dataclass
@@ -55,6 +56,17 @@ VERBS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 2 the user's mistake, 128 + signal when stopped by one."""
+    try:
+        try:
+            return _main(argv)
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        return 128 + signal.SIGPIPE
+
+
+def _main(argv: list[str] | None) -> int:
     # Spinning OpenMP threads stall one another as soon as anything else wants a core. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv

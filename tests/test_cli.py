@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,17 @@ def test_help_of_every_verb_describes_each_flag_and_needs_no_torch(tmp_path):
         assert f"usage: python -m fastbd {name} [-h]" in shown[name]
         for field in dataclasses.fields(verb.config):
             assert f"--{field.name.replace('_', '-')} " in shown[name].replace(",", " "), (name, field.name)
+
+
+@pytest.mark.parametrize("arguments", [[], ["pretrain", "--help"]])
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastbd", *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_an_unknown_verb_gets_a_suggestion(tmp_path, fastbd):
