@@ -19,7 +19,6 @@ from fastbd.evals import probe, retrieval
 from fastbd.evals.sets import Attacked, EvalSet, Labelled, open_set
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot
-from fastbd.files import check_out
 from fastbd.models.clip import CLIP, create_like
 from fastbd.poison.plan import Plan
 from fastbd.precision import set_precision
@@ -28,12 +27,21 @@ from fastbd.study.runs import read_config
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluate a checkpoint on one or more sets, add a line for each to the run's metrics.jsonl, print the table."""
+    """Evaluate a checkpoint on one or more sets, add a line for each to the run's metrics.jsonl, print the table.
+
+    Of a run that cannot be written to, they are only printed.
+    """
     log.console.stderr = config.json  # what it says on the way is not the result
-    rows = []
+    rows, unrecorded = [], None
     for row in Evaluation(config).rows():
-        log.append(config.run / "metrics.jsonl", {key: value for key, value in row.items() if key != "classes"})
         rows.append(row)
+        try:
+            log.append(config.run / "metrics.jsonl", {key: value for key, value in row.items() if key != "classes"})
+        except OSError as error:
+            unrecorded = error
+    if unrecorded:
+        log.console.print(f"not recorded, as {unrecorded.filename or config.run} cannot be written "
+                          f"({unrecorded.strerror})", markup=False)  # fmt: skip
     if config.json:
         print(json.dumps({"run": str(config.run), "sets": rows}, indent=2))
         return 0
@@ -75,7 +83,6 @@ class Evaluation:
     def _check(self) -> None:
         """What can be known before anything is decoded: a mistake is not to cost the sets that went before it."""
         config = self.config
-        check_out(config.run, "--run", instead="copy the run to where that is possible")  # for its metrics.jsonl
         if not self.paths:
             raise UserError(f"{config.run} was trained without an evaluation set; name a .beton with --eval-data.")
         labelled = [open_beton(path).class_names is not None for path in self.paths]
