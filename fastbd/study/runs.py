@@ -109,10 +109,13 @@ def read(path: Path) -> Run:
 def run_of(path: Path, flag: str) -> tuple[Path, str | None]:
     """(the run folder that `path` means, which of its checkpoints where `path` is the file of one: last, or a number).
 
-    A path that is not a file is taken as it is. UserError that names the flag for any other file.
+    A folder, or what is not there, is taken as it is, and a link to a checkpoint as that. UserError that names the flag
+    for any other file.
     """
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         return path, None
+    if path.is_symlink() and not (path.parent / "config.json").is_file():
+        path = path.resolve()
     folder = path.parent
     found = re.fullmatch(r"ckpt_(last|epoch_(?P<epoch>\d+))\.pt", path.name)
     if found and (folder / "config.json").is_file():
@@ -210,7 +213,7 @@ def _json_if_there(path: Path) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}; name the folder of a run.") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); leave this run out.") from None

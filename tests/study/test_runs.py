@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastbd.errors import UserError
-from fastbd.study.runs import find, on_common_set, read, run_of
+from fastbd.study.runs import find, on_common_set, read, read_config, run_of
 
 
 def test_reads_what_was_written(study):
@@ -125,6 +125,8 @@ def test_a_checkpoint_in_a_run_folder_means_that_run(run_files, monkeypatch):
     assert run_of(Path("nowhere"), "--run") == (Path("nowhere"), None)
     assert run_of(Path("run/ckpt_last.pt"), "--run") == (Path("run"), "last")
     assert run_of(Path("run/ckpt_epoch_021.pt"), "--run") == (Path("run"), "21")
+    Path("best.pt").symlink_to("run/ckpt_epoch_021.pt")
+    assert run_of(Path("best.pt"), "--run") == (Path("run").resolve(), "21")
     monkeypatch.chdir("run")
     assert run_of(Path("ckpt_last.pt"), "--run") == (Path("."), "last")
 
@@ -133,6 +135,12 @@ def test_any_other_file_is_not_a_run(run_files):
     for name in ("run/config.json", "run/log.jsonl"):
         with pytest.raises(UserError, match=f"^--run {name} is a file in a run folder: give the folder run\\.$"):
             run_of(Path(name), "--run")
-    for name in ("RN50.pt", "ckpt_last.pt", "other/model.safetensors", "other/config.json"):
+    for name in ("RN50.pt", "ckpt_last.pt", "other/model.safetensors", "other/config.json", "/dev/null"):
         with pytest.raises(UserError, match=rf"--runs {name} is a file: .* pretrain --weights {name} --epochs 0\.$"):
             run_of(Path(name), "--runs")
+
+
+def test_a_path_through_a_file_is_not_a_run(run_files):
+    for name in ("RN50.pt/run", "/dev/null"):
+        with pytest.raises(UserError, match="it has no config.json; name the folder of a run"):
+            read_config(Path(name))
