@@ -107,7 +107,10 @@ def read_pattern(path: Path) -> np.ndarray:
     What is not 0 does not become 0.
     """
     if path.suffix not in TENSORS:
-        return read_image(path, flag="pattern")
+        image = read_image(path, flag="pattern")
+        if not image.any():
+            raise UserError(f"the pattern {path} is black everywhere and changes nothing; name another with --pattern.")
+        return image
     values = _read_tensor(path, "pattern")
     if values.ndim == 3 and len(values) == 3:
         values = np.moveaxis(values, 0, -1)
@@ -147,6 +150,8 @@ def _read_tensor(path: Path, flag: str) -> np.ndarray:
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise UserError(f"the {flag} {path} holds {kind}, not a tensor of floats; name another file with --{flag}.")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise UserError(f"the {flag} {path} holds a sparse or meta tensor; name another file with --{flag}.")
     values = tensor.detach().float().numpy()
     if not values.size or not np.isfinite(values).all():
         raise UserError(f"the {flag} {path} is empty or holds values that are not finite; name another with --{flag}.")

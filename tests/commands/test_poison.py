@@ -212,6 +212,8 @@ MASK, GRID = torch.rand(3, 8, 8), torch.randn(1, 8, 8, 2)
         ("grid", GRID * 0, "moves nothing"),
         ("grid", GRID / 0, "not finite"),
         ("grid", GRID.long(), "holds torch.int64, not a tensor of floats"),
+        ("grid", GRID.to_sparse(), "holds a sparse or meta tensor"),
+        ("grid", GRID.to("meta"), "holds a sparse or meta tensor"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -225,6 +227,13 @@ def test_stored_triggers_that_cannot_be_used(data: Path, tmp_path: Path, capfd, 
     with pytest.raises(UserError, match=f"the {flag} .*trigger.pt.*{message}.*--{flag}"):
         poison.run(PoisonConfig(data=data, out=tmp_path / "p.json", count=3, trigger=trigger, **{flag: file}))
     assert not (tmp_path / "p.json").exists() and "this ran" not in capfd.readouterr().out
+
+
+def test_a_black_picture_is_not_a_pattern(data: Path, tmp_path: Path) -> None:
+    black = tmp_path / "black.png"
+    Image.new("RGB", (8, 8)).save(black)
+    with pytest.raises(UserError, match=r"the pattern .*black\.png is black everywhere and changes nothing"):
+        poison.run(PoisonConfig(data=data, out=tmp_path / "p.json", trigger="blended_text", pattern=black))
 
 
 def test_two_backdoors_in_one_study(study: Path, fastbd) -> None:
