@@ -26,6 +26,7 @@ from fastbd.errors import UserError
 SEPARATORS = ("\t", ";", "|", ",")
 IN_QUOTES = re.compile(r'[^"]*+(?:""[^"]*+)*+')  # up to the closing quote, or to the end
 CARRIAGE_RETURN = "a carriage return within the line"
+BACKSLASH = "a backslash before a quote or the end of the line"  # with some exports it escapes them
 
 
 def table_items(config: BuildConfig) -> Iterator[Item]:
@@ -65,12 +66,21 @@ class _Table:
                 yield number, TOO_LONG
             elif '"' in text:
                 yield number, self._quoted_fields(number, text, lines) if self.quoted else self._tab_fields(text)
-            elif row := text.rstrip("\r\n"):
-                yield number, CARRIAGE_RETURN if "\r" in row else row.split(self.separator)
+            elif text.rstrip("\r\n"):
+                yield number, self._plain_fields(text)
+
+    def _plain_fields(self, text: str) -> list[str] | str:
+        """Fields of a row of one line in which quotes enclose nothing."""
+        row = text.rstrip("\r\n")
+        if "\r" in row:
+            return CARRIAGE_RETURN
+        return BACKSLASH if row.endswith("\\") else row.split(self.separator)
 
     def _tab_fields(self, text: str) -> list[str] | str:
-        row = text.rstrip("\r\n")
-        fields = row.split(self.separator)
+        """Fields of a row of a table whose fields are in quotes only where these hold doubled ones."""
+        fields = self._plain_fields(text)
+        if isinstance(fields, str):
+            return fields
         for place, field in enumerate(fields):
             if field.startswith('"'):
                 end = IN_QUOTES.match(field, 1).end()
@@ -78,7 +88,7 @@ class _Table:
                     return "a quote that is not closed"
                 if end == len(field) - 1 and '""' in field:
                     fields[place] = field[1:-1].replace('""', '"')
-        return CARRIAGE_RETURN if "\r" in row else fields
+        return fields
 
     def _quoted_fields(self, begin: int, text: str, lines: Iterator) -> list[str] | str:
         """Fields of the row that begins with this line; takes from `lines` those that its quotes enclose."""
@@ -94,6 +104,8 @@ class _Table:
                     problem = CARRIAGE_RETURN
                 elif field.lstrip().startswith('"'):
                     problem = "a space before a quote"
+                elif '\\"' in field or (end < 0 and field.endswith("\\")):
+                    problem = BACKSLASH
             fields.append(field)
             if not text.startswith(self.separator, place):
                 break
