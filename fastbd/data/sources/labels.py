@@ -13,6 +13,8 @@ from fastbd.data.sources.samples import NO_IMAGE
 from fastbd.errors import UserError
 from fastbd.prompts import numbered, read_classes
 
+NAMES_IMAGE = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})\b", re.IGNORECASE)
+
 
 def labelled(items: list[Item], config: BuildConfig) -> list[Item]:
     """The images in the order of their file names, each with its class from config.labels."""
@@ -52,15 +54,19 @@ def _labels_by_file(lines: list[str], items: list[Item], config: BuildConfig) ->
         place[name] = place[os.path.splitext(name)[0]] = i
     labels, strange = {}, None
     for row, line in enumerate(lines, 1):
-        pairs = (line.split(separator, 1) for separator in ("\t", ",", None))
-        pair = next((p for p in pairs if len(p) == 2 and os.path.basename(p[0].strip()) in place), None)
-        if pair:
-            label = pair[1].strip().strip('"')
+        splits = ((separator, *line.split(separator, 1)) for separator in ("\t", ",", None))
+        found = next((it for it in splits if len(it) == 3 and os.path.basename(it[1].strip()) in place), None)
+        if found:
+            separator, name, label = found[0], found[1].strip(), found[2].strip()
+            if re.fullmatch('".*"', label):
+                label = label[1:-1]
+            elif separator and separator in label:
+                raise UserError(f"line {row} of {config.labels}, '{line}', has more than `file label`: take that out.")
             boxes = re.fullmatch(r"(n\d{8})( \d+){4}( .*)?", label)
-            label, i = boxes[1] if boxes else label, place[os.path.basename(pair[0].strip())]
+            label, i = boxes[1] if boxes else label, place[os.path.basename(name)]
             if labels.setdefault(i, label) != label:
                 raise UserError(f"{config.labels} gives {items[i].name} two labels, {labels[i]} and {label}: mend it.")
-        elif row > 1 or any(suffix in line.lower() for suffix in IMAGE_SUFFIXES):
+        elif row > 1 or NAMES_IMAGE.search(line):
             strange = strange or f"line {row} of {config.labels}, '{line}', gives no image of {config.source} a label"
     if labels and strange:
         raise UserError(f"{strange}: mend it, or take it out.")
@@ -69,6 +75,11 @@ def _labels_by_file(lines: list[str], items: list[Item], config: BuildConfig) ->
 
 def _labels_by_line(lines: list[str], items: list[Item], config: BuildConfig) -> dict[int, str]:
     """A label a line, in the order of the file names; UserError where that is a matter of how numbers are sorted."""
+    if strange := next((line for line in lines if NAMES_IMAGE.search(line)), None):
+        raise UserError(
+            f"'{strange}' in {config.labels} names an image, and is not `file label` for one of {config.source}: give "
+            "such lines, or a label a line."
+        )
     names = [os.path.basename(item.name) for item in items]
     pairs = zip(names, sorted(names, key=natural), strict=True)
     if differ := next(((one, other) for one, other in pairs if one != other), None):

@@ -41,6 +41,7 @@ LOC = "ImageId,PredictionString\nval_b,n01440764 1 2 30 40 n01440764 5 5 9 9 \nv
         ("great white shark\ntench\n\ngreat white shark\n", ["great white shark", "tench", "great white shark"]),
         ("val_c.JPEG 2\nval_a.JPEG 0\nval_b.JPEG 65\n", ["0", "65", "2"]),
         ('file,label\nval_c.JPEG,x\nsub/val_a.JPEG,"y, z"\nval_b.JPEG, x\n', ["y, z", "x", "x"]),
+        ("val_a.JPEG cat, a\nval_b.JPEG cat, b\nval_c.JPEG cat, a\n", ["cat, a", "cat, b", "cat, a"]),
         ("val_a\tsea lion\nval_b\tcat\nval_c\tcat", ["sea lion", "cat", "cat"]),
         (LOC, ["n01440764", "n01440764", "n02 1"]),
     ],
@@ -61,6 +62,14 @@ def test_a_list_of_labels(tmp_path, flat, kind, labels, classes):
         ("val_a x\nval_c x\n", {}, r"holds 2 labels, and .* 3 images, val_b.JPEG without one"),
         ("val_a x\nval_d x\n", {}, r"line 2 of .*labels.txt, 'val_d x', gives no image of .*flat a label: mend it"),
         ("val_d.jpeg x\nval_a x\n", {}, "line 1 of .*, 'val_d.jpeg x', gives no image"),
+        ("2 val_a.JPEG\n0 val_b.JPEG\n1 val_c.JPEG\n", {}, "'2 val_a.JPEG' in .*labels.txt names an image, and is"),
+        ("x_a.png cat\nx_b.png dog\nx_c.png cat\n", {}, "'x_a.png cat' in .* names an image"),
+        (
+            "file,label,split\nval_a,cat,val\nval_b,dog,val\nval_c,cat,val\n",
+            {},
+            "line 2 of .*, 'val_a,cat,val', has more",
+        ),
+        ("val_a\tcat\t1\nval_b\tcat\t1\nval_c\tcat\t0\n", {}, "line 1 of .* has more than `file label`"),
         (
             "1\n1000\n3\n",
             {},
