@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -23,6 +24,7 @@ NOT_DATA = frozenset(
     ("__macosx", "thumbs.db", "desktop.ini", "lost+found", "@eadir", "$recycle.bin", "system volume information")
 )
 """Names, in lower case, that operating systems give to files and folders of their own."""
+SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev)[-_]?\d*", re.IGNORECASE)
 
 
 def is_data(name: str) -> bool:
@@ -89,12 +91,12 @@ def _is_shard(inside: str, images: list[str]) -> bool:
 def _captioned(folder: str, images: list[str], names: list[str], caption_key: str | None) -> str | None:
     """An image that has a .txt of its name, or a .json with an entry for a caption; only some are opened."""
     stems = {os.path.splitext(name)[0]: name for name in images}
-    there = set(names)
+    there = {stem + suffix.lower(): name for name in names for stem, suffix in [os.path.splitext(name)]}
     if stem := next((stem for stem in stems if stem + ".txt" in there), None):
         return stems[stem]
     for stem in [stem for stem in stems if stem + ".json" in there][:10]:
         try:
-            with open(os.path.join(folder, stem + ".json"), "rb") as file:
+            with open(os.path.join(folder, there[stem + ".json"]), "rb") as file:
                 values = json.loads(file.read(1 << 24))
         except (OSError, ValueError, RecursionError):
             continue
@@ -143,7 +145,8 @@ def _pairs(task: tuple[str, list[str]], config: BuildConfig) -> list[Item]:
 def class_folder_items(config: BuildConfig) -> Iterator[Item]:
     """Every file below the class folders, by class; the folders' names are the classes'.
 
-    An image that is in no class folder, and a class folder without files, are items with a problem.
+    An image that is in no class folder, and a class folder without files, are items with a problem. Raises UserError
+    for folders that may not be of classes, unless --layout says that they are.
     """
     paths: dict[str, list[str]] = {}
     for inside, names in folders(config.source):
@@ -151,12 +154,30 @@ def class_folder_items(config: BuildConfig) -> Iterator[Item]:
         of_class += (os.path.join(inside, name) for name in names)
     loose = [path for path in paths.pop("") if path.lower().endswith(IMAGE_SUFFIXES)]
     items = [_file_item(config.source, path, None, "in no class folder") for path in loose if paths]
+    if config.layout is None:
+        _check_classes(config.source, paths)
     for name, of_class in paths.items():
         problem = None if _is_unicode(name) else "the folder's name is not UTF-8"
         items += [_file_item(config.source, path, name, problem) for path in sorted(of_class, key=_parts)]
         if not of_class:
             items.append(_file_item(config.source, name, name, "empty class folder"))
     yield from (item._replace(row_id=row_id) for row_id, item in enumerate(items))
+
+
+def _check_classes(root: Path, paths: dict[str, list[str]]) -> None:
+    """Raise UserError where the folders in root may hold the class folders, or be splits, or be of all images."""
+    for name, of_class in paths.items():
+        images = [path for path in of_class if path.lower().endswith(IMAGE_SUFFIXES)]
+        if images and all(path.count("/") > 1 for path in images):
+            raise UserError(
+                f"the folder {name} of {root} holds no images but in folders of its own ({images[0]}): give "
+                f"--source {root / name} if these are the classes, or --layout classes if {name} is one."
+            )
+    if len(paths) == 1 or (paths and all(map(SPLIT.fullmatch, paths))):
+        raise UserError(
+            f"the only folders of images in {root} are {', '.join(paths)}: give --layout classes if these are classes, "
+            "else as --source the file that has the captions, or --labels."
+        )
 
 
 def _parts(path: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import NamedTuple
@@ -137,6 +138,8 @@ def _words(fields: Fields, caption_key: str | None, class_name: str | None) -> t
         caption = None
         if "txt" in fields and not caption_key:
             caption = _text(fields["txt"])
+            if _are_boxes(caption):
+                return "", None, "boxes of objects in the .txt, as YOLO's"
         if not caption and "json" in fields:
             caption = _json_caption(fields["json"], caption_key)
         if caption:
@@ -151,6 +154,11 @@ def _words(fields: Fields, caption_key: str | None, class_name: str | None) -> t
         return "", None, NO_CAPTION if caption is None else None
     except _Unreadable as error:
         return "", None, str(error)
+
+
+def _are_boxes(text: str) -> bool:
+    """Whether a text is lines of a class's number and the coordinates of its box or outline."""
+    return re.fullmatch(r"\d[\d.e\s+-]*", text) is not None and len(text.partition("\n")[0].split()) >= 5
 
 
 class _Unreadable(Exception):

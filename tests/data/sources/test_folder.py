@@ -103,13 +103,57 @@ def test_folders_that_can_be_read_in_two_ways(tmp_path, files, wanted):
         assert rows(read(tmp_path / "set")) == rows(items)
 
 
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        (["train/cat/1.jpg", "val/cat/2.jpg"], "the folder train of .*set holds no images but in .*train/cat/1.jpg"),
+        (["n1/images/1.jpg", "n2/images/2.jpg"], "give --source .*set/n1 if these are the classes, or --layout clas"),
+        (["cat/1.jpg", "more/dog/2.jpg"], "the folder more of .* holds no images but in folders of its own"),
+        (["train2014/1.jpg", "val2014/2.jpg"], "the only folders of images in .*set are train2014, val2014: give"),
+        (
+            ["Images/1.jpg", "Images/2.jpg", "captions.txt"],
+            "the only folders of images in .*set are Images: give --lay",
+        ),
+        (["train/1.jpg", "train/metadata.csv"], "the only folders of images in .*set are train"),
+    ],
+)
+def test_folders_that_may_not_be_classes(tmp_path, files, wanted):
+    write(tmp_path / "set", named(*files))
+    with pytest.raises(UserError, match=wanted):
+        read(tmp_path / "set")
+    assert {item.class_name for item in read(tmp_path / "set", layout="classes")} == {
+        file.split("/")[0] for file in files if "/" in file
+    }
+
+
+@pytest.mark.parametrize("files", [["train/1.jpg", "bus/2.jpg"], ["cat/1.jpg", "cat/young/2.jpg", "dog/1.jpg"]])
+def test_folders_that_are_classes(tmp_path, files):
+    write(tmp_path, named(*files))
+    assert {item.class_name for item in read(tmp_path)} == {file.split("/")[0] for file in files}
+
+
+def test_endings_in_capitals_are_captions_too(tmp_path):
+    write(tmp_path, named("1.JPG", "1.TXT") | {"2.JPG": b"x", "2.JSON": b'{"caption": "two"}'})
+    assert rows(read(tmp_path)) == [("1.JPG", "this is 1.TXT"), ("2.JPG", "two")]
+    (tmp_path / "1.TXT").unlink()
+    assert rows(read(tmp_path))[1] == ("2.JPG", "two")
+
+
+def test_boxes_are_not_captions(tmp_path):
+    """YOLO's .txt: a class's number, and x, y, width and height of its box, on each line."""
+    boxes = b"0 0.5 0.5 0.1 0.2\n11 0.25 1 3e-05 0.2\n"
+    write(tmp_path, {"1.jpg": b"x", "1.txt": boxes, "2.jpg": b"x", "2.txt": b"1 2 3", "3.jpg": b"x", "3.txt": b"1 dog"})
+    reason = "boxes of objects in the .txt, as YOLO's"
+    assert rows(read(tmp_path)) == [("1.jpg", reason), ("2.jpg", "1 2 3"), ("3.jpg", "1 dog")]
+
+
 def test_a_json_makes_pairs_only_with_a_caption(tmp_path):
     write(tmp_path, {f"00000/00000{i}.jpg": b"x" for i in range(3)} | {"00000/000000.json": b"[" * 100_000})
     write(tmp_path, {"00000/000001.json": json.dumps({"caption": None, "blip": "one"}).encode()})
     assert rows(read(tmp_path))[1:] == [("00000/000001.jpg", [None]), ("00000/000002.jpg", "no caption in the sample")]
     assert rows(read(tmp_path, caption_key="blip"))[1] == ("00000/000001.jpg", "one")
     (tmp_path / "00000/000001.json").write_text('{"width": 3}')
-    assert {item.class_name for item in read(tmp_path)} == {"00000"}
+    assert {item.class_name for item in read(tmp_path, layout="classes")} == {"00000"}
     with pytest.raises(UserError, match="--caption-key is for .* is a folder of class folders: leave it out"):
         read(tmp_path, caption_key="caption")
     write(tmp_path, named("000009.jpg", "000009.txt"))
@@ -127,7 +171,7 @@ SYSTEMS = (
 def test_what_systems_leave_is_passed_over(tmp_path):
     write(tmp_path / "set", named(*SYSTEMS, "cat/1.jpg", "dog/deep/2.jpg"))
     (tmp_path / "set/.empty").mkdir()
-    assert rows(read(tmp_path / "set")) == [("cat/1.jpg", ["cat"]), ("dog/deep/2.jpg", ["dog"])]
+    assert rows(read(tmp_path / "set", layout="classes")) == [("cat/1.jpg", ["cat"]), ("dog/deep/2.jpg", ["dog"])]
     (tmp_path / "labels.txt").write_text("a\nb\n")
     assert rows(read(tmp_path / "set", labels=tmp_path / "labels.txt")) == [
         ("cat/1.jpg", ["a"]),
