@@ -117,7 +117,9 @@ def _check_flags(config: BuildConfig, layout: Layout) -> None:
                 "leave it out."
             )
     if config.images and not config.images.is_dir():
-        raise UserError(f"--images {config.images} is no folder: give that of the images that {config.source} names.")
+        raise UserError(
+            f"--images {config.images} is not a folder: give that of the images that {config.source} names."
+        )
 
 
 def _in_list(items: list[Item], config: BuildConfig) -> list[Item]:

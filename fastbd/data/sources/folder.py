@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -14,10 +12,9 @@ from typing import Literal
 
 from fastbd.config import BuildConfig
 from fastbd.data.sources.item import IMAGE_SUFFIXES, Item
-from fastbd.data.sources.samples import Member, captions_first, key_of, sample_items
-from fastbd.data.workers import map_in_order
+from fastbd.data.sources.record import parse
+from fastbd.data.sources.samples import JSON_LIMIT, Member, items_of, key_of, sample_items
 from fastbd.errors import UserError
-from fastbd.log import progress
 
 CHUNK = 1000  # files a worker handles at a time
 NOT_DATA = frozenset(
@@ -97,8 +94,8 @@ def _captioned(folder: str, images: list[str], names: list[str], caption_key: st
     for stem in [stem for stem in stems if stem + ".json" in there][:10]:
         try:
             with open(os.path.join(folder, there[stem + ".json"]), "rb") as file:
-                values = json.loads(file.read(1 << 24))
-        except (OSError, ValueError, RecursionError):
+                values = parse(file.read(JSON_LIMIT))
+        except (OSError, ValueError):
             continue
         if isinstance(values, dict) and (caption_key or "caption") in values:
             return stems[stem]
@@ -110,17 +107,7 @@ def pair_items(config: BuildConfig) -> Iterator[Item]:
 
     Of other files img2dataset's own (.parquet, _stats.json) are passed over.
     """
-    tasks = list(_chunks(config.source))
-    work = partial(_pairs, config=config)
-    with (
-        progress("reading captions", len(tasks)) as advance,
-        closing(map_in_order(work, tasks, config.workers)) as results,
-    ):
-        items = []
-        for found in results:
-            items += found
-            advance()
-    yield from captions_first(items)
+    return items_of(list(_chunks(config.source)), partial(_pairs, config=config), "reading captions", config.workers)
 
 
 def _chunks(root: Path) -> Iterator[tuple[str, list[str]]]:

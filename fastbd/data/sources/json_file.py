@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -11,28 +10,8 @@ from pathlib import Path
 from fastbd.config import BuildConfig
 from fastbd.data.sources.item import Item, image_key
 from fastbd.data.sources.lines import TOO_LONG, numbered_lines
-from fastbd.data.sources.record import image_item, record_items, with_caption
+from fastbd.data.sources.record import image_item, parse, record_items, with_caption
 from fastbd.errors import UserError
-
-
-def parse(text: str | bytes):
-    """The value of a JSON text; ValueError, with one line, for one that is damaged or gives a key twice."""
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"{error.msg} in {line}column {error.colno}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text ({error.reason}, byte {error.start})") from None
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-
-
-def _object(pairs: list[tuple]) -> dict:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("an object gives a key twice")
-    return made
 
 
 def json_line_items(config: BuildConfig) -> Iterator[Item]:
@@ -92,7 +71,9 @@ def karpathy_items(config: BuildConfig, content: dict) -> Iterator[Item]:
                 yield with_caption(image._replace(row_id=row_id), sentence["raw"])
                 row_id += 1
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{source} is no file of Karpathy's ({error!r}): give one such as dataset_coco.json.") from None
+        raise UserError(
+            f"{source} is not a file of Karpathy's ({error!r}): give one such as dataset_coco.json."
+        ) from None
 
 
 def json_kind(config: BuildConfig) -> tuple[str, object]:
@@ -116,9 +97,11 @@ def json_kind(config: BuildConfig) -> tuple[str, object]:
             return "karpathy", content
         if _some_have("caption", content.get("annotations")):
             return "coco", content
+    first = next((it for it in content if isinstance(it, dict)), {}) if isinstance(content, list) else {}
+    keys = f"; its first object has the keys {', '.join(first):.200}" if first else ""
     raise UserError(
         f"{source} is not a list of objects with an image and a caption (see --image-key and --caption-key), nor "
-        "COCO's captions_*.json, nor a file of Karpathy's such as dataset_coco.json: give one of these."
+        f"COCO's captions_*.json, nor a file of Karpathy's such as dataset_coco.json{keys}: give one of these."
     )
 
 

@@ -51,7 +51,7 @@ def read_image(item: Item) -> bytes:
 
 
 def _of_split(files: list[Path], config: BuildConfig) -> list[Path]:
-    """Those of config.split, in Hugging Face's naming: SPLIT-00000-of-00005.parquet, with more after it at times."""
+    """The files of config.split, in Hugging Face's naming: SPLIT-00000-of-00005.parquet, or more after it."""
     splits = {file: found[1] for file in files if (found := re.match(r"(.+)-\d{5}-of-\d{5}", file.name))}
     names = sorted(set(splits.values()))
     if config.split and config.split not in names:

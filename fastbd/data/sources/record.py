@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
 
 from fastbd.config import BuildConfig
 from fastbd.data.sources.item import Item, image_key
+
+
+def parse(text: str | bytes):
+    """The value of a JSON text; ValueError, with one line, for one that is damaged or gives a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"{error.msg} in {line}column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason}, byte {error.start})") from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _object(pairs: list[tuple]) -> dict:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("an object gives a key twice")
+    return made
 
 
 def image_item(path: object, config: BuildConfig) -> Item:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import groupby
 from typing import NamedTuple
 
 from fastbd.config import BuildConfig
 from fastbd.data.sources.item import CAPTION_LIMIT, IMAGE_SUFFIXES, Item
+from fastbd.data.sources.record import parse
+from fastbd.data.workers import map_in_order
+from fastbd.log import progress
 
 NO_IMAGE = "no image in the sample"
 NO_CAPTION = "no caption in the sample"
@@ -60,9 +63,18 @@ def _item(image: Member, caption: str, class_name: str | None, problem: str | No
     return Item(-1, image.name, image.file, caption, class_name, image.offset, image.size, problem)
 
 
-def captions_first(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, numbered. Where some have captions, those with only a class are marked as having none."""
-    items = list(items)
+def items_of(
+    parts: Sequence[tuple[str, ...]], read: Callable[[tuple], list[Item]], doing: str, workers: int
+) -> Iterator[Item]:
+    """The items that `workers` processes read from the parts, numbered; `doing` is said with the progress.
+
+    Where some have captions, those with only a class are marked as having none.
+    """
+    items: list[Item] = []
+    with progress(doing, len(parts)) as advance, closing(map_in_order(read, parts, workers)) as results:
+        for found in results:
+            items += found
+            advance()
     pairs = any(item.caption for item in items)
     for row_id, item in enumerate(items):
         if pairs and item.class_name and not item.problem:
@@ -182,8 +194,8 @@ def _json_caption(member: Member, caption_key: str | None) -> str | None:
     if len(data) > JSON_LIMIT:
         raise _Unreadable(f"a .json of more than {JSON_LIMIT:,} bytes: {member.name}")
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        values = parse(data)
+    except ValueError as error:
         raise _Unreadable(f"damaged .json: {error}: {member.name}") from None
     if not isinstance(values, dict) or key not in values:
         if caption_key:

@@ -8,7 +8,6 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,10 +15,8 @@ from pathlib import Path
 from fastbd.config import BuildConfig
 from fastbd.data.sources.folder import folders, is_data, is_tar
 from fastbd.data.sources.item import Item
-from fastbd.data.sources.samples import Member, captions_first, sample_items
-from fastbd.data.workers import map_in_order
+from fastbd.data.sources.samples import Member, items_of, sample_items
 from fastbd.errors import UserError
-from fastbd.log import progress
 
 BLOCK = tarfile.BLOCKSIZE
 HEADER_LIMIT = 1 << 15  # bytes of a long name, or of attributes
@@ -39,15 +36,7 @@ def tar_items(config: BuildConfig) -> Iterator[Item]:
             raise UserError(
                 f"{path} is compressed ({packed}), and its images are read in place: unpack it to a .tar first."
             )
-    with (
-        progress("reading tars", len(tars)) as advance,
-        closing(map_in_order(partial(_items_in, config=config), tars, config.workers)) as results,
-    ):
-        items = []
-        for found in results:
-            items += found
-            advance()
-    yield from captions_first(items)
+    return items_of(tars, partial(_items_in, config=config), "reading tars", config.workers)
 
 
 def is_pattern(source: Path) -> bool:

@@ -147,6 +147,10 @@ def test_coco(tmp_path):
             COCO | {"annotations": [{"image_id": 5, "bbox": []}]},
             "is not a list of objects .*, nor COCO's captions_.*json",
         ),
+        (
+            [{"image": "a.jpg", "conversations": []}],
+            "dataset_coco.json; its first object has the keys image, conversations",
+        ),
         ({"a": 1}, "is not a list of objects with an image and a caption"),
         ([{"image": "a.jpg", "conversations": []}], "with an image and a caption .see --image-key and --caption-key."),
         (

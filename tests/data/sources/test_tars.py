@@ -143,7 +143,7 @@ CASES = {  # members of a tar; its rows: the image, its caption or [class], or w
          *members("2.jpg"), ("2.json", b"["), *members("3.jpg"), ("3.json", b"[1]"),
          *members("4.jpg"), ("4.json", b" " * (1 << 24) + b'{"caption": "x"}'),
          *members("5.jpg", "5.txt"), ("5.json", b"[" * 100_000), *members("6.jpg"), ("6.json", b"9" * 5000)],
-        [("0.jpg", "damaged .json: maximum recursion"), ("1.jpg", "'caption' in the .json is not text"),
+        [("0.jpg", "damaged .json: nested too deep"), ("1.jpg", "'caption' in the .json is not text"),
          ("2.jpg", "damaged .json: Expecting"), ("3.jpg", "no caption in the sample"), 
          ("4.jpg", "a .json of more than"), ("5.jpg", "5.txt"), ("6.jpg", "damaged .json")],
     ),
