@@ -270,7 +270,7 @@ def _read(item: Item) -> bytes:
         return read_image(item)
     try:
         if not os.path.isfile(item.file):  # a pipe or a device could hold a worker for ever
-            raise BadImage("not a file" if os.path.exists(item.file) else "missing file")
+            raise BadImage(_why_no_file(item))
         with open(item.file, "rb") as file:
             file.seek(item.offset)
             data = file.read(-1 if item.size is None else item.size)
@@ -279,6 +279,14 @@ def _read(item: Item) -> bytes:
     if not data:
         raise BadImage("empty file")
     return data
+
+
+def _why_no_file(item: Item) -> str:
+    if os.path.exists(item.file):
+        return "not a file"
+    if re.match("https?://", item.name):
+        return "an address, not a file: download the images first, as with img2dataset"
+    return "missing file"
 
 
 def _write_rejects(path: Path, rejects: list[tuple[Item, str]]) -> None:
