@@ -46,17 +46,17 @@ def sample_items(members: Iterable[Member], config: BuildConfig, class_name: str
     Each image that is not its sample's is an item too, with its problem. With config.labels no captions are read.
     """
     for key, fields in _samples(members, config.image_key):
-        images, problem = _images(fields, config.image_key)
+        images, unclear = _images(fields, config.image_key)
         if not images:
             yield Item(-1, key, next(iter(fields.values())).file, "", problem=NO_IMAGE)
             continue
         image = images[0]
         caption, own_class = "", None
-        if not (problem := problem or image.problem) and not config.labels:
+        if not (problem := unclear or image.problem) and not config.labels:
             caption, own_class, problem = _words(fields, config.caption_key, class_name)
         yield _item(image, caption, own_class, problem)
         for other in images[1:]:
-            yield _item(other, "", None, f"another image of its sample is taken: {image.name}")
+            yield _item(other, "", None, unclear or f"another image of its sample is taken: {image.name}")
 
 
 def _item(image: Member, caption: str, class_name: str | None, problem: str | None) -> Item:

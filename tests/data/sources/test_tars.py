@@ -88,7 +88,7 @@ CASES = {  # members of a tar; its rows: the image, its caption or [class], or w
     "in_doubt": (
         members("0.left.jpg", "0.right.jpg", "0.txt"),
         [("0.left.jpg", "several images in the sample: give --image-key left.jpg or right.jpg"),
-         ("0.right.jpg", "another image")],
+         ("0.right.jpg", "several images in the sample: give --image-key left.jpg or right.jpg")],
     ),
     "dotted": (members("a.1.jpg", "a.1.txt", "a.2.txt", "a.2.jpg"), [("a.1.jpg", "a.1.txt"), ("a.2.jpg", "a.2.txt")]),
     "dotted_one": (members("a.1.jpg", "a.1.txt"), [("a.1.jpg", "a.1.txt")]),
