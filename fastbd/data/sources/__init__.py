@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from fastbd.config import BuildConfig
 from fastbd.data.sources.folder import class_folder_items, folders, image_items, is_tar, kind_of_folder, pair_items
-from fastbd.data.sources.item import Item, with_sound_caption
-from fastbd.data.sources.json_file import coco_items, json_kind, json_line_items, karpathy_items, list_items
+from fastbd.data.sources.item import IMAGE_KEYS, Item, with_sound_caption
+from fastbd.data.sources.json_file import coco_items, json_kind, json_line_items, karpathy_items, list_items, parse
 from fastbd.data.sources.labels import labelled
+from fastbd.data.sources.lines import numbered_lines
 from fastbd.data.sources.parquet import parquet_files, parquet_items
 from fastbd.data.sources.table import table_items
 from fastbd.data.sources.tars import is_pattern, tar_items
@@ -95,7 +99,37 @@ def _layout_of_folder(config: BuildConfig) -> Layout:
     # img2dataset writes .parquet beside tars and images too; without captions only the .parquet can be meant.
     if kind == "classes" and not config.layout and parquet_files(config.source):
         return PARQUET
+    if kind == "classes" and not config.layout and (path := _list_of_images(config)):
+        raise UserError(
+            f"{config.source} could be class folders, or images that {path} lists: give --source {path}, or "
+            "--layout classes to take the names of the folders for classes."
+        )
     return {"tars": TARS, "pairs": PAIRS, "classes": CLASS_FOLDERS}[kind]
+
+
+def _list_of_images(config: BuildConfig) -> Path | None:
+    """A file in the folder or below it that could be a source, as captions.txt beside Images; some are opened."""
+    for inside, names in folders(config.source):
+        found = [name for name in names if os.path.splitext(name)[1].lower() in (*BY_SUFFIX, ".json")]
+        for path in (config.source / inside / name for name in found[:10]):
+            if _lists_images(path, config):
+                return path
+    return None
+
+
+def _lists_images(path: Path, config: BuildConfig) -> bool:
+    """Whether a table, JSON lines or .json file names images, by its first line or by what it holds."""
+    try:
+        if path.suffix.lower() == ".json":
+            return bool(json_kind(replace(config, source=path)))
+        _, text = next(numbered_lines(path), (1, None))
+        if BY_SUFFIX[path.suffix.lower()] is JSON_LINES:
+            names = parse(text or "null")
+        else:
+            names = [name.strip('" \r\n') for name in re.split("[\t;|,]", text or "")]
+        return isinstance(names, list | dict) and len(names) > 1 and any(key in names for key in IMAGE_KEYS)
+    except (UserError, OSError, ValueError):
+        return False
 
 
 def _json_layout(config: BuildConfig) -> Layout:

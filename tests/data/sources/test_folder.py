@@ -223,6 +223,29 @@ def test_a_folder_that_cannot_be_read(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("image, path, content", [
+    ("Images/1.jpg", "captions.txt", "image,caption\n1.jpg,A dog\n"),
+    ("train/1.jpg", "train/metadata.csv", "file_name,text\n1.jpg,A dog\n"),
+    ("train/1.jpg", "train/metadata.jsonl", '{"file_name": "1.jpg", "text": "A dog"}\n'),
+    ("train2017/1.jpg", "annotations/captions_train2017.json",
+     '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "A dog"}]}'),
+    ("images/1.jpg", "list.json", '[{"image": "images/1.jpg", "caption": "A dog"}]'),
+])  # fmt: skip
+def test_a_list_of_captions_beside_folders_is_in_doubt(tmp_path, image, path, content):
+    """As Flickr8k, ImageFolder of Hugging Face's datasets and COCO are unpacked: no folder there is a class."""
+    write(tmp_path, {image: b"1", path: content.encode()})
+    with pytest.raises(UserError, match=f"could be class folders, or images that .*{path} lists: give --source"):
+        read(tmp_path)
+    assert (image, image.split("/")[0]) in [(item.name, item.class_name) for item in read(tmp_path, layout="classes")]
+
+
+@pytest.mark.parametrize("content", [b"", b"The image, and its path\n", b"image\n", b"\xff\xfe", b"cat\ndog\n", b"{}"])
+def test_other_files_beside_class_folders(tmp_path, content):
+    names = ["README.txt", "classes.csv", "a.json", "a.jsonl", "a.tsv"]
+    write(tmp_path, {"cat/1.jpg": b"1", "dog/2.jpg": b"2"} | dict.fromkeys(names, content))
+    assert [item.class_name for item in read(tmp_path)] == ["cat", "dog"]
+
+
 def test_no_damage_to_files_gives_a_wrong_pair(tmp_path):
     """Pairs whose captions and images carry their key; of each set one file is damaged, or one name."""
     keys = [f"{i:03}" * 4 for i in range(3)]
