@@ -61,7 +61,7 @@ class BuildConfig:
     classes: str | None = None
     """Take only images of the classes in this list, a shipped one such as imagenet1k or a text file with one a line."""
     images: Path | None = None
-    """Folder of the images that a .json source names [that of the source]."""
+    """Folder of the images that a table or a JSON or parquet source names [that of the source]."""
     split: str | None = None
     """Take only this split of Karpathy's .json (train, restval, val, test), or of a folder of parquet files."""
     templates: str | None = None

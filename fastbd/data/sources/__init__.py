@@ -36,7 +36,7 @@ class Layout:
 
 
 RECORD_FLAGS = frozenset({"image_key", "caption_key", "class_key", "images"})
-TABLE = Layout("a table", frozenset({"image_key", "caption_key", "class_key", "separator"}), table_items)
+TABLE = Layout("a table", RECORD_FLAGS | {"separator"}, table_items)
 JSON_LINES = Layout("JSON lines", RECORD_FLAGS, json_line_items)
 JSON_LIST = Layout("a JSON list", RECORD_FLAGS, list_items)
 COCO = Layout("a JSON file of COCO's", frozenset({"images"}), coco_items, repeats=True)

@@ -33,7 +33,7 @@ def table_items(config: BuildConfig) -> Iterator[Item]:
     """The rows of a table; UserError for a file without the columns, or whose quotes leave its rows in doubt."""
     table = _open(config)
     image, caption, class_ = table.places
-    folder, width = str(config.source.parent), len(table.columns)
+    folder, width = str(config.images or config.source.parent), len(table.columns)
     for row_id, (line, fields) in enumerate(table.rows()):
         problem, name, text, class_name = None, "", "", None
         if isinstance(fields, str):

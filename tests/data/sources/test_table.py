@@ -223,6 +223,12 @@ def test_the_list_and_the_summary_of_rejects(tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_images_in_another_folder(tmp_path):
+    (tmp_path / "Images").mkdir()
+    (item,) = read(tmp_path / "captions.txt", b"image,caption\n1.jpg,A dog\n", images=tmp_path / "Images")
+    assert (item.name, item.file) == ("1.jpg", str(tmp_path / "Images/1.jpg"))
+
+
 def original(separator: str) -> tuple[bytes, dict[str, str]]:
     """A table of 40 rows with captions that need quotes, and caption by path."""
     rng = random.Random(0)
