@@ -68,7 +68,7 @@ def load(path: Path) -> dict:
     """A checkpoint of ours, on the CPU."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         found = ", ".join(sorted(p.name for p in path.parent.glob("ckpt_*.pt"))) or "none"
         raise UserError(f"there is no checkpoint {path}; checkpoints there: {found}.") from None
     except Exception as error:  # a damaged file can fail anywhere in the reader

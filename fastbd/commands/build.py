@@ -37,7 +37,7 @@ from fastbd.data.workers import WorkerDied, map_in_order
 from fastbd.errors import UserError
 from fastbd.files import check_out, replacing
 from fastbd.log import console, progress
-from fastbd.prompts import read_classes, read_templates
+from fastbd.prompts import numbered, read_classes, read_templates
 from fastbd.signals import Stopped, stoppable
 
 CHUNK = 32  # rows a worker handles at a time
@@ -94,6 +94,8 @@ def run(config: BuildConfig) -> int:
             raise UserError(f"{out} cannot be written ({error.strerror}): give --out another place.") from None
         raise
     _report(config, len(items), kept, rejects, rejects_path)
+    if not classes and numbered({item.class_name for item in items if item.class_name} or {""}):
+        console.print("The classes are numbers, also in captions made of them: name them with --classes.")
     return 0
 
 

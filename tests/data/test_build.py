@@ -94,6 +94,15 @@ def test_labelled_rows_and_templates(tmp_path):
     assert rejects == [["3", "d.jpg", "empty class"], ["5", "a.jpg", "duplicate of row 0"]]
 
 
+@pytest.mark.parametrize("names", [("0", "1"), ("cat", "dog")])
+def test_classes_that_are_numbers_are_told(tmp_path, capsys, names):
+    for name in names:
+        save(tmp_path / f"{name}.jpg")
+    rows = [(f"{name}.jpg", name) for name in names]
+    build(tmp_path, table(tmp_path / "a.csv", ("path", "class"), *rows), class_key="class")
+    assert ("The classes are numbers" in capsys.readouterr().out) == (names[0] == "0")
+
+
 def test_a_labelled_csv_needs_no_caption_column(tmp_path):
     save(tmp_path / "a.jpg")
     source = table(tmp_path / "eval.csv", ("path", "class"), ("a.jpg", "ape"))

@@ -12,10 +12,11 @@ from pathlib import Path
 from fastbd.config import BuildConfig
 from fastbd.data.sources.folder import class_folder_items, folders, image_items, is_tar, kind_of_folder, pair_items
 from fastbd.data.sources.item import IMAGE_KEYS, Item, with_sound_caption
-from fastbd.data.sources.json_file import coco_items, json_kind, json_line_items, karpathy_items, list_items, parse
+from fastbd.data.sources.json_file import coco_items, json_kind, json_line_items, karpathy_items, list_items
 from fastbd.data.sources.labels import labelled
 from fastbd.data.sources.lines import numbered_lines
 from fastbd.data.sources.parquet import parquet_files, parquet_items
+from fastbd.data.sources.record import parse
 from fastbd.data.sources.table import table_items
 from fastbd.data.sources.tars import is_pattern, tar_items
 from fastbd.errors import UserError

@@ -15,6 +15,8 @@ CAPTION_LIMIT = 10_000
 """Characters of a caption that are read; 77 tokens, all that a model reads, are some 400."""
 MISSING = frozenset(("nan", "-nan", "none", "null", "<na>", "na", "n/a", "#n/a", "#na"))
 """Captions, in lower case, that exports of pandas and of spreadsheets write for a missing one."""
+NO_CLASS = frozenset(("nan", "null", "<na>", "-1"))
+"""Class names, in lower case, of rows without a class; -1 is Hugging Face's. Classes may well be called none or na."""
 
 
 class Item(NamedTuple):  # there are millions, sent to the workers
@@ -39,6 +41,13 @@ def with_sound_caption(item: Item) -> Item:
         problem = None if item.class_name else f"missing caption: '{caption}'"
         return item._replace(caption="", problem=item.problem or problem)
     return item if len(item.caption) <= CAPTION_LIMIT else item._replace(caption=caption)
+
+
+def class_problem(name: str) -> str | None:
+    """Why a row cannot be of the class of this name, which its source gives; None where it can."""
+    if not name:
+        return "empty class"
+    return f"missing class: '{name}'" if name.lower() in NO_CLASS else None
 
 
 def image_key(keys: Container[str], config: BuildConfig, usual: Sequence[str] = IMAGE_KEYS) -> str:

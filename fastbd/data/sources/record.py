@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 
 from fastbd.config import BuildConfig
-from fastbd.data.sources.item import Item, image_key
+from fastbd.data.sources.item import Item, class_problem, image_key
 
 
 def parse(text: str | bytes):
@@ -78,7 +78,7 @@ def _class_name(record: dict, key: str) -> tuple[str | None, str | None]:
     if value is not None and not isinstance(value, str):
         return None, f"class is not text: {shown(value)}"
     name = (value or "").strip()
-    return name, None if name else "empty class"
+    return name, class_problem(name)
 
 
 def _without(key: str, record: dict) -> Item:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastbd.config import BuildConfig
-from fastbd.data.sources.item import IMAGE_SUFFIXES, Item, image_key
+from fastbd.data.sources.item import IMAGE_SUFFIXES, Item, class_problem, image_key
 from fastbd.data.sources.lines import LINE_LIMIT, TOO_LONG, numbered_lines
 from fastbd.errors import UserError
 
@@ -45,7 +45,7 @@ def table_items(config: BuildConfig) -> Iterator[Item]:
             name = fields[image].strip()
             text = "" if caption is None else fields[caption]
             class_name = None if class_ is None else fields[class_].strip()
-            problem = "empty path" if not name else "empty class" if class_name == "" else None
+            problem = "empty path" if not name else None if class_name is None else class_problem(class_name)
         yield Item(row_id, name, os.path.join(folder, name), text, class_name, problem=problem, line=line)
 
 

@@ -274,3 +274,15 @@ def test_a_damaged_table_gives_right_pairs_rejects_or_a_refusal(tmp_path, separa
                 assert number in known
                 assert (path, caption) in kept or named[separator] != ["path", "caption"]
     assert refused > COUNT / 20 and changed > COUNT / 20
+
+
+def test_a_class_that_an_export_left_out_is_a_reject(tmp_path):
+    rows = "path,class\na.jpg,dog\nb.jpg,nan\nc.jpg,-1\nd.jpg,\ne.jpg,none\n"
+    items = read(tmp_path / "a.csv", rows, class_key="class")
+    assert [item.problem for item in items] == [
+        None,
+        "missing class: 'nan'",
+        "missing class: '-1'",
+        "empty class",
+        None,
+    ]
