@@ -67,11 +67,19 @@ def read_weights(path: str | Path) -> Weights:
     tree = read_file(path)
     try:
         found = weights_in(tree)
-        known, mean = origin(path, tree, found), other_mean(path)
     except UserError as error:
         raise UserError(f"{path} {error}.") from None
     except Exception as error:  # a damaged file can hold anything by any name
         raise damaged(path, error) from error
+    try:
+        known, mean = origin(path, tree, found), other_mean(path)
+    except UserError as error:
+        raise UserError(f"{path} {error}.") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"a config beside {path}, or its own record, is not as it should be ({error}): mend it, or move the "
+            "weights into a folder of their own."
+        ) from None
     doubt = (f"its images were normalised by the mean {mean}, here by OpenAI's: expect lower accuracy",) if mean else ()
     return Weights(path, found.tensors, known, (*found.notes, *doubt))
 

@@ -227,6 +227,14 @@ def test_a_folder_of_the_hub_and_a_sharded_file(source, tmp_path):
     assert_loads(tmp_path, source)
 
 
+@pytest.mark.parametrize("config", [{"model_cfg": 3}, {"preprocess_cfg": {"mean": [0.5, 0.5]}}, {"preprocess_cfg": []}])
+def test_an_odd_config_beside_the_weights_is_named(source, tmp_path, config):
+    write_safetensors(tmp_path / "model.safetensors", source.state_dict())
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="a config beside .*model.safetensors"):
+        load(tmp_path)
+
+
 def test_a_run_folder(source, tmp_path):
     about = {"model": "tiny-rn", "activation": "gelu"}
     torch.save({"fastbd": "0.1.0", "about": about, "model": source.state_dict()}, tmp_path / "ckpt_last.pt")
