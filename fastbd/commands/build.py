@@ -25,7 +25,7 @@ from PIL import Image, ImageFile
 
 from fastbd import __version__, draws
 from fastbd.config import BuildConfig, to_dict
-from fastbd.data.beton import BetonWriter, holds, temporary
+from fastbd.data.beton import BetonWriter, begins_as_beton, holds, temporary
 from fastbd.data.decode import BadImage, to_stored
 from fastbd.data.eda import N_DRAWS, eda, synonyms_source
 from fastbd.data.journal import Journal
@@ -68,6 +68,7 @@ def run(config: BuildConfig) -> int:
     began = time.time_ns()
     out, rejects_path = config.out, config.out.with_suffix(".rejects.csv")
     check_out(out, name="pairs.beton")
+    _check_overwritten(out, rejects_path, config.source)
     classes = read_classes(config.classes) if config.classes else None
     templates = read_templates(config.templates, classes)
     names = dict(zip(classes.codes, classes, strict=True)) if classes else {}
@@ -97,6 +98,14 @@ def run(config: BuildConfig) -> int:
     if not classes and numbered({item.class_name for item in items if item.class_name} or {""}):
         console.print("The classes are numbers, also in captions made of them: name them with --classes.")
     return 0
+
+
+def _check_overwritten(out: Path, rejects_path: Path, source: Path) -> None:
+    """Raise a UserError where the build would write over its source, or over a file that is not a .beton."""
+    if out.is_file() and out.stat().st_size and not begins_as_beton(out):
+        raise UserError(f"--out {out} exists and is not a .beton file: give another name, such as pairs.beton.")
+    if any(path.exists() and source.exists() and path.samefile(source) for path in (out, rejects_path)):
+        raise UserError(f"the build would write over its source {source}: give another --out.")
 
 
 def _job(items: list[Item], wording: list, config: BuildConfig) -> str:

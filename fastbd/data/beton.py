@@ -209,6 +209,12 @@ def _array_arguments(*shape: int) -> bytes:
     return np.array(sizes, "<u8").tobytes() + dtype
 
 
+def begins_as_beton(path: Path) -> bool:
+    """Whether a file's first bytes are those of the format, as also of a .beton that is cut short."""
+    with path.open("rb") as file:
+        return file.read(2) == (2).to_bytes(2, "little")
+
+
 def temporary(path: Path) -> Path:
     """Where a file is written until it is whole."""
     return path.with_name(path.name + ".tmp")

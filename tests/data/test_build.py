@@ -259,6 +259,20 @@ def test_flags_of_another_kind_of_source(tmp_path):
         run(BuildConfig(source=source, out=tmp_path / "set.beton", split="test"))
 
 
+def test_a_build_writes_over_no_file_of_the_users(tmp_path):
+    save(tmp_path / "a.jpg")
+    source = table(tmp_path / "a.csv", ("path", "caption"), ("a.jpg", "x"))
+    listed = table(tmp_path / "b.rejects.csv", ("path", "caption"), ("a.jpg", "x"))
+    before = source.read_bytes()
+    for given, out in ((source, "a.csv"), (source, "b.rejects.csv"), (listed, "b.beton")):
+        with pytest.raises(UserError, match="is not a .beton file: give another|would write over its source"):
+            run(BuildConfig(source=given, out=tmp_path / out, workers=1))
+    assert source.read_bytes() == listed.read_bytes() == before
+    for _ in range(2):  # over a .beton, cut short or whole, it may
+        run(BuildConfig(source=source, out=tmp_path / "a.beton", workers=1))
+        (tmp_path / "a.beton").write_bytes((tmp_path / "a.beton").read_bytes()[:100])
+
+
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "pairs.xlsx").touch()
     (tmp_path / "empty").mkdir()
