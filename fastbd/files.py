@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from fastbd.errors import UserError
 
@@ -40,15 +42,40 @@ def check_out(path: Path, flag: str = "--out", name: str | None = None, instead:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write to; the file takes the name `path` when the block ends well, else it goes.
 
-    An error is the one that the block raised, also where nothing can be removed, as on a read-only file system.
+    It is on the disk before it takes the name, and the name when the block has ended: a loss of power leaves the old
+    file or the new one. An error is the one that the block raised, also where nothing can be removed, as on a read-only
+    file system.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     except BaseException:
         discard(temporary)
         raise
+
+
+def sync(path: Path) -> None:
+    """Return when what was written to the file, or the names in the folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot, as some that are mounted
+            raise
+    finally:
+        os.close(opened)
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """What the JSON file holds. UserError with the path and the remedy where it is damaged; FileNotFoundError."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # not JSON, no text, or nested beyond what Python follows
+        why = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} is damaged ({why}): {remedy}.") from None
 
 
 def discard(path: Path) -> None:
