@@ -5,18 +5,22 @@ BIN := .venv/bin
 CALL ?= 1
 OUT ?= gpu-check/$(CALL)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+LOCK := .venv-lock/bin/uv pip compile --no-config --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command 'make lock' $(UPGRADE) pyproject.toml
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
+FFCV_VERSION := 1.0.2
+FFCV_IMPORTS := numba opencv-python-headless tqdm
 FFCV_NEEDS := g++ libopencv-imgproc-dev libturbojpeg0-dev pkg-config
 
 help:              ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
-install: .venv/installed  ## make .venv and install fastbd into it
+install: .venv/installed  ## make .venv and install fastbd into it; HASHES=1 takes only files of the known hashes
 
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || { echo "fastbd needs Python 3.11 or 3.12; name one: make PYTHON=/path/to/python3.12"; exit 2; }
 	@echo "installing into .venv (PyTorch and DALI are large: a few minutes)"
 	$(PYTHON) -m venv .venv
+	$(if $(HASHES),$(BIN)/pip install --quiet --require-hashes --requirement hashes.txt)
 	$(PIP) --editable ".[dev]"
 	@touch $@
 
@@ -27,12 +31,12 @@ ffcv: install      ## add FFCV for --decode ffcv, and the system libraries it is
 	@dpkg --status $(FFCV_NEEDS) >/dev/null 2>&1 || { echo "installing $(FFCV_NEEDS)" && \
 		$(SUDO) apt-get update -qq && $(SUDO) apt-get install -qq --yes --no-install-recommends $(FFCV_NEEDS); } || \
 		{ echo "make ffcv could not install its system libraries: let the administrator install $(FFCV_NEEDS)"; exit 2; }
-	$(PIP) numba opencv-python-headless tqdm
+	$(PIP) $(FFCV_IMPORTS)
 	@dir=$$(mktemp -d) && trap 'rm -r "$$dir"' EXIT && mkdir $$dir/opencv2 && \
 		printf '#include <opencv2/%s.hpp>\n' core imgproc >$$dir/opencv2/opencv.hpp && \
 		printf '%s\n' 'Name: opencv4' 'Description: core and imgproc' 'Version: 4' \
 			'Cflags: -I$${pcfiledir} -I/usr/include/opencv4' 'Libs: -lopencv_imgproc -lopencv_core' >$$dir/opencv4.pc && \
-		PKG_CONFIG_PATH=$$dir $(PIP) --no-deps ffcv
+		PKG_CONFIG_PATH=$$dir $(PIP) --no-deps ffcv==$(FFCV_VERSION)
 	@$(BIN)/python -c "import ffcv" && echo "FFCV is installed: --decode ffcv uses it"
 
 writers:           ## make .venv-writers with img2dataset and webdataset, for the tests that read what they write
@@ -60,9 +64,23 @@ lint: install      ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# constraints.txt pins all that any extra needs, for pip to choose from: hashes cannot stand in it, as pip takes none for
+# what is installed from this folder, and a build of PyTorch for the CPU alone has other ones. hashes.txt has those of
+# PyPI's files, for a first step without this folder. FFCV is left out, as it must be built to say what it needs.
+lock: .venv-lock   ## pin all packages anew in constraints.txt and hashes.txt; UPGRADE=--upgrade takes the newest
+	printf '%s\n' $(FFCV_IMPORTS) | $(LOCK) - --extra dev --extra parquet --extra wordnet --extra cluster --output-file constraints.txt
+	$(LOCK) --extra dev --generate-hashes --constraint constraints.txt --output-file hashes.txt
+
+audit: .venv-lock  ## ask PyPI for known vulnerabilities of the pinned packages
+	.venv-lock/bin/pip-audit --strict --requirement hashes.txt --require-hashes --disable-pip
+
+.venv-lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 || { rm -r .venv-lock; exit 2; }
+
 clean:             ## remove .venv and caches; runs/ and data/ stay
-	rm -rf .venv .venv-writers .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-writers .venv-lock .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install ffcv writers demo study test bench gpu-check lint clean
+.PHONY: help install ffcv writers demo study test bench gpu-check lint lock audit clean
 .DEFAULT_GOAL := help
