@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import signal
 import time
@@ -16,7 +15,7 @@ from torch import Tensor
 from fastbd import log, signals
 from fastbd.data.loader import Batch
 from fastbd.dist import World
-from fastbd.errors import Diverged, UserError
+from fastbd.errors import UserError
 from fastbd.readback import Readback
 from fastbd.signals import Stopped
 
@@ -68,19 +67,19 @@ def train(
     """Do steps start .. table.total - 1.
 
     batches(epoch, offset) gives an epoch's batches from its step `offset` on; save(step) and evaluate(step) are called
-    after a step, record(row) gets a log line every table.log_every steps, with the mean losses since the last one and
-    the share of `pairs_limit`, the pairs a second that the hardware allows. Raises Stopped after a signal that asks for
-    it, saved.
+    after a step, record(row) gets a log line every table.log_every steps, with the mean losses of the `steps` since the
+    last one or since `start`, and the share of `pairs_limit`, the pairs a second that the hardware allows. Raises
+    Stopped after a signal that asks for it, saved; NotFinite for a loss that is not, before anything is saved after it.
     """
-    at, losses = start, Readback(table.log_every)
+    at, losses = start, Readback(max(1, min(table.log_every, table.total - start)), start)
     with _caught() as caught, log.progress(label, table.total, start, quiet=not world.main) as advance:
 
         def tell(wait: bool) -> None:
             for row in losses.arrived(wait):
                 record(row)
                 advance(0, _line(row))
-                if not math.isfinite(row["loss"]):
-                    raise Diverged(f"the loss is {row['loss']} at step {row['step']}: the run diverged; lower --lr.")
+            if wait:
+                losses.check()
 
         while at < table.total:
             epoch, offset = divmod(at, table.steps_per_epoch)
@@ -90,7 +89,7 @@ def train(
                 at += 1
                 clock.pairs += len(batch.ids) * world.size
                 if at % table.log_every == 0 or at == table.total:
-                    losses.send({"step": at, "epoch": at / table.steps_per_epoch, **clock.read(pairs_limit)})
+                    losses.send({"epoch": at / table.steps_per_epoch, **clock.read(pairs_limit)})
                 # Several processes agree only now and then: asking each step would cost a wait for the GPU.
                 asked = at < table.total and (world.size == 1 or at % table.log_every == 0) and _asked(caught, world)
                 milestone = at in table.evaluate_at or at in table.save_at

@@ -17,10 +17,10 @@ from typing import TextIO
 import numpy as np
 import torch
 
-from fastbd import __version__, checkpoint, dist, files, log
+from fastbd import __version__, checkpoint, dist, divergence, files, log
 from fastbd.cleaning.method import Method
 from fastbd.config import PretrainConfig, to_dict
-from fastbd.data import eda, resident, sheet
+from fastbd.data import eda, resident, sampler, sheet
 from fastbd.data.beton import Beton
 from fastbd.data.decode import HOSTS, ON_GPU, Decoder, has_dali, open_decoder
 from fastbd.data.loader import RECIPES, Batch, Pairs, batches, text_lengths
@@ -42,6 +42,7 @@ from fastbd.models.blocks import recompute
 from fastbd.optim import make_optimizer, restore
 from fastbd.poison.plan import Plan
 from fastbd.precision import is_captured, is_compiled, set_precision
+from fastbd.readback import NotFinite
 from fastbd.rebound import clean_pairs, rebound
 from fastbd.signals import Stopped
 from fastbd.step import Step
@@ -134,6 +135,7 @@ class Run:
         resumed = checkpoint.load(config.resume / "ckpt_last.pt") if config.resume else None
         if resumed and self.verb == "pretrain":
             task.model.load_state_dict(resumed["model"])  # --weights have been taken in already
+        divergence.check_weights(resumed["model"] if resumed else task.model.state_dict(), self._source())
 
         in_place = self._found(resumed)
         self.watch = self._watch()
@@ -187,8 +189,26 @@ class Run:
             if world.device.type != "cuda":
                 raise UserError("--batch-size auto finds what fits in a GPU's memory; without a GPU give a number.")
             batch_size = world.size * shares.unit
-        shares.check(batch_size, len(self.task.rows))
+        rows = len(self.task.rows)
+        self._check_contrast(rows if config.batch_size == "auto" else min(batch_size, rows))
+        shares.check(batch_size, rows)
         return shares
+
+    def _check_contrast(self, batch_size: int) -> None:
+        """Raise a UserError where a batch of one is to be trained by telling its pairs apart: it teaches nothing."""
+        if batch_size < 2 and self.task.method.contrasts and self.config.epochs:
+            raise UserError(
+                "the loss tells the pairs of a batch from one another, so a batch needs 2 or more: --batch-size is "
+                f"{self.config.batch_size}, and {len(self.task.rows):,} of the data's pairs are trained on."
+            )
+
+    def _source(self) -> Path | str:
+        """Where the weights to begin with come from."""
+        config = self.config
+        if config.resume:
+            return checkpoint.path_of(config.resume, "last")
+        given = checkpoint.path_of(config.run, config.checkpoint) if self.verb == "clean" else config.weights
+        return given or "the new model"
 
     def _found(self, resumed: dict | None) -> Setup | None:
         """That of an earlier run whose memory fits; else the earlier one goes, before anything takes its room."""
@@ -270,6 +290,7 @@ class Run:
                 precision=self.precision, world=world,
             )  # fmt: skip
             self._say(f"--batch-size {batch_size} fits")
+            self._check_contrast(batch_size)
         if config.bn_group == "sync" and world.size > 1:
             share_statistics(self.model, 0, world.group)
         fixed = self.compiled or self.captured
@@ -316,9 +337,6 @@ class Run:
             raise UserError(
                 f"{task.data} holds no second text views: build it with --text-views 1, or train with --no-ssl-text."
             )
-        for flag, share in (("--max-bad", config.max_bad), ("--landed", config.landed)):
-            if share > 1:
-                raise UserError(f"{flag} {share} is no share: give 0 to 1.")
         plan = task.plan if task.poisoned else None
         base = set(self.policies) <= {"plain", "light"}  # which begin with the base view
         decode, where = self._decoder_and_place(resumed)
@@ -410,6 +428,7 @@ class Run:
         if self.world.main:
             for name in ("log.jsonl", "metrics.jsonl"):
                 log.rewind(self.folder / name, self.done)
+            files.discard(self.folder / divergence.FILE)
 
     def _make_folder(self) -> Path:
         """--out, or the first free runs/NAME; with a checkpoint, samples.png, plan.json, and so on.
@@ -477,9 +496,13 @@ class Run:
             self._wait()
         except Enough as enough:
             reason = str(enough)
-        except Diverged:
+        except NotFinite as broken:
+            said = self._diverged(broken)
             self._end("diverged")
-            raise
+            raise Diverged(said) from None
+        except Diverged as error:  # of an evaluation
+            self._end("diverged")
+            raise Diverged(f"{str(error)[:-1]}: the run diverged; lower --lr ({config.lr:g}).") from None
         finally:
             self._wait()
             self.writer.wait()
@@ -488,6 +511,22 @@ class Run:
         self._say_whether_they_landed()
         self._end(reason)
         return reason
+
+    def _diverged(self, broken: NotFinite) -> str:
+        """What to tell of the step, which is written down beside the checkpoint that leads to it again."""
+        rates = self.step.rates[: broken.step].tolist()
+        epoch, path = broken.step / self.steps_per_epoch, self.folder / divergence.FILE
+        if self.world.main:
+            self.guard()
+            rows = self._rows_of(broken.step)
+            divergence.record(self.folder, broken, epoch=epoch, lr=rates[-1], data=self.task.data, rows=rows)
+        return divergence.sentence(broken, moved=any(rates[:-1]), lr=self.config.lr, path=path)
+
+    def _rows_of(self, step: int) -> np.ndarray:
+        """The rows of a step, counted from 1, of its whole batch: all parts of all processes."""
+        epoch, offset = divmod(step - 1, self.steps_per_epoch)
+        rows = self.method.rows(epoch, self.task.rows)
+        return rows[next(sampler.batches(len(rows), self.config.batch_size, self.config.seed, epoch, start=offset))]
 
     def _end(self, reason: str) -> None:
         """Write result.json, which says that nothing is left to be done here."""
@@ -519,8 +558,11 @@ class Run:
         )  # fmt: skip
 
     def _rebound_rows(self) -> np.ndarray:
-        if self.watch is None or not self.watch.data.attacked or self.world.size > 1:
-            raise UserError("--rebound watches ASR, in one process: it needs a plan, and --eval-data with its target.")
+        if self.watch is None or not self.watch.data.measures_asr or self.world.size > 1:
+            raise UserError(
+                "--rebound watches ASR, in one process: it needs a plan, and --eval-data with its target and with "
+                "images of other classes."
+            )
         if self.shares.group and REBOUND_BATCH % self.shares.group:
             raise UserError(f"--rebound takes {REBOUND_BATCH} pairs a step: give a --bn-group that divides it.")
         return clean_pairs(self.pairs, self.task.plan, self.config.rebound * REBOUND_BATCH)
@@ -533,6 +575,8 @@ class Run:
         """Each attack, by the last evaluation of pre-training."""
         rows = read(self.folder).attacks if self.world.main and self.verb == "pretrain" and self.task.poisoned else ()
         for attack in rows[-1].get("attacks", [rows[-1]]) if rows else ():
+            if attack["asr"] is None:
+                continue  # all images are of its target class
             landed = attack["asr"] >= self.config.landed
             self._say(
                 f"the attack, {attack['trigger']} to '{attack['target']}', has {'' if landed else 'not '}landed: ASR "
@@ -675,6 +719,6 @@ def free_folder(path: Path) -> Path:
 def result_line(row: dict) -> str:
     """One evaluation as a line of text."""
     line = f"epoch {row['epoch']:5.1f}  top-1 {row['top1']:6.1%}"
-    if "asr" in row:
+    if row.get("asr") is not None:
         line += f"  ASR {row['asr']:6.1%}  recovery {row['recovery']:6.1%}"
     return f"{line}  ({row['set']}, {row['seconds']:.1f} s)"

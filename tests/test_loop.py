@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fastbd.data.loader import Batch
 from fastbd.dist import World
 from fastbd.errors import Diverged, UserError
 from fastbd.loop import Enough, Timetable, every, train
+from fastbd.readback import NotFinite
 from fastbd.signals import STOPPING, Stopped
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -91,6 +93,7 @@ def test_steps_evaluations_and_checkpoints_follow_the_timetable():
     ]
     # Lines at each third step and at the end, with the mean loss since the last one; that of step k is (k - 1) / 2.
     assert [(r["step"], r["epoch"], r["loss"]) for r in diary.rows] == [(3, 0.75, 0.5), (6, 1.5, 2), (8, 2, 3.25)]
+    assert [r["steps"] for r in diary.rows] == [3, 3, 2]
     assert all(r["of_limit"] == r["pairs_per_s"] / 1e9 > 0 and 0 <= r["data_wait"] <= 1 for r in diary.rows)
 
 
@@ -156,6 +159,46 @@ def test_a_signal_that_was_ignored_stays_so(signum):
         assert signal.getsignal(signum) is signal.SIG_IGN
     finally:
         signal.signal(signum, before)
+
+
+def test_a_row_after_a_start_within_its_window_says_that_it_tells_of_fewer_steps():
+    diary = Diary()
+    diary.train(start=4)  # steps 5 and 6, then 7 and 8, whose losses are 2, 2.5, 3, 3.5
+    assert [(r["step"], r["steps"], r["loss"]) for r in diary.rows] == [(6, 2, 2.25), (8, 2, 3.25)]
+
+
+class Breaking(Diary):
+    """The loss of one step is not a number."""
+
+    def __init__(self, broken: int, **how):
+        super().__init__(**how)
+        self.broken = broken
+
+    def step(self, batch):
+        losses = super().step(batch)
+        return {"loss": torch.tensor(math.nan), "scale": torch.tensor(1.0)} if self.at == self.broken else losses
+
+
+def test_a_loss_that_is_not_finite_names_its_own_step_and_not_that_of_its_row():
+    diary = Breaking(broken=5)
+    with pytest.raises(NotFinite, match=r"^the loss is nan at step 5$"):
+        diary.train(log_every=8, save_at=(8,))
+    assert [r["step"] for r in diary.rows] == [8] and ("save", 8) not in diary.entries
+
+
+@pytest.mark.parametrize(("marks", "stop_at"), [((6,), None), ((8,), 5)])
+def test_nothing_is_saved_after_a_loss_that_is_not_finite(marks, stop_at):
+    """Within a row, whose losses nobody has looked at yet: at a checkpoint, and when a signal asks for one."""
+    diary = Breaking(broken=6, stop_at=stop_at)
+    with pytest.raises(NotFinite, match="at step 6"):
+        diary.train(log_every=100, save_at=marks, evaluate_at=marks)
+    assert [entry[0] for entry in diary.entries] == ["step"] * 6
+
+
+def test_rows_further_apart_than_there_are_steps_need_no_memory():
+    diary = Diary()
+    diary.train(log_every=2**31 - 1)
+    assert [(r["step"], r["steps"]) for r in diary.rows] == [(8, 8)]
 
 
 def test_all_ranks_stop_for_the_signal_of_one(together):

@@ -65,6 +65,8 @@ class Method(nn.Module):
     """Batch norm keeps to the running statistics that the model came with."""
     fixed_scale = False
     """The temperature is not trained."""
+    contrasts = True
+    """The loss tells the pairs of a batch from one another, so that it needs two."""
 
     def __init__(self, objective: Objective, objective_name: str = "mmcl"):
         super().__init__()

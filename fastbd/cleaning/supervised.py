@@ -20,6 +20,7 @@ class Supervised(Method):
     """CE(W i + b, class of the image), i the embedding as it is; text tower and temperature stay."""
 
     fixed_scale = True
+    contrasts = False
 
     def __init__(self, config: CleanConfig):
         super().__init__(Objective(mmcl_weight=0.0, ssl_weight=0.0, ssl_text=False), "supervised")

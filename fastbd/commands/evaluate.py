@@ -128,8 +128,10 @@ class Evaluation:
                 best = [group for group in data.by_attack() if _is_of(group[0], row)]
                 row |= probe.evaluate(self.towers, self.probed, data, *best or [()])
         self.towers.advance = lambda images: None
-        if self.config.rebound and data.attacked:
+        if self.config.rebound and data.measures_asr:
             row |= self._rebound(zeroshot)
+        elif self.config.rebound:
+            log.console.print(f"{data.name}: no rebound, as ASR cannot be measured on it", markup=False)
         return row
 
     def _clean_pairs(self) -> tuple[Pairs, np.ndarray]:

@@ -83,7 +83,7 @@ def averaged(rows: list[dict], key: str) -> dict:
     means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0] if isinstance(rows[0][name], float)}
     values = [row[key] for row in rows]
     if None in values:
-        return rows[0]
+        return {**rows[0], **means}
     _, low, high = over_seeds(values)
     ends = {f"{key}_seeds_low": max(0.0, low), f"{key}_seeds_high": min(1.0, high)}
     return {**rows[0], **means, f"{key}_by_seed": values, **ends}

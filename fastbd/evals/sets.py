@@ -76,6 +76,12 @@ class Labelled(EvalSet):
     classes: list[str]
     prompts: np.ndarray
 
+    @property
+    def measures_asr(self) -> bool:
+        """Whether an attack can succeed on an image, one that is not of its target class."""
+        targets = [target_index(self.classes, one.attack.target) for one in self.attacked]
+        return any(bool((self.labels != target).any()) for target in targets)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Captioned(EvalSet):

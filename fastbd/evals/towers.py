@@ -103,5 +103,5 @@ class Towers:
 
 def _finite(embeddings: Tensor) -> Tensor:
     if not embeddings.isfinite().all():  # which would look like a model that is perfectly cleaned
-        raise Diverged("the model gives numbers that are not finite, so there is nothing to evaluate: lower --lr.")
+        raise Diverged("the model gives numbers that are not finite, so there is nothing to evaluate.")
     return embeddings

@@ -333,7 +333,7 @@ LOSSES = {
     "ssl_text": "SSL (text)",
 }
 NO_LOSSES = {  # of log.jsonl
-    "step", "epoch", "pairs_per_s", "of_limit", "data_wait", "scale", "bad_images", "lr", "uncaptured",
+    "step", "steps", "epoch", "pairs_per_s", "of_limit", "data_wait", "scale", "bad_images", "lr", "uncaptured",
 }  # fmt: skip
 # Okabe and Ito's colours, safe for the colour-blind.
 COLOURS = {"mmcl": "#0072B2", "mmcl_ssl": "#D55E00", "ssl": "#009E73", "siglip": "#CC79A7", "siglip_ssl": "#E69F00",
