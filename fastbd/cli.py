@@ -132,10 +132,10 @@ def parse(verb: str, flags: list[str]):
 
 
 def _check_numbers(settings) -> None:
-    for name, least in config.LEAST.items():
-        value = getattr(settings, name, None)
-        if isinstance(value, int | float) and not value >= least:  # so that not-a-number is refused too
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small: give at least {least}.")
+    for name, value in vars(settings).items():
+        if numbers := config.outside(name, value):
+            given = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"--{name.replace('_', '-')} {given} is out of range: give {numbers}.")
 
 
 def _check_files(settings) -> None:

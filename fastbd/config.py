@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 Objective = Literal["mmcl", "ssl", "mmcl_ssl", "siglip", "siglip_ssl", "cyclip"]
 Method = Literal["finetune", "cleanclip", "par", "shrink_perturb", "deep_cluster", "unlearn", "supervised"]
@@ -689,18 +690,54 @@ def par_2() -> Settings:
 PRESETS = {"demo": demo, "paper-cc3m": paper_cc3m, "paper-cc6m": paper_cc6m, "par": par, "par-2": par_2}
 
 
-LEAST = {
-    flag: least
-    for least, flags in {
-        0: "asha cluster_weight detect_batch epoch epochs eval_between eval_subset flagged hw_decoder_load landed "
-        "max_bad poison_left processes rebound remove_fraction save_every search subset tau text_views warm_epochs "
-        "warmup workers",
-        1: "accumulate batch_size clusters count k lease log_every max_pixels roclip_period roclip_pool rows",
-        2: "bn_group rebound_batch_size val_batch",
+class Range(NamedTuple):
+    """Numbers from `least` to `most`, but for those in `without`."""
+
+    least: float
+    most: float
+    without: tuple[float, ...] = ()
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and value not in self.without  # not-a-number is in none
+
+    def __str__(self) -> str:
+        but = " or ".join(map(str, self.without))
+        return f"{self.least} to {self.most}" + (f", but not {but}" if but else "")
+
+
+LARGEST = 2**31 - 1  # of what is counted
+RANGES = {
+    flag: numbers
+    for numbers, flags in {
+        Range(0, LARGEST): "asha clean_epochs detect_batch epoch epochs eval_between eval_subset flagged poison_left "
+        "pretrain_epochs processes rebound remove_epochs save_every search subset text_views warm_epochs warmup "
+        "workers",
+        Range(1, LARGEST): "accumulate batch_size clusters count k log_every max_pixels roclip_period roclip_pool rows",
+        Range(2, LARGEST): "bn_group rebound_batch_size val_batch",
+        Range(1, 384): "patch_size",
+        Range(2, 384): "wanet_k",
+        Range(-(2**63), 2**63 - 1): "asr_seed seed seeds",
+        Range(0, math.inf, (math.inf,)): "cluster_weight cyclic_weight lr mmcl_weight perturb rebound_lr shrink "
+        "siglip_weight ssl_weight unlearn_weight wanet_s weight_decay",
+        Range(0, math.inf, (0, math.inf)): "eps",
+        Range(1, math.inf, (math.inf,)): "lease",
+        Range(0, 1): "blend hw_decoder_load landed max_bad",
+        Range(0, 1, (0,)): "rate",
+        Range(0, 1, (1,)): "beta1 beta2 remove_fraction",
+        Range(0, 1, (0, 1)): "drop",
+        Range(0, 4): "tau",
+        Range(-1, 1): "unlearn_target",
     }.items()
     for flag in flags.split()
 }
-"""The smallest value of flags that a negative number, or zero, would make no sense for."""
+"""The numbers that each flag of a number can be; words, such as auto, and None aside."""
+
+
+def outside(flag: str, value: Any) -> Range | None:
+    """The range of a flag where the value, or one of a tuple's, is a number outside of it; else None."""
+    values = value if isinstance(value, tuple) else (value,)
+    numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
+    return next((RANGES[flag] for each in numbers if each not in RANGES[flag]), None)
 
 
 FILES = {

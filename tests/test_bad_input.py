@@ -145,8 +145,8 @@ def test_text_views_that_are_missing(refused):
     ("flags", "message"),
     [
         (("--views", "par", "--objective", "mmcl_ssl"), "--views par has no second view for the self-supervised loss"),
-        (("--max-bad", 1.5), "--max-bad 1.5 is no share: give 0 to 1"),
-        (("--max-bad", -0.1), "--max-bad -0.1 is too small: give at least 0"),
+        (("--max-bad", 1.5), "--max-bad 1.5 is out of range: give 0 to 1."),
+        (("--max-bad", -0.1), "--max-bad -0.1 is out of range: give 0 to 1."),
         (("--resident", "gpu"), "--resident gpu, but the run is on the CPU: give --resident ram or auto"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_is_not_there(refused, place, study, fastbd):
             "--accumulate 2 needs a number for --bn-group, as batch norm sees one part at a time: a divisor of 12",
         ),
         (("--accumulate", 2, "--bn-group", "sync"), "--accumulate 2 needs a number for --bn-group"),
-        (("--bn-group", 1), "--bn-group 1 is too small: give at least 2"),
+        (("--bn-group", 1), "--bn-group 1 is out of range: give 2 to"),
         (("--batch-size", "auto"), "--batch-size auto finds what fits in a GPU's memory; without a GPU give a number"),
         (("--graph", "on"), "--graph on captures the step of one process on a GPU, with Triton; give --graph off here"),
     ],

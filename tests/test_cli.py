@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import typing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,20 +74,88 @@ def test_a_wrong_value_lists_the_right_ones(tmp_path, fastbd):
     assert list(tmp_path.iterdir()) == []
 
 
+REQUIRED = {
+    "build": ("--source", "pairs.csv", "--out", "pairs.beton"),
+    "poison": ("--data", "pairs.beton"),
+    "evaluate": ("--run", "runs/start"),
+    "detect": ("--run", "runs/start"),
+    "label": ("--run", "runs/start", "--out", "labels.npy"),
+}
+
+
+def of_numbers(kind: type) -> list[tuple[str, type, bool]]:
+    """(field, int or float, whether a tuple) of each flag of a number."""
+
+    def parts(hint) -> set:
+        return {hint}.union(*map(parts, typing.get_args(hint)))
+
+    hints = {name: parts(hint) for name, hint in typing.get_type_hints(kind).items()}
+    of = {name: next((number for number in (float, int) if number in some), None) for name, some in hints.items()}
+    return [(name, of[name], any(typing.get_origin(x) is tuple for x in hints[name])) for name in hints if of[name]]
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_flag_of_a_number_refuses_what_is_none_and_what_is_beyond_its_range(verb):
+    """A new flag needs an entry in config.RANGES."""
+    for name, of, several in of_numbers(cli.VERBS[verb].config):
+        least, most, without = config.RANGES[name]
+        if of is float:
+            beyond = [math.nan, math.inf, -math.inf, *map(float, without)]
+            beyond += [least - 0.5, *([most + 0.5] if most < math.inf else [])]
+        else:
+            beyond = [least - 1, most + 1, 10**40, -(10**40)]
+        assert all(config.outside(name, (value,) if several else value) for value in beyond), name
+
+
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--epochs", -1), ("--log-every", 0), ("--workers", -1), ("--landed", "nan")]
+    ("verb", "flag", "value", "numbers"),
+    [
+        ("pretrain", "--lr", "nan", "0 to inf, but not inf"),
+        ("pretrain", "--lr", "-1.0", "0 to inf, but not inf"),
+        ("clean", "--lr", "inf", "0 to inf, but not inf"),
+        ("clean", "--beta2", "1.0", "0 to 1, but not 1"),
+        ("clean", "--eps", "0.0", "0 to inf, but not 0 or inf"),
+        ("clean", "--tau", "nan", "0 to 4"),
+        ("pretrain", "--landed", "2.0", "0 to 1"),
+        ("pretrain", "--epochs", "-1", "0 to 2147483647"),
+        ("poison", "--rate", "0.0", "0 to 1, but not 0"),
+        ("detect", "--drop", "1.0", "0 to 1, but not 0 or 1"),
+        ("evaluate", "--asr-seed", str(2**63), "-9223372036854775808 to 9223372036854775807"),
+        ("sweep", "--lease", "inf", "1 to inf, but not inf"),
+    ],
 )
-def test_a_number_that_is_too_small_is_refused(flag, value):
-    with pytest.raises(UserError, match=f"{flag} {value} is too small: give at least [01]\\."):
-        cli.parse("pretrain", [flag, str(value)])
+def test_a_number_beyond_its_range_is_refused_in_one_sentence(verb, flag, value, numbers):
+    with pytest.raises(UserError) as said:
+        cli.parse(verb, [*REQUIRED.get(verb, ()), flag, value])
+    assert str(said.value) == f"{flag} {value} is out of range: give {numbers}."
 
 
-def test_every_limit_is_of_a_flag_and_below_its_defaults():
-    for name, least in config.LEAST.items():
+def test_what_would_make_no_sense_is_in_no_range():
+    """Of the fields, a negative number but where it has a meaning; of the betas 1, with which a mean never moves."""
+    meant = {"seed", "seeds", "asr_seed", "unlearn_target"}
+    for verb in cli.VERBS.values():
+        for name, of, _ in of_numbers(verb.config):
+            assert name in meant or config.outside(name, of(-1)), name
+    for name, value in (("beta1", 1.0), ("beta2", 1.0), ("eps", 0.0), ("landed", 2.0), ("max_bad", 2.0), ("k", 0)):
+        assert config.outside(name, value), name
+
+
+def test_the_ends_of_a_range_are_in_it_and_so_are_the_defaults():
+    for name, numbers in config.RANGES.items():
         kinds = [v.config for v in cli.VERBS.values() if name in {f.name for f in dataclasses.fields(v.config)}]
-        assert kinds
+        assert kinds, name
+        ends = {numbers.least, numbers.most} - set(numbers.without)
         defaults = [f.default for kind in kinds for f in dataclasses.fields(kind) if f.name == name]
-        assert all(default >= least for default in defaults if isinstance(default, int | float))
+        assert not any(config.outside(name, value) for value in [*ends, *defaults]), name
+    for preset in config.PRESETS.values():
+        for settings in (preset().pretrain, *map(partial(preset().defaults, "clean"), typing.get_args(config.Method))):
+            assert not any(config.outside(name, value) for name, value in vars(settings).items())
+
+
+def test_each_number_of_a_list_is_looked_at():
+    message = "--remove-epochs 3 -1 6 is out of range: give 0 to 2147483647"
+    with pytest.raises(UserError, match=message):
+        cli.parse("pretrain", ["--remove-epochs", "3", "-1", "6"])
 
 
 def test_the_help_of_a_preset_tells_its_commands_and_its_cost(tmp_path, fastbd):
@@ -164,7 +235,7 @@ def test_files_are_recorded_by_absolute_paths_and_names_as_they_are(tmp_path, mo
         ["--preset", "demo", "--preset", "paper-cc3m"],
         ["--preset=paper-cc3m", "--preset=demo"],
         ["--preset", "paper-cc3m", "--preset=par", "--batch_size=9"],
-        ["--preset=par", "--no_poison", "--lr", "-1", "--remove_epochs", "1", "2", "--preset", "par-2"],
+        ["--preset=par", "--no_poison", "--seed", "-1", "--remove_epochs", "1", "2", "--preset", "par-2"],
         ["--templates=--preset", "--preset", "paper-cc6m"],
         ["--preset", "paper-cc6m", "--"],
         ["--preset", "paper-cc3m", "--plan", "None", "--preset", "demo", "--out", "a"],

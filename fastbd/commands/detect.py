@@ -75,8 +75,6 @@ def _check_drop(config: DetectConfig) -> None:
         raise UserError("--drop and --out belong together: the share to drop, and the row list to write.")
     if config.drop is None:
         return
-    if not 0 < config.drop < 1:
-        raise UserError(f"--drop {config.drop:g} is no share of the pairs to leave out: give a number between 0 and 1.")
     if config.subset:
         raise UserError("--drop needs the scores of all pairs: leave --subset out.")
     if config.out.exists():

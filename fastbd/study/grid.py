@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fastbd.config import LEAST, PRESETS, CleanConfig, PoisonConfig, PretrainConfig
+from fastbd.config import PRESETS, CleanConfig, PoisonConfig, PretrainConfig, outside
 from fastbd.errors import UserError
 from fastbd.study.runs import read_config
 
@@ -343,8 +343,8 @@ def _checked(kind: str, flag: str, value: Any, where: str) -> Any:
         value = _as(hints[flag], value)
     except TypeError as error:
         raise UserError(f"{where} has {flag} = {value!r}; it must be {error}.") from None
-    if flag in LEAST and isinstance(value, int | float) and not value >= LEAST[flag]:
-        raise UserError(f"{where} has {flag} = {value!r}; give at least {LEAST[flag]}.")
+    if numbers := outside(flag, value):
+        raise UserError(f"{where} has {flag} = {value!r}; give {numbers}.")
     return value
 
 

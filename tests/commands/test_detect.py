@@ -106,11 +106,14 @@ def test_without_a_plan_rows_can_be_dropped_but_nothing_measured(shown):
         (("--run", "poisoned", "--data", "val.beton"), "there is no plan"),
         (("--run", "poisoned", "--drop", 0.1), "--drop and --out belong together"),
         (("--run", "poisoned", "--out", "x.rows"), "--drop and --out belong together"),
-        (("--run", "poisoned", "--drop", 5, "--out", "x.rows"), "--drop 5 is no share of the pairs to leave out"),
+        (
+            ("--run", "poisoned", "--drop", 5, "--out", "x.rows"),
+            "--drop 5.0 is out of range: give 0 to 1, but not 0",
+        ),
         (("--run", "poisoned", "--drop", 0.1, "--out", "x.rows", "--subset", 9), "leave --subset out"),
         (("--run", "poisoned", "--drop", 0.1, "--out", "train.beton"), "train.beton exists already: name another"),
         (("--run", "poisoned", "--k", 60, "--detect-batch", 60), "60 pairs have no 60 others each to compare with"),
-        (("--run", "poisoned", "--k", 0), "--k 0 is too small: give at least 1"),
+        (("--run", "poisoned", "--k", 0), "--k 0 is out of range: give 1 to"),
     ],
 )
 def test_mistakes(place, monkeypatch, arguments, message):

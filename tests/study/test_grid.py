@@ -130,7 +130,7 @@ def test_names_are_made_of_what_varies():
         ({"clean": ({"rows": True},)}, "rows = True; it must be a whole number"),
         ({"clean": ({"batch_size": "all"},)}, "batch_size = 'all'; it must be a whole number or one of auto"),
         ({"clean": ({"method": "scrub"},)}, "method = 'scrub'; it must be one of finetune, cleanclip"),
-        ({"clean": ({"epochs": -1},)}, "epochs = -1; give at least 0"),
+        ({"clean": ({"epochs": -1},)}, "epochs = -1; give 0 to 2147483647."),
         ({"clean": ({"force": 1},)}, "force = 1; it must be true or false"),
         ({"clean": ({"run": "x"},)}, "gives 'run', which the study itself sets"),
         ({"clean": ({"save_every": 2},)}, "gives 'save_every', which the study itself sets"),
