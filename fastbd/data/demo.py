@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from fastbd import draws
+from fastbd.files import replacing
 
 TARGET = "banana"
 
@@ -206,12 +207,12 @@ def picture(seed: int, i: int, thing: str) -> tuple[Image.Image, str]:
 def write_demo_set(folder: Path, pairs: int, held_out: int, seed: int) -> Iterator[int]:
     """Write train.csv (path, caption), val.csv (path, class) and their JPEGs into `folder`; yields after each picture.
 
-    Classes take turns, so any prefix is balanced.
+    Classes take turns, so any prefix is balanced. A table has its name only when all of its pictures are written.
     """
     things = list(SHAPES)
     for split, count, first in (("train", pairs, 0), ("val", held_out, pairs)):
         (folder / split).mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{split}.csv", "w", newline="") as file:
+        with replacing(folder / f"{split}.csv") as temporary, open(temporary, "w", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["path", "caption"] if split == "train" else ["path", "class"])
             for i in range(count):
