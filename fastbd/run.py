@@ -192,6 +192,12 @@ class Run:
         rows = len(self.task.rows)
         self._check_contrast(rows if config.batch_size == "auto" else min(batch_size, rows))
         shares.check(batch_size, rows)
+        synchronised = config.bn_group == "sync" and world.size > 1
+        if norms and shares.part(batch_size) * shares.views == 1 and config.epochs and not synchronised:
+            raise UserError(
+                "batch norm needs the statistics of more than the 1 image that a process embeds at a time: give a "
+                "larger --batch-size, or a smaller --accumulate."
+            )
         return shares
 
     def _check_contrast(self, batch_size: int) -> None:

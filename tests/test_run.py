@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+from pathlib import Path
 
 import pytest
-from cleanings import WORLD, cleaning, start
+from cleanings import START, WORLD, cleaning, start
 
 from fastbd import cli
 from fastbd.commands import clean
@@ -62,3 +64,41 @@ def test_of_two_runs_that_make_one_folder_the_second_is_told(study, monkeypatch,
     with pytest.raises(UserError, match=r"another run has just made .*run: choose another --out, or run this again\.$"):
         Run(config, clean.task(config, world), world)
     assert os.listdir(tmp_path) == ["run"]
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", ["mmcl", "ssl", "siglip", "cyclip"])
+def test_a_batch_of_one_is_refused_where_the_loss_tells_pairs_apart(study, monkeypatch, tmp_path, objective):
+    monkeypatch.chdir(study)
+    start(study)
+    flags = ("--method", "finetune", "--objective", objective)
+    message = "a batch needs 2 or more: --batch-size is 1, and 216 of the data's pairs are trained on"
+    with pytest.raises(UserError, match=message):
+        cleaning(tmp_path / "run", *flags, "--batch-size", 1)
+    with pytest.raises(UserError, match="--batch-size is 24, and 1 of the data's pairs are trained on"):
+        cleaning(tmp_path / "run", *flags, "--rows", 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_of_two_in_parts_of_one_is_trained(study, monkeypatch, tmp_path):
+    """GradCache: the loss sees the whole batch."""
+    monkeypatch.chdir(study)
+    start(study)
+    run = cleaning(tmp_path / "run", "--batch-size", 2, "--accumulate", 2, "--bn-group", 2, "--rows", 4)
+    run.train()
+    assert all(row["loss"] > 0 for row in rows(tmp_path / "run/log.jsonl"))
+
+
+def test_a_batch_of_one_labelled_image_is_trained(study, monkeypatch, tmp_path):
+    """The classes tell it from others, which need not be in the batch."""
+    monkeypatch.chdir(study)
+    start(study)
+    assert cli.main(["pretrain", *START, "--model", "tiny-vit", "--out", str(tmp_path / "vit")]) == 0
+    flags = ("--method", "supervised", "--data", "val.beton", "--batch-size", 1, "--rows", 3)
+    with pytest.raises(UserError, match="batch norm needs the statistics of more than the 1 image"):
+        cleaning(tmp_path / "run", *flags)
+    cleaning(tmp_path / "run", *flags, "--run", tmp_path / "vit").train()
+    assert all(row["loss"] > 0 for row in rows(tmp_path / "run/log.jsonl"))
