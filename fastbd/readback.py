@@ -76,7 +76,7 @@ class Readback:
         """Means of the losses since the last send; those of the first step whose loss is not finite, or of the last;
         and how many steps are before it."""
         kept = self.ring.roll(-self.count, 0)[-min(self.count, self.room) :]  # the oldest first
-        before = kept[:, self.names.index("loss")].isfinite().cumprod(0).sum()
+        before = kept[:, self.names.index("loss")].isfinite().long().cumprod(0).sum()
         first = kept.index_select(0, before.clamp(max=len(kept) - 1)[None])[0]
         return torch.cat([kept.mean(0), first, before[None]])
 
