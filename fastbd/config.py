@@ -701,6 +701,8 @@ class Range(NamedTuple):
         return self.least <= value <= self.most and value not in self.without  # not-a-number is in none
 
     def __str__(self) -> str:
+        if self.most == math.inf:
+            return f"a finite number {'above' if self.least in self.without else 'from'} {self.least}"
         but = " or ".join(map(str, self.without))
         return f"{self.least} to {self.most}" + (f", but not {but}" if but else "")
 
