@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 RESULTS = Path("soak")  # a folder that git ignores
@@ -55,5 +55,5 @@ def main(name: str, inject: Callable[[float, int, Path], Iterator[Tally]]) -> No
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     record = {"commit": commit, "seed": given.seed, "share": given.share, "seconds": round(time.monotonic() - began)}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record | {"tallies": [asdict(t) for t in tallies]}, indent=1))
+    (RESULTS / f"{name}.json").write_text(json.dumps(record | {"tallies": [vars(tally) for tally in tallies]}, indent=1))
     sys.exit(any(tally.failures for tally in tallies))
