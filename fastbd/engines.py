@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ RESTARTS = 5  # of a process that dies, under Ray
 def on_this_machine(work: Work, folder: Path, count: int, device: str) -> None:
     """`count` processes, or one for each GPU; this one where it is one. Each writes to a log in the folder.
 
+    They end with this one: where it is killed, each is sent SIGTERM, as by a signal that this one would have passed on.
     Raises signals.Stopped after a signal, which reaches all, and UserError when one has died.
     """
     gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if device == "auto" else []
@@ -39,7 +42,7 @@ def on_this_machine(work: Work, folder: Path, count: int, device: str) -> None:
     spawn = multiprocessing.get_context("spawn")
     logs = [folder / f"worker-{k}.log" for k in range(count)]
     workers = [
-        spawn.Process(target=_logged, args=(partial(work, devices[k % len(devices)]), logs[k])) for k in range(count)
+        spawn.Process(target=_beside, args=(partial(work, devices[k % len(devices)]), logs[k])) for k in range(count)
     ]
 
     def pass_on() -> None:
@@ -54,8 +57,9 @@ def on_this_machine(work: Work, folder: Path, count: int, device: str) -> None:
         for worker in workers:
             if worker.pid:
                 worker.join()
-    if bad := [log for worker, log in zip(workers, logs, strict=True) if worker.exitcode]:
-        raise _died(f"see {bad[0]}", folder)
+    for worker, path in zip(workers, logs, strict=True):
+        if worker.exitcode:
+            raise _died(f"{_why(worker.exitcode, path)}; see {path}", folder)
 
 
 def on_ray(work: Work, folder: Path, count: int, device: str) -> None:
@@ -157,23 +161,55 @@ def _signals(tell: Callable[[], None]) -> Iterator[list[int]]:
         raise Stopped(caught[0])
 
 
+class _Log(io.FileIO):
+    """A file of which a disk that is full, or away, gets less: what a process says ends no work."""
+
+    def write(self, data) -> int:
+        with contextlib.suppress(OSError):
+            super().write(data)
+        return len(data)
+
+
+def _beside(work: Callable[[], None], path: Path) -> None:
+    """What a process of several on this machine does."""
+    signals.end_with_parent()
+    try:
+        _logged(work, path)
+    except UserError:  # which the log tells
+        sys.exit(2)
+
+
 def _logged(work: Callable[[], None], path: Path) -> None:
     """What a process of several does; what it says goes to a log of its own."""
     for which in set(signals.STOPPING) - {signal.SIGTERM}:  # they reach all; the first process passes them on once
         signal.signal(which, signal.SIG_IGN)
-    with open(path, "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    file = io.TextIOWrapper(io.BufferedWriter(_Log(path, "a")), encoding="utf-8", line_buffering=True)
+    with file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         log.console.file = file
         try:
             work()
         except Stopped:
             pass
+        except UserError as error:
+            print(f"error: {error}")
+            raise
         except Exception:
             traceback.print_exc()
             raise
 
 
+def _why(exitcode: int, path: Path) -> str:
+    """How a process ended, in words: the signal, or the last line that its log holds."""
+    if exitcode < 0:
+        memory = ", most likely for want of memory" if exitcode == -signal.SIGKILL else ""
+        return f"{signal.Signals(-exitcode).name}{memory}"
+    with contextlib.suppress(OSError, IndexError):
+        return path.read_text(errors="replace").splitlines()[-1].rstrip(".")
+    return f"exit code {exitcode}"
+
+
 def _died(how: str, folder: Path) -> UserError:
-    return UserError(f"a process of the sweep has died: {how}; go on with python -m fastbd sweep --out {folder}")
+    return UserError(f"a process of the sweep has died: {how}; resume with python -m fastbd sweep --out {folder}")
 
 
 ENGINES = {"local": on_this_machine, "ray": on_ray}

@@ -1,6 +1,14 @@
-"""Errors that the user can fix, and those of a device whose memory is too short."""
+"""Errors that the user can fix, those of a device whose memory is too short, and those of the machine itself."""
 
+from __future__ import annotations
+
+import errno
 import re
+
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOMEM}
+"""A disk that is full or out of reach, and memory that is short."""
+SAID = "can(no|')t allocate memory|no space left on device|disk quota exceeded|input/output error|stale file handle"
+"""What PyTorch and others put of these into an error of their own."""
 
 
 class UserError(Exception):
@@ -18,3 +26,21 @@ def is_short_of_memory(error: Exception) -> bool:
     """
     short = "out of memory|ALLOC_FAILED|unable to find an engine|unable to find a valid cuDNN"
     return re.search(short, str(error), re.IGNORECASE) is not None
+
+
+def machine_fault(error: BaseException) -> BaseException | None:
+    """Return the error in the chain of causes that lies with the machine's disks or memory; None where none does.
+
+    It says nothing about the work that met it, which would have gone well at another time. A GPU's memory is none of
+    it: what does not fit there now will not fit later.
+    """
+    left, seen = [error], set()
+    while left:
+        one = left.pop()
+        if isinstance(one, MemoryError) or (isinstance(one, OSError) and one.errno in MACHINE):
+            return one
+        if isinstance(one, RuntimeError) and re.search(SAID, str(one), re.IGNORECASE):
+            return one
+        seen.add(id(one))
+        left += [other for other in (one.__context__, one.__cause__) if other and id(other) not in seen]
+    return None

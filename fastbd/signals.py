@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,6 +59,17 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
     finally:
         for signum, before in previous.items():
             signal.signal(signum, before)
+
+
+def end_with_parent() -> None:
+    """Send this process SIGTERM when the process that started it, through multiprocessing, ends, however that ends."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="end with parent", daemon=True).start()
 
 
 def _leave_terminal() -> None:

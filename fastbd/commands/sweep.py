@@ -6,9 +6,10 @@ import json
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from fastbd.config import CleanConfig, ReportConfig, SweepConfig
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.engines import ENGINES, load_ray
-from fastbd.errors import Diverged, UserError
+from fastbd.errors import Diverged, UserError, machine_fault
 from fastbd.kept import Kept
 from fastbd.run import Run
 from fastbd.signals import Stopped, stoppable
 from fastbd.study import halting, live, search
 from fastbd.study.grid import Planned, Study, command, expand, material, with_overrides
 from fastbd.study.ledger import Claim, Ledger
+from fastbd.study.patience import patiently
 from fastbd.study.runs import find, on_common_set, read_config
 from fastbd.study.studies import load
 from fastbd.study.tables import best_of
@@ -56,14 +58,22 @@ def run(config: SweepConfig) -> int:
         log.console.print(f"stopped and saved; go on with: python -m fastbd sweep --out {ledger.folder}", markup=False)
         return stopped.exit_code
     except UserError as error:  # of a process that has died; the others may have done its work
-        if ledger.left():
+        if patiently(ledger.left, ledger.folder):
             raise
         log.console.print(str(error), markup=False)
+    return patiently(partial(_conclude, ledger, began), ledger.folder)
+
+
+def _conclude(ledger: Ledger, began: float) -> int:
+    """Say what failed, write the report and print the result."""
     rows = ledger.table()
     states = [row.status.state for row in rows]
     for row in rows:
         if row.status.state == "failed":
             log.console.print(f"{row.run.name} failed: {row.status.reason}", markup=False)
+    if "failed" in states:
+        again = f"python -m fastbd sweep --out {ledger.folder} --retry"
+        log.console.print(f"try what failed again with: {again}", markup=False)
     if blocked := states.count("blocked"):
         log.console.print(f"blocked by what failed: {blocked}", markup=False)
     page, best = _report(ledger.folder)
@@ -139,26 +149,33 @@ def work(ledger: Ledger, config: SweepConfig) -> None:
     world = dist.join(config.device)
     if world.size > 1:
         raise UserError("a sweep shares out its runs by itself: start it without torchrun, with --processes.")
-    kept = Kept()
+    next_one = partial(_do_next, ledger, config, Kept(), world)
     with stoppable():  # also where no training is there to save first: between runs, while one is set up
-        while True:
-            claim = ledger.take()
-            if claim:
-                with claim:
-                    how = _do(claim, ledger, config, kept, world)
-                    log.console.print(live.ending(ledger, claim.run, how), markup=False)
-            elif config.search and search.extend(ledger, config.search):
-                continue
-            elif not ledger.left():
-                return
-            else:
-                time.sleep(POLL)
+        while patiently(next_one, ledger.folder):
+            pass
+
+
+def _do_next(ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> bool:
+    """Do the next run, or wait for others at work; False where no run is left."""
+    if claim := ledger.take():
+        with claim:
+            how = _do(claim, ledger, config, kept, world)
+            with suppress(OSError):  # the run has ended, whatever becomes of the line
+                log.console.print(live.ending(ledger, claim.run, how), markup=False)
+    elif config.search and search.extend(ledger, config.search):
+        pass
+    elif ledger.left():
+        time.sleep(POLL)
+    else:
+        return False
+    return True
 
 
 def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:
-    """The run that is claimed, and how it ended; an error in it ends no other."""
+    """The run that is claimed, and how it ended; an error in it ends no other. Raises one that is the machine's."""
     run = claim.run
     try:
+        _clear(run, ledger.folder)
         if run.verb == "poison":
             poison.run(run.config)
             return "finished"
@@ -166,6 +183,10 @@ def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: Wo
     except Lost:
         return "taken over by another process"
     except Exception as error:
+        if machine_fault(error):
+            kept.clear()
+            ledger.later = run.id
+            raise
         if not (isinstance(error, Diverged) and run.finished):
             return _failed(claim, error, kept, world)
         how = "diverged"
@@ -173,6 +194,19 @@ def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: Wo
         for path in run.config.out.glob("ckpt_*"):
             path.unlink(missing_ok=True)
     return how
+
+
+def _clear(run: Planned, folder: Path) -> None:
+    """Put aside what is there of the run, and is neither finished nor can be resumed, so that it is made again."""
+    there = run.config.out
+    if not there.exists() or any(there.glob("ckpt_*")):
+        return
+    (folder / "aside").mkdir(exist_ok=True)
+    names = (folder / "aside" / f"{there.name}.{k}.tmp" for k in count(1))  # .tmp: no run for `find`
+    aside = next(name for name in names if not name.exists())
+    there.rename(aside)
+    with suppress(OSError):
+        log.console.print(f"{there} cannot be resumed: it is made again, and what was there is {aside}", markup=False)
 
 
 def _failed(claim: Claim, error: Exception, kept: Kept, world: World) -> str:

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from fastbd.errors import UserError
-from fastbd.signals import STOPPING
+from fastbd.signals import STOPPING, end_with_parent
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -35,7 +35,7 @@ def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> It
 
     Each worker sends through a pipe of its own and waits while the pipe is full: that bounds the memory, and a worker
     that is killed, even while it sends, ends its pipe. A shared queue, as concurrent.futures has it, would hang.
-    Close the iterator to end the processes early. Raises WorkerDied, and what work raises.
+    Close the iterator to end the processes early; they end with this one, too. Raises WorkerDied, and what work raises.
     """
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     context = multiprocessing.get_context("forkserver")  # not forked from this process, which may have threads
@@ -62,7 +62,8 @@ def _receive(results: Connection, process: BaseProcess):
         result, error = results.recv()
     except (EOFError, OSError):
         process.join()
-        raise WorkerDied(process.exitcode) from None
+        killed = MemoryError() if process.exitcode == -signal.SIGKILL else None  # see errors.machine_fault
+        raise WorkerDied(process.exitcode) from killed
     if error:
         raise error
     return result
@@ -71,6 +72,7 @@ def _receive(results: Connection, process: BaseProcess):
 def _work(work: Callable, tasks: Sequence, send: Connection) -> None:
     for signum in set(STOPPING) - {signal.SIGTERM}:  # Ctrl-C reaches the whole group; the parent ends the work
         signal.signal(signum, signal.SIG_IGN)
+    end_with_parent()
     with suppress(BrokenPipeError):  # the parent is gone: nobody is left to tell
         for task in tasks:
             try:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from fastbd.config import PRESETS, CleanConfig, PoisonConfig, PretrainConfig, outside
 from fastbd.errors import UserError
+from fastbd.files import read_json
 from fastbd.study.runs import read_config
 
 Config = PoisonConfig | PretrainConfig | CleanConfig
@@ -98,10 +99,12 @@ class Planned:
 
     @property
     def finished(self) -> bool:
-        """Whether its product is there; a pre-training that diverged has made no model to clean."""
-        if self.verb != "pretrain" or not self.product.exists():
-            return self.product.exists()
-        return json.loads(self.product.read_text()).get("reason") != "diverged"
+        """Whether its product is there, whole; a pre-training that diverged has made no model to clean."""
+        try:
+            product = read_json(self.product, "it is made again")
+        except (UserError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return False
+        return isinstance(product, dict) and (self.verb != "pretrain" or product.get("reason") != "diverged")
 
 
 class _Model(NamedTuple):

@@ -8,12 +8,15 @@
 Of the file system this is asked: that of several processes that rename a folder to the same name only one succeeds, and
 that a file just opened is up to date. NFS gives it. A holder touches its claim; one that was not touched for `lease`
 seconds of the file server's clock may be ended by anyone who then takes the next N.
+
+A damaged study.json is refused; a claim that cannot be read is judged by its time alone; a failed/ID.json counts.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import socket
@@ -21,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -29,10 +32,12 @@ from typing import Any, Literal
 
 from fastbd import log
 from fastbd.errors import UserError
+from fastbd.files import read_json
 from fastbd.study.grid import Entry, Planned, Study, command, expand, material, study_of, to_values
 
 LEASE = 120.0
 BEATS = 6  # in a lease
+ENDS = ("finished", "released", "expired")
 TAIL = 1 << 16  # bytes in which the last line of metrics.jsonl is looked for
 
 
@@ -66,12 +71,17 @@ class Row:
 
 
 class Ledger:
-    """The study in `folder`; without one, that which the folder holds. UserError where the two contradict."""
+    """The study in `folder`; without one, that which the folder holds. UserError where the two contradict.
+
+    `later` is the id of a run that take() gives only where there is no other.
+    """
 
     def __init__(self, folder: Path, study: Study | None = None, *, lease: float = LEASE):
         self.folder, self.lease = folder, lease
         self._claims, self._failed = folder / "claims", folder / "failed"
         self._finished: set[str] = set()
+        self._ahead: dict[Path, tuple[float, float]] = {}
+        self.later = ""
         if study is None and not _versions(folder):
             raise UserError(f"{folder} holds no study: name one with --study.")
         for made in (self._claims, self._failed):
@@ -142,13 +152,15 @@ class Ledger:
 
     def take(self) -> Claim | None:
         """The next run that can be done, claimed; None when there is none now (see left)."""
-        for run, status in self._statuses():
+        for run, status in sorted(self._statuses(), key=lambda pair: pair[0].id == self.later):
             if status.state == "waiting" and all(need in self._finished for need in run.needs):
-                claim = self._claim(run, status.attempt + 1)
-                if claim and not run.finished and not self._failure(run).exists():
-                    return claim
-                if claim:
-                    claim.release()  # it ended after we had looked
+                with ExitStack() as released:
+                    claim = self._claim(run, status.attempt + 1)
+                    if claim:
+                        released.enter_context(claim)
+                        if not run.finished and not self._failure(run).exists():  # else it ended after we had looked
+                            released.pop_all()
+                            return claim
         return None
 
     def left(self) -> bool:
@@ -189,17 +201,35 @@ class Ledger:
         if run.id in self._finished:
             return Status("finished", attempt)
         with suppress(FileNotFoundError):
-            return Status("failed", attempt, reason=json.loads(self._failure(run).read_text())["reason"])
+            return Status("failed", attempt, reason=_reason(self._failure(run)))
         if attempt == 0:
             return Status("waiting")
-        owner, ended, touched = _read_claim(self._path(run, attempt))
-        if ended == "finished" and now - touched <= self.lease:
+        path = self._path(run, attempt)
+        try:
+            owner, ended, touched = _read_claim(path)
+        except FileNotFoundError:  # it was removed, as its holder will find
+            owner, ended, touched = {}, "", _touched(path.parent)
+        expired = self._expired(path, touched, now)
+        if ended == "finished" and not expired and not run.product.exists():
             return Status("finished", attempt)  # NFS may hide a new file for a minute
-        if ended:
+        if ended or expired or _is_gone(owner):
             return Status("waiting", attempt)
-        if now - touched > self.lease or _is_gone(owner):
-            return Status("waiting", attempt)
-        return Status("running", attempt, f"{owner['host']}:{owner['pid']}", owner["since"])
+        who = f"{owner['host']}:{owner['pid']}" if owner else "unknown"
+        return Status("running", attempt, who, owner.get("since", touched))
+
+    def _expired(self, path: Path, touched: float, now: float) -> bool:
+        """Whether nobody has touched the claim for a lease.
+
+        The age of a time that lies ahead of the server's clock tells nothing, as after that clock was put back: such a
+        claim expires where this process sees the same time for a lease. A holder who lives has touched it meanwhile.
+        """
+        if touched <= now:
+            return now - touched > self.lease
+        seen, since = self._ahead.get(path, (None, 0.0))
+        if seen != touched:
+            self._ahead[path] = touched, time.monotonic()
+            return False
+        return time.monotonic() - since > self.lease
 
     def _attempts(self) -> dict[str, int]:
         """The highest attempt of each run that was ever claimed."""
@@ -211,11 +241,11 @@ class Ledger:
 
     def _claim(self, run: Planned, attempt: int) -> Claim | None:
         if attempt > 1:
-            _end(self._path(run, attempt - 1), "expired")  # its holder may have only stalled
+            with suppress(FileNotFoundError):
+                _end(self._path(run, attempt - 1), "expired")  # its holder may have only stalled
         path = self._path(run, attempt)
-        if not _create(path, {**_owner(), "since": self.now()}):
-            return None
-        return Claim(run, path, self._failure(run), self.lease)
+        owner = {**_owner(), "since": self.now()}
+        return Claim(run, path, self._failure(run), self.lease, owner) if _create(path, owner) else None
 
     def _path(self, run: Planned, attempt: int) -> Path:
         return self._claims / f"{run.id}.{attempt}" / "claim.json"
@@ -232,9 +262,9 @@ class Claim:
     of a lease, two may be at it: ask held() before writing what says that the run has finished.
     """
 
-    def __init__(self, run: Planned, path: Path, failure: Path, lease: float):
+    def __init__(self, run: Planned, path: Path, failure: Path, lease: float, owner: dict[str, Any]):
         self.run = run
-        self._path, self._failure, self._lease = path, failure, lease
+        self._path, self._failure, self._lease, self._owner = path, failure, lease, owner
         self._lost, self._released = threading.Event(), threading.Event()
         threading.Thread(target=self._beat, name=f"claim {run.name}", daemon=True).start()
 
@@ -246,12 +276,13 @@ class Claim:
     def held(self) -> bool:
         """Whether the run is still ours, asked of the disk."""
         try:
-            ended = _read_claim(self._path)[1]
-        except FileNotFoundError:
-            ended = "removed"
-        if ended:
+            owner, ended, _ = _read_claim(self._path)
+            ours = not ended and owner in (self._owner, {})  # one that cannot be read was ours
+        except FileNotFoundError:  # removed, and another may have taken the run in its place
+            ours = False
+        if not ours:
             self._lost.set()
-        return not ended
+        return ours
 
     def fail(self, reason: str) -> None:
         """The run cannot be done; it is not taken again before Ledger.retry()."""
@@ -264,8 +295,12 @@ class Claim:
         """Let go: of a run that is finished, or so that others can go on with it at once."""
         if not self._released.is_set():
             self._released.set()
-            with suppress(FileNotFoundError):
-                _end(self._path, "finished" if self.run.finished else "released")
+            try:
+                if self.held():
+                    _end(self._path, "finished" if self.run.finished else "released")
+            except OSError:  # such as a disk that has no room for the word: let it look old
+                with suppress(OSError):
+                    os.utime(self._path, (0, 0))
 
     def __enter__(self) -> Claim:
         return self
@@ -311,20 +346,28 @@ def _row(run: Planned, status: Status, now: float) -> Row:
     if run.verb == "poison":
         return Row(run, status, seconds)
     if status.state == "finished":
-        with suppress(OSError, ValueError):
-            seconds = json.loads(run.product.read_text()).get("seconds")
+        with suppress(OSError, UserError):
+            seconds = _number(read_json(run.product, "").get("seconds"))
     last = _last_line(run.config.out / "metrics.jsonl")
-    return Row(run, status, seconds, *(last.get(key) for key in ("step", "epoch", "top1", "asr")))
+    return Row(run, status, seconds, *(_number(last.get(key)) for key in ("step", "epoch", "top1", "asr")))
 
 
 def _last_line(path: Path) -> dict[str, Any]:
-    """The last whole line of a .jsonl file; {} where there is none."""
-    with suppress(FileNotFoundError), open(path, "rb") as file:
+    """The last line of a .jsonl file that is an object, whole; {} where there is none."""
+    with suppress(OSError), open(path, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
         for line in reversed(file.read().splitlines()):
-            with suppress(ValueError):
-                return json.loads(line)
+            with suppress(ValueError, RecursionError):
+                if isinstance(row := json.loads(line), dict):
+                    return row
     return {}
+
+
+def _number(value: Any) -> float | None:
+    """The value, of a file that may be damaged; None where it is not a finite number."""
+    with suppress(OverflowError):  # of a whole number beyond all floats
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+    return None
 
 
 def _version(folder: Path, number: int) -> Path:
@@ -334,8 +377,34 @@ def _version(folder: Path, number: int) -> Path:
 def _versions(folder: Path) -> list[dict[str, Any]]:
     found = []
     while (path := _version(folder, len(found) + 1)).exists():
-        found.append(json.loads(path.read_text()))
+        found.append(_read_version(path))
     return found
+
+
+def _read_version(path: Path) -> dict[str, Any]:
+    """{"study": the study's values, "runs": [{"id", "name", "verb", ...}]}."""
+    remedy = f"put back a copy, or remove {path.parent} and name the study again with --study"
+    version = read_json(path, remedy)
+    try:
+        study, runs = study_of(version["study"]), [(run["id"], run["name"], run["verb"]) for run in version["runs"]]
+        searched = [(entry["model"], entry["seed"]) for entry in study.searched]
+        for name in (study.name, *(name for names in (*runs, *searched) for name in names)):
+            if not isinstance(name, str | int):
+                raise TypeError(f"{name!r} is not a name")
+    except (UserError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} does not hold a study ({type(error).__name__}: {error}): {remedy}.") from None
+    return version
+
+
+def _reason(path: Path) -> str:
+    """Why a run failed; FileNotFoundError where it has not."""
+    try:
+        reason = read_json(path, "")["reason"]
+        if isinstance(reason, str):
+            return reason
+    except (UserError, KeyError, TypeError):
+        pass
+    return f"{path} cannot be read: try the run again with --retry"
 
 
 def _create(path: Path, value: dict[str, Any]) -> bool:
@@ -360,11 +429,33 @@ def _difference(earlier: Planned | None, now: Planned) -> str:
 
 
 def _read_claim(path: Path) -> tuple[dict[str, Any], str, float]:
-    """(owner, how it ended or "", when it was last touched); opened, as NFS then asks the server."""
-    with open(path) as file:
+    """(owner, how it ended or "", when it was last touched); opened, as NFS then asks the server.
+
+    The owner is {} where the file is damaged. A word that a full disk has cut is not an end.
+    """
+    with open(path, errors="replace") as file:
         text, touched = file.read(), os.fstat(file.fileno()).st_mtime
-    owner, end = json.JSONDecoder().raw_decode(text)
-    return owner, text[end:].strip().partition("\n")[0], touched
+    owner: Any = None
+    with suppress(ValueError, RecursionError):
+        owner, _ = json.JSONDecoder().raw_decode(text)
+    ended = next((line for line in text.splitlines() if line in ENDS), "")
+    return owner if _is_owner(owner) else {}, ended, touched
+
+
+def _is_owner(value: Any) -> bool:
+    """Whether the value is what _owner() gave and when, as far as types tell."""
+    kinds = {"host": str, "pid": int, "started": int | None, "kernel": str | None, "since": float | int}
+    if not isinstance(value, dict) or not all(isinstance(value.get(key, ...), kind) for key, kind in kinds.items()):
+        return False
+    return 0 < value["pid"] < 1 << 31 and _number(value["since"]) is not None
+
+
+def _touched(path: Path) -> float:
+    """When the file or folder last changed; long ago where it is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _end(path: Path, how: str) -> None:
@@ -380,7 +471,7 @@ def _owner() -> dict[str, Any]:
 def _is_gone(owner: Mapping[str, Any]) -> bool:
     """Whether the process is known to have ended: that can be told only on its own machine, and on Linux."""
     kernel = _kernel()
-    if kernel is None or owner["kernel"] != kernel:
+    if kernel is None or owner.get("kernel") != kernel:
         return False
     try:
         os.kill(owner["pid"], 0)

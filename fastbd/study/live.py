@@ -6,7 +6,9 @@ from collections import Counter
 
 from rich import box
 from rich.table import Column, Table
+from rich.text import Text
 
+from fastbd.errors import UserError
 from fastbd.study.grid import Planned
 from fastbd.study.ledger import Ledger, Row, seconds_left
 
@@ -28,9 +30,12 @@ def ending(ledger: Ledger, run: Planned, how: str) -> str:
     return f"[{done}/{len(table)}] {run.name}: {how}{_scores(row)}{_left(table)}"
 
 
-def view(ledger: Ledger) -> Table:
-    """The runs that are under way and those that ended last, with what is left."""
-    rows = ledger.table()
+def view(ledger: Ledger) -> Table | Text:
+    """The runs that are under way and those that ended last, with what is left; why, where they cannot be read."""
+    try:
+        rows = ledger.table()
+    except (OSError, UserError) as error:  # the processes at work will find out for themselves
+        return Text(str(error))
     states = Counter(row.status.state for row in rows)
     title = ", ".join(f"{states[state]} {state}" for state in STATES if states[state]) + _left(rows)
     numbers = (Column(name, justify="right") for name in ("Epoch", "Top-1", "ASR", "Time"))

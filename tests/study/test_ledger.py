@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 
 from fastbd.errors import UserError
 from fastbd.study import ledger as ledgers
+from fastbd.study import live
 from fastbd.study.grid import Study
 from fastbd.study.ledger import Ledger, seconds_left
 
@@ -333,3 +335,217 @@ def test_of_two_that_open_a_folder_at_once_both_have_their_runs_written(tmp_path
     Ledger(tmp_path, SMALL)
     assert not ledgers._create(ledgers._version(tmp_path, 1), {})
     assert [path.name for path in tmp_path.glob("study*")] == ["study.1"]
+
+
+GARBAGE = [b"", b"{", b"[1, 2]", b"null", b'"held"', b"\xff\xfe", b"[" * 100_000, b"9" * 5000]
+
+
+@pytest.mark.parametrize("text", [*GARBAGE, b'{"host": 3, "pid": "x"}'])
+def test_a_claim_that_cannot_be_read_is_judged_by_its_age(tmp_path, text):
+    ledger = Ledger(tmp_path, SMALL, lease=60)
+    held = ledger.take()
+    held._path.write_bytes(text)
+    assert ledger.take() is None and ledger.left()
+    assert ledger.table()[0].status.who == "unknown"
+    assert held.held()  # by its holder it still is
+    age(tmp_path, 61)
+    claim = ledger.take()
+    assert claim.run == held.run and claim._path != held._path
+    assert not held.held() and claim.held()
+
+
+def test_the_end_of_a_claim_that_cannot_be_read_counts(tmp_path):
+    ledger = Ledger(tmp_path, SMALL, lease=60)
+    held = ledger.take()
+    held._path.write_text('{"host": "h')
+    held.release()
+    again = ledger.take()
+    assert again.run == held.run
+    again._path.write_text(again._path.read_text() + "\nrele")  # cut by a full disk: not an end
+    assert again.held() and ledger.take() is None
+    again.release()
+    assert ledger.take().run == held.run
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_claim_that_was_removed_is_lost_to_its_holder(tmp_path, what):
+    """Also when the next one has the same name."""
+    ledger = Ledger(tmp_path, SMALL, lease=60)
+    held = ledger.take()
+    held._path.unlink() if what == "file" else shutil.rmtree(held._path.parent)
+    if what == "file":
+        assert ledger.take() is None  # its holder may not have found out
+        os.utime(held._path.parent, (time.time() - 61,) * 2)
+    claim = ledger.take()
+    assert claim.run == held.run and (claim._path == held._path) == (what == "folder")
+    assert claim.held() and not held.held()
+    held.release()
+    assert claim.held()
+
+
+def test_a_claim_from_the_future_expires_when_it_stands_still(tmp_path):
+    """As after the server's clock was put back; by the clock of the process that looks."""
+    ledger = Ledger(tmp_path, SMALL, lease=0.5)
+    held = ledger.take()
+    held._released.set()  # no touch any more
+    owner = json.loads(held._path.read_text())
+    held._path.write_text(json.dumps({**owner, "kernel": "another machine"}))
+    ahead = time.time() + 1000
+    os.utime(held._path, (ahead, ahead))
+    assert ledger.take() is None
+    time.sleep(0.3)
+    os.utime(held._path, (ahead + 1, ahead + 1))  # a sign of life
+    time.sleep(0.3)
+    assert ledger.take() is None
+    time.sleep(0.3)
+    assert ledger.take() is None
+    time.sleep(0.3)
+    assert ledger.take().run == held.run
+
+
+def test_a_claim_from_the_future_is_free_at_once_when_its_holder_is_dead(tmp_path):
+    ledger = Ledger(tmp_path, SMALL, lease=60)
+    dead = ledger.take()
+    owner = json.loads(dead._path.read_text())
+    dead._path.write_text(json.dumps({**owner, "started": owner["started"] - 1}))
+    os.utime(dead._path, (time.time() + 1000,) * 2)
+    assert ledger.take().run == dead.run
+
+
+def test_a_living_holder_keeps_a_claim_from_the_future(tmp_path):
+    held = Ledger(tmp_path, SMALL, lease=0.6).take()
+    os.utime(held._path, (time.time() + 1000,) * 2)
+    time.sleep(0.3)  # two touches
+    assert abs(held._path.stat().st_mtime - time.time()) < 1 and held.held()
+    assert Ledger(tmp_path, lease=0.6).take() is None
+
+
+@pytest.mark.parametrize("text", [*GARBAGE, b"{}", b'{"reason": 3}'])
+def test_a_failure_that_cannot_be_read_is_one(tmp_path, text):
+    ledger = Ledger(tmp_path, SMALL)
+    claim = ledger.take()
+    claim.fail("the loss is nan")
+    claim._failure.write_bytes(text)
+    (row, *_) = ledger.table()
+    assert row.status.state == "failed"
+    assert row.status.reason == f"{claim._failure} cannot be read: try the run again with --retry"
+    ledger.retry()
+    assert ledger.take().run == claim.run
+
+
+@pytest.mark.parametrize("text", GARBAGE)
+def test_a_product_that_cannot_be_read_is_not_finished(tmp_path, text):
+    """Of each kind; what was made of it stays."""
+    ledger = Ledger(tmp_path, SMALL)
+    while claim := ledger.take():
+        finish(claim, reason="finished")
+    kinds = [ledger.runs[0], ledger.runs[1], ledger.runs[-1]]
+    for run in kinds:
+        run.product.write_bytes(text)
+    again = Ledger(tmp_path)
+    assert [name for name, state in states(again).items() if state != "finished"] == [run.name for run in kinds]
+    taken = []
+    while claim := again.take():
+        taken.append(claim.run)
+        finish(claim, reason="finished")
+    assert taken == kinds and not again.left()
+
+
+def whole(folder: Path) -> dict:
+    return json.loads((folder / "study.1" / "study.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *GARBAGE, b"{}", b'{"study": {}, "runs": []}',
+        lambda found: found.pop("runs"), lambda found: found.update(runs=[{}]), lambda found: found.update(runs=3),
+        lambda found: found["runs"][0].update(id=["x"]), lambda found: found.update(study=[]),
+        lambda found: found["study"].update(preset=["demo"]), lambda found: found["study"].update(name={}),
+        lambda found: found["study"].update(seeds="x"), lambda found: found["study"].update(clean=[3]),
+        lambda found: found["study"].update(searched=[{"lr": 1}]), lambda found: found["study"].update(more=1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("given", [None, SMALL])
+def test_a_damaged_study_is_named_with_what_to_do(tmp_path, change, given):
+    first = Ledger(tmp_path, SMALL)
+    finish(first.take())
+    path = tmp_path / "study.1" / "study.json"
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    else:
+        found = whole(tmp_path)
+        change(found)
+        path.write_text(json.dumps(found))
+    with pytest.raises(UserError) as raised:
+        Ledger(tmp_path, given)
+    said = str(raised.value)
+    assert said.startswith(f"{path} ") and f"remove {path.parent} and name the study again with --study" in said
+    shutil.rmtree(path.parent)
+    with pytest.raises(UserError, match="holds no study: name one with --study"):
+        Ledger(tmp_path)
+    assert Ledger(tmp_path, SMALL).runs == first.runs  # and it goes on where it was
+    assert list(states(Ledger(tmp_path)).values())[:2] == ["finished", "waiting"]
+
+
+def test_the_first_of_two_versions_may_be_made_again(tmp_path):
+    one = replace(SMALL, clean=({"method": "cleanclip", "lr": 1e-3},))
+    Ledger(tmp_path, one)
+    runs = Ledger(tmp_path, SMALL).runs
+    shutil.rmtree(tmp_path / "study.1")
+    assert {run.id for run in Ledger(tmp_path, SMALL).runs} == {run.id for run in runs}
+    assert len(Ledger(tmp_path).runs) == len(runs)
+
+
+def test_a_run_is_taken_later_where_there_is_another(tmp_path):
+    ledger = Ledger(tmp_path, SMALL)
+    finish(ledger.take())
+    first = ledger.take()
+    first.release()
+    ledger.later = first.run.id
+    second = ledger.take()
+    assert second.run != first.run and ledger.take().run == first.run
+
+
+def test_a_release_without_room_for_its_word_lets_the_claim_look_old(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path, SMALL, lease=60)
+    held = ledger.take()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(ledgers, "_end", full)
+    held.release()
+    monkeypatch.undo()
+    assert ledger.take().run == held.run
+
+
+def test_a_claim_is_let_go_where_its_run_cannot_be_looked_at(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path, SMALL, lease=60)
+
+    def broken(run):
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(ledgers.Planned, "finished", property(broken))
+    monkeypatch.setattr(ledger, "_status", lambda *_: ledgers.Status("waiting"))
+    with pytest.raises(OSError, match="input/output"):
+        ledger.take()
+    monkeypatch.undo()
+    assert ledger.take().run == ledger.runs[0]
+
+
+@pytest.mark.parametrize(
+    "line", [b"3", b"[]", b"\xff\xfe", b"[" * 20_000, b'{"step": "x", "top1": [], "asr": 1' + b"0" * 400 + b"}", b"{"]
+)
+def test_the_view_bears_what_is_no_evaluation(tmp_path, line):
+    ledger = Ledger(tmp_path, SMALL)
+    finish(ledger.take())
+    held, other = ledger.take(), ledger.take()
+    finish(other, seconds="long")
+    for claim in (held, other):
+        claim.run.config.out.mkdir(parents=True, exist_ok=True)
+        (claim.run.config.out / "metrics.jsonl").write_bytes(b'{"step": 5, "top1": 0.5}\n' + line + b"\n")
+    rows = [row for row in ledger.table() if row.run in (held.run, other.run)]
+    seen = (None, None) if line.startswith(b'{"') else (5, 0.5)
+    assert [(row.step, row.top1, row.asr) for row in rows] == [(*seen, None)] * 2
+    assert rows[1].seconds is None and live.view(ledger).row_count == 3

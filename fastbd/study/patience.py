@@ -1,0 +1,49 @@
+"""Work that waits while the machine's disks or memory keep it from its end."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from fastbd import log
+from fastbd.errors import UserError, machine_fault
+from fastbd.signals import stoppable
+
+T = TypeVar("T")
+FIRST, LONGEST = 1.0, 300.0  # seconds between two tries; each pause is twice the one before
+PATIENCE = 12 * 3600.0  # seconds of pauses without a success: a night
+
+
+def patiently(action: Callable[[], T], folder: Path) -> T:
+    """Return action(), tried again after growing pauses while an error of it is the machine's (errors.machine_fault).
+
+    Raises UserError after PATIENCE, saying how the sweep in `folder` is resumed; signals.Stopped after a signal.
+    """
+    pause, waited = FIRST, 0.0
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            fault = machine_fault(error)
+            if fault is None:
+                raise
+            why = _in_words(fault, folder)
+            fault = None  # with its frames, and the memory that they hold
+        if waited >= PATIENCE:
+            raise UserError(f"{why}, for {waited / 3600:.1f} h: resume with python -m fastbd sweep --out {folder}")
+        with suppress(OSError):  # it may be the disk that this goes to
+            log.console.print(f"{why}: nothing is lost; trying again in {pause:.0f} s", markup=False)
+        with stoppable():
+            time.sleep(pause)
+        waited, pause = waited + pause, min(2 * pause, LONGEST)
+
+
+def _in_words(fault: BaseException, folder: Path) -> str:
+    if isinstance(fault, OSError) and fault.errno != errno.ENOMEM:
+        return f"{fault.filename or folder}: {fault.strerror}"
+    said = (str(fault) or type(fault).__name__).splitlines()[0]
+    return f"the sweep in {folder} met '{said}'"
