@@ -170,6 +170,10 @@ class _Log(io.FileIO):
         return len(data)
 
 
+def _open_log(path: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BufferedWriter(_Log(path, "a")), encoding="utf-8", line_buffering=True)
+
+
 def _beside(work: Callable[[], None], path: Path) -> None:
     """What a process of several on this machine does."""
     signals.end_with_parent()
@@ -183,8 +187,7 @@ def _logged(work: Callable[[], None], path: Path) -> None:
     """What a process of several does; what it says goes to a log of its own."""
     for which in set(signals.STOPPING) - {signal.SIGTERM}:  # they reach all; the first process passes them on once
         signal.signal(which, signal.SIG_IGN)
-    file = io.TextIOWrapper(io.BufferedWriter(_Log(path, "a")), encoding="utf-8", line_buffering=True)
-    with file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with _open_log(path) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         log.console.file = file
         try:
             work()

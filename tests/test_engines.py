@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -11,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from fastbd import engines
 from fastbd.engines import ENGINES
 from fastbd.errors import UserError
-from fastbd.signals import Stopped
+from fastbd.signals import Stopped, stoppable
 
 
 def fails_once(folder: Path, device: str) -> None:
@@ -51,3 +54,64 @@ def test_a_signal_is_told_rather_than_an_error(engine, tmp_path):
     threading.Thread(target=send, daemon=True).start()
     with pytest.raises(Stopped):
         ENGINES[engine](partial(fails_once, tmp_path), tmp_path, 2, "cpu")
+
+
+def mistaken(device: str) -> None:
+    raise UserError("the study is damaged: mend it.")
+
+
+def test_the_sentence_of_a_process_is_told_without_a_traceback(tmp_path, capfd):
+    with pytest.raises(UserError) as raised:
+        ENGINES["local"](mistaken, tmp_path, 2, "cpu")
+    log = tmp_path / "worker-0.log"
+    assert str(raised.value) == (
+        f"a process of the sweep has died: error: the study is damaged: mend it; see {log}; "
+        f"resume with python -m fastbd sweep --out {tmp_path}"
+    )
+    assert log.read_text() == "error: the study is damaged: mend it.\n" and "Traceback" not in capfd.readouterr().err
+
+
+def test_how_a_process_ended_in_words(tmp_path):
+    log = tmp_path / "worker-0.log"
+    assert engines._why(1, log) == "exit code 1"
+    log.write_text("a\nKeyError: 'x'\n")
+    assert engines._why(1, log) == "KeyError: 'x'"
+    assert engines._why(-signal.SIGKILL, log) == "SIGKILL, most likely for want of memory"
+    assert engines._why(-signal.SIGSEGV, log) == "SIGSEGV"
+
+
+def test_a_log_for_which_there_is_no_room_ends_no_work():
+    with open("/dev/full", "w", buffering=1) as usual, pytest.raises(OSError, match="No space"):
+        try:
+            print("a line", file=usual)
+        finally:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), usual.fileno())  # so that it can be closed
+    with engines._open_log(Path("/dev/full")) as log:
+        print("a line", file=log)
+
+
+def waits(folder: Path, device: str) -> None:
+    """Says its process id, and when it was asked to stop."""
+    (folder / f"{os.getpid()}.began").touch()
+    try:
+        with stoppable():
+            time.sleep(600)
+    except Stopped:
+        (folder / f"{os.getpid()}.saved").touch()
+        raise
+
+
+def test_processes_end_with_the_first_one_that_is_killed(tmp_path):
+    first = subprocess.Popen([sys.executable, __file__, tmp_path])
+    until = time.monotonic() + 60
+    while len(began := list(tmp_path.glob("*.began"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    while len(list(tmp_path.glob("*.saved"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert sorted(path.stem for path in tmp_path.glob("*.saved")) == sorted(path.stem for path in began)
+
+
+if __name__ == "__main__":
+    ENGINES["local"](partial(waits, Path(sys.argv[1])), Path(sys.argv[1]), 2, "cpu")

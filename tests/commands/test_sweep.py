@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from fastbd.run import Run
 from fastbd.study import search
 from fastbd.study.grid import Study
 from fastbd.study.ledger import Ledger, _read_claim
+from fastbd.study.runs import find
 
 PRETRAIN = {"model": "tiny-rn", "epochs": 1, "batch_size": 24, "data": "train.beton", "plan": "train.poison.json",
             "eval_data": "val.beton", "templates": "demo", "device": "cpu"}  # fmt: skip
@@ -130,8 +132,9 @@ def test_killed_again_and_again_it_ends_with_the_same_numbers(undisturbed, study
                     os.kill(int(chance.choice(at_work).split(":")[1]), signal.SIGKILL)
                     kills += 1
             if process.poll() is None and kills < KILLS:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill()  # the first process alone: the others save their runs and end
             code = process.wait(timeout=300)
+            assert code != -signal.SIGKILL or ended(process.pid)
         finally:
             end(process)
         assert code in (0, 2, -signal.SIGKILL), process.stderr.read()
@@ -142,6 +145,23 @@ def test_killed_again_and_again_it_ends_with_the_same_numbers(undisturbed, study
 
 def number_of_lines(folder: Path) -> int:
     return sum(len(path.read_bytes().splitlines()) for path in folder.glob("runs/*/metrics.jsonl"))
+
+
+def ended(group: int) -> bool:
+    """Whether all processes of the group end soon."""
+    until = time.monotonic() + 60
+    while (left := living(group)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return not left
+
+
+def living(group: int) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, of = path.read_text().rpartition(")")[2].split()[:3]
+            found += [path.parent.name] if int(of) == group and state not in "ZX" else []
+    return found
 
 
 def end(process: subprocess.Popen) -> None:
@@ -212,6 +232,7 @@ def test_what_fails_ends_no_other(here):
     cleaned = [run for run in ledger.runs if run.config.method == "finetune"]
     assert [json.loads(run.product.read_text())["reason"] for run in cleaned] == ["finished", "diverged"]
     assert not list(ledger.folder.glob("runs/*/ckpt_*"))
+    assert f"try what failed again with: python -m fastbd sweep --out {ledger.folder} --retry" in result["said"]
     for flags, attempts in ((), 1), (("--retry",), 2):
         here(mixed, *flags, code=1)
         assert len(list((ledger.folder / "claims").glob("*"))) == 2 + attempts
@@ -283,6 +304,54 @@ def test_a_run_killed_before_its_first_line_has_it_all_the_same(undisturbed, tmp
     config = replace(config, resume=config.out)
     Run(config, clean.task(config, world), world, quiet=True).train()
     assert [row["step"] for row in numbers(config.out)] == [0, 2, 5]
+
+
+def test_results_that_cannot_be_read_are_made_again(undisturbed, study, sweep):
+    """A pre-training goes on from its checkpoint; a cleaning, which has none left, begins anew beside what it was."""
+    folder = study / "damaged"
+    shutil.copytree(undisturbed, folder)
+    cleaning = folder / "runs/mmcl-s0-cleanclip-lr0.003"
+    (folder / "runs/mmcl-s0/result.json").write_bytes(b"")
+    (cleaning / "result.json").write_bytes((cleaning / "result.json").read_bytes()[:40])
+    model = (folder / "runs/mmcl-s0/ckpt_last.pt").read_bytes()
+    assert sweep("damaged", "--processes", 1)["finished"] == 5
+    assert all_numbers(folder) == all_numbers(undisturbed)
+    assert (folder / "runs/mmcl-s0/ckpt_last.pt").read_bytes() == model
+    (aside,) = (folder / "aside").iterdir()
+    assert aside.name == "mmcl-s0-cleanclip-lr0.003.1.tmp"
+    assert numbers(aside) == numbers(undisturbed / "runs/mmcl-s0-cleanclip-lr0.003")
+    assert len(find([folder])) == 5  # no run of a report
+
+
+def test_a_damaged_study_is_one_sentence(undisturbed, study, fastbd, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "cut")
+    path = tmp_path / "cut/study.1/study.json"
+    path.write_bytes(path.read_bytes()[:200])
+    said = fastbd("sweep", "--out", tmp_path / "cut", cwd=study, code=2).stderr
+    assert said.startswith(f"error: {path} is damaged") and said.count("\n") == 1
+    assert f"remove {path.parent} and name the study again with --study" in said
+
+
+# A sweep of two processes on a small disk of its own, which is full when it begins; room is made when it says so.
+ON_A_FULL_DISK = """
+mount -t tmpfs -o size=64m tmpfs "$1" || exit 77
+"$2" -m fastbd sweep --study small.py --out "$1/out" --device cpu --processes 2 > "$3" 2>&1 &
+sweep=$!
+until [ -d "$1/out/runs/mmcl-s0" ] || ! kill -0 $sweep; do sleep 0.05; done
+cat /dev/zero > "$1/ballast" 2> /dev/null
+until grep -qs "trying again" "$1"/out/worker-*.log || ! kill -0 $sweep || [ -s "$4" ]; do
+    df --output=avail "$1" > "$4.avail"; cp "$1"/out/worker-0.log "$4.log" 2> /dev/null; ls "$1"/out/failed >> "$4.failed"
+    sleep 0.2
+    grep -qs "failed" "$4.failed" && break
+done
+sleep 3
+ls "$1/out/failed" > "$4"
+rm "$1/ballast"
+wait $sweep
+code=$?
+cp -r "$1/out" "$5"
+exit $code
+"""
 
 
 @pytest.mark.parametrize("method", ["finetune", "cleanclip"])

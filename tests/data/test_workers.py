@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from contextlib import closing
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +71,32 @@ def test_what_a_worker_raises_is_raised(task, kind, text):
     with pytest.raises(kind) as raised:
         list(map_in_order(fail, [task], 1))
     assert str(raised.value) == text and "in fail" in raised.value.__notes__[0]
+
+
+def wait(folder: Path, task: int) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """Also in the middle of a long task."""
+    parent = subprocess.Popen([sys.executable, __file__, tmp_path], start_new_session=True)
+    until = time.monotonic() + 60
+    while len(pids := [path.name for path in tmp_path.iterdir()]) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    while any(map(lives, pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(pids) == 2 and not any(map(lives, pids))
+
+
+def lives(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+if __name__ == "__main__":
+    list(map_in_order(partial(wait, Path(sys.argv[1])), range(4), 2))
