@@ -197,16 +197,18 @@ def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: Wo
 
 
 def _clear(run: Planned, folder: Path) -> None:
-    """Put aside what is there of the run, and is neither finished nor can be resumed, so that it is made again."""
-    there = run.config.out
-    if not there.exists() or any(there.glob("ckpt_*")):
+    """Put aside what is there of a run that has not finished, and keeps it from being resumed or begun."""
+    out = run.config.out
+    there = run.product if any(out.glob("ckpt_*")) else out
+    if not there.exists():
         return
     (folder / "aside").mkdir(exist_ok=True)
-    names = (folder / "aside" / f"{there.name}.{k}.tmp" for k in count(1))  # .tmp: no run for `find`
-    aside = next(name for name in names if not name.exists())
+    name = "-".join(there.relative_to(folder).parts)
+    names = (folder / "aside" / f"{name}.{k}.tmp" for k in count(1))  # .tmp: not a run for `find`
+    aside = next(path for path in names if not path.exists())
     there.rename(aside)
     with suppress(OSError):
-        log.console.print(f"{there} cannot be resumed: it is made again, and what was there is {aside}", markup=False)
+        log.console.print(f"{there} is not whole: it is made again, and what was there is {aside}", markup=False)
 
 
 def _failed(claim: Claim, error: Exception, kept: Kept, world: World) -> str:

@@ -317,9 +317,9 @@ def test_results_that_cannot_be_read_are_made_again(undisturbed, study, sweep):
     assert sweep("damaged", "--processes", 1)["finished"] == 5
     assert all_numbers(folder) == all_numbers(undisturbed)
     assert (folder / "runs/mmcl-s0/ckpt_last.pt").read_bytes() == model
-    (aside,) = (folder / "aside").iterdir()
-    assert aside.name == "mmcl-s0-cleanclip-lr0.003.1.tmp"
-    assert numbers(aside) == numbers(undisturbed / "runs/mmcl-s0-cleanclip-lr0.003")
+    aside = {path.name: path for path in (folder / "aside").iterdir()}
+    assert set(aside) == {"runs-mmcl-s0-cleanclip-lr0.003.1.tmp", "runs-mmcl-s0-result.json.1.tmp"}
+    assert numbers(aside["runs-mmcl-s0-cleanclip-lr0.003.1.tmp"]) == numbers(undisturbed / "runs" / cleaning.name)
     assert len(find([folder])) == 5  # no run of a report
 
 
