@@ -1,4 +1,4 @@
-"""Does the runs of a ledger, as a sweep does, but each is only ten lines: ledger_worker.py FOLDER."""
+"""Does the runs of a ledger, as a sweep does, but each is only ten lines: ledger_worker.py FOLDER [LEASE]."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def work(claim: Claim, journal: Path) -> None:
         os.link(made, product)  # fails where the run has finished before
 
 
-def main(folder: Path) -> None:
-    ledger = Ledger(folder, lease=600)
+def main(folder: Path, lease: float = 600.0) -> None:
+    ledger = Ledger(folder, lease=lease)
     while ledger.left():
         if claim := ledger.take():
             with claim:
@@ -41,4 +41,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(float, sys.argv[2:]))
