@@ -30,10 +30,8 @@ STUDY = Study(
 
 def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
     """Studies of 33 runs one after the other, for ten minutes; an end is counted for each run."""
-    kills = Tally("4 processes on one ledger, one killed every 0.2 s", "SIGKILL or SIGTERM, at random")
-    faults = Tally(
-        "the same, and a file of the ledger damaged with each kill", "cut, overwritten, removed, dated ahead"
-    )
+    kills = Tally("4 processes on one ledger, one killed every half second", "SIGKILL or SIGTERM, at random")
+    faults = Tally("the same, and a claim damaged with each kill", "cut, overwritten, removed or dated ahead")
     draw, until, number = random.Random(seed), time.monotonic() + SECONDS * share, 0
     while number < 2 or time.monotonic() < until:
         place, tally = folder / str(number), (kills, faults)[number % 2]
