@@ -12,6 +12,7 @@ import os
 import re
 import time
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import closing
@@ -40,6 +41,7 @@ from fastbd.log import console, progress
 from fastbd.prompts import numbered, read_classes, read_templates
 from fastbd.signals import Stopped, stoppable
 
+LAYOUT = 2  # of what BetonWriter writes: raised when that changes, so that no build resumes what another one began
 CHUNK = 32  # rows a worker handles at a time
 SAVE_EVERY = 5.0  # seconds of work that a kill may cost
 
@@ -51,6 +53,7 @@ class Row:
     jpeg: bytes
     width: int
     height: int
+    jpeg_crc: int  # made here, where there are many processes
     caption: str
     tokens: np.ndarray  # uint16 [77]
     text_views: np.ndarray  # uint16 [K, 77]
@@ -111,7 +114,7 @@ def _check_overwritten(out: Path, rejects_path: Path, source: Path) -> None:
 def _job(items: list[Item], wording: list, config: BuildConfig) -> str:
     """sha256 of what decides the bytes of the file: settings, rows, and the versions of what works on them."""
     settings = to_dict(config) | {"out": None, "workers": None}
-    made_by = [__version__, *map(version, ("ftfy", "instant-clip-tokenizer", "pillow")), synonyms_source()]
+    made_by = [__version__, LAYOUT, *map(version, ("ftfy", "instant-clip-tokenizer", "pillow")), synonyms_source()]
     digest = hashlib.sha256(json.dumps([made_by, settings, wording]).encode())
     for item in items:
         digest.update(
@@ -268,10 +271,11 @@ def _pack_chunk(
     return rows
 
 
-def _image(item: Item, config: BuildConfig) -> tuple[bytes, int, int] | str:
-    """(bytes to store, width, height); a string says what is wrong."""
+def _image(item: Item, config: BuildConfig) -> tuple[bytes, int, int, int] | str:
+    """(bytes to store, width, height, CRC-32 of the bytes); a string says what is wrong."""
     try:
-        return to_stored(_read(item), config.store, config.max_pixels)
+        stored, width, height = to_stored(_read(item), config.store, config.max_pixels)
+        return stored, width, height, zlib.crc32(stored)
     except BadImage as error:
         return error.reason
 

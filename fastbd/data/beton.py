@@ -1,16 +1,13 @@
-"""The .beton container, version 2 (FFCV's format), read and written with numpy alone.
-
-Layout, little endian: header, field descriptors, one metadata record a sample, pages that hold the values of a sample
-back to back, and the allocation table (sample, pointer, size) up to the end of the file. FFCV reads these files.
-"""
+"""The .beton container, version 2 (FFCV's format), read and written with numpy alone."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import math
 import mmap
 import os
+import zlib
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -19,35 +16,41 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from fastbd.data.journal import Journal
-from fastbd.data.tokenizer import CONTEXT
+from fastbd.data.layout import (
+    ARRAY_TYPE,
+    BYTES_TYPE,
+    FIELD,
+    HEADER,
+    IMAGE_TYPE,
+    INT_TYPE,
+    PAGE,
+    allocations,
+    array_arguments,
+    bytes_of,
+    check_ranges,
+    checksum,
+    count_text_views,
+    read_tables,
+    record_of,
+    spans,
+)
+from fastbd.data.tokenizer import CONTEXT, VOCABULARY
 from fastbd.errors import UserError
-from fastbd.files import discard
+from fastbd.files import discard, sync
 
-PAGE = 1 << 23  # bytes; FFCV reads whole pages, so no sample may cross a border
-HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("table", "<u8")])
-FIELD = np.dtype([("type", "<u1"), ("name", "S16"), ("arguments", "V1024")])
-ALLOCATION = np.dtype([("sample", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("ptr", "<u8")])
-SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
-INT_TYPE, IMAGE_TYPE, BYTES_TYPE, ARRAY_TYPE = 1, 2, 3, 4
 BLOCK = 1 << 26  # bytes hashed at a time
 ROWS = 1 << 16  # samples whose allocations are written at a time
-METADATA = {0: "<f8", INT_TYPE: "<i8", IMAGE_TYPE: IMAGE, BYTES_TYPE: SPAN, ARRAY_TYPE: "<u8", 5: SPAN, 6: "<u8"}
-
-
-def _record(fields: np.ndarray) -> np.dtype:
-    """The metadata record: a C struct of the fields in their order."""
-    names = [name.decode() for name in fields["name"]]
-    return np.dtype([(n, METADATA[int(t)]) for n, t in zip(names, fields["type"], strict=True)], align=True)
 
 
 class Beton:
     """A .beton file, mapped into memory: opening checks the tables, samples are read when asked for.
 
     Attributes, with N the number of samples: `path`; `width`, `height`: uint16 [N], px; `row_id`: int64 [N], row in
-    the source; `image_of`: int64 [N]; `labels`: int64 [N] or None; `class_names`: list or None; `num_text_views`. The
-    columns, but for image_of, are views of the file, which all processes share.
-    Raises UserError for a file that is no .beton, is cut short, or holds raw pixels in place of JPEG.
+    the source; `image_of`: int64 [N]; `labels`: int64 [N] or None; `class_names`: list or None; `num_text_views`;
+    `has_checksums`: whether is_whole() can tell damage, as in no file of FFCV's. The columns, but for image_of, are
+    views of the file, which all processes share.
+    Raises UserError for a file that is no .beton, is cut short, holds raw pixels in place of JPEG, or whose tables have
+    pointers, sizes or labels that cannot be. What is read later and cannot be is a UserError then.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -63,28 +66,18 @@ class Beton:
             raise UserError(f"{self.path} is no whole .beton file ({error}): build it again.") from None
 
     def _read_tables(self) -> None:
-        data, start = self._bytes, HEADER.itemsize
-        header = data[:start].view(HEADER)[0]
-        if header["version"] != 2:
-            raise ValueError(f"format version {header['version']}, not 2")
-        n, table = int(header["samples"]), int(header["table"])
-        self._fields = data[start : start + int(header["fields"]) * FIELD.itemsize].view(FIELD)
-        record, start = _record(self._fields), start + self._fields.nbytes
-        end = start + n * record.itemsize
-        pointers = int((self._fields["type"] > INT_TYPE).sum())  # values a sample, each with a row in the table
-        if end > table or len(data) - table < n * pointers * ALLOCATION.itemsize:
-            raise ValueError("its end is missing")
-        self._metadata = data[start:end].view(record)
-        self._allocations = data[table:].view(ALLOCATION)
-
-        image = self._metadata["image"]
-        if image.dtype != IMAGE or image["mode"].any():
+        tables = read_tables(self._bytes)
+        self._fields, self._metadata, self._allocations, *_ = tables
+        image, names = self._metadata["image"], self._metadata.dtype.names
+        if image["mode"].any():
             raise ValueError("its images are not JPEG")
         self._jpeg_ptr, self._jpeg_size = image["ptr"], self._sizes(image["ptr"])
+        self.num_text_views = count_text_views(self._fields)
+        check_ranges(tables, self._jpeg_size, self.num_text_views)
         self.width, self.height = image["width"], image["height"]
-        self.row_id = self._metadata["row_id"] if "row_id" in record.names else np.arange(n)
-        self.labels = self._metadata["label"] if "label" in record.names else None
-        self.num_text_views = self._array_shape("text_views")[0] if "text_views" in record.names else 0
+        self.row_id = self._metadata["row_id"] if "row_id" in names else np.arange(len(image))
+        self.labels = self._metadata["label"] if "label" in names else None
+        self.has_checksums = "checksum" in names
         self._release()
 
     def _release(self) -> None:
@@ -104,28 +97,70 @@ class Beton:
             raise ValueError("an image is missing from its allocation table")
         return table["size"][order[found]]
 
-    def _array_shape(self, name: str) -> tuple[int, ...]:
-        arguments = self._fields["arguments"][[n.decode() for n in self._fields["name"]].index(name)]
-        shape = np.frombuffer(bytes(arguments), "<u8", 32)
-        return tuple(int(s) for s in shape[shape > 0])
+    def _column(self, name: str) -> np.ndarray:
+        if name not in self._metadata.dtype.names:
+            raise UserError(f"{self.path} holds no {name}: build it with `fastbd build`.")
+        return self._metadata[name]
 
     def _gather(self, name: str, ids, skip: int, width: int) -> np.ndarray:
         """uint16 [B, width], starting `skip` values into the array `name` of each sample."""
-        if name not in self._metadata.dtype.names:
-            raise UserError(f"{self.path} holds no {name}: build it with `fastbd build`.")
-        first = self._metadata[name][np.atleast_1d(ids)] + np.uint64(2 * skip)
-        return sliding_window_view(self._bytes, 2 * width)[first].view("<u2")
+        ids = np.atleast_1d(ids)
+        first = self._column(name)[ids] + np.uint64(2 * skip)
+        tokens = sliding_window_view(self._bytes, 2 * width)[first].view("<u2")
+        if tokens.max(initial=0) >= VOCABULARY:
+            row = ids[tokens.max(1).argmax()]
+            raise UserError(
+                f"the {name} of {self.whereabouts(row)} are not CLIP's: the file is damaged; build it again."
+            )
+        return tokens
 
     def _text(self, name: str, i: int) -> str:
-        ptr, size = self._metadata[name][i].tolist()
-        return self._map[ptr : ptr + size].decode()
+        ptr, size = self._column(name)[i].tolist()
+        try:
+            return self._map[ptr : ptr + size].decode()
+        except UnicodeDecodeError:
+            said = f"the {name} of {self.whereabouts(i)} is not text"
+            raise UserError(f"{said}: the file is damaged; build it again.") from None
+
+    def _stored(self, ptr: int, size: int) -> np.ndarray:
+        return self._bytes[ptr : ptr + size]
+
+    def whereabouts(self, i: int) -> str:
+        """Row i, in words."""
+        return f"row {i} of {self.path}"
+
+    def is_whole(self, rows: np.ndarray) -> np.ndarray:
+        """bool [B]: whether the rows, int64 [B], have the bytes that their checksums were made of.
+
+        The file must have checksums. They tell accidents, not a forger's work.
+        """
+        metadata, sizes = self._metadata[rows], self._jpeg_size[rows]
+        table, columns = self._allocations.reshape(len(self), -1)[rows], spans(metadata, sizes, self.num_text_views)
+        if table.shape[1] != len(columns):  # a field has lost its name
+            return np.zeros(len(rows), bool)
+        whole = (table == allocations(metadata, rows, sizes, self.num_text_views)).all(1)
+        columns = {name: _pairs(*column) for name, column in columns.items()}
+        images, others = columns.pop("image"), list(zip(*columns.values(), strict=True))
+        descriptors, records, before = zlib.crc32(self._fields.tobytes()), bytes_of(self._metadata), None
+        for k, (image, others_of_row) in enumerate(zip(images, others, strict=True)):
+            if image != before:  # else rows share it
+                before, crc = image, zlib.crc32(self._stored(*image))
+            parts = [records[rows[k], :-8], *itertools.starmap(self._stored, others_of_row)]
+            found = checksum(descriptors, crc, parts)
+            whole[k] &= found == metadata["checksum"][k]
+        self._release()
+        return whole
 
     def __len__(self) -> int:
         return len(self._metadata)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over header, metadata and allocation table: names the data that a plan was made for."""
+        """sha256 over header, metadata and allocation table: names the data that a plan was made for.
+
+        The metadata hold the checksums of images, captions and tokens, so it stands for all that `build` has written. A
+        file without checksums may change its content and keep its fingerprint.
+        """
         digest = hashlib.sha256()
         head = HEADER.itemsize + self._fields.nbytes + self._metadata.nbytes
         for table in (self._bytes[:head], self._allocations.view(np.uint8)):
@@ -140,8 +175,9 @@ class Beton:
         if self.labels is None or "class_name" not in self._metadata.dtype.names:
             return None
         labels, first = np.unique(self.labels, return_index=True)
-        names = {int(label): self._text("class_name", i) for label, i in zip(labels, first, strict=True)}
-        return [names.get(label, "") for label in range(max(names, default=-1) + 1)]
+        if labels[-1] >= len(labels):
+            raise UserError(f"the classes of {self.path} are not numbered from 0 without gaps: build it again.")
+        return [self._text("class_name", i) for i in first.tolist()]
 
     @cached_property
     def image_of(self) -> np.ndarray:
@@ -161,8 +197,7 @@ class Beton:
 
     def jpeg(self, i: int) -> np.ndarray:
         """The JPEG, or PNG where the file was built with --store png, uint8 [bytes]: a view, nothing is copied."""
-        ptr = int(self._jpeg_ptr[i])
-        return self._bytes[ptr : ptr + int(self._jpeg_size[i])]
+        return self._stored(int(self._jpeg_ptr[i]), int(self._jpeg_size[i]))
 
     def will_need(self, ids: np.ndarray) -> None:
         """Let the system read the images of rows int64 [B] into its cache, and the captions behind them, meanwhile."""
@@ -188,6 +223,11 @@ class Beton:
         return self._text("caption", i)
 
 
+def _pairs(ptr: np.ndarray, size: np.ndarray) -> list[tuple[int, int]]:
+    """Pointers and sizes [B], or one size of all, one by one."""
+    return list(zip(ptr.tolist(), np.broadcast_to(size, ptr.shape).tolist(), strict=True))
+
+
 def number_images(data, stored: np.ndarray, row: np.ndarray, end: np.ndarray) -> np.ndarray:
     """int64 [N]: number of the image of each row of `data`, in order of first appearance.
 
@@ -200,13 +240,6 @@ def number_images(data, stored: np.ndarray, row: np.ndarray, end: np.ndarray) ->
         image[i] = known.setdefault(hashlib.sha256(data.jpeg(row[i])).digest(), i)
     _, first, inverse = np.unique(image[stored], return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse]
-
-
-def _array_arguments(*shape: int) -> bytes:
-    """Arguments of a uint16 array field: 32 sizes, length of the dtype's description, the description."""
-    dtype = json.dumps(np.dtype("<u2").descr).encode()
-    sizes = [*shape, *[0] * (32 - len(shape)), len(dtype)]
-    return np.array(sizes, "<u8").tobytes() + dtype
 
 
 def begins_as_beton(path: Path) -> bool:
@@ -238,15 +271,16 @@ class BetonWriter:
         self, path: str | os.PathLike, capacity: int, text_views: int, labelled: bool, journal: Journal | None = None
     ):
         self.path = Path(path)
-        fields = [(IMAGE_TYPE, "image", b""), (ARRAY_TYPE, "tokens", _array_arguments(CONTEXT))]
+        fields = [(IMAGE_TYPE, "image", b""), (ARRAY_TYPE, "tokens", array_arguments(CONTEXT))]
         if text_views:
-            fields.append((ARRAY_TYPE, "text_views", _array_arguments(text_views, CONTEXT)))
+            fields.append((ARRAY_TYPE, "text_views", array_arguments(text_views, CONTEXT)))
         fields += [(BYTES_TYPE, "caption", b""), (INT_TYPE, "row_id", b"")]
         if labelled:
             fields += [(INT_TYPE, "label", b""), (BYTES_TYPE, "class_name", b"")]
-        self._fields = np.array(fields, FIELD)
-        self._metadata = np.zeros(capacity, _record(self._fields))
-        self._stored = [name for kind, name, _ in fields if kind != INT_TYPE]
+        self._fields = np.array([*fields, (INT_TYPE, "checksum", b"")], FIELD)
+        self._descriptors = zlib.crc32(self._fields.tobytes())
+        self._metadata = np.zeros(capacity, record_of(self._fields))
+        self._records = bytes_of(self._metadata)
         self._text_shape = (text_views, CONTEXT)
         self._tables = HEADER.itemsize + self._fields.nbytes  # where the metadata begin
         self._journal = journal or Journal(self.path.with_name(self.path.name + ".journal"), "")
@@ -284,10 +318,11 @@ class BetonWriter:
         row_id: int,
         label: int | None = None,
         class_name: str | None = None,
+        jpeg_crc: int | None = None,
     ) -> None:
         """Append a sample: tokens uint16 [77], text_views uint16 [K, 77]; jpeg None: it shares that of the one before.
 
-        ValueError: it does not fit into a page.
+        `jpeg_crc` is zlib.crc32(jpeg) where the caller knows it. ValueError: the sample does not fit into a page.
         """
         values = {} if jpeg is None else {"image": bytes(jpeg)}
         values["tokens"] = np.asarray(tokens, "<u2").reshape(CONTEXT).tobytes()
@@ -306,9 +341,16 @@ class BetonWriter:
         ptr = np.cumsum([self._free, *sizes])
         spans = dict(zip(values, zip(ptr, sizes, strict=False), strict=True))
         record = {name: span if name in ("caption", "class_name") else span[0] for name, span in spans.items()}
-        image_ptr = self._metadata["image"]["ptr"][self._count - 1] if jpeg is None else ptr[0]
-        record |= {"image": (0, width, height, image_ptr), "row_id": row_id, "label": label}
+        before = self._metadata[self._count - 1]
+        image_ptr = before["image"]["ptr"] if jpeg is None else ptr[0]
+        record |= {"image": (0, width, height, image_ptr), "row_id": row_id, "label": label, "checksum": 0}
         self._metadata[self._count] = tuple(record[name] for name in self._metadata.dtype.names)
+        if jpeg is None:
+            jpeg_crc = int(before["checksum"]) >> 32 & 0xFFFFFFFF
+        elif jpeg_crc is None:
+            jpeg_crc = zlib.crc32(jpeg)
+        parts = [self._records[self._count, :-8], *(value for name, value in values.items() if name != "image")]
+        self._metadata["checksum"][self._count] = checksum(self._descriptors, jpeg_crc, parts)
         self._file.writelines(values.values())
         self._free = int(ptr[-1])
         self._count += 1
@@ -330,20 +372,11 @@ class BetonWriter:
         os.fsync(self._file.fileno())
 
     def _allocations(self, start: int, end: int) -> np.ndarray:
-        """Allocation table of some samples: their values lie back to back, and the last is a text of known length.
-
-        An image that several share lies before the values of the first of them.
-        """
-        metadata = self._metadata[start:end]
-        columns = [metadata[name] for name in self._stored]
-        ptr = np.stack([column["ptr"] if column.dtype.names else column for column in columns], 1)
-        table = np.empty(ptr.shape, ALLOCATION)
-        table["sample"] = np.arange(start, end)[:, None]
-        table["ptr"] = ptr
-        table["size"] = np.diff(ptr, axis=1, append=ptr[:, -1:] + columns[-1]["size"][:, None])
-        first = np.searchsorted(self._metadata["image"]["ptr"][: self._count], ptr[:, 0])
-        table["size"][:, 0] = self._metadata["tokens"][first] - ptr[:, 0]
-        return table
+        """Allocation table of some samples. An image that several share lies before the values of the first of them."""
+        ptr, tokens = self._metadata["image"]["ptr"][: self._count], self._metadata["tokens"]
+        first = np.searchsorted(ptr, ptr[start:end])
+        size = tokens[first] - ptr[start:end]
+        return allocations(self._metadata[start:end], np.arange(start, end), size, self._text_shape[0])
 
     def _finish(self) -> None:
         self._write_metadata()
@@ -355,6 +388,7 @@ class BetonWriter:
         self._sync()
         self._file.close()
         os.replace(self._tmp, self.path)
+        sync(self.path.parent)
         self._journal.clear()
 
     def __exit__(self, kind, error, traceback) -> None:

@@ -17,7 +17,8 @@ from itertools import islice
 import numpy as np
 import torch
 
-from fastbd.data.beton import FIELD, HEADER, Beton
+from fastbd.data.beton import Beton
+from fastbd.data.layout import FIELD, HEADER
 from fastbd.errors import UserError
 
 CHUNK = 64  # images decoded at once

@@ -50,7 +50,8 @@ class Shards:
         named = self._same("kind (with labels, or without)", lambda shard: shard.labels is not None)
         named = named and self._same("kind (with class names, or without)", lambda shard: shard.class_names is not None)
         # As build numbers the classes of a single file.
-        self.class_names = sorted({name for s in shards for name in s.class_names if name}) if named else None
+        self.class_names = sorted({name for s in shards for name in s.class_names}) if named else None
+        self.has_checksums = all(shard.has_checksums for shard in shards)
 
     def _same(self, what: str, of: Callable[[Beton], int]) -> int:
         first, *others = self._shards
@@ -92,7 +93,6 @@ class Shards:
         if self.class_names is None:
             return None if self._shards[0].labels is None else self._column("labels")
         place = {name: label for label, name in enumerate(self.class_names)}
-        place[""] = -1  # a number that no sample has
         return np.concatenate([np.array([place[n] for n in s.class_names])[s.labels] for s in self._shards])
 
     @cached_property
@@ -104,6 +104,20 @@ class Shards:
         """The shard of row i, and its row there."""
         shard = bisect_right(self._starts, i) - 1
         return self._shards[shard], i - self._starts[shard]
+
+    def whereabouts(self, i: int) -> str:
+        """Row i, in words."""
+        shard, row = self._find(i)
+        return shard.whereabouts(row)
+
+    def is_whole(self, rows: np.ndarray) -> np.ndarray:
+        """bool [B]: whether the rows, int64 [B], have the bytes that their checksums were made of."""
+        shard_of = np.searchsorted(self._starts, rows, "right") - 1
+        whole = np.empty(len(rows), bool)
+        for k in np.unique(shard_of):
+            here = shard_of == k
+            whole[here] = self._shards[k].is_whole(rows[here] - self._starts[k])
+        return whole
 
     def _gather(self, ids, read: Callable[[Beton, np.ndarray], np.ndarray]) -> np.ndarray:
         """uint16 [B, 77]: what `read` gives for the rows of each shard, in the order of `ids`."""

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from containers import without_checksums
 from PIL import Image
 
-from fastbd.data.beton import ALLOCATION, HEADER, PAGE, Beton, BetonWriter
+from fastbd.data.beton import Beton, BetonWriter
+from fastbd.data.layout import ALLOCATION, HEADER, PAGE
 from fastbd.errors import UserError
 
 
@@ -52,14 +54,15 @@ def read_by_hand(path: Path, views: int, labelled: bool) -> list[dict]:
         types.append(data[at])
         names.append(data[at + 1 : at + 17].rstrip(b"\0").decode())
     wanted = [("image", 2), ("tokens", 4), *[("text_views", 4)] * bool(views), ("caption", 3), ("row_id", 1)]
-    assert list(zip(names, types, strict=True)) == wanted + [("label", 1), ("class_name", 3)] * labelled
+    wanted += [("label", 1), ("class_name", 3)] * labelled
+    assert list(zip(names, types, strict=True)) == [*wanted, ("checksum", 1)]
     shape = struct.unpack_from("<33Q", data, 24 + 1041 + 17)
     assert shape[:2] == (77, 0)
     assert data[24 + 1041 + 17 + 264 :][: shape[32]] == b'[["", "<u2"]]'
 
     sizes = {ptr: (owner, size) for owner, ptr, size in struct.iter_unpack("<QQQ", data[table:])}
     offset = 24 + 1041 * num_fields
-    form = "<BHHQ3xQ" + "Q" * bool(views) + "QQq" + "qQQ" * labelled
+    form = "<BHHQ3xQ" + "Q" * bool(views) + "QQq" + "qQQ" * labelled + "q"
     rows = []
     for i in range(count):
         mode, width, height, image, tokens, *rest = struct.unpack_from(form, data, offset + i * struct.calcsize(form))
@@ -71,7 +74,7 @@ def read_by_hand(path: Path, views: int, labelled: bool) -> list[dict]:
         ptr, size, row["row_id"] = rest[:3]
         row["caption"] = data[ptr : ptr + size].decode()
         if labelled:
-            row["label"], ptr, size = rest[3:]
+            row["label"], ptr, size = rest[3:6]
             row["class_name"] = data[ptr : ptr + size].decode()
         rows.append(row)
     return rows
@@ -114,7 +117,7 @@ def test_an_unlabelled_file_has_no_classes(tmp_path):
 
 
 def test_an_allocation_table_in_any_order(tmp_path):
-    path = write(tmp_path / "a.beton", 7)
+    path = without_checksums(write(tmp_path / "new.beton", 7), tmp_path / "a.beton")
     raw = bytearray(path.read_bytes())
     start = int(np.frombuffer(raw, HEADER, 1)["table"][0])
     table = np.frombuffer(raw[start:], ALLOCATION)
@@ -192,7 +195,7 @@ def test_the_fingerprint_is_a_hash_of_the_tables(tmp_path, monkeypatch):
     """Plans hold it, so it may never change: header, fields, metadata, then the allocation table."""
     monkeypatch.setattr("fastbd.data.beton.BLOCK", 1000)
     path = write(tmp_path / "a.beton", 5)
-    raw, head = path.read_bytes(), 24 + 7 * 1041 + 5 * 80
+    raw, head = path.read_bytes(), 24 + 8 * 1041 + 5 * 88
     table = struct.unpack_from("<Q", raw, 16)[0]
     assert Beton(path).fingerprint == hashlib.sha256(raw[:head] + raw[table:]).hexdigest()
 
@@ -212,7 +215,7 @@ def test_files_that_are_no_beton_are_refused(tmp_path):
     with pytest.raises(UserError, match="format version"):
         Beton(tmp_path / "a.beton")
     raw = bytearray(write(tmp_path / "b.beton", 1).read_bytes())
-    raw[24 + 7 * 1041] = 1  # the mode of the first image: raw pixels
+    raw[24 + 8 * 1041] = 1  # the mode of the first image: raw pixels
     (tmp_path / "b.beton").write_bytes(raw)
     with pytest.raises(UserError, match="not JPEG"):
         Beton(tmp_path / "b.beton")
@@ -235,9 +238,10 @@ def test_ffcv_reads_our_file(tmp_path, os_cache):
         "image": [CenterCropRGBImageDecoder((16, 16), 1)],
         "tokens": [NDArrayDecoder()], "text_views": [NDArrayDecoder()],
         "caption": [BytesDecoder()], "row_id": [IntDecoder()], "label": [IntDecoder()], "class_name": [BytesDecoder()],
+        "checksum": [IntDecoder()],
     }  # fmt: skip
     loader = Loader(str(path), 7, 1, os_cache, OrderOption.SEQUENTIAL, pipelines=pipelines)
-    image, tokens, text_views, caption, row_id, label, class_name = next(iter(loader))
+    image, tokens, text_views, caption, row_id, label, class_name, checksum = next(iter(loader))
     for i in range(7):
         pixels = np.asarray(Image.open(io.BytesIO(jpeg(i, 16, 16)))).astype(int)
         assert np.abs(image[i].astype(int) - pixels).max() <= 8  # FFCV decodes with a coarser transform
@@ -245,6 +249,7 @@ def test_ffcv_reads_our_file(tmp_path, os_cache):
         assert np.array_equal(text_views[i], sample(i)["text_views"])
         text = sample(i)["caption"].encode()
         assert caption[i][: len(text)].tobytes() == text and chr(class_name[i][0]) == "abc"[i % 3]
+    assert checksum[:, 0].tolist() == Beton(path)._metadata["checksum"].tolist()
     assert row_id[:, 0].tolist() == [3 * i for i in range(7)] and label[:, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
@@ -263,7 +268,7 @@ def test_ffcv_reads_images_that_rows_share(tmp_path, os_cache):
             writer.add(**sample(i, views, False) | shared)
     table = Beton(tmp_path / "a.beton")._allocations.reshape(10, 4)["ptr"] // PAGE
     assert (table[:, 0] < table[:, 1]).sum() >= 4
-    pipelines = dict.fromkeys(["tokens", "text_views", "caption"])
+    pipelines = dict.fromkeys(["tokens", "text_views", "caption", "checksum"])
     pipelines |= {"image": [CenterCropRGBImageDecoder((16, 16), 1)], "row_id": [IntDecoder()]}
     order = OrderOption.SEQUENTIAL
     loader = Loader(str(tmp_path / "a.beton"), 1, 1, os_cache, order, pipelines=pipelines, batches_ahead=1)

@@ -15,12 +15,12 @@ from fastbd.errors import UserError
 
 
 def write(path: Path, rows: range, views: int = 1, classes: str | None = None) -> Path:
-    """Row i has width i, tokens i and the class classes[i]; the row ids begin anew in each file."""
+    """Row i has width i + 1, tokens i and the class classes[i]; the row ids begin anew in each file."""
     labels = {name: label for label, name in enumerate(sorted({classes[i] for i in rows}))} if classes else {}
     with BetonWriter(path, len(rows), views, bool(classes)) as writer:
         for row_id, i in enumerate(rows):
             writer.add(
-                jpeg=bytes([i] * (i + 1)), width=i, height=100 + i, caption=f"caption {i}", row_id=row_id,
+                jpeg=bytes([i] * (i + 1)), width=i + 1, height=100 + i, caption=f"caption {i}", row_id=row_id,
                 tokens=np.full(77, i), text_views=np.full((views, 77), 1000 + i),
                 label=labels.get(classes[i]) if classes else None, class_name=classes[i] if classes else None,
             )  # fmt: skip
