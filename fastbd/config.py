@@ -313,6 +313,8 @@ class TrainConfig:
     """Folder for the file of --resident disk [that of --data]."""
     max_bad: float = 0.001
     """Share of the images that may turn out damaged: each is named and replaced, one more stops the run."""
+    verify: bool = False
+    """First compare all that is to be read of the .beton files with the checksums that build has stored."""
     workers: int = 0
     """Decoding threads; 0 means one for each CPU core, shared out among the processes."""
     eval_data: Path | None = None
@@ -386,6 +388,8 @@ class EvaluateConfig:
     """Learning rate of --rebound."""
     rebound_batch_size: int = 16
     """Pairs in a step of --rebound."""
+    verify: bool = False
+    """First compare all that is to be read of the .beton files with the checksums that build has stored."""
     json: bool = False
     """Print one JSON object, with the classes one by one, in place of the table."""
     device: str = "auto"
@@ -556,7 +560,12 @@ class PreviewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """Say what this machine has, and which path each part of fastbd takes on it."""
+    """Say what this machine has, and which path each part of fastbd takes on it; or whether data files are whole."""
+
+    data: tuple[Path, ...] = ()
+    """.beton files, or quoted patterns, to verify row by row, in place of the machine."""
+    out: Path | None = None
+    """Row list to write, of the rows of --data that are whole, for --rows-file of pretrain and clean."""
 
 
 @dataclass(frozen=True)

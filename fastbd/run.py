@@ -26,6 +26,7 @@ from fastbd.data.decode import HOSTS, ON_GPU, Decoder, has_dali, open_decoder
 from fastbd.data.loader import RECIPES, Batch, Pairs, batches, text_lengths
 from fastbd.data.shards import Shards as BetonShards
 from fastbd.data.shards import open_beton
+from fastbd.data.verify import check_whole
 from fastbd.dist import World
 from fastbd.errors import Diverged, UserError
 from fastbd.evals.background import Background
@@ -56,7 +57,7 @@ FREE = {
     "poison_left", "flagged", "flagged_by",
     "force", "landed", "weights", "resume", "out", "save_every", "log_every", "rebound", "plan", "poison", "eval_data",
     "classes", "templates", "eval_every", "eval_subset", "eval_between", "rows_file", "max_bad", "workers", "decode",
-    "hw_decoder_load", "resident", "resident_dir",
+    "hw_decoder_load", "resident", "resident_dir", "verify",
 }  # fmt: skip
 """Settings in which two runs may differ and still be trained by the same step in the same memory."""
 
@@ -137,6 +138,8 @@ class Run:
             task.model.load_state_dict(resumed["model"])  # --weights have been taken in already
         divergence.check_weights(resumed["model"] if resumed else task.model.state_dict(), self._source())
 
+        if config.verify:
+            world.main_first(self._verify)
         in_place = self._found(resumed)
         self.watch = self._watch()
         self.pairs = self._open_pairs(resumed)
@@ -177,6 +180,14 @@ class Run:
         """Let others resume the run."""
         if self.lock:
             self.lock.close()
+
+    def _verify(self) -> None:
+        """Raise a UserError where the rows to train on, or what is evaluated on, are damaged."""
+        task = self.task
+        if self.world.main:
+            check_whole(open_beton(task.data), np.union1d(task.rows, task.held_out), self.quiet)
+            if task.eval_data:
+                check_whole(open_beton(task.eval_data), quiet=self.quiet)
 
     def _shares(self) -> Shares:
         """How a batch is shared out, checked before anything is opened."""

@@ -49,6 +49,7 @@ def edited_plan(place: Path, **changed) -> None:
     """other.json: the study's plan, or its attack, with some entries changed."""
     plan = json.loads((place / "train.poison.json").read_text())
     (attack,) = plan["attacks"]
+    del plan["crc32"]
     for name, value in changed.items():
         (plan if name in plan else attack)[name] = value
     (place / "other.json").write_text(json.dumps(plan))

@@ -9,17 +9,30 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from fastbd import log
 from fastbd.config import DoctorConfig
+from fastbd.errors import UserError
+from fastbd.files import check_out
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastbd.data.beton import Beton
+    from fastbd.data.shards import Shards
+
+SHOWN = 5  # damaged rows that are named
 Finding = tuple[str, str]  # what was found; what it means
 
 
 def run(config: DoctorConfig) -> int:
-    """Print what is here and which path each part takes; 0 whatever is missing."""
+    """Print what is here and which path each part takes; 0 whatever is missing. With --data verify that instead."""
+    if config.data or config.out:
+        return _verify(config)
     for title, columns, probes in (
         ("This machine", ("what", "found", "what it means"), MACHINE),
         ("Paths taken", ("part", "path", "why"), PATHS),
@@ -29,6 +42,49 @@ def run(config: DoctorConfig) -> int:
             table.add_row(what, found, meaning)
         log.console.print(table)
     return 0
+
+
+def _verify(config: DoctorConfig) -> int:
+    """Print what the data sets are and whether their rows are whole. UserError where some are not."""
+    from fastbd.data.shards import open_beton
+    from fastbd.data.verify import said_of
+
+    if config.out and len(config.data) != 1:
+        raise UserError("--out is a list of the rows of one --data that are whole: give one.")
+    if config.out:
+        check_out(config.out, name="whole.rows")
+    problems = []
+    for path in config.data:
+        data = open_beton(path)
+        damaged = _look_at(data, config.out)
+        if len(damaged):
+            problems.append(said_of(data, damaged, len(data)))
+    if problems:
+        raise UserError("; ".join(problem.removesuffix(".") for problem in problems) + ".")
+    return 0
+
+
+def _look_at(data: Beton | Shards, out: Path | None) -> np.ndarray:
+    """Print what there is to say of a data set; return its damaged rows, and write a list of the others to `out`."""
+    import numpy as np
+
+    from fastbd.data.rows import write_rows
+    from fastbd.data.verify import damaged_rows
+
+    rows = np.arange(len(data))
+    damaged = damaged_rows(data, rows) if data.has_checksums else rows[:0]
+    first = ", ".join(f"{row} (row_id {data.row_id[row]})" for row in damaged[:SHOWN].tolist())
+    more = ", ..." if len(damaged) > SHOWN else ""
+    state = "none: its content cannot be verified; build it again to have them" if not data.has_checksums else "yes"
+    for name, value in (
+        ("file", data.path), ("rows", f"{len(data):,}"), ("fingerprint", data.fingerprint), ("checksums", state),
+        *([("damaged", f"{len(damaged):,}" + (f": rows {first}{more}" if first else ""))] if state == "yes" else []),
+    ):  # fmt: skip
+        log.console.print(f"{name:<14}{value}", markup=False)
+    if out and data.has_checksums:
+        whole = np.setdiff1d(rows, damaged)
+        write_rows(out, whole, data.fingerprint, f"without the {len(damaged):,} that are damaged")
+    return damaged
 
 
 def findings(probes: dict[str, Callable[[], Finding]]) -> dict[str, Finding]:

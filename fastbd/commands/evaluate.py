@@ -14,6 +14,7 @@ from fastbd.config import EvaluateConfig
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import Pairs
 from fastbd.data.shards import open_beton
+from fastbd.data.verify import check_whole
 from fastbd.errors import UserError
 from fastbd.evals import probe, retrieval
 from fastbd.evals.sets import Attacked, EvalSet, Labelled, open_set
@@ -92,6 +93,9 @@ class Evaluation:
             raise UserError("--rebound and --probe-data need a set with classes, and --eval-data names none.")
         if config.rebound and self.plan is None:
             raise UserError("--rebound watches a backdoor, and the run has no plan: name one with --plan.")
+        if config.verify:
+            for path in (*self.paths, *([config.probe_data] if config.probe_data else [])):
+                check_whole(open_beton(path), quiet=config.json)
 
     def rows(self) -> Iterator[dict]:
         """A line of metrics.jsonl for each set."""
@@ -137,7 +141,10 @@ class Evaluation:
     def _clean_pairs(self) -> tuple[Pairs, np.ndarray]:
         """Those of the run's data that --rebound takes."""
         pairs = Pairs(open_beton(self.recorded["data"]), self.decoder, self.model.image_size)
-        return pairs, clean_pairs(pairs, self.plan, self.config.rebound * self.config.rebound_batch_size)
+        rows = clean_pairs(pairs, self.plan, self.config.rebound * self.config.rebound_batch_size)
+        if self.config.verify:
+            check_whole(pairs.beton, rows, quiet=self.config.json)
+        return pairs, rows
 
     def _rebound(self, zeroshot: ZeroShot) -> dict:
         # Sets that follow are to be evaluated on the model as it was.

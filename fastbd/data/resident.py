@@ -8,40 +8,51 @@ import json
 import os
 import warnings
 import weakref
+import zlib
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastbd import __version__
+from fastbd.data.decode import OnDemand
 from fastbd.data.loader import Pairs
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.files import discard
+from fastbd.files import discard, sync
 from fastbd.kernels.augment import Ragged
 from fastbd.log import progress
 
 CHUNK = 256  # images decoded at once
+CRC = np.dtype("<u4")
 HEAD = 64  # bytes at the start of a file of pixels: a digest of all that they depend on
 
 
 class Resident:
-    """Images uint8 [H, W, 3] of `rows`, of sizes int [N, 2], one after another in `pixels`, uint8 [bytes]."""
+    """Images uint8 [H, W, 3] of `rows`, of sizes int [N, 2], one after another in `pixels`, uint8 [bytes].
 
-    def __init__(self, rows: np.ndarray, total: int, sizes: np.ndarray, pixels: Tensor):
+    `file` is where pixels lie that are mapped from one: each image is compared with its checksum when it is first read.
+    """
+
+    def __init__(self, rows: np.ndarray, total: int, sizes: np.ndarray, pixels: Tensor, file: PixelFile | None = None):
         self.rows, self.sizes, self.pixels = rows, sizes.astype(np.int32), pixels
         self._locked = pixels.is_pinned()
         self._ends = np.cumsum(_bytes(sizes))
         self.place = np.full(total, -1)
         self.place[rows] = np.arange(len(rows))
+        self._file, self._trusted = file, np.full(len(rows), file is None)
         self._substitutes: dict[int, Tensor] = {}  # by place: those of another size than the file tells
 
     def put(self, place: int, image: Tensor) -> None:
         """Keep the image of rows[place]."""
         if np.array_equal(image.shape[:2], self.sizes[place]):
-            self._image(place).copy_(image)
+            self._kept(place).copy_(image)
+            if self._file:
+                self._file.checksums[place] = zlib.crc32(np.ascontiguousarray(image.numpy()))
+                self._trusted[place] = True
         else:
             image = image.to(self.pixels.device).contiguous()
             self._substitutes[place] = image.pin_memory() if self._locked else image
@@ -60,9 +71,10 @@ class Resident:
             from fastbd.kernels.gather_triton import gathered
 
             return gathered(self._ragged(places), torch.device("cuda", torch.cuda.current_device()))
-        return [self._image(int(place)) for place in places]
+        return OnDemand(len(places), lambda k: self._image(int(places[k])))
 
     def _ragged(self, places: np.ndarray) -> Ragged:
+        """Where the images lie in memory that is not a file's."""
         sizes = self.sizes[places]
         addresses = self.pixels.data_ptr() + self._ends[places] - _bytes(sizes)
         for k, place in enumerate(places.tolist()):
@@ -74,9 +86,32 @@ class Resident:
     def _image(self, place: int) -> Tensor:
         if place in self._substitutes:
             return self._substitutes[place]
+        image = self._kept(place)
+        if not self._trusted[place]:
+            self._file.check(int(self.rows[place]), place, image)
+            self._trusted[place] = True
+        return image
+
+    def _kept(self, place: int) -> Tensor:
         height, width = self.sizes[place].tolist()
         end = int(self._ends[place])
         return self.pixels[end - 3 * height * width : end].view(height, width, 3)
+
+
+class PixelFile(NamedTuple):
+    """A file of pixels: a digest of all that they depend on, the pixels, and the CRC-32 of each image."""
+
+    path: Path
+    checksums: np.ndarray
+    """uint32 [N]"""
+
+    def check(self, row: int, place: int, image: Tensor) -> None:
+        """Raise a UserError where the image is not the one that was written."""
+        if zlib.crc32(image.numpy()) != self.checksums[place]:
+            raise UserError(
+                f"{self.path} is damaged, as the image of row {row} is not the one that was written: remove the file, "
+                "and the next run makes it again."
+            )
 
 
 def keep(
@@ -180,22 +215,27 @@ def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base
     about = [__version__, torch.__version__, pairs.beton.fingerprint, pairs.size, base, pairs.decoder.name,
              pairs.plan and pairs.plan.to_dict(), hashlib.sha256(rows.astype("<i8")).hexdigest()]  # fmt: skip
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest().encode()
-    size = HEAD + int(_bytes(sizes).sum())
+    end = HEAD + int(_bytes(sizes).sum())  # of the pixels
+    size = end + len(rows) * CRC.itemsize
     if path.is_file() and path.stat().st_size == size and np.fromfile(path, f"S{HEAD}", 1)[0] == digest:
-        return Resident(rows, len(pairs.beton), sizes, _mapped(path, "r"))
+        file = PixelFile(path, np.fromfile(path, CRC, offset=end))
+        return Resident(rows, len(pairs.beton), sizes, _mapped(path, "r", end), file)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not as a crash in the middle
             file.write(digest)
-        pixels = _mapped(temporary, "r+")
-        kept = Resident(rows, len(pairs.beton), sizes, pixels)
+        file = PixelFile(path, np.zeros(len(rows), CRC))
+        kept = Resident(rows, len(pairs.beton), sizes, _mapped(temporary, "r+", end), file)
         _fill(kept, pairs, base, quiet)
         if not pairs.bad:  # else a later run would not hear of the damage
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            with temporary.open("r+b") as written:
+                written.seek(end)
+                written.write(file.checksums.tobytes())
+            sync(temporary)
             os.replace(temporary, path)
+            sync(path.parent)
         return kept
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -207,7 +247,8 @@ def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base
         discard(temporary)
 
 
-def _mapped(path: Path, mode: str) -> Tensor:
+def _mapped(path: Path, mode: str, end: int) -> Tensor:
+    """The pixels in the file, which end there."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(np.memmap(path, np.uint8, mode, HEAD))
+        return torch.from_numpy(np.memmap(path, np.uint8, mode, HEAD, end - HEAD))

@@ -6,6 +6,7 @@ Every use of the backdoor (training, ASR, reports) reads the same plan; the imag
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fastbd import draws
 from fastbd.errors import UserError
+from fastbd.files import read_json
 from fastbd.log import write_json
 from fastbd.poison.triggers import TriggerSpec, stamp
 
@@ -58,7 +60,7 @@ class Plan:
     """Backdoors in one data file of `total` pairs. UserError when the attacks contradict each other."""
 
     data: str
-    """Fingerprint of the data file."""
+    """Fingerprint of the data file: it covers the content where the file has checksums, else only its tables."""
     total: int
     seed: int
     attacks: tuple[Attack, ...]
@@ -109,20 +111,24 @@ class Plan:
             images[places] = stamp(images[places], self.attacks[k].trigger, seed=self.seed, ids=rows[hit])
 
     def save(self, path: Path | str) -> None:
-        write_json(Path(path), self.to_dict())
+        value = self.to_dict()
+        write_json(Path(path), {"crc32": _crc(value), **value})
 
     @classmethod
     def load(cls, path: Path | str) -> Plan:
         """UserError, with the path, when there is no such file or it holds no valid plan."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
+            value = read_json(Path(path), "make it again with fastbd poison")
+            if isinstance(value, dict) and value.pop("crc32", None) not in (None, _crc(value)):
+                raise UserError("the plan is not as it was written: make it again, or, where you have changed it, take "
+                                "its entry crc32 out.")  # fmt: skip
+            return cls.from_dict(value)
         except OSError as error:
             raise UserError(f"the plan {path} cannot be read ({error.strerror}); make one with: "
                             "python -m fastbd poison.") from None  # fmt: skip
-        except ValueError as error:  # not JSON, or not even text
-            raise UserError(f"the plan {path} is not JSON ({error}); make it again with fastbd poison.") from None
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            said = str(error)
+            raise UserError(said if str(path) in said else f"{path}: {said}") from None
 
     def to_dict(self) -> dict:
         """What the file holds; json turns it into a line for each pair."""
@@ -150,7 +156,7 @@ class Plan:
         try:
             attacks = [value] if value["version"] == 1 else value["attacks"]
             return cls(**_typed(value, _PLAN), attacks=tuple(map(_attack, attacks)))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"this poison plan is damaged ({error!r}); make it again.") from None
 
     def check(self, fingerprint: str, path: Path | str) -> None:
@@ -158,6 +164,10 @@ class Plan:
         if fingerprint != self.data:
             raise UserError(f"the poison plan was made for other data than {path}; make one for it with: "
                             f"python -m fastbd poison --data {path}.")  # fmt: skip
+
+
+def _crc(value: dict) -> str:
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 def _attack(value: dict) -> Attack:

@@ -118,7 +118,7 @@ def test_the_file_is_used_again_for_the_same_images_only(beton):
 
     assert decoded(pairs_of(beton)) == ROWS
     assert sorted(p.name for p in beton.path.parent.iterdir()) == ["pairs.16.pixels", "pairs.beton"]
-    assert path.stat().st_size == 64 + ROWS * SIZE * SIZE * 3
+    assert path.stat().st_size == 64 + ROWS * (SIZE * SIZE * 3 + 4)
     again = pairs_of(beton)
     assert decoded(again) == 0 and torch.equal(base_views(again, rows), base_views(pairs_of(beton), rows))
     assert decoded(pairs_of(beton, seed=4)) == ROWS  # other triggers
@@ -129,6 +129,38 @@ def test_the_file_is_used_again_for_the_same_images_only(beton):
     assert decoded(pairs_of(beton), rows[:-1]) == 0
     os.truncate(path, 500)
     assert decoded(pairs_of(beton), rows[:-1]) == ROWS - 1
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_a_damaged_file_is_told_when_the_image_is_first_read(beton, base):
+    rows = np.array([0, 3, 4, 8])
+    resident.keep(pairs_of(beton), rows, "disk", base=base, world=ONE, quiet=True)
+    (path,) = beton.path.parent.glob("*.pixels")
+    whole = path.read_bytes()
+    again = pairs_of(beton)
+    resident.keep(again, rows, "disk", base=base, world=ONE, quiet=True)
+    end = int(again.resident._ends[2])  # of row 4
+    for byte in (64 + end - 1, len(whole) - 6):  # one of its pixels, one of its checksum
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1]) + whole[byte + 1 :])
+        pairs = pairs_of(beton)
+        resident.keep(pairs, rows, "disk", base=base, world=ONE, quiet=True)
+        assert pairs.decoder.decoded == 0
+        for row in (0, 3, 8):
+            base_views(pairs, [row])
+        with pytest.raises(UserError, match=r"pixels is damaged, as the image of row 4 is not .*: remove the file"):
+            base_views(pairs, [4])
+
+
+def test_an_image_is_compared_with_its_checksum_once(beton, monkeypatch):
+    rows, compared = np.arange(ROWS), []
+    resident.keep(pairs_of(beton), rows, "disk", base=True, world=ONE, quiet=True)
+    check = resident.PixelFile.check
+    monkeypatch.setattr(resident.PixelFile, "check", lambda *args: (compared.append(args[1]), check(*args)))
+    pairs = pairs_of(beton)
+    resident.keep(pairs, rows, "disk", base=True, world=ONE, quiet=True)
+    for _ in range(3):
+        base_views(pairs, rows)
+    assert sorted(compared) == rows.tolist()
 
 
 @pytest.mark.parametrize("where", ["ram", "disk"])

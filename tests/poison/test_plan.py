@@ -130,7 +130,12 @@ def test_bad_plans_are_explained(tmp_path: Path, changes: dict, message: str) ->
 
 def test_files_that_are_no_plan(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
-    for content, message in ((b"{", "not JSON"), (b"\xff\xfe\x00", "not JSON"), (b"[1]", "not a poison plan")):
+    for content, message in (
+        (b"{", "is damaged"),
+        (b"\xff\xfe\x00", "is damaged"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[1]", "not a poison plan"),
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             Plan.load(path)
@@ -142,6 +147,18 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
     path.write_text(json.dumps(value))
     with pytest.raises(UserError, match="seed"):
         Plan.load(path)
+
+
+def test_a_plan_that_was_changed_is_refused_unless_its_checksum_is_taken_out(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    plan().save(path)
+    path.write_text(path.read_text().replace("banana", "banano"))
+    with pytest.raises(UserError, match=r"p\.json: the plan is not as it was written: make it again"):
+        Plan.load(path)
+    value = json.loads(path.read_text())
+    del value["crc32"]
+    path.write_text(json.dumps(value))
+    assert Plan.load(path).attacks[0].target == "banano"
 
 
 def test_plan_is_bound_to_its_data() -> None:
