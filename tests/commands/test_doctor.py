@@ -7,9 +7,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from containers import without_checksums
 
+from fastbd import cli
 from fastbd.commands import doctor
 from fastbd.config import DoctorConfig
+from fastbd.data.beton import Beton
+from fastbd.data.rows import read_rows
 
 
 def test_says_what_is_here(capsys):
@@ -53,3 +57,34 @@ def test_without_the_optional_libraries():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, env=env)
     assert done.returncode == 0, done.stderr
     assert "pil on cpu" in done.stdout and "second text views" in done.stdout
+
+
+def test_data_is_verified_and_the_damage_named(study, tmp_path, capsys):
+    path = tmp_path / "pairs.beton"
+    raw = bytearray((study / "train.beton").read_bytes())
+    path.write_bytes(raw)
+    assert cli.main(["doctor", "--data", str(path), str(study / "val.beton")]) == 0
+    printed = capsys.readouterr().out
+    assert Beton(path).fingerprint in printed and "damaged       0" in printed and "60" in printed
+    start = Beton(path)._jpeg_ptr.tolist()[17]
+    raw[start + 30] ^= 1
+    path.write_bytes(raw)
+    kept = tmp_path / "whole.rows"
+    assert cli.main(["doctor", "--data", str(path), "--out", str(kept)]) == 2
+    told = capsys.readouterr()
+    assert "damaged       1: rows 17 (row_id 17)" in told.out
+    assert told.err.count("\n") == 1 and f"1 of 240 rows of {path} are damaged, the first is row 17 of" in told.err
+    rows = read_rows(kept, Beton(path).fingerprint, 240)
+    assert rows.tolist() == [*range(17), *range(18, 240)]
+    train = ["pretrain", "--data", str(path), "--model", "tiny-rn", "--epochs", "0", "--device", "cpu", "--verify"]
+    assert cli.main([*train, "--out", str(tmp_path / "run")]) == 2
+    assert "1 of 240 rows of" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert cli.main([*train, "--rows-file", str(kept), "--out", str(tmp_path / "run")]) == 0
+
+
+def test_data_without_checksums_is_told_apart(study, tmp_path, capsys):
+    path = without_checksums(study / "train.beton", tmp_path / "old.beton")
+    assert cli.main(["doctor", "--data", str(path)]) == 0
+    assert "none: its content cannot be verified; build it again" in capsys.readouterr().out
+    assert cli.main(["pretrain", "--data", str(path), "--verify", "--model", "tiny-rn", "--device", "cpu"]) == 2
+    assert "old.beton holds no checksums to verify it by: build it again" in capsys.readouterr().err

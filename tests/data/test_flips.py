@@ -10,6 +10,10 @@ import pytest
 from containers import without_checksums
 
 from fastbd.data.beton import Beton
+from fastbd.data.rows import read_rows, write_rows
+from fastbd.errors import UserError
+from fastbd.poison.plan import make_plan
+from fastbd.poison.triggers import TriggerSpec
 
 
 @pytest.mark.parametrize(("views", "labelled"), [(0, False), (2, True)])
@@ -49,4 +53,14 @@ def test_the_fingerprint_covers_the_content(tmp_path, what):
     views[1, 5] = 2
     other = {"caption": "a car", "tokens": np.arange(77) + (np.arange(77) == 9), "text_views": views,
              "jpeg": b"\xff" * 39 + b"\xfe"}[what]  # fmt: skip
-    assert write("a.beton") == write("b.beton") != write("c.beton", **{what: other})
+    first, same, changed = write("a.beton"), write("b.beton"), write("c.beton", **{what: other})
+    assert first == same != changed
+    plan = make_plan(first, 1, target="cat", trigger=TriggerSpec("badnet", patch_size=1), geometry="crop", seed=0,
+                     templates=("a {}",), count=1)  # fmt: skip
+    write_rows(tmp_path / "kept.rows", np.arange(1), first, "all")
+    plan.check(same, "b.beton")
+    assert read_rows(tmp_path / "kept.rows", same, 1).tolist() == [0]
+    with pytest.raises(UserError, match="made for other data than c.beton"):
+        plan.check(changed, "c.beton")
+    with pytest.raises(UserError, match="kept.rows was made for other data"):
+        read_rows(tmp_path / "kept.rows", changed, 1)

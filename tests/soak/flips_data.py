@@ -92,8 +92,9 @@ def _pixels(folder: Path) -> tuple[str, Path, Callable[[], object]]:
 
 def _plan(folder: Path) -> tuple[str, Path, Callable[[], object]]:
     path, trigger = folder / "pairs.poison.json", TriggerSpec("badnet", patch_size=5)
-    make_plan("a" * 64, 900, target="banana", trigger=trigger, geometry="squash", seed=0, templates=("a photo of a {}.",),
-              count=20).save(path)  # fmt: skip
+    made = make_plan("a" * 64, 900, target="banana", trigger=trigger, geometry="squash", seed=0,
+                     templates=("a photo of a {}.",), count=20)  # fmt: skip
+    made.save(path)
     return "plan", path, partial(Plan.load, path)
 
 
