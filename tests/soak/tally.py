@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -11,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path("soak")  # a folder that git ignores
@@ -53,7 +56,14 @@ def main(name: str, inject: Callable[[float, int, Path], Iterator[Tally]]) -> No
             tallies.append(tally)
             print(f"{tally.fault}: {dict(tally.ends)}", *tally.failures[:5], sep="\n  ", flush=True)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    record = {"commit": commit, "seed": given.seed, "share": given.share, "seconds": round(time.monotonic() - began)}
+    record = {
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {version('torch')}",
+        "seed": given.seed,
+        "share": given.share,
+        "seconds": round(time.monotonic() - began),
+    }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record | {"tallies": [vars(tally) for tally in tallies]}, indent=1))
+    (RESULTS / f"{name}.json").write_text(json.dumps(record | {"tallies": [vars(t) for t in tallies]}, indent=1))
     sys.exit(any(tally.failures for tally in tallies))
