@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>
 BIN := .venv/bin
 CALL ?= 1
 OUT ?= gpu-check/$(CALL)
+SHARE ?= 1
+SOAK := kills ledger disks flips_data memory flips_states
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 LOCK := .venv-lock/bin/uv pip compile --no-config --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command 'make lock' $(UPGRADE) pyproject.toml
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
@@ -60,6 +62,15 @@ gpu-check:         ## CALL=1 the step, CALL=2 the rest: test and measure on a GP
 	@test -n "$(PYTHON)" || { echo "gpu-check needs Python 3.11 or 3.12; name one: make gpu-check PYTHON=/path/to/python3.12"; exit 2; }
 	@"$(PYTHON)" -m bench.gpu_check "$(CALL)" "$(OUT)"
 
+# make runs two scripts at a time, and ends them with itself.
+soak: install      ## inject faults for an hour on 2 cores (kills, full disks, flipped bits); docs/reliability.md shows the counts
+	@rm -f soak/*.json
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going $(SOAK:%=soak-%); code=$$?; \
+		PYTHONPATH=$(CURDIR)/tests $(BIN)/python tests/soak/page.py && exit $$code
+
+soak-%: install
+	@PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python tests/soak/$*.py --share $(SHARE)
+
 lint: install      ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -82,5 +93,5 @@ clean:             ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .venv-writers .venv-lock .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install ffcv writers demo study test bench gpu-check lint lock audit clean
+.PHONY: help install ffcv writers demo study test bench gpu-check soak lint lock audit clean
 .DEFAULT_GOAL := help

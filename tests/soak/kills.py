@@ -37,7 +37,8 @@ study = Study(
 )
 """
 TIMES = {"seconds", "train_seconds", "evaluate_seconds", "pairs_per_s", "of_limit", "data_wait", "date"}
-"""What is different each time, in JSON and in checkpoints."""
+RESUMED = {"resume"}
+"""What JSON and checkpoints hold that is not compared: what it took, and whether it was taken up again."""
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,9 @@ def content(path: Path, once: bool = False) -> Any:
 
 
 def timeless(value: Any) -> Any:
-    """The value without times, tensors as bytes."""
+    """The value without TIMES and RESUMED, tensors as bytes."""
     if isinstance(value, dict):
-        return {key: timeless(each) for key, each in value.items() if key not in TIMES}
+        return {key: timeless(each) for key, each in value.items() if key not in TIMES | RESUMED}
     if isinstance(value, list | tuple):
         return [timeless(each) for each in value]
     if isinstance(value, torch.Tensor):
