@@ -191,9 +191,10 @@ def measure_rates(device: torch.device, precision: str) -> Rates:
 
 
 def matmul_rate(device: torch.device, number_format: str) -> float:
-    """FLOP/s, on random data: zeros multiply faster than numbers."""
+    """FLOP/s, on random data: zeros multiply faster than numbers. A run's random state stays as it is."""
     side = SIDE[device.type] // (2 if number_format == "fp64" else 1)  # few GPUs are fast at fp64
-    a, b = (torch.randn(side, side, device=device).to(FORMATS[number_format]) for _ in range(2))
+    drawn = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, device=device, generator=drawn).to(FORMATS[number_format]) for _ in range(2))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if number_format == "tf32" else "highest")
     try:

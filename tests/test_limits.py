@@ -200,3 +200,12 @@ def test_the_shortest_call_counts(monkeypatch):
     clock = [0.0, 5.0, 7.0, 11.0, 14.0] * 2
     monkeypatch.setattr(limits.time, "perf_counter", lambda: clock.pop(0))
     assert measure_rates(CPU, "fp32") == Rates(2 * 10**3 / 2.0, 2 * 300 / 2.0)
+
+
+def test_measuring_leaves_the_random_state_as_it_is(monkeypatch):
+    """Else a run that is resumed, and so measures once more, had another one than a run that was not stopped."""
+    monkeypatch.setitem(limits.SIDE, "cpu", 16)
+    monkeypatch.setitem(limits.COPIED, "cpu", 16)
+    before = torch.get_rng_state()
+    measure_rates(CPU, "fp32")
+    assert torch.equal(torch.get_rng_state(), before)
