@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import cycle
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
@@ -39,6 +40,7 @@ def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> It
     """
     workers = min(workers or os.cpu_count() or 1, len(tasks))
     context = multiprocessing.get_context("forkserver")  # not forked from this process, which may have threads
+    _start_server()
     processes, pipes = [], []
     try:
         for worker in range(workers):
@@ -55,6 +57,16 @@ def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> It
             process.terminate()
         for process in processes:
             process.join()
+
+
+def _start_server() -> None:
+    """Start the process that workers are forked from, deaf to Ctrl-C: it would show a traceback while it imports."""
+    resource_tracker.ensure_running()  # first: having started it, Python lets Ctrl-C in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _receive(results: Connection, process: BaseProcess):

@@ -37,8 +37,8 @@ study = Study(
 )
 """
 TIMES = {"seconds", "train_seconds", "evaluate_seconds", "pairs_per_s", "of_limit", "data_wait", "date"}
-RESUMED = {"resume"}
-"""What JSON and checkpoints hold that is not compared: what it took, and whether it was taken up again."""
+OTHERS = {"resume", "commit"}
+"""What JSON and checkpoints hold that is not compared: times, whether a run was resumed, and the program's commit."""
 
 
 @dataclass(frozen=True)
@@ -226,9 +226,9 @@ def content(path: Path, once: bool = False) -> Any:
 
 
 def timeless(value: Any) -> Any:
-    """The value without TIMES and RESUMED, tensors as bytes."""
+    """The value without TIMES and OTHERS, tensors as bytes."""
     if isinstance(value, dict):
-        return {key: timeless(each) for key, each in value.items() if key not in TIMES | RESUMED}
+        return {key: timeless(each) for key, each in value.items() if key not in TIMES | OTHERS}
     if isinstance(value, list | tuple):
         return [timeless(each) for each in value]
     if isinstance(value, torch.Tensor):
