@@ -73,6 +73,18 @@ def test_what_a_worker_raises_is_raised(task, kind, text):
     assert str(raised.value) == text and "in fail" in raised.value.__notes__[0]
 
 
+def test_ctrl_c_while_the_server_of_the_workers_starts_shows_no_traceback(study):
+    """A terminal sends it to all of a group, also to what is still importing."""
+    command = [sys.executable, "-m", "fastbd", "build", "--source", "train.csv", "--out", "stopped.beton"]
+    build = subprocess.Popen(command, cwd=study, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children = Path(f"/proc/{build.pid}/task/{build.pid}/children")
+    while build.poll() is None and len(children.read_text().split()) < 2:  # Python's resource tracker is the first
+        time.sleep(0.005)
+    os.killpg(build.pid, signal.SIGINT)
+    assert build.communicate(timeout=60)[1] == "stopped.\n"
+    assert build.returncode == 128 + signal.SIGINT and not (study / "stopped.beton").exists()
+
+
 def wait(folder: Path, task: int) -> None:
     (folder / str(os.getpid())).touch()
     time.sleep(600)
