@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastbd import archive
 from fastbd.errors import UserError
 from fastbd.files import replacing
 
@@ -19,8 +20,6 @@ def save(path: Path, state: dict) -> None:
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         free = ""
         with contextlib.suppress(OSError):
@@ -65,19 +64,94 @@ class Snapshot:
 
 
 def load(path: Path) -> dict:
-    """A checkpoint of ours, on the CPU."""
+    """Return a checkpoint of ours, on the CPU. UserError where it is not whole, with those beside it that are."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return _read(path)
     except (FileNotFoundError, NotADirectoryError):
         found = ", ".join(sorted(p.name for p in path.parent.glob("ckpt_*.pt"))) or "none"
         raise UserError(f"there is no checkpoint {path}; checkpoints there: {found}.") from None
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise UserError(
-            f"{path} is damaged or no checkpoint of fastbd ({type(error).__name__}): name another with --checkpoint."
-        ) from error
+    except _Unfit as error:
+        others = [_name(other) for other in _newest_first(path.parent) if other != path and _is_whole(other)]
+        remedy = f"whole ones there: {', '.join(others)}" if others else "no other one there is whole"
+        raise UserError(f"{path} {error}: name another with --checkpoint ({remedy}).") from None
+
+
+def load_newest(run: Path) -> tuple[Path, dict, str]:
+    """Return (file, state, what is wrong with a newer one or "") of the checkpoint from which a run can be resumed.
+
+    That is the last one; where it is not whole, the newest whole one of an epoch. UserError where there is none.
+    """
+    wrong = ""
+    for path in _newest_first(run):
+        try:
+            return path, _read(path), wrong
+        except FileNotFoundError:
+            wrong = wrong or f"there is no {path}"
+        except _Unfit as error:
+            wrong = wrong or f"{path} {error}"
+    raise UserError(
+        f"{wrong}, and {run} has no whole checkpoint of an epoch: move the folder away and start the run again."
+    )
+
+
+class _Unfit(Exception):
+    """Why a file is not a checkpoint that can be used, as the end of a sentence that begins with its path."""
+
+
+def _read(path: Path) -> dict:
+    """Return the state in the file. Each member has had its checksum compared before torch is to read it."""
+    try:
+        with open(path, "rb") as file:
+            archive.verify(file)
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except archive.DamagedArchive as error:
+        raise _Unfit(f"is damaged ({error})") from None
+    except OSError as error:
+        raise _Unfit(f"cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # what is whole, and holds something else, can fail anywhere in the reader
+        raise _Unfit(f"is not a checkpoint of fastbd ({type(error).__name__})") from error
     if not isinstance(state, dict) or "fastbd" not in state:
-        raise UserError(f"{path} is no checkpoint of fastbd: other weights are for pretrain --weights.")
+        raise _Unfit("is not a checkpoint of fastbd (give other weights to pretrain --weights)")
     return state
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            archive.verify(file)
+    except (OSError, archive.DamagedArchive):
+        return False
+    return True
+
+
+def _newest_first(run: Path) -> list[Path]:
+    """Return the files of a run's checkpoints: the last one, whether it is there or not, then those of epochs."""
+    epochs = [path for path in run.glob("ckpt_epoch_*.pt") if _name(path).isdigit()]
+    return [path_of(run, "last"), *sorted(epochs, key=lambda path: int(_name(path)), reverse=True)]
+
+
+def _name(path: Path) -> str:
+    """Return what --checkpoint calls a file: last, or the number of an epoch."""
+    found = re.fullmatch(r"ckpt_epoch_0*(\d+)\.pt", path.name)
+    return found[1] if found else path.stem.removeprefix("ckpt_")
+
+
+def load_into(module: torch.nn.Module, state: dict, path: Path, whose: str) -> None:
+    """Copy the state of a module, out of the file `path`, into it. UserError where its names or shapes are others."""
+    expected = module.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in expected.items()}
+    given = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    for name in [*shapes, *(name for name in given if name not in shapes)]:
+        if shapes.get(name) != given.get(name):
+            was, now = (f"shape {found[name]}" if name in found else "no such tensor" for found in (given, shapes))
+            raise UserError(
+                f"{path} does not fit {whose} that it is said to hold: {name} has {was} in the file, {now} in the "
+                "model: take the checkpoint and the config.json of one run."
+            )
+    module.load_state_dict(state)
 
 
 def path_of(run: Path, which: str) -> Path:

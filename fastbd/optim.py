@@ -23,9 +23,15 @@ def make_optimizer(*modules: nn.Module, lr: float, weight_decay: float, betas: t
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load the state of an optimizer of any device, and its settings but the learning rate."""
+    """Load the state of an optimizer of any device, and its settings but the learning rate.
+
+    ValueError where it is of other parameters.
+    """
     rate = optimizer.param_groups[0]["lr"]
     optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        if moments["exp_avg"].shape != parameter.shape or moments["exp_avg_sq"].shape != parameter.shape:
+            raise ValueError("a parameter of another shape")
     for group in optimizer.param_groups:
         group |= {"lr": rate, "fused": True, "capturable": rate.is_cuda}
 

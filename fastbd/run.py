@@ -45,6 +45,7 @@ from fastbd.poison.plan import Plan
 from fastbd.precision import is_captured, is_compiled, set_precision
 from fastbd.readback import NotFinite
 from fastbd.rebound import clean_pairs, rebound
+from fastbd.resume import check_inputs, inputs
 from fastbd.signals import Stopped
 from fastbd.step import Step
 from fastbd.study.runs import read, read_metrics
@@ -123,7 +124,7 @@ class Run:
             raise UserError(f"{config.out} exists already: choose another --out, or go on with --resume {config.out}.")
         self.began = time.perf_counter()
         self.config = self.given = config
-        self.task, self.world = task, world
+        resumed, self.task, self.world = task.resumed, replace(task, resumed=None), world
         self.kept, self.extra, self.enough, self.guard = kept or Kept(), extra or {}, enough, guard or (lambda: None)
         self.quiet = quiet or not world.main
         self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
@@ -133,9 +134,11 @@ class Run:
         self.precision = set_precision(config.precision, world.device)
         self.compiled, self.captured = is_compiled(config.compile, world), is_captured(config.graph, world)
         self.shares = self._shares()
-        resumed = checkpoint.load(config.resume / "ckpt_last.pt") if config.resume else None
-        if resumed and self.verb == "pretrain":
-            task.model.load_state_dict(resumed["model"])  # --weights have been taken in already
+        self.inputs = inputs(config, task)
+        if resumed:
+            check_inputs(config.resume, resumed, self.inputs)
+        if resumed and self.verb == "pretrain":  # --weights have been taken in already
+            checkpoint.load_into(task.model, resumed["model"], config.resume, task.model_name)
         divergence.check_weights(resumed["model"] if resumed else task.model.state_dict(), self._source())
 
         if config.verify:
@@ -151,8 +154,8 @@ class Run:
         self.method.attach(self)
         self.start = None if resumed and read_metrics(config.resume) else self._checked_start()
         if resumed:
-            self.model.load_state_dict(resumed["model"])
-            self.method.load_state_dict(resumed["method"])
+            checkpoint.load_into(self.model, resumed["model"], config.resume, task.model_name)
+            checkpoint.load_into(self.method, resumed["method"], config.resume, f"the method {task.name}")
         else:
             self.method.prepare(self.model)
         self._set_up(in_place)
@@ -257,7 +260,12 @@ class Run:
         """The optimizer's state, of this run or of the one that is cleaned."""
         try:
             restore(self.step.optimizer, state)
-        except ValueError:
+        except (KeyError, ValueError):
+            if self.config.resume:
+                raise UserError(
+                    f"the checkpoint in {self.config.resume} holds the optimizer's state of other parameters than "
+                    f"{self.task.model_name} has: put back what was changed, or start the run again."
+                ) from None
             raise UserError(
                 f"--keep-optimizer: {self.task.start} and --method {self.task.method_name} do not train the same "
                 "parameters, as one has a head of its own; leave it out."
@@ -690,6 +698,7 @@ class Run:
             "epoch": step / self.steps_per_epoch,
             "random": checkpoint.random_state(),
             "plan": self.task.plan and self.task.plan.to_dict(),
+            "inputs": self.inputs,
             "decode": self.decoded_by,
         }
 

@@ -50,6 +50,8 @@ class Task:
     """The run that is cleaned."""
     optimizer: dict | None = None
     """Optimizer state to begin with; its weight decay wins over the config's, as in the published program."""
+    resumed: dict | None = None
+    """State of the run to resume, which has been compared with the files in its folder."""
 
     def about(self, verb: str) -> dict:
         """What config.json says of the run beside the flags."""

@@ -11,13 +11,14 @@ from fastbd import kernels
 PACKAGE = Path(fastbd.__file__).parent
 KERNELS = Path(kernels.__file__).parent
 
-LEAVES = {"errors", "config", "draws", "dist", "files", "formats", "log", "precision", "prompts", "signals"}
+LEAVES = {"archive", "errors", "config", "draws", "dist", "files", "formats", "log", "precision", "prompts", "signals"}
 ARROWS = {
     "cli": {"commands", "study"},
     "commands": {"run", "task", "engines", "rebound", "kept", "data", "models", "objectives", "cleaning",
-                 "evals", "poison", "study", "checkpoint", "kernels", "cli"},
+                 "evals", "poison", "study", "checkpoint", "resume", "kernels", "cli"},
     "run": {"task", "watch", "cleaning", "loop", "step", "fit", "kept", "limits", "optim", "checkpoint", "data",
-            "models", "evals", "poison", "kernels", "rebound", "study", "divergence", "readback"},
+            "models", "evals", "poison", "kernels", "rebound", "resume", "study", "divergence", "readback"},
+    "resume": {"checkpoint", "task", "data", "poison", "study"},
     "watch": {"task", "data", "evals", "kept", "models"},
     "task": {"cleaning", "data", "models", "poison"},
     "engines": set(),

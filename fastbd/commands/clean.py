@@ -17,6 +17,7 @@ from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.models.clip import create_like
 from fastbd.poison.plan import Plan
+from fastbd.resume import resumed
 from fastbd.run import execute
 from fastbd.task import SPARED, Task, allowed_rows
 
@@ -32,10 +33,12 @@ def run(config: CleanConfig) -> int:
 
 def task(config: CleanConfig, world: World) -> Task:
     """The cleaning that the flags ask for."""
-    saved = checkpoint.load(checkpoint.path_of(config.run, config.checkpoint))
+    state = resumed(config, world)
+    path = checkpoint.path_of(config.run, config.checkpoint)
+    saved = checkpoint.load(path)
     source, plan = saved["about"], saved["plan"] and Plan.from_dict(saved["plan"])
     model = create_like(source, seed=0)
-    model.load_state_dict(saved["model"])
+    checkpoint.load_into(model, saved["model"], path, source["model"])
     data = config.data or Path(source["data"])
     for flag, count in (("--poison-left", config.poison_left), ("--flagged", config.flagged)):
         if count and (config.data or not plan):
@@ -67,6 +70,7 @@ def task(config: CleanConfig, world: World) -> Task:
         classes=config.classes or (None if config.eval_data else source["classes"]),
         templates=config.templates or source["templates"],
         optimizer=saved["optimizer"] if config.keep_optimizer else None,
+        resumed=state,
     )
 
 

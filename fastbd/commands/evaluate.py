@@ -55,9 +55,10 @@ def run(config: EvaluateConfig) -> int:
 
 def open_model(run: Path, which: str, device: torch.device) -> tuple[dict, CLIP]:
     """A run's checkpoint, `last` or of an epoch, and the model in it, on the device."""
-    state = checkpoint.load(checkpoint.path_of(run, which))
+    path = checkpoint.path_of(run, which)
+    state = checkpoint.load(path)
     model = create_like(state["about"], seed=None)
-    model.load_state_dict(state["model"])
+    checkpoint.load_into(model, state["model"], path, state["about"]["model"])
     return state, model.to(device, memory_format=torch.channels_last)
 
 

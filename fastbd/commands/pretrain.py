@@ -18,6 +18,7 @@ from fastbd.models import CLIP, create, read_weights
 from fastbd.models.clip import create_like
 from fastbd.objectives import make_objective
 from fastbd.poison.plan import Plan
+from fastbd.resume import resumed
 from fastbd.run import execute
 from fastbd.study.runs import read_config
 from fastbd.task import Task, allowed_rows
@@ -30,6 +31,7 @@ def run(config: PretrainConfig) -> int:
 
 def task(config: PretrainConfig, world: World) -> Task:
     """The pre-training that the flags ask for."""
+    state = resumed(config, world)
     data, plan, eval_data = inputs(config, world)
     model = _model(config, world)
     name = config.objective if config.robust == "none" else f"{config.objective}+{config.robust}"
@@ -46,6 +48,7 @@ def task(config: PretrainConfig, world: World) -> Task:
         eval_data=eval_data,
         classes=config.classes,
         templates=config.templates or ("demo" if config.data == "demo" else None),
+        resumed=state,
     )
 
 

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbd.archive import DamagedArchive, verify
 from fastbd.errors import UserError
+from fastbd.files import read_json
 
 HEADER = 100_000_000  # bytes, the most that safetensors allows
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -78,6 +80,8 @@ def read_file(path: Path) -> Mapping[Any, Any]:
         tree = _reader(path, head)(path)
     except UserError:
         raise
+    except DamagedArchive as error:
+        raise UserError(f"{path} is damaged ({error}): fetch it again.") from None
     except pickle.UnpicklingError as error:
         raise _unsafe(path, str(error)) from None
     except Exception as error:  # a damaged file can fail anywhere in the readers
@@ -111,11 +115,16 @@ def _unsafe(path: Path, message: str) -> UserError:
 
 
 def _read_torch(path: Path) -> Mapping:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
+    """Return what torch.save or TorchScript has written. An archive's members are compared with their checksums; the
+    format before 2020 has none, so that of it only what torch.load refuses is found."""
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\3\4" or zipfile.is_zipfile(file)
+    if is_archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             read = [entry for entry in archive.infolist() if "/code/" not in entry.filename]  # which is compressed
             if sum(entry.file_size for entry in read) > path.stat().st_size:
                 raise ValueError("the archive claims to hold more than it is long")
+            verify(file, required=False)
             for name in archive.namelist():
                 if name.endswith("/constants.pkl"):  # TorchScript writes it, torch.save does not
                     root = name.removesuffix("constants.pkl")
@@ -126,13 +135,16 @@ def _read_torch(path: Path) -> Mapping:
 
 def _read_sharded(path: Path) -> dict[str, Tensor]:
     """Return the tensors of several files by their index: {"weight_map": {name: file beside it}}."""
-    places = json.loads(path.read_bytes())["weight_map"]
+    places = read_json(path, "fetch it again")["weight_map"]
     parts = {name: read_file(weights_file(path.parent / Path(name).name)) for name in sorted(set(places.values()))}
     return {name: parts[place][name] for name, place in places.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Header length (u64), JSON header {name: {dtype, shape, data_offsets}}, data without holes; little-endian."""
+    """Return the tensors of a file of safetensors, which has no checksums: damage to its numbers cannot be told.
+
+    Header length (u64), JSON header {name: {dtype, shape, data_offsets}}, data without holes; little-endian.
+    """
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         size = path.stat().st_size - 8 - length
