@@ -78,21 +78,44 @@ def read_json(path: Path, remedy: str) -> Any:
         raise UserError(f"{path} is damaged ({why}): {remedy}.") from None
 
 
+def read_jsonl(path: Path, remedy: str) -> list[dict[str, Any]]:
+    """Return the objects of a .jsonl file, none where there is no file, without a last line that was cut short.
+
+    UserError with the path, the line and the remedy where another one is damaged.
+    """
+    if not path.exists():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = list(map(json_object, lines))
+    if None in rows:
+        raise UserError(f"line {rows.index(None) + 1} of {path} is damaged: {remedy}.")
+    return rows + ([unfinished] if (unfinished := json_object(last)) else [])
+
+
+def json_object(text: bytes) -> dict[str, Any] | None:
+    """Return the object that a text holds; None where it is anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def discard(path: Path) -> None:
     """Remove the file if it is there and can be removed."""
     with suppress(OSError):
         path.unlink()
 
 
-def lock(folder: Path) -> TextIO | None:
+def lock(folder: Path, wait: bool = False) -> TextIO | None:
     """An open file in the folder, on which the folder's lock hangs; None where another process holds that.
 
-    The lock ends when the file is closed, at the latest with the process. Where the file system has no locks, as some
-    NFS servers, nobody is kept out.
+    With `wait` it is waited for instead. The lock ends when the file is closed, at the latest with the process. Where
+    the file system has no locks, as some NFS servers, nobody is kept out.
     """
     file = open(folder / LOCK, "a")  # noqa: SIM115 - it stays open; "a" leaves alone what the holder has written
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None

@@ -11,31 +11,64 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastbd.files import replacing
+from fastbd.errors import UserError
+from fastbd.files import json_object, read_jsonl, replacing, sync
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 def append(path: Path, row: dict) -> None:
-    """Add one line to a .jsonl file."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add one line to a .jsonl file, or nothing where the disk is full; one process at a time.
+
+    A last line that was cut short, as by a loss of power, goes first.
+    """
+    line = json.dumps(row).encode() + b"\n"
+    with open(path, "a+b", buffering=0) as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        missing = _mend(file)
+        before = file.seek(0, os.SEEK_END)
+        try:
+            rest = missing + line
+            while rest:
+                rest = rest[file.write(rest) :]
+        except BaseException:
+            file.truncate(before)
+            raise
+
+
+def _mend(file: FileIO) -> bytes:
+    """Cut off an unfinished last line; return the newline where it is all that the line lacks."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if file.read(1) in (b"", b"\n"):
+        return b""
+    file.seek(0)
+    last = file.read().rpartition(b"\n")[2]
+    if json_object(last) is not None:
+        return b"\n"
+    file.truncate(size - len(last))
+    return b""
 
 
 @contextmanager
 def new_folder(path: Path):
-    """Yields a folder that is called `path` when the block is done with it; after an error it is gone."""
+    """Yields a folder that is called `path`, and is on the disk, when the block is done; after an error it is gone."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for made in (*temporary.rglob("*"), temporary):
+            sync(made)
         temporary.rename(path)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -46,27 +79,16 @@ def remove_unfinished(path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextmanager
-def locked(folder: Path):
-    """Only one process of a machine at a time is in this block of a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def rewind(path: Path, step: int) -> None:
-    """Keep the lines of a .jsonl file, if there is one, up to a step; none that a kill has torn."""
+    """Keep the lines of a .jsonl file, if there is one, up to a step; not a last one that was cut short.
+
+    UserError where a line is damaged: the row that it held is not lost in silence.
+    """
     if path.exists():
-        rows = map(_row, path.read_text(errors="replace").splitlines())
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row and row["step"] <= step))
-
-
-def _row(line: str) -> dict | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+        rows = read_jsonl(path, "put its line back from a copy, or remove it and go without it")
+        if wrong := [k for k, row in enumerate(rows, 1) if not isinstance(row.get("step"), int)]:
+            raise UserError(f"line {wrong[0]} of {path} has no number of a step: put it back, or remove it.")
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
 
 
 def write_json(path: Path, value: dict) -> None:

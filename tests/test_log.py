@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
 from fastbd import log
+from fastbd.errors import UserError
 
 
 def test_rewinding_drops_later_steps_and_what_a_kill_has_torn(tmp_path):
@@ -41,3 +45,43 @@ def test_what_a_killed_process_left_of_a_folder_goes_and_no_other_does(tmp_path)
         (tmp_path / name / "deep").mkdir(parents=True)
     log.remove_unfinished(tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+def test_an_unfinished_last_line_is_mended_before_the_next(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for before, after in (
+        ('{"step": 1}\n{"step": 2', '{"step": 1}\n'),  # torn: it goes
+        ('{"step": 1}\n{"step": 2}', '{"step": 1}\n{"step": 2}\n'),  # whole but for its newline
+        ('{"st', ""),
+        ("", ""),
+    ):
+        path.write_text(before)
+        log.append(path, {"step": 3})
+        assert path.read_text() == after + '{"step": 3}\n'
+
+
+def test_a_full_disk_takes_no_part_of_a_line(tmp_path):
+    """A process that may write 20 bytes to a file stands for the full disk."""
+    path = tmp_path / "log.jsonl"
+    code = (
+        "import resource, sys; from pathlib import Path; from fastbd import log\n"
+        "path = Path(sys.argv[1]); log.append(path, {'step': 1})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))\n"
+        "try: log.append(path, {'step': 2, 'loss': 0.5})\n"
+        "except OSError as error: print(error.errno, path.stat().st_size)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "log.append(path, {'step': 2, 'loss': 0.5})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.stdout.split() == [str(errno.EFBIG), "12"] and done.stderr == ""
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "loss": 0.5}\n'
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "lo', "[1]", "7", "[" * 100_000, "", '{"step": "1"}', '{"steq": 1}'])
+def test_rewinding_refuses_a_damaged_line_before_the_last(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"line 2 of {path} "):
+        log.rewind(path, 2)
+    assert path.read_bytes() == before

@@ -6,12 +6,11 @@ import json
 import time
 from pathlib import Path
 
-from fastbd import cli, log
+from fastbd import cli, files, log
 from fastbd.commands import build, poison
 from fastbd.config import BuildConfig, DemoConfig, PoisonConfig
 from fastbd.data.demo import TARGET, write_demo_set
 from fastbd.errors import UserError
-from fastbd.files import check_out
 from fastbd.run import free_folder
 
 FOLDER = Path("data/demo")
@@ -23,8 +22,11 @@ def demo_set() -> tuple[Path, Path, Path]:
     """(train.beton, val.beton, plan) of the demo set, made on first use."""
     made = train, val, plan = FOLDER / "train.beton", FOLDER / "val.beton", FOLDER / "train.poison.json"
     if not all(path.is_file() for path in made):  # else nothing is written, as the folder may be read-only
-        check_out(FOLDER, "the demo set's folder", instead="start in a folder that can be written to, or give --data")
-        with log.locked(FOLDER):
+        files.check_out(
+            FOLDER, "the demo set's folder", instead="start in a folder that can be written to, or give --data"
+        )
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with files.lock(FOLDER, wait=True):
             _make(train, val, plan)
     return made
 
@@ -47,7 +49,7 @@ def run(config: DemoConfig) -> int:
     out = config.out or free_folder(Path("runs/demo"))
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out.")
-    check_out(out)
+    files.check_out(out)
     log.console.print(
         f"The study in small: a backdoor for '{TARGET}' in {PAIRS:,} image-caption pairs, a tiny CLIP pre-trained\n"
         "with two objectives, both cleaned with CleanCLIP, a report. About 7 minutes on 2 CPU cores; everything goes\n"

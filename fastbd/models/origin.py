@@ -6,12 +6,12 @@ where it lies beside them; else the name of the file may.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastbd.errors import UserError
+from fastbd.files import read_json
 from fastbd.models.layouts import Found
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's normalisation, which all images here get
@@ -82,7 +82,7 @@ def _of_hugging_face(path: Path, config: dict) -> Origin:
 
 def _json(path: Path) -> dict:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        found = read_json(path, "mend it, or move the weights into a folder of their own")
+    except (OSError, UserError):
         return {}
     return found if isinstance(found, dict) else {}

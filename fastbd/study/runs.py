@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zlib
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbd.errors import UserError
+from fastbd.files import read_json, read_jsonl
 
 Evaluation = dict[str, Any]  # a line of metrics.jsonl; accuracies, ASR and the ends of their intervals are fractions
 
@@ -83,7 +83,7 @@ class Run:
 def read(path: Path) -> Run:
     """The run in folder `path`. UserError where there is none, or where a file is damaged before its last line."""
     recorded = read_config(path)
-    rows = tuple(row for row in _lines(path / "metrics.jsonl") if "step" in row)
+    rows = tuple(_lines(path / "metrics.jsonl"))
     try:
         return Run(
             path=path,
@@ -212,25 +212,19 @@ def _json_if_there(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, "leave this run out")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}; name the folder of a run.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); leave this run out.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (it is not an object): leave this run out.")
+    return found
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; a last line cut short by a killed process is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"line {number} of {path} is damaged; remove it, or leave this run out.") from None
+    rows = [row for row in read_jsonl(path, "remove it, or leave this run out") if "step" in row]
+    if wrong := [row["step"] for row in rows if type(row["step"]) is not int]:
+        raise UserError(f"{path} is damaged (step {wrong[0]!r} is not a number): mend it, or leave this run out.")
     return rows
 
 

@@ -1,0 +1,133 @@
+"""Single flipped bits in what a run has written: each is found, or changes nothing.
+
+Without a checksum a changed digit of a .jsonl file, of result.json or of env.json cannot be told from another number,
+nor a changed number of safetensors: of those only how they are read is looked at, in that nothing but one sentence
+comes of it. What decides how a run goes on, config.json and plan.json, is compared with its checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from soak.tally import SAME, SENTENCE, Tally, main
+
+from fastbd import checkpoint, cli, resume
+from fastbd.dist import World
+from fastbd.errors import UserError
+from fastbd.models.weight_files import read_file
+from fastbd.study.runs import find
+
+WORLD = World(0, 1, torch.device("cpu"))
+FLIPS, RESUMES = 1000, 20
+RUN = (
+    "pretrain", "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model",
+    "tiny-rn", "--templates", "demo", "--batch-size", 24, "--epochs", 2, "--save-every", 1, "--device", "cpu",
+)  # fmt: skip
+
+
+def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
+    """Yield the ends of flips in each kind of file of a small run in `folder`."""
+    drawn, whole = random.Random(seed), _run(folder)
+    flips = max(1, round(share * FLIPS))
+    for name, what, read in (
+        ("ckpt_last.pt", "a checkpoint that is loaded", lambda run: _numbers(checkpoint.load(run / "ckpt_last.pt"))),
+        ("weights.pt", "weights of torch.save", lambda run: _numbers(read_file(run / "weights.pt"))),
+        ("config.json", "config.json of a run that is resumed", _resumed),
+        ("plan.json", "plan.json of a run that is resumed", _resumed),
+    ):
+        tally = Tally(f"a flipped bit in {what}", "one random bit of the file, then its reader")
+        for _ in range(flips):
+            _once(tally, drawn, whole, whole / name, read)
+        yield tally
+    for name in ("env.json", "metrics.jsonl", "log.jsonl", "result.json"):
+        tally = Tally(
+            f"a flipped bit in {name} that is read",
+            "one random bit; a text without a checksum: another number is not told",
+        )
+        for _ in range(flips):
+            _once(tally, drawn, whole, whole / name, _readable)
+        yield tally
+    tally = Tally(
+        "a flipped bit in the last checkpoint, then --resume",
+        "one random bit; the end, compared with the undisturbed one",
+    )
+    for k in range(max(1, round(share * RESUMES))):
+        run = shutil.copytree(whole, folder / f"resumed-{k}")
+        _flip(drawn, run / "ckpt_last.pt")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            code = cli.main(["pretrain", "--resume", str(run)])
+        same = code == 0 and _end(run) == _end(whole)
+        tally.count(SAME if same else SENTENCE if code == 2 else "another end", said.getvalue())
+        shutil.rmtree(run)
+    yield tally
+
+
+def _once(tally: Tally, drawn: random.Random, run: Path, path: Path, read: Callable[[Path], object]) -> None:
+    content, expected = path.read_bytes(), read(run)
+    bit = _flip(drawn, path)
+    try:
+        got = read(run)
+        tally.count(SAME if got == expected else "other content", f"{path.name}, bit {bit}")
+    except UserError as error:
+        named = str(run) in str(error) and "\n" not in str(error)
+        tally.count(SENTENCE if named else "a sentence without the file", f"bit {bit}: {error}")
+    except Exception as error:  # the fault that is looked for
+        tally.count("traceback", f"{path.name}, bit {bit}: {error!r}")
+    finally:
+        path.write_bytes(content)
+
+
+def _flip(drawn: random.Random, path: Path) -> int:
+    content = bytearray(path.read_bytes())
+    bit = drawn.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    return bit
+
+
+def _resumed(run: Path) -> int:
+    """Return the step from which the run is resumed, as the command line reads its folder."""
+    settings = cli.parse("pretrain", ["--resume", str(run)])
+    return resume.resumed(settings, WORLD)["step"]
+
+
+def _readable(run: Path) -> bool:
+    return bool(find([run]))
+
+
+def _numbers(state: dict) -> bytes:
+    tensors = state["model"] | state.get("method", {})
+    return pickle.dumps([(name, value.numpy().tobytes()) for name, value in tensors.items()] + [state.get("step")])
+
+
+def _end(run: Path) -> bytes:
+    return _numbers(checkpoint.load(run / "ckpt_last.pt"))
+
+
+def _run(folder: Path) -> Path:
+    """Make a run with its weights beside it; the working folder becomes that of its data."""
+    from fastbd.data.demo import write_demo_set
+
+    list(write_demo_set(folder, 240, 60, seed=1))
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+        for line in (
+            ("build", "--source", "train.csv", "--out", "train.beton"),
+            ("build", "--source", "val.csv", "--out", "val.beton", "--class-key", "class", "--text-views", 0),
+            ("poison", "--data", "train.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo"),
+            (*RUN, "--out", "run"),
+        ):
+            if cli.main([*map(str, line)]):
+                raise RuntimeError(f"{line[0]} failed")
+    torch.save({"model": checkpoint.load(folder / "run/ckpt_last.pt")["model"]}, folder / "run/weights.pt")
+    return folder / "run"
+
+
+if __name__ == "__main__":
+    main("flips_states", inject)

@@ -1,0 +1,134 @@
+"""What --resume takes from a run folder: the newest whole checkpoint, and nothing that does not belong to it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fastbd import cli
+
+RUN = (
+    "pretrain", "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model",
+    "tiny-rn", "--templates", "demo", "--batch-size", 24, "--epochs", 2, "--save-every", 1, "--log-every", 5, "--device", "cpu",
+)  # fmt: skip
+TIMES = ("pairs_per_s", "of_limit", "data_wait", "seconds")
+
+
+def fastbd(*arguments) -> int:
+    return cli.main([*map(str, arguments)])
+
+
+def rows(run, name):
+    found = map(json.loads, (run / name).read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in found]
+
+
+@pytest.fixture(scope="module")
+def place(study, tmp_path_factory):
+    """A folder with the study's data, and a run `whole` of two epochs, both of whose checkpoints are there."""
+    folder = tmp_path_factory.mktemp("resuming")
+    for name in ("train.beton", "train.poison.json", "val.beton"):
+        shutil.copyfile(study / name, folder / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert fastbd(*RUN, "--out", "whole") == 0
+        assert fastbd("clean", "--run", "whole", "--force", "--epochs", 0, "--device", "cpu", "--out", "cleaned") == 0
+    return folder
+
+
+@pytest.fixture
+def run(place, tmp_path, monkeypatch):
+    """A copy of that run; the working folder is that of the data."""
+    monkeypatch.chdir(place)
+    return shutil.copytree(place / "whole", tmp_path / "run")
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 8
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_gives_way_loudly_to_that_of_an_epoch(place, run, capsys):
+    damage(run / "ckpt_last.pt")
+    damage(run / "ckpt_epoch_002.pt")
+    assert fastbd("clean", "--run", run, "--force", "--device", "cpu") == 2  # another model is not cleaned in silence
+    assert "ckpt_last.pt is damaged" in (said := capsys.readouterr().err) and "(whole ones there: 1)" in said
+    assert fastbd("pretrain", "--resume", run) == 0
+    said = capsys.readouterr().out
+    assert f"{run}/ckpt_last.pt is damaged (member " in said and f"resumes from {run}/ckpt_epoch_001.pt" in said
+    for name in ("log.jsonl", "metrics.jsonl"):
+        assert rows(run, name) == rows(place / "whole", name)
+    ends = [torch.load(folder / "ckpt_last.pt", weights_only=True) for folder in (place / "whole", run)]
+    assert ends[0]["step"] == ends[1]["step"] == 20
+    assert all(torch.equal(ends[1]["model"][name], value) for name, value in ends[0]["model"].items())
+
+
+def edited(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+CHANGES = {
+    "trigger": (
+        "plan.json",
+        lambda v: v["attacks"][0]["trigger"].update(patch_size=7),
+        "trigger, patch_size was 6 when",
+    ),
+    "seed": ("plan.json", lambda v: v.update(seed=5), "the plan, seed was 0 when that was saved, is now 5"),
+    "data": ("plan.json", lambda v: v.update(data="0" * 64), "the plan, data was "),
+    "lr": ("config.json", lambda v: v["config"].update(lr=0.5), "lr was 0.002 when that was saved, is now 0.5"),
+    "dropped": ("config.json", lambda v: v["config"].pop("warmup"), "warmup was "),
+    "model": (
+        "config.json",
+        lambda v: v.update(model="demo"),
+        "model was 'tiny-rn' when that was saved, is now 'demo'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_changed_is_named(run, name, capsys):
+    file, change, said = CHANGES[name]
+    edited(run / file, change)
+    if name == "dropped":
+        edited(run / file, lambda v: v["config"].update(warmup=3))
+    assert fastbd("pretrain", "--resume", run) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {run}/{file} does not belong to {run}/ckpt_last.pt: ") and said in error
+    assert error.endswith("; put back what was changed, or start the run again.\n") and error.count("\n") == 1
+
+
+def test_a_plan_that_is_gone_and_another_runs_checkpoint_are_refused(place, run, capsys):
+    plan = (run / "plan.json").read_bytes()
+    (run / "plan.json").unlink()
+    assert fastbd("pretrain", "--resume", run) == 2
+    assert "is now None; put back" in capsys.readouterr().err
+    (run / "plan.json").write_bytes(plan)
+    shutil.copyfile(place / "cleaned" / "ckpt_last.pt", run / "ckpt_last.pt")
+    assert fastbd("pretrain", "--resume", run) == 2
+    assert "verb was 'clean' when that was saved, is now 'pretrain'" in capsys.readouterr().err
+
+
+def test_other_data_is_refused_and_a_moved_one_is_not(place, run, tmp_path, capsys):
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    shutil.copyfile(place / "val.beton", moved / "other.beton")
+    edited(run / "config.json", lambda v: (v.update(eval_data=f"{moved}/other.beton"),
+                                           v["config"].update(eval_data=f"{moved}/other.beton")))  # fmt: skip
+    assert fastbd("pretrain", "--resume", run) == 0
+    shutil.copyfile(place / "train.beton", moved / "other.beton")
+    assert fastbd("pretrain", "--resume", run) == 2
+    assert "was saved by a run with other content of --eval-data" in capsys.readouterr().err
+
+
+def test_an_older_checkpoint_is_still_resumed(run):
+    state = torch.load(run / "ckpt_last.pt", weights_only=True)
+    del state["inputs"]
+    state["config"] |= {"gone": 1}
+    torch.save(state, run / "ckpt_last.pt")
+    assert fastbd("pretrain", "--resume", run) == 0
