@@ -12,7 +12,8 @@ from fastbd import cli
 
 RUN = (
     "pretrain", "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model",
-    "tiny-rn", "--templates", "demo", "--batch-size", 24, "--epochs", 2, "--save-every", 1, "--log-every", 5, "--device", "cpu",
+    "tiny-rn", "--templates", "demo", "--batch-size", 24, "--epochs", 2, "--save-every", 1, "--log-every", 5,
+    "--device", "cpu",
 )  # fmt: skip
 TIMES = ("pairs_per_s", "of_limit", "data_wait", "seconds")
 
