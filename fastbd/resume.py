@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from fastbd.config import to_dict
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.files import discard
+from fastbd.files import discard, replacing
 from fastbd.poison.plan import Plan
 from fastbd.study.runs import read_config
 from fastbd.task import Config, Task
@@ -58,6 +59,8 @@ def resumed(config: Config, world: World) -> dict | None:
         said = f"{wrong}: the run resumes from {path}, and the steps after that are done again"
         log.console.print(said, markup=False)
         discard(config.resume / "result.json")
+        with replacing(checkpoint.path_of(config.resume, "last")) as temporary:  # nothing may be left to be done
+            shutil.copyfile(path, temporary)
     return state
 
 

@@ -68,6 +68,13 @@ def test_a_damaged_checkpoint_gives_way_loudly_to_that_of_an_epoch(place, run, c
     assert all(torch.equal(ends[1]["model"][name], value) for name, value in ends[0]["model"].items())
 
 
+def test_where_nothing_is_left_to_be_done_the_last_checkpoint_is_whole_again(place, run):
+    damage(run / "ckpt_last.pt")
+    assert fastbd("pretrain", "--resume", run) == 0
+    assert (run / "ckpt_last.pt").read_bytes() == (run / "ckpt_epoch_002.pt").read_bytes()
+    assert rows(run, "metrics.jsonl") == rows(place / "whole", "metrics.jsonl")
+
+
 def edited(path, change):
     value = json.loads(path.read_text())
     change(value)

@@ -43,8 +43,9 @@ def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
         ("plan.json", "plan.json of a run that is resumed", _resumed),
     ):
         tally = Tally(f"a flipped bit in {what}", "one random bit of the file, then its reader")
+        expected = read(whole)
         for _ in range(flips):
-            _once(tally, drawn, whole, whole / name, read)
+            _once(tally, drawn, whole / name, read, expected)
         yield tally
     for name in ("env.json", "metrics.jsonl", "log.jsonl", "result.json"):
         tally = Tally(
@@ -52,7 +53,7 @@ def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
             "one random bit; a text without a checksum: another number is not told",
         )
         for _ in range(flips):
-            _once(tally, drawn, whole, whole / name, _readable)
+            _once(tally, drawn, whole / name, _readable, True)
         yield tally
     tally = Tally(
         "a flipped bit in the last checkpoint, then --resume",
@@ -69,8 +70,8 @@ def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
     yield tally
 
 
-def _once(tally: Tally, drawn: random.Random, run: Path, path: Path, read: Callable[[Path], object]) -> None:
-    content, expected = path.read_bytes(), read(run)
+def _once(tally: Tally, drawn: random.Random, path: Path, read: Callable[[Path], object], expected: object) -> None:
+    content, run = path.read_bytes(), path.parent
     bit = _flip(drawn, path)
     try:
         got = read(run)
