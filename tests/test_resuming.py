@@ -77,6 +77,7 @@ def test_where_nothing_is_left_to_be_done_the_last_checkpoint_is_whole_again(pla
 
 def edited(path, change):
     value = json.loads(path.read_text())
+    value.pop("crc32", None)  # as a plan says that is changed on purpose
     change(value)
     path.write_text(json.dumps(value))
 
