@@ -17,6 +17,7 @@ from fastbd.data.demo import write_demo_set
 from fastbd.dist import World
 from fastbd.run import Run
 
+SUITE_SHARE = 0  # memory that is flat for a few steps tells nothing
 STEPS, EVERY, WARM = 20_000, 500, 2_000
 BOUND = 16  # MiB that the memory may have grown by from the end of the warm-up to the end
 
