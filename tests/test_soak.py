@@ -42,8 +42,8 @@ def test_the_page_counts_each_fault_and_shows_its_failures():
     broke.count(SAME)
     broke.count("traceback", 'File "/some/where/soak-x/place/run/ckpt_last.pt", line 3,\nin f')
     shown = page.page({"flips_states": record(held), "kills": record(broke)})
-    assert "| a bit of x.pt is flipped | at random | 2,000 | 3 | 1,997 | 0 |" in shown
-    assert r"| SIGKILL of a\|b | kill -9 | 2 | 1 | 0 | 1 |" in shown
+    assert "| a bit of x.pt is flipped | at random | 2,000 | 3 | 1,997 | 0 | 0 |" in shown
+    assert r"| SIGKILL of a\|b | kill -9 | 2 | 1 | 0 | 0 | 1 |" in shown
     assert '\n- traceback: File "ckpt\\_last.pt", line 3, in f\n' in shown and "/some" not in shown
     about = "commit 1a2b3c4, 2026-01-02, 2 cores, Python 3.11.7, torch 2.13.0; share 0.5, seed 0, 1,234 s."
     assert f"`make soak-kills`: {about}" in shown

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from containers import without_checksums
 from PIL import Image
-from soak.tally import SAME, SENTENCE, Tally, main
+from soak.tally import SAME, SENTENCE, UNTOLD, Tally, main
 
 from fastbd.data import resident
 from fastbd.data.beton import Beton, BetonWriter
@@ -45,20 +45,21 @@ def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
 
 
 def _container(fault: str, path: Path, kinds: int, times: int, rng: np.random.Generator) -> Tally:
-    """Without checksums other content cannot be told: it is counted, and is not a failure."""
+    """Return what damage to a container came to; without checksums other content cannot be told."""
     raw, whole, tally = path.read_bytes(), flips.read(path), Tally(fault, "the file is changed, opened, read, verified")
     places = flips.tables_and_values(raw)
     for _ in range(times):
         damaged = flips.mutated(raw, places, rng, kinds)
         end = flips.outcome(path.with_name("damaged.beton"), damaged, whole)
         if end == "other content" and not whole[2]:
-            tally.ends["other content, which no checksum tells"] += 1
+            tally.count(UNTOLD)
         else:
             tally.count(ENDS.get(end, end), end)
     return tally
 
 
 def _file(fault: str, path: Path, read: Callable[[], object], times: int, rng: np.random.Generator) -> Tally:
+    """Return what flipped bits in a file came to that `read` reads."""
     raw, whole, tally = path.read_bytes(), read(), Tally(fault, "the file is changed and read")
     for _ in range(times):
         path.write_bytes(flips.mutated(raw, np.arange(len(raw)), rng, BIT))

@@ -1,8 +1,8 @@
 """Single flipped bits in what a run has written: each is found, or changes nothing.
 
 Without a checksum a changed digit of a .jsonl file, of result.json or of env.json cannot be told from another number,
-nor a changed number of safetensors: of those only how they are read is looked at, in that nothing but one sentence
-comes of it. What decides how a run goes on, config.json and plan.json, is compared with its checkpoint.
+nor a changed number of safetensors. What decides how a run is resumed, config.json and plan.json, is compared with its
+checkpoint; of config.json some settings may change, such as the device and the places of files.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from soak.tally import SAME, SENTENCE, Tally, main
+from soak.tally import SAME, SENTENCE, UNTOLD, Tally, main
 
 from fastbd import checkpoint, cli, resume
 from fastbd.dist import World
 from fastbd.errors import UserError
 from fastbd.models.weight_files import read_file
-from fastbd.study.runs import find
+from fastbd.study.runs import find, read_config
 
 WORLD = World(0, 1, torch.device("cpu"))
 FLIPS, RESUMES = 1000, 20
@@ -36,24 +36,19 @@ def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
     """Yield the ends of flips in each kind of file of a small run in `folder`."""
     drawn, whole = random.Random(seed), _run(folder)
     flips = max(1, round(share * FLIPS))
-    for name, what, read in (
-        ("ckpt_last.pt", "a checkpoint that is loaded", lambda run: _numbers(checkpoint.load(run / "ckpt_last.pt"))),
-        ("weights.pt", "weights of torch.save", lambda run: _numbers(read_file(run / "weights.pt"))),
-        ("config.json", "config.json of a run that is resumed", _resumed),
-        ("plan.json", "plan.json of a run that is resumed", _resumed),
+    for name, how, read, other in (
+        ("ckpt_last.pt", "loaded", lambda run: _numbers(checkpoint.load(run / "ckpt_last.pt")), "other content"),
+        ("weights.pt", "loaded", lambda run: _numbers(read_file(run / "weights.pt")), "other content"),
+        ("plan.json", "compared by --resume", _resumed, "other content"),
+        ("config.json", "compared by --resume", _resumed, UNTOLD),
+        ("env.json", "read by report", _reported, UNTOLD),
+        ("metrics.jsonl", "read by report", _reported, UNTOLD),
+        ("log.jsonl", "read by report", _reported, UNTOLD),
+        ("result.json", "read by report", _reported, UNTOLD),
     ):
-        tally = Tally(f"a flipped bit in {what}", "one random bit of the file, then its reader")
-        expected = read(whole)
+        tally, expected = Tally(f"a flipped bit in {name}", f"one random bit, then the file is {how}"), read(whole)
         for _ in range(flips):
-            _once(tally, drawn, whole / name, read, expected)
-        yield tally
-    for name in ("env.json", "metrics.jsonl", "log.jsonl", "result.json"):
-        tally = Tally(
-            f"a flipped bit in {name} that is read",
-            "one random bit; a text without a checksum: another number is not told",
-        )
-        for _ in range(flips):
-            _once(tally, drawn, whole / name, _readable, True)
+            _once(tally, drawn, whole / name, read, expected, other)
         yield tally
     tally = Tally(
         "a flipped bit in the last checkpoint, then --resume",
@@ -70,12 +65,15 @@ def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
     yield tally
 
 
-def _once(tally: Tally, drawn: random.Random, path: Path, read: Callable[[Path], object], expected: object) -> None:
+def _once(
+    tally: Tally, drawn: random.Random, path: Path, read: Callable[[Path], object], expected: object, other: str
+) -> None:
+    """Flip a bit of the file and count what `read` makes of its folder; content that is not `expected` is `other`."""
     content, run = path.read_bytes(), path.parent
     bit = _flip(drawn, path)
     try:
         got = read(run)
-        tally.count(SAME if got == expected else "other content", f"{path.name}, bit {bit}")
+        tally.count(SAME if got == expected else other, f"{path.name}, bit {bit}")
     except UserError as error:
         named = str(run) in str(error) and "\n" not in str(error)
         tally.count(SENTENCE if named else "a sentence without the file", f"bit {bit}: {error}")
@@ -93,14 +91,15 @@ def _flip(drawn: random.Random, path: Path) -> int:
     return bit
 
 
-def _resumed(run: Path) -> int:
-    """Return the step from which the run is resumed, as the command line reads its folder."""
+def _resumed(run: Path) -> tuple:
+    """Return the settings and the step of the run that is resumed, as the command line reads its folder."""
     settings = cli.parse("pretrain", ["--resume", str(run)])
-    return resume.resumed(settings, WORLD)["step"]
+    return settings, read_config(run), resume.resumed(settings, WORLD)["step"]
 
 
-def _readable(run: Path) -> bool:
-    return bool(find([run]))
+def _reported(run: Path) -> list:
+    """Return the run as report reads it."""
+    return find([run])
 
 
 def _numbers(state: dict) -> bytes:

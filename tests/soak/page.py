@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from soak.tally import RESULTS, SAME, SENTENCE
+from soak.tally import RESULTS, SAME, SENTENCE, UNTOLD
 
 SCRIPTS = {
     "kills": "Signals at random moments",
@@ -28,6 +28,9 @@ Faults were injected into the program on purpose, and their ends counted. An end
   generators, metrics, log rows, labels, pictures.
 - **one sentence**: the command ends with exit code 2 and one sentence that names the file and says what to do. Nothing
   is lost.
+
+A third one is counted apart: **cannot be told**. The file has other content, in a format without a checksum (a digit of
+a log, a `.beton` of an earlier version or of FFCV), and nothing could know.
 
 Everything else is a failure, a traceback too, and is listed below its table.
 
@@ -63,8 +66,8 @@ def section(name: str, record: dict[str, Any] | None) -> str:
         title,
         f"`make soak-{name}`: commit {record['commit']}, {record['date']}, {record['machine']}; "
         f"share {record['share']:g}, seed {record['seed']}, {record['seconds']:,} s.\n",
-        f"| fault | how it is injected | times | {SAME} | {SENTENCE} | failures |",
-        "| :---- | :---- | ----: | ----: | ----: | ----: |",
+        f"| fault | how it is injected | times | {SAME} | {SENTENCE} | {UNTOLD} | failures |",
+        "| :---- | :---- | ----: | ----: | ----: | ----: | ----: |",
         *(row(tally) for tally in record["tallies"]),
     ]
     for tally in record["tallies"]:
@@ -76,8 +79,8 @@ def section(name: str, record: dict[str, Any] | None) -> str:
 def row(tally: dict[str, Any]) -> str:
     """A tally as a line of a table."""
     ends = tally["ends"]
-    times, same, sentence = sum(ends.values()), ends.get(SAME, 0), ends.get(SENTENCE, 0)
-    cells = [tally["fault"], tally["how"], times, same, sentence, times - same - sentence]
+    times, known = sum(ends.values()), [ends.get(end, 0) for end in (SAME, SENTENCE, UNTOLD)]
+    cells = [tally["fault"], tally["how"], times, *known, times - sum(known)]
     return f"| {' | '.join(plain(f'{cell:,}' if isinstance(cell, int) else cell) for cell in cells)} |"
 
 
