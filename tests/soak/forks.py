@@ -9,9 +9,11 @@ import gc
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -55,11 +57,20 @@ class Forks:
         self._server.wait()
 
     def run(
-        self, argv: list[str], cwd: Path, after: float | None = None, signum: int = 0, group: bool = False
+        self,
+        argv: list[str],
+        cwd: Path,
+        after: float | None = None,
+        signum: int = 0,
+        group: bool = False,
+        limit: tuple[int, float | None] | None = None,
     ) -> Ended:
-        """Run a command line in the folder; send it a signal `after` seconds, also to its workers where `group`."""
+        """Run a command line in the folder; send it a signal `after` seconds, also to its workers where `group`.
+
+        `limit`: (bytes beyond which no file of it gets, seconds until that ends or None).
+        """
         job = {"argv": argv, "cwd": str(cwd), "stderr": str(self._stderr), "after": after, "signum": signum}
-        print(json.dumps(job | {"group": group}), file=self._server.stdin, flush=True)
+        print(json.dumps(job | {"group": group, "limit": limit}), file=self._server.stdin, flush=True)
         if not (line := self._server.stdout.readline()):
             raise RuntimeError("the forking process has died")
         return Ended(**json.loads(line), stderr=self._stderr.read_text(errors="replace"))
@@ -106,6 +117,8 @@ def _child(job: dict) -> None:
     os.chdir(job["cwd"])
     for path, number in ((os.devnull, 0), (os.devnull, 1), (job["stderr"], 2)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    if job["limit"]:
+        _limit(*job["limit"])
     from fastbd import cli
 
     code = 1
@@ -122,6 +135,17 @@ def _child(job: dict) -> None:
         atexit._run_exitfuncs()
         sys.stderr.flush()
         os._exit(code)  # taking torch to pieces would take seconds
+
+
+def _limit(size: int, seconds: float | None) -> None:
+    """Let no file grow beyond `size` bytes, as on a disk that is full, for `seconds` where given."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    if seconds is not None:
+        end = threading.Timer(seconds, resource.setrlimit, (resource.RLIMIT_FSIZE, (hard, hard)))
+        end.daemon = True
+        end.start()
 
 
 def _ended(pid: int, job: dict) -> dict:
