@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -60,7 +61,9 @@ def mistaken(device: str) -> None:
     raise UserError("the study is damaged: mend it.")
 
 
-def test_the_sentence_of_a_process_is_told_without_a_traceback(tmp_path, capfd):
+def test_the_sentence_of_a_process_is_told_without_a_traceback(tmp_path, capfd, monkeypatch):
+    forked = multiprocessing.get_context("fork")  # it has imported all that it needs
+    monkeypatch.setattr(engines.multiprocessing, "get_context", lambda method: forked)
     with pytest.raises(UserError) as raised:
         ENGINES["local"](mistaken, tmp_path, 2, "cpu")
     log = tmp_path / "worker-0.log"

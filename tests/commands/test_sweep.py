@@ -306,23 +306,6 @@ def test_a_run_killed_before_its_first_line_has_it_all_the_same(undisturbed, tmp
     assert [row["step"] for row in numbers(config.out)] == [0, 2, 5]
 
 
-def test_results_that_cannot_be_read_are_made_again(undisturbed, study, sweep):
-    """A pre-training goes on from its checkpoint; a cleaning, which has none left, begins anew beside what it was."""
-    folder = study / "damaged"
-    shutil.copytree(undisturbed, folder)
-    cleaning = folder / "runs/mmcl-s0-cleanclip-lr0.003"
-    (folder / "runs/mmcl-s0/result.json").write_bytes(b"")
-    (cleaning / "result.json").write_bytes((cleaning / "result.json").read_bytes()[:40])
-    model = (folder / "runs/mmcl-s0/ckpt_last.pt").read_bytes()
-    assert sweep("damaged", "--processes", 1)["finished"] == 5
-    assert all_numbers(folder) == all_numbers(undisturbed)
-    assert (folder / "runs/mmcl-s0/ckpt_last.pt").read_bytes() == model
-    aside = {path.name: path for path in (folder / "aside").iterdir()}
-    assert set(aside) == {"runs-mmcl-s0-cleanclip-lr0.003.1.tmp", "runs-mmcl-s0-result.json.1.tmp"}
-    assert numbers(aside["runs-mmcl-s0-cleanclip-lr0.003.1.tmp"]) == numbers(undisturbed / "runs" / cleaning.name)
-    assert len(find([folder])) == 5  # no run of a report
-
-
 def test_a_damaged_study_is_one_sentence(undisturbed, study, fastbd, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "cut")
     path = tmp_path / "cut/study.1/study.json"
@@ -332,35 +315,48 @@ def test_a_damaged_study_is_one_sentence(undisturbed, study, fastbd, tmp_path):
     assert f"remove {path.parent} and name the study again with --study" in said
 
 
-# FOLDER PYTHON SAID RESULT: a sweep on a small disk that fills up when its first run has begun; room is made when it
-# says that it waits, and what it has made is copied to RESULT.
+# DISK DAMAGED PYTHON SAID RESULT: the sweep in DAMAGED is resumed on a small disk, which fills up when its first run
+# has begun; room is made when it says that it waits, and what it has made is copied to RESULT.
 ON_A_FULL_DISK = """
 mount -t tmpfs -o size=64m tmpfs "$1" || exit 77
-"$2" -m fastbd sweep --study small.py --out "$1/out" --device cpu --processes 1 > "$3" &
-until [ -d "$1/out/runs/mmcl-s0" ] || ! kill -0 $!; do sleep 0.02; done
+cp -r "$2" "$1/out"
+"$3" -m fastbd sweep --out "$1/out" --device cpu --processes 1 > "$4" &
+until [ -d "$1/out/aside" ] || ! kill -0 $!; do sleep 0.02; done
 cat /dev/zero > "$1/ballast"
-until grep -q "trying again in 2 s" "$3" || ! kill -0 $!; do sleep 0.1; done
+until grep -q "trying again in 2 s" "$4" || ! kill -0 $!; do sleep 0.1; done
 ls "$1/out/failed"
 rm "$1/ballast"
 wait $!
 code=$?
-cp -r "$1/out" "$4"
+cp -r "$1/out" "$5"
 exit $code
 """
 
 
-def test_a_disk_that_is_full_for_a_while_fails_no_run(undisturbed, study, tmp_path):
-    """It is waited for, and the runs end with the same numbers."""
-    (tmp_path / "disk").mkdir()
-    said, found = tmp_path / "said", tmp_path / "found"
-    script = ["unshare", "-rm", "sh", "-c", ON_A_FULL_DISK, "sh"]
-    command = [*script, tmp_path / "disk", sys.executable, said, found]
+def test_what_is_damaged_is_made_again_also_on_a_disk_that_is_full_for_a_while(undisturbed, study, tmp_path):
+    """A pre-training is resumed from its checkpoint; a cleaning, which has none left, begins anew beside what it was.
+
+    Neither fails for want of room: the sweep waits for it.
+    """
+    damaged, disk, said, found = (tmp_path / name for name in ("damaged", "disk", "said", "found"))
+    shutil.copytree(undisturbed, damaged)
+    cleaning = damaged / "runs/mmcl-s0-cleanclip-lr0.003"
+    (damaged / "runs/mmcl-s0/result.json").write_bytes(b"")
+    (cleaning / "result.json").write_bytes((cleaning / "result.json").read_bytes()[:40])
+    disk.mkdir()
+    command = ["unshare", "-rm", "sh", "-c", ON_A_FULL_DISK, "sh", disk, damaged, sys.executable, said, found]
     done = subprocess.run(command, cwd=study, capture_output=True, text=True, timeout=300)
     if done.returncode == 77 or done.stderr.startswith("unshare: "):
         pytest.skip("needs the right to mount")
     assert done.returncode == 0 and done.stdout == "", f"{said.read_text()}\n{done.stderr}"  # none is in failed/
     assert "No space left on device: nothing is lost; trying again in 1 s" in said.read_text()
     assert all_numbers(found) == all_numbers(undisturbed)
+    checkpoint = Path("runs/mmcl-s0/ckpt_last.pt")
+    assert (found / checkpoint).read_bytes() == (undisturbed / checkpoint).read_bytes()
+    aside = {path.name: path for path in (found / "aside").iterdir()}
+    assert set(aside) == {"runs-mmcl-s0-cleanclip-lr0.003.1.tmp", "runs-mmcl-s0-result.json.1.tmp"}
+    assert numbers(aside["runs-mmcl-s0-cleanclip-lr0.003.1.tmp"]) == numbers(undisturbed / "runs" / cleaning.name)
+    assert len(find([found])) == 5  # no run of a report
 
 
 @pytest.mark.parametrize("method", ["finetune", "cleanclip"])

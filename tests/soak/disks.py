@@ -20,7 +20,7 @@ from soak.tally import SAME, SENTENCE, Tally, main
 
 SUITE_SHARE = 0.017  # one size of each of the first two verbs
 SIZES = 12  # of the disk, for each verb
-LEAST, ROOM = 4096, 256 << 20  # bytes
+BLOCK, ROOM = 4096, 256 << 20  # bytes
 NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 FILL = "import sys; from soak import disks; disks.fill(float(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])"
 
@@ -57,16 +57,18 @@ class Tmpfs:
 
     def __init__(self, forks: Forks, folder: Path):
         self.forks, self.folder, self.place = forks, folder, folder / "place"
+        self.ballast = self.place / "ballast"
 
     def most(self) -> int:
         """Return a size at which all fits that has just been made: with temporary files beside it."""
-        return int(2.5 * self._used()) + 16 * LEAST
+        return int(2.5 * self._used()) + BLOCK
 
     def run(self, case: Case, size: int, until: float | None) -> Ended:
         """Run the verb on a disk on which `size` bytes are free, for `until` seconds where given."""
         self._mount(ROOM)
         if case.copied:
             shutil.copytree(self.folder / "study" / case.copied, self.place / case.copied)
+        self.ballast.write_bytes(bytes(BLOCK))  # a disk of no size would have no limit
         self._mount(size + self._used(), "remount")
         timer = threading.Timer(until or 0, self.free)
         if until is not None:
@@ -77,6 +79,7 @@ class Tmpfs:
 
     def free(self) -> None:
         """Make room."""
+        self.ballast.unlink(missing_ok=True)
         self._mount(ROOM, "remount")
 
     def end(self) -> None:
@@ -87,9 +90,9 @@ class Tmpfs:
         subprocess.run(["mount", "-t", "tmpfs", "-o", given, "tmpfs", self.place], check=True)
 
     def _used(self) -> int:
-        """Return the bytes of all files, in blocks, and a block for each name."""
-        sizes = [path.stat().st_size if path.is_file() else 0 for path in self.place.rglob("*")]
-        return sum(-(-size // LEAST) * LEAST for size in sizes)
+        """Return the bytes on the disk, in whole blocks, and a block for each folder."""
+        sizes = [path.stat().st_blocks * 512 if path.is_file() else BLOCK for path in self.place.rglob("*")]
+        return sum(-(-size // BLOCK) * BLOCK for size in sizes)
 
 
 class Limit:
@@ -102,11 +105,13 @@ class Limit:
 
     def most(self) -> int:
         """Return a size at which all fits that has just been made."""
-        return int(1.3 * max(path.stat().st_size for path in self.place.rglob("*") if path.is_file())) + LEAST
+        return int(1.3 * max(path.stat().st_size for path in self.place.rglob("*") if path.is_file())) + BLOCK
 
     def run(self, case: Case, size: int, until: float | None) -> Ended:
         """Run the verb, of which no file gets larger than `size` bytes, for `until` seconds where given."""
-        return self.forks.run(case.command.split(), fresh(case, self.folder), limit=(size, until))
+        return self.forks.run(
+            case.command.split(), fresh(case, self.folder), limit=(max(size, BLOCK), until)
+        )  # else it could not even say so
 
     def free(self) -> None:
         """The limit has ended with the process."""
@@ -124,7 +129,7 @@ def count(case: Case, times: int, draw: random.Random, disk: Tmpfs | Limit) -> T
     tally = Tally(f"a full disk under {case.verb}; {then}", "")
     for number in range(times):
         step = (number + 0.5) * SIZES / times // 1
-        size = max(LEAST, int(most * ((step + draw.random()) / SIZES) ** 2))
+        size = int(most * ((step + draw.random() * (step > 0)) / SIZES) ** 2) // BLOCK * BLOCK
         sizes.append(size)
         ended = disk.run(case, size, draw.uniform(0.3, 1.0) * seconds if waits else None)
         end, seen = judge(case, ended, whole, disk)

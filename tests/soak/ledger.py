@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from soak.tally import SAME, Tally, main
+from soak.tally import SAME, SENTENCE, Tally, main
 
 from fastbd.study.grid import Study
 from fastbd.study.ledger import Ledger
@@ -29,38 +30,50 @@ STUDY = Study(
 
 
 def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
-    """Studies of 33 runs one after the other, for ten minutes; an end is counted for each run."""
-    kills = Tally("4 processes on one ledger, one killed every half second", "SIGKILL or SIGTERM, at random")
-    faults = Tally("the same, and a claim damaged with each kill", "cut, overwritten, removed or dated ahead")
+    """Studies of 33 runs one after the other, for ten minutes; an end is counted for each run and each damaged file."""
+    kinds = (
+        (
+            lambda *_: None,
+            Tally("4 processes on one ledger, one killed every half second", "SIGKILL or SIGTERM, at random"),
+        ),
+        (spoil, Tally("the same, and a claim damaged with each kill", "cut, overwritten, removed or dated ahead")),
+        (cut_study, Tally("the same, and study.json damaged with each kill, then put back", "cut")),
+        (spoil_failure, Tally("the same, and a damaged failed/ID.json with each kill, then --retry", "random bytes")),
+    )
     draw, until, number = random.Random(seed), time.monotonic() + SECONDS * share, 0
     while number < 2 or time.monotonic() < until:
-        place, tally = folder / str(number), (kills, faults)[number % 2]
-        work_through(place, draw, spoil if tally is faults else lambda place, draw: None)
+        place, (fault, tally) = folder / str(number), kinds[number % len(kinds)]
+        work_through(place, draw, partial(fault, place, draw, tally))
         for run in Ledger(place).runs:
             count(tally, run, place, seed)
         number += 1
-    yield from (kills, faults)
+    yield from (tally for _, tally in kinds if tally.ends)
 
 
-def work_through(place: Path, draw: random.Random, fault: Callable[[Path, random.Random], None]) -> None:
+def work_through(place: Path, draw: random.Random, fault: Callable[[], None]) -> None:
     """A study until nothing is left of it; what processes say that end with an error is in FOLDER/said."""
     ledger, workers, until = Ledger(place, STUDY, lease=LEASE), [], time.monotonic() + 300
     (place / "journals").mkdir()
     said = open(place / "said", "a")  # noqa: SIM115
     while ledger.left() and time.monotonic() < until:
         while len(workers) < PROCESSES:
-            workers.append(subprocess.Popen([sys.executable, WORKER, place, str(LEASE)], stderr=said))
+            workers.append(subprocess.Popen(worker(place), stderr=said))
         time.sleep(draw.uniform(0.1, 1.0))
         victim = workers.pop(draw.randrange(PROCESSES))
         victim.send_signal(draw.choice((signal.SIGKILL, signal.SIGTERM)))
         victim.wait()
-        fault(place, draw)
-    for worker in workers:
-        worker.wait()
+        fault()
+    for each in workers:
+        each.wait()
     said.close()
 
 
-def spoil(place: Path, draw: random.Random) -> None:
+def worker(place: Path) -> list[str]:
+    """Return the command of a process that does what is left."""
+    return [sys.executable, str(WORKER), str(place), str(LEASE)]
+
+
+def spoil(place: Path, draw: random.Random, tally: Tally) -> None:
     """Damage a claim."""
     path = draw.choice(sorted((place / "claims").glob("*/claim.json")) or [place / "none"])
     with suppress(FileNotFoundError):
@@ -73,6 +86,33 @@ def spoil(place: Path, draw: random.Random) -> None:
                 path.unlink()
             case 3:
                 os.utime(path, (time.time() + 1e6,) * 2)
+
+
+def cut_study(place: Path, draw: random.Random, tally: Tally) -> None:
+    """Cut study.json off while one more process starts, and count what that says."""
+    path = place / "study.1" / "study.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: draw.randrange(len(whole))])
+    done = subprocess.run(worker(place), capture_output=True, text=True)
+    path.write_bytes(whole)
+    said = done.stderr
+    named = done.returncode == 2 and said.startswith(f"error: {path} is damaged") and said.count("\n") == 1
+    tally.count(SENTENCE if named else "no sentence", f"exit code {done.returncode}: {said}")
+
+
+def spoil_failure(place: Path, draw: random.Random, tally: Tally) -> None:
+    """Let a run have failed for a reason that cannot be read, count what is told of it, and try it again."""
+    ledger = Ledger(place, lease=LEASE)
+    left = [run for run in ledger.runs if not run.finished]
+    if not left:
+        return
+    path = place / "failed" / f"{draw.choice(left).id}.json"
+    path.write_bytes(draw.randbytes(draw.randrange(200)))
+    said = {f"{row.run.id}.json": row.status for row in ledger.table()}[path.name]
+    ledger.retry()
+    if said.state != "finished":
+        named = said.reason == f"{path} cannot be read: try the run again with --retry"
+        tally.count(SENTENCE if named else "no sentence", str(said))
 
 
 def count(tally: Tally, run, place: Path, seed: int) -> None:

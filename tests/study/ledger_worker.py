@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from fastbd.errors import UserError
 from fastbd.study.ledger import Claim, Ledger
 
 STEPS = 10
@@ -41,4 +42,8 @@ def main(folder: Path, lease: float = 600.0) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(float, sys.argv[2:]))
+    try:
+        main(Path(sys.argv[1]), *map(float, sys.argv[2:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -451,8 +451,12 @@ def test_a_product_that_cannot_be_read_is_not_finished(tmp_path, text):
     assert taken == kinds and not again.left()
 
 
-def whole(folder: Path) -> dict:
-    return json.loads((folder / "study.1" / "study.json").read_text())
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    """A folder in which the first run of SMALL has finished."""
+    folder = tmp_path_factory.mktemp("begun")
+    finish(Ledger(folder, SMALL).take())
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -466,26 +470,30 @@ def whole(folder: Path) -> dict:
         lambda found: found["study"].update(searched=[{"lr": 1}]), lambda found: found["study"].update(more=1),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("given", [None, SMALL])
-def test_a_damaged_study_is_named_with_what_to_do(tmp_path, change, given):
-    first = Ledger(tmp_path, SMALL)
-    finish(first.take())
-    path = tmp_path / "study.1" / "study.json"
+def test_a_damaged_study_is_named_with_what_to_do(begun, change):
+    path = begun / "study.1" / "study.json"
+    whole = path.read_bytes()
     if isinstance(change, bytes):
         path.write_bytes(change)
     else:
-        found = whole(tmp_path)
+        found = json.loads(whole)
         change(found)
         path.write_text(json.dumps(found))
-    with pytest.raises(UserError) as raised:
-        Ledger(tmp_path, given)
-    said = str(raised.value)
-    assert said.startswith(f"{path} ") and f"remove {path.parent} and name the study again with --study" in said
-    shutil.rmtree(path.parent)
+    for given in (None, SMALL):
+        with pytest.raises(UserError) as raised:
+            Ledger(begun, given)
+        said = str(raised.value)
+        assert said.startswith(f"{path} ") and f"remove {path.parent} and name the study again with --study" in said
+    path.write_bytes(whole)
+
+
+def test_a_study_that_was_removed_is_named_again_and_resumed(begun):
+    runs = Ledger(begun).runs
+    shutil.rmtree(begun / "study.1")
     with pytest.raises(UserError, match="holds no study: name one with --study"):
-        Ledger(tmp_path)
-    assert Ledger(tmp_path, SMALL).runs == first.runs  # and it goes on where it was
-    assert list(states(Ledger(tmp_path)).values())[:2] == ["finished", "waiting"]
+        Ledger(begun)
+    assert Ledger(begun, SMALL).runs == runs
+    assert list(states(Ledger(begun)).values())[:2] == ["finished", "waiting"]
 
 
 def test_the_first_of_two_versions_may_be_made_again(tmp_path):
