@@ -90,8 +90,8 @@ class Tmpfs:
         subprocess.run(["mount", "-t", "tmpfs", "-o", given, "tmpfs", self.place], check=True)
 
     def _used(self) -> int:
-        """Return the bytes on the disk, in whole blocks, and a block for each folder."""
-        sizes = [path.stat().st_blocks * 512 if path.is_file() else BLOCK for path in self.place.rglob("*")]
+        """Return the bytes on the disk, in whole blocks."""
+        sizes = [path.stat().st_blocks * 512 for path in self.place.rglob("*") if path.is_file()]
         return sum(-(-size // BLOCK) * BLOCK for size in sizes)
 
 
@@ -109,9 +109,8 @@ class Limit:
 
     def run(self, case: Case, size: int, until: float | None) -> Ended:
         """Run the verb, of which no file gets larger than `size` bytes, for `until` seconds where given."""
-        return self.forks.run(
-            case.command.split(), fresh(case, self.folder), limit=(max(size, BLOCK), until)
-        )  # else it could not even say so
+        limit = max(size, BLOCK), until  # with less there would be no room for the sentence
+        return self.forks.run(case.command.split(), fresh(case, self.folder), limit=limit)
 
     def free(self) -> None:
         """The limit has ended with the process."""
