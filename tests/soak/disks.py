@@ -59,9 +59,10 @@ class Tmpfs:
         self.forks, self.folder, self.place = forks, folder, folder / "place"
         self.ballast = self.place / "ballast"
 
-    def most(self) -> int:
+    def most(self, case: Case) -> int:
         """Return a size at which all fits that has just been made: with temporary files beside it."""
-        return int(2.5 * self._used()) + BLOCK
+        before = used(self.folder / "study" / case.copied) if case.copied else 0
+        return int(2.5 * (used(self.place) - before)) + BLOCK
 
     def run(self, case: Case, size: int, until: float | None) -> Ended:
         """Run the verb on a disk on which `size` bytes are free, for `until` seconds where given."""
@@ -69,7 +70,7 @@ class Tmpfs:
         if case.copied:
             shutil.copytree(self.folder / "study" / case.copied, self.place / case.copied)
         self.ballast.write_bytes(bytes(BLOCK))  # a disk of no size would have no limit
-        self._mount(size + self._used(), "remount")
+        self._mount(size + used(self.place), "remount")
         timer = threading.Timer(until or 0, self.free)
         if until is not None:
             timer.start()
@@ -89,10 +90,11 @@ class Tmpfs:
         given = ",".join([*options, f"size={size}"])
         subprocess.run(["mount", "-t", "tmpfs", "-o", given, "tmpfs", self.place], check=True)
 
-    def _used(self) -> int:
-        """Return the bytes on the disk, in whole blocks."""
-        sizes = [path.stat().st_blocks * 512 for path in self.place.rglob("*") if path.is_file()]
-        return sum(-(-size // BLOCK) * BLOCK for size in sizes)
+
+def used(folder: Path) -> int:
+    """Return the bytes that the folder's files take on the disk, in whole blocks."""
+    sizes = [path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file()]
+    return sum(-(-size // BLOCK) * BLOCK for size in sizes)
 
 
 class Limit:
@@ -103,7 +105,7 @@ class Limit:
     def __init__(self, forks: Forks, folder: Path):
         self.forks, self.folder, self.place = forks, folder, folder / "place"
 
-    def most(self) -> int:
+    def most(self, case: Case) -> int:
         """Return a size at which all fits that has just been made."""
         return int(1.3 * max(path.stat().st_size for path in self.place.rglob("*") if path.is_file())) + BLOCK
 
@@ -122,7 +124,7 @@ class Limit:
 def count(case: Case, times: int, draw: random.Random, disk: Tmpfs | Limit) -> Tally:
     """Return how the verb ended on disks of so many sizes, and after it was repeated or resumed."""
     whole, seconds = undisturbed(case, disk.forks, disk.folder, runs=1)
-    most, sizes, waits = disk.most(), [], case.verb == "sweep"
+    most, sizes, waits = disk.most(case), [], case.verb == "sweep"
     then = "a sweep waits for room" if waits else "when there is room the same command again"
     then = f"when there is room {case.resume[1]}" if case.resume and not waits else then
     tally = Tally(f"a full disk under {case.verb}; {then}", "")

@@ -95,9 +95,14 @@ def cut_study(place: Path, draw: random.Random, tally: Tally) -> None:
     path.write_bytes(whole[: draw.randrange(len(whole))])
     done = subprocess.run(worker(place), capture_output=True, text=True)
     path.write_bytes(whole)
-    said = done.stderr
-    named = done.returncode == 2 and said.startswith(f"error: {path} is damaged") and said.count("\n") == 1
-    tally.count(SENTENCE if named else "no sentence", f"exit code {done.returncode}: {said}")
+    lines = done.stderr.splitlines()
+    named = done.returncode == 2 and len(lines) == 1 and is_named(lines[0], place)
+    tally.count(SENTENCE if named else "no sentence", f"exit code {done.returncode}: {done.stderr}")
+
+
+def is_named(line: str, place: Path) -> bool:
+    """Whether a process said that study.json is damaged, as also one of the others may that starts meanwhile."""
+    return line.startswith(f"error: {place / 'study.1' / 'study.json'} is damaged")
 
 
 def spoil_failure(place: Path, draw: random.Random, tally: Tally) -> None:
@@ -117,10 +122,11 @@ def spoil_failure(place: Path, draw: random.Random, tally: Tally) -> None:
 
 def count(tally: Tally, run, place: Path, seed: int) -> None:
     """How one run has ended: its ten steps once each, in order, and nobody had anything to say."""
-    said, journal = (place / "said").read_text(), place / "journals" / run.id
+    journal = place / "journals" / run.id
+    said = [line for line in (place / "said").read_text().splitlines() if not is_named(line, place)]
     steps = [line.split()[0] for line in journal.read_text().splitlines()] if journal.exists() else []
     if said:
-        tally.count("an error", f"{place.name} of seed {seed}: {said[-2000:]}")
+        tally.count("an error", f"{place.name} of seed {seed}: {said[-10:]}")
     elif not run.finished or steps != [str(step) for step in range(STEPS)]:
         tally.count("lost or done twice", f"{run.name} of {place.name}, seed {seed}: steps {steps}")
     else:
