@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastbd import config
-from fastbd.errors import UserError
+from fastbd.errors import UserError, machine_fault
 from fastbd.signals import Stopped
 from fastbd.study.runs import read_config, run_of
 
@@ -83,18 +83,30 @@ def _main(argv: list[str] | None) -> int:
         return importlib.import_module(f"fastbd.commands.{verb}").run(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            said = f"the disk is full: {error.filename or 'a file'} could not be written; free some space."
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-            said = f"{error.filename} cannot be read or written ({error.strerror}): see to its permissions."
-        else:
+    except Exception as error:
+        if (said := _told_by_the_machine(error)) is None:
             raise
         print(f"error: {said}", file=sys.stderr)
     except (KeyboardInterrupt, Stopped) as stopped:
         print("stopped.", file=sys.stderr)
         return getattr(stopped, "exit_code", 130)
     return 2
+
+
+def _told_by_the_machine(error: Exception) -> str | None:
+    """Return a sentence about an error of a disk, of memory or of permissions; None for any other."""
+    fault = machine_fault(error)
+    if fault and not isinstance(fault, OSError):
+        return f"memory is short ({(str(fault) or 'MemoryError').splitlines()[0]}): free some, or do less at once."
+    about = fault or error
+    if not isinstance(about, OSError):
+        return None
+    file = about.filename or "a file"
+    if about.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full: {file} could not be written; free some space."
+    if about.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and about.filename:
+        return f"{file} cannot be read or written ({about.strerror}): see to its permissions."
+    return f"{file} cannot be read or written ({about.strerror}): see to its disk." if fault else None
 
 
 def overview() -> str:

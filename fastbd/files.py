@@ -52,8 +52,10 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         discard(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # as that of a write to a disk that is full
+            error.filename = str(path)
         raise
 
 
@@ -121,9 +123,9 @@ def lock(folder: Path, wait: bool = False) -> TextIO | None:
         return None
     except OSError:
         return file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with suppress(OSError):  # a disk that is full takes the lock, and no name of its holder
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return file
 
 

@@ -39,8 +39,10 @@ def append(path: Path, row: dict) -> None:
             rest = missing + line
             while rest:
                 rest = rest[file.write(rest) :]
-        except BaseException:
+        except BaseException as error:
             file.truncate(before)
+            if isinstance(error, OSError):
+                error.filename = str(path)
             raise
 
 

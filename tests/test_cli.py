@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -331,3 +332,27 @@ def test_a_folder_where_a_file_is_meant_names_one_that_is_in_it(run_folder):
         cli.parse("poison", ["--data", "run"])
     Path("demo").mkdir()
     assert cli.parse("pretrain", ["--data", "demo"]).data == "demo"  # the name of the set that is built in
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a.json"), "the disk is full: a.json could not be written"),
+        (OSError(errno.EIO, "Input/output error", "a.pt"), "a.pt cannot be read or written (Input/output error)"),
+        (PermissionError(errno.EACCES, "Permission denied", "a.pt"), "a.pt cannot be read or written (Permission"),
+        (MemoryError("Unable to allocate 9 GiB"), "memory is short (Unable to allocate 9 GiB): free some"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_sentence(error, said, monkeypatch, capsys):
+    def run(config):
+        raise error
+
+    monkeypatch.setattr("fastbd.commands.report.run", run)
+    assert cli.main(["report", "--runs", "run"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("fastbd.commands.report.run", lambda config: [][1])
+    with pytest.raises(IndexError):
+        cli.main(["report", "--runs", "run"])
