@@ -54,9 +54,14 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     except BaseException as error:
         discard(temporary)
-        if isinstance(error, OSError) and error.filename is None:  # as that of a write to a disk that is full
-            error.filename = str(path)
+        name_in(error, path)
         raise
+
+
+def name_in(error: BaseException, path: Path) -> None:
+    """Give the error the path of what was written, where it has none, as that of a write to a full disk."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
 
 
 def sync(path: Path) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastbd.errors import UserError
-from fastbd.files import json_object, read_jsonl, replacing, sync
+from fastbd.files import json_object, name_in, read_jsonl, replacing, sync
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -41,8 +41,7 @@ def append(path: Path, row: dict) -> None:
                 rest = rest[file.write(rest) :]
         except BaseException as error:
             file.truncate(before)
-            if isinstance(error, OSError):
-                error.filename = str(path)
+            name_in(error, path)
             raise
 
 
@@ -71,6 +70,9 @@ def new_folder(path: Path):
             sync(made)
         temporary.rename(path)
         sync(path.parent)
+    except OSError as error:
+        name_in(error, path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

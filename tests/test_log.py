@@ -85,3 +85,9 @@ def test_rewinding_refuses_a_damaged_line_before_the_last(tmp_path, line):
     with pytest.raises(UserError, match=f"line 2 of {path} "):
         log.rewind(path, 2)
     assert path.read_bytes() == before
+
+
+def test_an_error_that_names_no_file_is_given_the_folders_name(tmp_path):
+    with pytest.raises(OSError) as raised, log.new_folder(tmp_path / "run"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "run") and not list(tmp_path.iterdir())
