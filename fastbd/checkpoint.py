@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastbd import archive
-from fastbd.errors import UserError
+from fastbd.errors import UserError, machine_fault
 from fastbd.files import replacing
 
 
@@ -109,9 +109,11 @@ def _read(path: Path) -> dict:
         raise
     except archive.DamagedArchive as error:
         raise _Unfit(f"is damaged ({error})") from None
-    except OSError as error:
-        raise _Unfit(f"cannot be read ({error.strerror or error})") from None
     except Exception as error:  # what is whole, and holds something else, can fail anywhere in the reader
+        fault = error if isinstance(error, OSError) else machine_fault(error)
+        if fault:  # which says nothing about the file: one before it must not take its place
+            why = getattr(fault, "strerror", None) or "memory is short"
+            raise UserError(f"{path} cannot be read ({why}): see to that, and run this again.") from error
         raise _Unfit(f"is not a checkpoint of fastbd ({type(error).__name__})") from error
     if not isinstance(state, dict) or "fastbd" not in state:
         raise _Unfit("is not a checkpoint of fastbd (give other weights to pretrain --weights)")

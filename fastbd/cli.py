@@ -210,7 +210,13 @@ def _resumed(kind: type, first: First, others: list[str]):
         raise UserError(
             f"{folder} was made by {recorded['verb']}: python -m fastbd {recorded['verb']} --resume {folder}"
         )
-    return dataclasses.replace(config.from_dict(kind, recorded["config"]), resume=folder)
+    try:
+        settings = config.from_dict(kind, recorded["config"])
+        _check_numbers(settings)
+    except (TypeError, UserError) as error:
+        said = str(error).removesuffix(".")
+        raise UserError(f"{folder / 'config.json'} is damaged ({said}): put it back, or start the run again.") from None
+    return dataclasses.replace(settings, resume=folder)
 
 
 def _restarted(settings):

@@ -781,10 +781,43 @@ def portable(value):
 
 
 def from_dict(kind: type, values: dict):
-    """The inverse of to_dict; keys that `kind` no longer has are dropped."""
+    """The inverse of to_dict; keys that `kind` no longer has are dropped. TypeError for a value of another type."""
     hints = typing.get_type_hints(kind)
     fields = {k: v for k, v in values.items() if k in hints}
+    for name, value in fields.items():
+        try:
+            typed(hints[name], value)
+        except TypeError as error:
+            raise TypeError(f"{name} is {value!r:.80}, and must be {error}") from None
     return kind(**{k: _read(v, hints[k]) for k, v in fields.items()})
+
+
+def typed(hint: Any, value: Any) -> Any:
+    """The value as the type that a flag has; TypeError says what it must be."""
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise TypeError(f"one of {', '.join(map(str, typing.get_args(hint)))}")
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        wanted = []
+        for part in typing.get_args(hint):
+            try:
+                return typed(part, value)
+            except TypeError as error:
+                wanted.append(str(error))
+        raise TypeError(" or ".join(wanted))
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, tuple | list):
+            return tuple(typed(typing.get_args(hint)[0], item) for item in value)
+        raise TypeError("a list")
+    if type(value) is hint or (hint is Path and isinstance(value, Path)):
+        return value
+    if (hint is float and type(value) is int) or (hint is Path and isinstance(value, str)):
+        return hint(value)
+    if hint is str and isinstance(value, Path):
+        return str(value)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+    raise TypeError(words.get(hint, "nothing"))
 
 
 def _read(value, hint):

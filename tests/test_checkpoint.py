@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -205,3 +206,19 @@ def test_what_a_checkpoint_says_is_not_run(tmp_path):
 @pytest.mark.parametrize(("which", "name"), [("last", "ckpt_last.pt"), ("3", "ckpt_epoch_003.pt")])
 def test_names(tmp_path, which, name):
     assert checkpoint.path_of(tmp_path, which) == tmp_path / name
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError(), PermissionError(13, "no")])
+def test_a_disk_or_a_memory_that_fails_is_no_damage(tmp_path, monkeypatch, error):
+    """Else a run would be resumed from an older checkpoint, which takes the place of the newer one."""
+    for name in ("ckpt_last.pt", "ckpt_epoch_001.pt"):
+        checkpoint.save(tmp_path / name, STATE)
+
+    def fail(file):
+        raise error
+
+    monkeypatch.setattr(checkpoint.archive, "verify", fail)
+    for read in (lambda: checkpoint.load(tmp_path / "ckpt_last.pt"), lambda: checkpoint.load_newest(tmp_path)):
+        with pytest.raises(UserError, match=r"ckpt_last\.pt cannot be read .*run this again") as refused:
+            read()
+        assert refused.value.__cause__ is error

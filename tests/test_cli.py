@@ -356,3 +356,20 @@ def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("fastbd.commands.report.run", lambda config: [][1])
     with pytest.raises(IndexError):
         cli.main(["report", "--runs", "run"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"config": None}, "has no 'config'"),
+        ({"verb": None}, "has no 'verb'"),
+        ({"config": {"workers": "many"}}, "workers is 'many', and must be a whole number"),
+        ({"config": {"workers": -3}}, "--workers -3 is out of range"),
+        ({"config": {"decode": "bogus"}}, "decode is 'bogus', and must be one of"),
+        ({"config": {"plan": ["a"]}}, "plan is .*, and must be a path"),
+    ],
+)
+def test_settings_that_cannot_be_are_found_before_a_run_is_resumed(tmp_path, changed, said):
+    (tmp_path / "config.json").write_text(json.dumps({"verb": "pretrain", "config": {}, **changed}))
+    with pytest.raises(UserError, match=f"config.json .*{said}"):
+        cli.parse("pretrain", ["--resume", str(tmp_path)])

@@ -47,7 +47,7 @@ def task(config: CleanConfig, world: World) -> Task:
         raise UserError("--flagged and --flagged-by are of --method unlearn: give it, or leave them out.")
     beton = open_beton(data)
     if plan and not config.data:
-        plan.check(beton.fingerprint, data)  # else its rows would mean others now
+        plan.check(beton.fingerprint, len(beton), data)  # else its rows would mean others now
     allowed = allowed_rows(config, beton)
     flagged = flagged_rows(config, beton, allowed, plan)
     others, count = np.setdiff1d(allowed, flagged), config.rows - len(flagged)

@@ -56,7 +56,7 @@ def _earlier(config: PoisonConfig, beton: Beton | Shards) -> Plan | None:
     if config.add_to is None:
         return None
     plan = Plan.load(config.add_to)
-    plan.check(beton.fingerprint, config.data)
+    plan.check(beton.fingerprint, len(beton), config.data)
     if config.seed not in (None, plan.seed):
         raise UserError(f"{config.add_to} was made with seed {plan.seed}, and all of a plan has one; leave --seed out.")
     return plan

@@ -84,7 +84,7 @@ class Pairs:
         # planned[i] is the place of row i in the plan, or -1
         self.planned = np.full(len(beton), -1)
         if plan is not None:
-            plan.check(beton.fingerprint, str(beton.path))
+            plan.check(beton.fingerprint, len(beton), beton.path)
             self.planned[list(plan.rows)] = np.arange(len(plan.rows))
             self._captions = tokenize(plan.captions)
             self._captions_aug = [self._plan_eda(view) for view in range(beton.num_text_views)]

@@ -159,9 +159,9 @@ class Plan:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"this poison plan is damaged ({error!r}); make it again.") from None
 
-    def check(self, fingerprint: str, path: Path | str) -> None:
-        """UserError unless the plan was made for the data with this fingerprint; `path` names it in the message."""
-        if fingerprint != self.data:
+    def check(self, fingerprint: str, total: int, path: Path | str) -> None:
+        """UserError unless the plan is of the data of `total` pairs with this fingerprint; `path` names the data."""
+        if (fingerprint, total) != (self.data, self.total):
             raise UserError(f"the poison plan was made for other data than {path}; make one for it with: "
                             f"python -m fastbd poison --data {path}.")  # fmt: skip
 

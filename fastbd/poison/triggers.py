@@ -58,6 +58,8 @@ class TriggerSpec:
             raise UserError(f"the trigger {self.name!r} does not exist; choose one of {', '.join(TRIGGERS)}.")
         if self.location not in LOCATIONS:
             raise UserError(f"the location {self.location!r} does not exist; choose one of {', '.join(LOCATIONS)}.")
+        if type(self.patch_size) is not int:
+            raise TypeError("a patch size that is no whole number")
         if self.patch_size < 1:
             raise UserError(f"a patch of {self.patch_size} px cannot be drawn; give a patch size of at least 1.")
         if self.blend is not None and not 0 <= self.blend <= 1:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import shlex
-import types
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fastbd.config import PRESETS, CleanConfig, PoisonConfig, PretrainConfig, outside
+from fastbd.config import PRESETS, CleanConfig, PoisonConfig, PretrainConfig, outside, typed
 from fastbd.errors import UserError
 from fastbd.files import read_json
 from fastbd.study.runs import read_config
@@ -130,6 +129,9 @@ def study_of(values: Mapping[str, Any]) -> Study:
     for name in ("seeds", "attacks", "pretrain", "pretrained", "clean", "searched"):
         if not isinstance(values.get(name, []), list):
             raise UserError(f"'{name}' of the study must be a list.")
+    for name in ("name", "about", "preset"):
+        if not isinstance(values.get(name, ""), str):
+            raise UserError(f"'{name}' of the study must be a text.")
     tuples = {name: _tuples(value) for name, value in values.items()}
     return Study(**{**tuples, "pretrained": tuple(map(Path, values.get("pretrained", ())))})
 
@@ -343,40 +345,12 @@ def _checked(kind: str, flag: str, value: Any, where: str) -> Any:
     if flag in GIVEN_BY_STUDY[kind]:
         raise UserError(f"{where} gives '{flag}', which the study itself sets; leave it out.")
     try:
-        value = _as(hints[flag], value)
+        value = typed(hints[flag], value)
     except TypeError as error:
         raise UserError(f"{where} has {flag} = {value!r}; it must be {error}.") from None
     if numbers := outside(flag, value):
         raise UserError(f"{where} has {flag} = {value!r}; give {numbers}.")
     return value
-
-
-def _as(hint: Any, value: Any) -> Any:
-    """The value as the type that a flag has; TypeError says what it must be."""
-    if typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint):
-            return value
-        raise TypeError(f"one of {', '.join(map(str, typing.get_args(hint)))}")
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        wanted = []
-        for part in typing.get_args(hint):
-            try:
-                return _as(part, value)
-            except TypeError as error:
-                wanted.append(str(error))
-        raise TypeError(" or ".join(wanted))
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, tuple | list):
-            return tuple(_as(typing.get_args(hint)[0], item) for item in value)
-        raise TypeError("a list")
-    if type(value) is hint or (hint is Path and isinstance(value, Path)):
-        return value
-    if (hint is float and type(value) is int) or (hint is Path and isinstance(value, str)):
-        return hint(value)
-    if hint is str and isinstance(value, Path):
-        return str(value)
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
-    raise TypeError(words.get(hint, "nothing"))
 
 
 def nearest(word: str, words: Collection[str]) -> str:

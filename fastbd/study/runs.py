@@ -100,7 +100,7 @@ def read(path: Path) -> Run:
             rows=rows,
             recorded=recorded,
             result=_json_if_there(path / "result.json"),
-            attack=_in_words(_json_if_there(path / "plan.json")),
+            attack=_attack_of(path),
         )
     except KeyError as error:
         raise UserError(f"{path / 'config.json'} has no {error}, so it is not a run's; name another folder.") from None
@@ -129,8 +129,15 @@ def run_of(path: Path, flag: str) -> tuple[Path, str | None]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of the run folder `path`: how it was made, and under "config" with what flags."""
-    return _json(path / "config.json")
+    """config.json of the run folder `path`: how it was made, and under "config" with what flags.
+
+    UserError where it does not say so.
+    """
+    found = _json(path / "config.json")
+    for name, kind in (("verb", str), ("config", dict)):
+        if not isinstance(found.get(name), kind):
+            raise UserError(f"{path / 'config.json'} has no '{name}', so it is not a run's; name another folder.")
+    return found
 
 
 def read_metrics(path: Path) -> tuple[Evaluation, ...]:
@@ -187,6 +194,13 @@ def method_name(run: Run) -> str:
 def slug(run: Run) -> str:
     """The cleaning method in one word; fine-tuning with its loss."""
     return f"{run.method}_{run.objective}" if run.method == "finetune" else run.method or ""
+
+
+def _attack_of(path: Path) -> str:
+    try:
+        return _in_words(_json_if_there(path / "plan.json"))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path / 'plan.json'} is damaged (it is not a plan): leave this run out.") from None
 
 
 def _in_words(plan: dict[str, Any]) -> str:

@@ -205,6 +205,8 @@ def _read_toml(path: Path) -> Study:
         return study_of({"name": path.stem, "about": "", **tomllib.loads(path.read_text(encoding="utf-8"))})
     except ValueError as error:  # the message tells line and column
         raise UserError(f"this is not TOML: {error}.") from None
+    except RecursionError:
+        raise UserError("it is nested too deeply: take the inner levels out.") from None
 
 
 def _read_python(path: Path) -> Study:

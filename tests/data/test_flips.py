@@ -58,9 +58,9 @@ def test_the_fingerprint_covers_the_content(tmp_path, what):
     plan = make_plan(first, 1, target="cat", trigger=TriggerSpec("badnet", patch_size=1), geometry="crop", seed=0,
                      templates=("a {}",), count=1)  # fmt: skip
     write_rows(tmp_path / "kept.rows", np.arange(1), first, "all")
-    plan.check(same, "b.beton")
+    plan.check(same, 1, "b.beton")
     assert read_rows(tmp_path / "kept.rows", same, 1).tolist() == [0]
     with pytest.raises(UserError, match="made for other data than c.beton"):
-        plan.check(changed, "c.beton")
+        plan.check(changed, 1, "c.beton")
     with pytest.raises(UserError, match="kept.rows was made for other data"):
         read_rows(tmp_path / "kept.rows", changed, 1)

@@ -162,9 +162,10 @@ def test_a_plan_that_was_changed_is_refused_unless_its_checksum_is_taken_out(tmp
 
 
 def test_plan_is_bound_to_its_data() -> None:
-    plan().check("abc", "x.beton")
-    with pytest.raises(UserError, match="made for other data than x.beton"):
-        plan().check("abd", "x.beton")
+    plan().check("abc", 4000, "x.beton")
+    for other in (("abd", 4000), ("abc", 10**15)):
+        with pytest.raises(UserError, match="made for other data than x.beton"):
+            plan().check(*other, "x.beton")
 
 
 def test_rows_and_captions_must_match() -> None:

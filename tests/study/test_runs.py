@@ -51,7 +51,7 @@ def test_no_run_is_the_users_mistake(tmp_path):
         read(tmp_path)
     with pytest.raises(UserError, match="contains none"):
         find([tmp_path])
-    (tmp_path / "config.json").write_text('{"verb": "pretrain"}')
+    (tmp_path / "config.json").write_text('{"verb": "pretrain", "config": {}}')
     with pytest.raises(UserError, match="method"):
         read(tmp_path)
     (tmp_path / "config.json").write_text('{"verb": ')
@@ -144,3 +144,12 @@ def test_a_path_through_a_file_is_not_a_run(run_files):
     for name in ("RN50.pt/run", "/dev/null"):
         with pytest.raises(UserError, match="it has no config.json; name the folder of a run"):
             read_config(Path(name))
+
+
+def test_a_plan_that_is_not_one_is_named(tmp_path):
+    about = {"verb": "pretrain", "config": {}, "method": None, "objective": "mmcl", "pretrain_objective": "mmcl"}
+    (tmp_path / "config.json").write_text(json.dumps({**about, "start": None}))
+    for plan in ('{"attacks": 3}', '{"attacks": [1]}', '{"attacks": [{"trigger": [], "pairs": 1}]}'):
+        (tmp_path / "plan.json").write_text(plan)
+        with pytest.raises(UserError, match=r"plan\.json is damaged"):
+            read(tmp_path)

@@ -70,6 +70,8 @@ def test_a_file_gives_a_study(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
+        ("a.toml", "x = " + 9000 * "[", "a.toml: it is nested too deeply"),
+        ("a.toml", "preset = 1", "a.toml: 'preset' of the study must be a text"),
         ("a.toml", "seeds = 1 2", "a.toml: this is not TOML: .*line 1"),
         (
             "a.toml",
