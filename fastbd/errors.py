@@ -44,3 +44,9 @@ def machine_fault(error: BaseException) -> BaseException | None:
         seen.add(id(one))
         left += [other for other in (one.__context__, one.__cause__) if other and id(other) not in seen]
     return None
+
+
+def lacks_memory(fault: BaseException) -> bool:
+    """Whether the machine's fault is want of memory, which the work itself may cause: then it comes at every try."""
+    short = isinstance(fault, MemoryError) or getattr(fault, "errno", None) == errno.ENOMEM
+    return short or "allocate memory" in str(fault).lower()

@@ -19,7 +19,7 @@ import torch
 
 from fastbd import __version__, checkpoint, dist, divergence, files, log
 from fastbd.cleaning.method import Method
-from fastbd.config import PretrainConfig, to_dict
+from fastbd.config import PretrainConfig, portable, to_dict
 from fastbd.data import eda, resident, sampler, sheet
 from fastbd.data.beton import Beton
 from fastbd.data.decode import HOSTS, ON_GPU, Decoder, has_dali, open_decoder
@@ -544,7 +544,7 @@ class Run:
         if self.world.main:
             self.guard()
             rows = self._rows_of(broken.step)
-            divergence.record(self.folder, broken, epoch=epoch, lr=rates[-1], data=self.task.data, rows=rows)
+            divergence.record(self.folder, broken, epoch=epoch, lr=rates[-1], data=portable(self.task.data), rows=rows)
         return divergence.sentence(broken, moved=any(rates[:-1]), lr=self.config.lr, path=path)
 
     def _rows_of(self, step: int) -> np.ndarray:

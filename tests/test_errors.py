@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastbd.data.workers import WorkerDied, map_in_order
-from fastbd.errors import UserError, machine_fault
+from fastbd.errors import UserError, lacks_memory, machine_fault
 
 
 def chained(error: Exception, *causes: BaseException) -> Exception:
@@ -47,10 +47,11 @@ def test_the_rest_is_the_works():
 def test_memory_as_pytorch_and_numpy_tell_of_it():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert machine_fault(raised.value) is raised.value
+    assert machine_fault(raised.value) is raised.value and lacks_memory(raised.value)
     with pytest.raises(MemoryError) as raised:
         bytearray(1 << 60)
-    assert machine_fault(raised.value) is raised.value
+    assert machine_fault(raised.value) is raised.value and lacks_memory(raised.value)
+    assert lacks_memory(OSError(errno.ENOMEM, "x")) and not lacks_memory(OSError(errno.ENOSPC, "no space left"))
 
 
 def die(task: int) -> None:

@@ -22,7 +22,7 @@ from fastbd.config import CleanConfig, ReportConfig, SweepConfig
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.engines import ENGINES, load_ray
-from fastbd.errors import Diverged, UserError, machine_fault
+from fastbd.errors import Diverged, UserError, lacks_memory, machine_fault
 from fastbd.kept import Kept
 from fastbd.run import Run
 from fastbd.signals import Stopped, stoppable
@@ -35,6 +35,7 @@ from fastbd.study.studies import load
 from fastbd.study.tables import best_of
 
 POLL = 2.0  # seconds between looks for a run, where others are at work
+TRIES = 12  # of a run that lacks memory: with the pauses between them about 20 minutes
 
 
 class Lost(Exception):
@@ -183,10 +184,13 @@ def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: Wo
     except Lost:
         return "taken over by another process"
     except Exception as error:
-        if machine_fault(error):
+        if fault := machine_fault(error):
             kept.clear()
             ledger.later = run.id
-            raise
+            ledger.short[run.id] = ledger.short[run.id] + 1 if lacks_memory(fault) else 0
+            if ledger.short[run.id] < TRIES:
+                raise
+            error = _never_fits(fault)
         if not (isinstance(error, Diverged) and run.finished):
             return _failed(claim, error, kept, world)
         how = "diverged"
@@ -209,6 +213,14 @@ def _clear(run: Planned, folder: Path) -> None:
     there.rename(aside)
     with suppress(OSError):
         log.console.print(f"{there} is not whole: it is made again, and what was there is {aside}", markup=False)
+
+
+def _never_fits(fault: BaseException) -> UserError:
+    """Return the failure of a run that lacked memory at each of its TRIES."""
+    said = (str(fault) or type(fault).__name__).splitlines()[0]
+    return UserError(
+        f"there was not enough memory in {TRIES} tries ({said}): free some, or give a smaller --batch-size."
+    )
 
 
 def _failed(claim: Claim, error: Exception, kept: Kept, world: World) -> str:

@@ -23,6 +23,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -73,7 +74,8 @@ class Row:
 class Ledger:
     """The study in `folder`; without one, that which the folder holds. UserError where the two contradict.
 
-    `later` is the id of a run that take() gives only where there is no other.
+    `later` is the id of a run that take() gives only where there is no other; `short` counts how often in a row a run,
+    by its id, has lacked memory in this process.
     """
 
     def __init__(self, folder: Path, study: Study | None = None, *, lease: float = LEASE):
@@ -82,6 +84,7 @@ class Ledger:
         self._finished: set[str] = set()
         self._ahead: dict[Path, tuple[float, float]] = {}
         self.later = ""
+        self.short: Counter[str] = Counter()
         if study is None and not _versions(folder):
             raise UserError(f"{folder} holds no study: name one with --study.")
         for made in (self._claims, self._failed):

@@ -29,7 +29,7 @@ from fastbd.engines import load_ray
 from fastbd.errors import UserError
 from fastbd.kept import Kept
 from fastbd.run import Run
-from fastbd.study import search
+from fastbd.study import patience, search
 from fastbd.study.grid import Study
 from fastbd.study.ledger import Ledger, _read_claim
 from fastbd.study.runs import find
@@ -266,6 +266,27 @@ def test_a_pretraining_that_diverges_is_not_cleaned(here):
     ledger, result = here(bad, code=1)
     assert list(statuses(ledger).values()) == ["failed", "blocked", "blocked"]
     assert "blocked by what failed: 2" in result["said"] and result["report"] is None
+
+
+def test_a_run_that_never_finds_memory_fails_and_the_others_end(here, monkeypatch):
+    """More than any machine has, for one of two; it ends by itself, long before the night is over."""
+    pauses: list[float] = []
+    monkeypatch.setattr(patience.time, "sleep", pauses.append)
+    train = sweep_command._train
+
+    def greedy(claim, *rest) -> str:
+        if claim.run.config.lr == 1e-3:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return train(claim, *rest)
+
+    monkeypatch.setattr(sweep_command, "_train", greedy)
+    rates = {**CLEAN, "method": "finetune", "epochs": 1, "force": True, "lr": (1e-3, 3e-3)}
+    ledger, result = here(of_models("greedy", "start", clean=(rates,)), code=1)
+    assert sorted(statuses(ledger).values()) == ["failed", "finished"]
+    (reason,) = [row.status.reason for row in ledger.table() if row.status.reason]
+    assert reason.startswith(f"there was not enough memory in {sweep_command.TRIES} tries (") and "allocate" in reason
+    assert any("--retry" in line for line in result["said"])
+    assert len(pauses) == sweep_command.TRIES - 1 and sum(pauses) < 3600
 
 
 def test_a_batch_that_was_found_to_fit_is_not_looked_for_again(here, tmp_path):
