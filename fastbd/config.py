@@ -751,6 +751,16 @@ def outside(flag: str, value: Any) -> Range | None:
     return next((RANGES[flag] for each in numbers if each not in RANGES[flag]), None)
 
 
+IMMATERIAL = {
+    "out", "run", "resume", "preset",  # where, and where the defaults came from; what a run starts from is hashed apart
+    "device", "eval_device", "workers", "resident", "hw_decoder_load", "compile", "graph",  # the machine
+    "accumulate", "grad_checkpointing",  # memory; the gradient is the same
+    "log_every", "max_bad", "landed", "force", "verify",  # what is said, and when a run is refused
+    "save_every",  # what is kept
+}  # fmt: skip
+"""Flags that may change without making another run of it: its numbers stay the same up to rounding."""
+
+
 FILES = {
     "data": (".beton file, which python -m fastbd build makes", "*.beton"),
     "eval_data": (".beton file", "*.beton"),

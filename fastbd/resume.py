@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastbd import checkpoint, log
-from fastbd.config import to_dict
+from fastbd.config import IMMATERIAL, to_dict
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
@@ -32,15 +32,11 @@ _INPUTS = {
     "cluster_labels": "other content of the file --cluster-labels",
 }
 
-PLACES = {
-    "data", "eval_data", "start", "run", "plan", "weights", "rows_file", "flagged_by", "out", "resume", "resident_dir",
+FREE = IMMATERIAL | {
+    "data", "eval_data", "start", "plan", "weights", "rows_file", "flagged_by", "resident_dir",  # may have been moved
+    "decode",  # of which Run says that pixels may differ
 }  # fmt: skip
-"""Settings that name what may have been moved; what it holds is compared by inputs()."""
-MACHINE = {
-    "device", "eval_device", "workers", "decode", "hw_decoder_load", "resident", "compile", "graph",
-    "grad_checkpointing",
-}  # fmt: skip
-"""Settings of the machine, which may be another one."""
+"""Settings that may be others when a run is resumed; what moved files hold is compared by inputs()."""
 _ABSENT = "not there"
 _START_AGAIN = "put back what was changed, or start the run again"
 
@@ -133,9 +129,9 @@ def _short(value: Any) -> str:
 def difference(was: Mapping, now: Mapping) -> tuple[str, Any, Any] | None:
     """Return (name, was, is) of the first setting of `was` that is another one in `now`; None where none is.
 
-    Those of PLACES and MACHINE may differ. A path counts as its last part.
+    Those of FREE may differ. A path counts as its last part.
     """
-    for name in (name for name in was if name not in PLACES | MACHINE):
+    for name in (name for name in was if name not in FREE):
         if found := _difference(name, was[name], now.get(name, _ABSENT)):
             return found
     return None

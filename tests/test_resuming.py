@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastbd import cli
+from fastbd.resume import difference
 
 RUN = (
     "pretrain", "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model",
@@ -141,3 +142,11 @@ def test_an_older_checkpoint_is_still_resumed(run):
     state["config"] |= {"gone": 1}
     torch.save(state, run / "ckpt_last.pt")
     assert fastbd("pretrain", "--resume", run) == 0
+
+
+def test_what_does_not_matter_to_the_numbers_may_change():
+    """As in a study whose entry of log_every was changed while some of its runs were under way."""
+    was = {"lr": 1e-3, "log_every": 10, "max_bad": 0.0, "data": "/a/train.beton", "attacks": [{"rate": 1}]}
+    assert difference(was, was | {"log_every": 7, "max_bad": 0.1, "data": "/b/other.beton"}) is None
+    assert difference(was, was | {"lr": 2e-3}) == ("lr", 1e-3, 2e-3)
+    assert difference(was, was | {"attacks": [{"rate": 2}]}) == ("attacks[0], rate", 1, 2)

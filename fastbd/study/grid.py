@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fastbd.config import PRESETS, CleanConfig, PoisonConfig, PretrainConfig, outside, typed
+from fastbd.config import IMMATERIAL, PRESETS, CleanConfig, PoisonConfig, PretrainConfig, outside, typed
 from fastbd.errors import UserError
 from fastbd.files import read_json
 from fastbd.study.runs import read_config
@@ -33,14 +33,6 @@ GIVEN_BY_STUDY = {
     "pretrain": {"out", "resume", "preset", "seed"},
     "clean": {"out", "resume", "preset", "seed", "run", "save_every"},
 }
-IMMATERIAL = {
-    "out", "run", "resume", "preset",  # where, and where the defaults came from; what a run starts from is hashed apart
-    "device", "eval_device", "workers", "resident", "hw_decoder_load", "compile", "graph",  # the machine
-    "accumulate", "grad_checkpointing",  # memory; the gradient is the same
-    "log_every", "max_bad", "landed", "force", "verify",  # what is said, and when a run is refused
-    "save_every",  # what is kept
-}  # fmt: skip
-"""Flags that may change without making another run of it: its numbers stay the same up to rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastbd.study.grid import IMMATERIAL
+from fastbd.config import IMMATERIAL
 from fastbd.study.runs import Run, method_name, objective_name, read_config
 
 

@@ -21,7 +21,8 @@ PATIENCE = 12 * 3600.0  # seconds of pauses without a success: a night
 def patiently(action: Callable[[], T], folder: Path) -> T:
     """Return action(), tried again after growing pauses while an error of it is the machine's (errors.machine_fault).
 
-    Raises UserError after PATIENCE, saying how the sweep in `folder` is resumed; signals.Stopped after a signal.
+    Raises UserError after PATIENCE, or at once where waiting does not help, as for a limit of the process, saying how
+    the sweep in `folder` is resumed; signals.Stopped after a signal.
     """
     pause, waited = FIRST, 0.0
     while True:
@@ -31,10 +32,13 @@ def patiently(action: Callable[[], T], folder: Path) -> T:
             fault = machine_fault(error)
             if fault is None:
                 raise
-            why = _in_words(fault, folder)
+            why, limited = _in_words(fault, folder), getattr(fault, "errno", None) == errno.EFBIG
             fault = None  # with its frames, and the memory that they hold
+        again = f"resume with python -m fastbd sweep --out {folder}"
+        if limited:
+            raise UserError(f"{why}, by a limit of this process (see ulimit -f): raise it, then {again}")
         if waited >= PATIENCE:
-            raise UserError(f"{why}, for {waited / 3600:.1f} h: resume with python -m fastbd sweep --out {folder}")
+            raise UserError(f"{why}, for {waited / 3600:.1f} h: {again}")
         with suppress(OSError):  # it may be the disk that this goes to
             log.console.print(f"{why}: nothing is lost; trying again in {pause:.0f} s", markup=False)
         with stoppable():

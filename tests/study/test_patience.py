@@ -42,6 +42,15 @@ def test_an_outage_is_outlasted_and_soon_noticed_to_have_ended(outage, at_most, 
     assert outage <= sum(clock) <= at_most
 
 
+def test_a_limit_of_the_process_is_not_waited_for(clock, tmp_path):
+    def action() -> None:
+        raise OSError(errno.EFBIG, "File too large", "a.pt")
+
+    with pytest.raises(UserError, match="^a.pt: File too large, by a limit of this process .* raise it, then resume"):
+        patiently(action, tmp_path)
+    assert clock == []
+
+
 def test_at_last_it_says_how_to_resume(clock, tmp_path, capsys):
     def action() -> None:
         raise UserError("the checkpoint could not be written") from full("/data/ckpt.pt")
