@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -160,10 +161,11 @@ def judge(case: Case, ended: Ended, whole: dict[str, Any], disk: Tmpfs | Limit) 
 
 
 def is_sentence(case: Case, ended: Ended) -> bool:
-    """Whether the verb said in one sentence what could not be written, by the name of what it makes."""
+    """Whether the verb said in one sentence what could not be written, by the name of what it makes or of a part."""
     words, said = case.command.split(), ended.stderr
     made = Path(words[words.index("--out" if "--out" in words else "--run") + 1])
-    return ended.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and made.stem in said
+    named = made.stem in said or re.match(r"error: the disk is full: \S+\.\w+ could not be written;", said)
+    return ended.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and bool(named)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_nothing_of_the_failed_try_is_held_meanwhile(tmp_path, monkeypatch):
 
 def test_a_line_that_cannot_be_written_ends_no_wait(clock, tmp_path, monkeypatch):
     with open("/dev/full", "w", buffering=1) as nowhere:
-        monkeypatch.setattr(console, "file", nowhere)
+        monkeypatch.setattr(console, "_file", nowhere)
         assert patiently(iter_of(full(), "done"), tmp_path) == "done"
         monkeypatch.undo()
         with pytest.raises(OSError, match="No space"):
