@@ -51,6 +51,8 @@ def _verify(config: DoctorConfig) -> int:
 
     if config.out and len(config.data) != 1:
         raise UserError("--out is a list of the rows of one --data that are whole: give one.")
+    if config.out and config.out.exists():
+        raise UserError(f"{config.out} exists already: name another file with --out.")
     if config.out:
         check_out(config.out, name="whole.rows")
     problems = []

@@ -99,7 +99,7 @@ def read(path: Path) -> Run:
             log=_first(_lines(path / "log.jsonl"), ("step",)),
             rows=rows,
             recorded=recorded,
-            result=_json_if_there(path / "result.json"),
+            result=_result(path / "result.json"),
             attack=_attack_of(path),
         )
     except KeyError as error:
@@ -200,7 +200,7 @@ def _attack_of(path: Path) -> str:
     try:
         return _in_words(_json_if_there(path / "plan.json"))
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{path / 'plan.json'} is damaged (it is not a plan): leave this run out.") from None
+        raise UserError(f"{path / 'plan.json'} is damaged (it is not a plan): {REMEDY}.") from None
 
 
 def _in_words(plan: dict[str, Any]) -> str:
@@ -226,11 +226,11 @@ def _json_if_there(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = read_json(path, "leave this run out")
+        found = read_json(path, REMEDY)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}; name the folder of a run.") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged (it is not an object): leave this run out.")
+        raise UserError(f"{path} is damaged (it is not an object): {REMEDY}.")
     return found
 
 
@@ -239,7 +239,22 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     rows = [row for row in read_jsonl(path, "remove it, or leave this run out") if "step" in row]
     if wrong := [row["step"] for row in rows if type(row["step"]) is not int]:
         raise UserError(f"{path} is damaged (step {wrong[0]!r} is not a number): mend it, or leave this run out.")
+    for row in rows:
+        _check_numbers(path, row)
     return rows
+
+
+def _result(path: Path) -> dict[str, Any]:
+    result = _json_if_there(path)
+    _check_numbers(path, result)
+    return result
+
+
+def _check_numbers(path: Path, values: dict[str, Any]) -> None:
+    """Raise a UserError where one of NUMBERS in an object of the file is something else; None is not known."""
+    for name in NUMBERS & values.keys():
+        if not isinstance(values[name], int | float | None):
+            raise UserError(f"{path} is damaged ({name} {values[name]!r} is not a number): {REMEDY}.")
 
 
 def _first(rows: Sequence[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
@@ -251,6 +266,11 @@ def _first(rows: Sequence[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[s
     return tuple(sorted(unique.values(), key=lambda row: row["step"]))
 
 
+REMEDY = "put a copy of it back, or leave this run out"
+NUMBERS = {
+    "epoch", "top1", "asr", "recovery", "seconds", "train_seconds", "evaluate_seconds", "devices", "loss",
+    "pairs_per_s", "data_wait", "of_limit",
+}  # fmt: skip
 SET = ("set", "class_list", "templates")  # what makes the numbers of two evaluations comparable
 PATCHES = ("badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch")
 OBJECTIVES = {"mmcl": "MMCL", "ssl": "SSL", "mmcl_ssl": "MMCL+SSL", "siglip": "SigLIP", "siglip_ssl": "SigLIP+SSL",

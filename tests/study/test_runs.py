@@ -153,3 +153,16 @@ def test_a_plan_that_is_not_one_is_named(tmp_path):
         (tmp_path / "plan.json").write_text(plan)
         with pytest.raises(UserError, match=r"plan\.json is damaged"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("result.json", '{"seconds": "x"}'), ("metrics.jsonl", '{"step": 1, "top1": [1]}\n'),
+     ("log.jsonl", '{"step": 1, "loss": {}}\n')],
+)  # fmt: skip
+def test_what_should_be_a_number_and_is_not_is_named(name, text, tmp_path):
+    about = {"verb": "pretrain", "config": {}, "method": None, "objective": "mmcl", "pretrain_objective": "mmcl"}
+    (tmp_path / "config.json").write_text(json.dumps({**about, "start": None}))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name} is damaged \(.* is not a number\): put a copy of it back, or leave"):
+        read(tmp_path)
