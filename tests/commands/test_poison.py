@@ -36,7 +36,7 @@ def test_plan_is_written_and_summarised(data: Path, tmp_path: Path, capsys: pyte
     trigger = {"trigger": "yellow", "patch_size": 5, "location": "four_corners"}
     assert poison.run(PoisonConfig(data=data, out=out, rate=0.1, seed=4, **trigger)) == 0
     plan = Plan.load(out)
-    plan.check(Beton(data).fingerprint, data)
+    plan.check(Beton(data).fingerprint, len(Beton(data)), data)
     (attack,) = plan.attacks
     assert len(plan.rows) == 6 and plan.total == PAIRS and attack.geometry == "squash" and plan.seed == 4
     assert attack.trigger == TriggerSpec("yellow", 5, "four_corners")

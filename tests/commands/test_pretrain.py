@@ -64,7 +64,7 @@ def test_what_follows_a_run_has_its_activation(started, place, monkeypatch):
     weights = torch.load("vit-laion2b.pt", weights_only=True)
     config = dict(data="train.beton", model="tiny-vit", device="cpu", decode="pil")
     for made in (
-        pretrain.task(PretrainConfig(**config, resume=started), CPU),
+        pretrain.task(cli.parse("pretrain", ["--resume", str(started)]), CPU),
         clean.task(CleanConfig(run=started, device="cpu", decode="pil"), CPU),
         pretrain.task(PretrainConfig(**config, weights=started), CPU),
     ):
