@@ -1,5 +1,5 @@
 import sys
 
-from fastbd.cli import main
+from fastbd.cli import program
 
-sys.exit(main())
+sys.exit(program())

@@ -54,6 +54,14 @@ VERBS = {
 }
 
 
+def program() -> int:
+    """Run this process's command line; returns the exit code. Ctrl-C is too late then, and gives no traceback."""
+    try:
+        return main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # while Python ends, it would interrupt what libraries do there
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 2 the user's mistake, 128 + signal when stopped by one."""
     try:

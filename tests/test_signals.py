@@ -86,3 +86,13 @@ def test_a_terminal_that_is_lost_costs_no_step(study):
     assert process.wait(60) == 128 + signal.SIGHUP
     logged = [json.loads(line)["step"] for line in (study / "lost/log.jsonl").read_text().splitlines()]
     assert saved_step(study / "lost") == logged[-1] > 0
+
+
+def test_ctrl_c_after_the_work_gives_no_traceback(tmp_path):
+    """As while torch takes itself to pieces: here a library's last words wait for it."""
+    code = (
+        "import atexit, os, signal, sys; from fastbd import cli;"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); sys.exit(cli.program())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -124,7 +124,8 @@ def _child(job: dict) -> None:
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = cli.main(job["argv"])
+        sys.argv[1:] = job["argv"]
+        code = cli.program()
     except SystemExit as ended:
         code = ended.code
     except KeyboardInterrupt:  # before or after main, where the interpreter would be starting or ending
