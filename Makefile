@@ -63,7 +63,7 @@ gpu-check:         ## CALL=1 the step, CALL=2 the rest: test and measure on a GP
 	@"$(PYTHON)" -m bench.gpu_check "$(CALL)" "$(OUT)"
 
 # make runs two scripts at a time, and ends them with itself.
-soak: install      ## inject faults for an hour on 2 cores (kills, full disks, flipped bits); docs/reliability.md shows the counts
+soak: install      ## inject faults (kills, full disks, flipped bits); docs/reliability.md shows the counts
 	@rm -f soak/*.json
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going $(SOAK:%=soak-%); code=$$?; \
 		PYTHONPATH=$(CURDIR)/tests $(BIN)/python tests/soak/page.py && exit $$code

@@ -725,18 +725,17 @@ RANGES = {
         "workers",
         Range(1, LARGEST): "accumulate batch_size clusters count k log_every max_pixels roclip_period roclip_pool rows",
         Range(2, LARGEST): "bn_group rebound_batch_size val_batch",
-        Range(1, 384): "patch_size",
+        Range(1, 384): "patch_size",  # px; no model's input is larger
         Range(2, 384): "wanet_k",
         Range(-(2**63), 2**63 - 1): "asr_seed seed seeds",
         Range(0, math.inf, (math.inf,)): "cluster_weight cyclic_weight lr mmcl_weight perturb rebound_lr shrink "
-        "siglip_weight ssl_weight unlearn_weight wanet_s weight_decay",
+        "siglip_weight ssl_weight tau unlearn_weight wanet_s weight_decay",
         Range(0, math.inf, (0, math.inf)): "eps",
         Range(1, math.inf, (math.inf,)): "lease",
         Range(0, 1): "blend hw_decoder_load landed max_bad",
         Range(0, 1, (0,)): "rate",
         Range(0, 1, (1,)): "beta1 beta2 remove_fraction",
         Range(0, 1, (0, 1)): "drop",
-        Range(0, 4): "tau",
         Range(-1, 1): "unlearn_target",
     }.items()
     for flag in flags.split()
@@ -796,10 +795,10 @@ def from_dict(kind: type, values: dict):
     fields = {k: v for k, v in values.items() if k in hints}
     for name, value in fields.items():
         try:
-            typed(hints[name], value)
+            fields[name] = typed(hints[name], value)
         except TypeError as error:
             raise TypeError(f"{name} is {value!r:.80}, and must be {error}") from None
-    return kind(**{k: _read(v, hints[k]) for k, v in fields.items()})
+    return kind(**fields)
 
 
 def typed(hint: Any, value: Any) -> Any:
@@ -828,13 +827,3 @@ def typed(hint: Any, value: Any) -> Any:
         return str(value)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
     raise TypeError(words.get(hint, "nothing"))
-
-
-def _read(value, hint):
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if value is not None and _is_path(hint) else value
-
-
-def _is_path(hint) -> bool:
-    return hint is Path or (isinstance(hint, types.UnionType) and Path in hint.__args__)

@@ -527,7 +527,7 @@ class Run:
             raise Diverged(said) from None
         except Diverged as error:  # of an evaluation
             self._end("diverged")
-            raise Diverged(f"{str(error)[:-1]}: the run diverged; lower --lr ({config.lr:g}).") from None
+            raise Diverged(f"{str(error).removesuffix('.')}: the run diverged; lower --lr ({config.lr:g}).") from None
         finally:
             self._wait()
             self.writer.wait()

@@ -34,8 +34,8 @@ a log, a `.beton` of an earlier version or of FFCV), and nothing could know.
 
 Everything else is a failure, a traceback too, and is listed below its table.
 
-`make soak` injects all of it in about an hour on 2 cores and writes this page; `make soak-NAME` runs one script, and
-`SHARE=0.1` behind either injects a tenth. The test suite injects a small part each time.
+`make soak` injects all of it and writes this page; `make soak-NAME` runs one script, and `SHARE=0.1` behind either
+injects a tenth. The test suite injects a small part each time.
 """
 NOT_COVERED = (
     "GPUs: everything here ran on CPUs, without CUDA graphs, compiled steps or DALI.",
