@@ -744,7 +744,7 @@ RANGES = {
 
 
 def outside(flag: str, value: Any) -> Range | None:
-    """The range of a flag where the value, or one of a tuple's, is a number outside of it; else None."""
+    """Return the range of a flag where the value, or one in a tuple, is a number outside of it; else None."""
     values = value if isinstance(value, tuple) else (value,)
     numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
     return next((RANGES[flag] for each in numbers if each not in RANGES[flag]), None)
@@ -802,7 +802,7 @@ def from_dict(kind: type, values: dict):
 
 
 def typed(hint: Any, value: Any) -> Any:
-    """The value as the type that a flag has; TypeError says what it must be."""
+    """Return the value as the type `hint` of a flag. TypeError, of which the message is what it must be."""
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value

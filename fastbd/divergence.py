@@ -18,7 +18,7 @@ FILE = "diverged.json"  # in the run's folder
 
 
 def check_weights(weights: Mapping[str, Tensor], source: object) -> None:
-    """Raise a UserError that names one where weights are not finite, which no training mends; `source` gave them."""
+    """Raise a UserError that names the first tensor of the weights, which `source` gave, that is not finite."""
     numbers = {name: value for name, value in weights.items() if value.is_floating_point()}
     finite = torch.stack([value.isfinite().all() for value in numbers.values()]).tolist()
     if bad := [name for name, good in zip(numbers, finite, strict=True) if not good]:
@@ -30,7 +30,7 @@ def check_weights(weights: Mapping[str, Tensor], source: object) -> None:
 
 
 def record(folder: Path, broken: NotFinite, *, epoch: float, lr: float, data: Path, rows: np.ndarray) -> Path:
-    """The file with all that tells the step apart: the run resumed from its last checkpoint makes the same again.
+    """Write what is known of the step to a file and return its path; the resumed run comes to the same step again.
 
     `rows` are those of the step's whole batch, places in `data`.
     """
@@ -41,7 +41,7 @@ def record(folder: Path, broken: NotFinite, *, epoch: float, lr: float, data: Pa
 
 
 def sentence(broken: NotFinite, *, moved: bool, lr: float, path: Path) -> str:
-    """What happened, the likely cause, and where the batch is told; `moved`: an update has changed the weights."""
+    """Return a sentence of what happened, its likely cause and the file; `moved`: an update has changed the weights."""
     terms = ", ".join(_not_finite(broken))
     said = f"{broken}" + (f" (not finite: {terms})" if terms else "")
     if moved:

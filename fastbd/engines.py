@@ -175,7 +175,7 @@ def _open_log(path: Path) -> io.TextIOWrapper:
 
 
 def _beside(work: Callable[[], None], path: Path) -> None:
-    """What a process of several on this machine does."""
+    """Do the work in a process of several on this machine; it ends with code 2 after a UserError."""
     signals.end_with_parent()
     try:
         _logged(work, path)

@@ -65,7 +65,7 @@ def name_in(error: BaseException, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return when what was written to the file, or the names in the folder, are on the disk."""
+    """Wait until what was written to the file, or the names in the folder, are on the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -77,7 +77,7 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """What the JSON file holds. UserError with the path and the remedy where it is damaged; FileNotFoundError."""
+    """Return what the JSON file holds. UserError with the path and remedy where it is damaged; FileNotFoundError."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not JSON, no text, or nested beyond what Python follows

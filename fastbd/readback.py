@@ -73,8 +73,10 @@ class Readback:
             self._check(self._digest().tolist(), self.step, min(self.count, self.room))
 
     def _digest(self) -> Tensor:
-        """Means of the losses since the last send; those of the first step whose loss is not finite, or of the last;
-        and how many steps are before it."""
+        """Return 2 x L + 1 numbers, on the device, of the L losses of each step since the last send.
+
+        Their means; those of the first step whose loss is not finite, or of the last step; how many steps are before it.
+        """
         kept = self.ring.roll(-self.count, 0)[-min(self.count, self.room) :]  # the oldest first
         before = kept[:, self.names.index("loss")].isfinite().long().cumprod(0).sum()
         first = kept.index_select(0, before.clamp(max=len(kept) - 1)[None])[0]

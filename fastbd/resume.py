@@ -45,7 +45,7 @@ def resumed(config: Config, world: World) -> dict | None:
     """Return the state of the run to resume; None for a new run.
 
     UserError where config.json or plan.json is not the one that the state was saved beside. Where the last checkpoint
-    is not whole, the state is that of an epoch before, and that is said.
+    is not whole, the state is that of an epoch before; that is said, and its file copied to the place of the last one.
     """
     if config.resume is None:
         return None

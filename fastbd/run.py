@@ -538,7 +538,7 @@ class Run:
         return reason
 
     def _diverged(self, broken: NotFinite) -> str:
-        """What to tell of the step, which is written down beside the checkpoint that leads to it again."""
+        """Write diverged.json, and return the sentence that tells of the step."""
         rates = self.step.rates[: broken.step].tolist()
         epoch, path = broken.step / self.steps_per_epoch, self.folder / divergence.FILE
         if self.world.main:

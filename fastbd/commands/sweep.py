@@ -201,7 +201,7 @@ def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: Wo
 
 
 def _clear(run: Planned, folder: Path) -> None:
-    """Put aside what is there of a run that has not finished, and keeps it from being resumed or begun."""
+    """Move to aside/ what an unfinished run has left that would keep it from being resumed, or from being begun."""
     out = run.config.out
     there = run.product if any(out.glob("ckpt_*")) else out
     if not there.exists():

@@ -126,7 +126,7 @@ class Beton:
         return self._bytes[ptr : ptr + size]
 
     def whereabouts(self, i: int) -> str:
-        """Row i, in words."""
+        """Return the words for row i: its number and its file."""
         return f"row {i} of {self.path}"
 
     def is_whole(self, rows: np.ndarray) -> np.ndarray:
@@ -224,7 +224,7 @@ class Beton:
 
 
 def _pairs(ptr: np.ndarray, size: np.ndarray) -> list[tuple[int, int]]:
-    """Pointers and sizes [B], or one size of all, one by one."""
+    """Return (pointer, size) of each value; `size` is one of each, [B], or the same for all."""
     return list(zip(ptr.tolist(), np.broadcast_to(size, ptr.shape).tolist(), strict=True))
 
 

@@ -106,7 +106,7 @@ def check_ranges(tables: Tables, jpeg_size: np.ndarray, text_views: int) -> None
 
 
 def spans(metadata: np.ndarray, jpeg_size: np.ndarray, text_views: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By the names of fields with values that we read: pointers uint64 [N] and sizes in bytes, uint64 [N] or a scalar.
+    """Return the pointers, uint64 [N], and sizes in bytes, uint64 [N] or a scalar, of each field with values, by name.
 
     They come in the order of the fields, in which the values lie in the file.
     """

@@ -106,7 +106,7 @@ class Shards:
         return self._shards[shard], i - self._starts[shard]
 
     def whereabouts(self, i: int) -> str:
-        """Row i, in words."""
+        """Return the words for row i: its number and its file."""
         shard, row = self._find(i)
         return shard.whereabouts(row)
 

@@ -33,7 +33,7 @@ def check_whole(data: Beton | Shards, rows: np.ndarray | None = None, quiet: boo
 
 
 def said_of(data: Beton | Shards, damaged: np.ndarray, looked_at: int) -> str:
-    """One sentence about the damaged rows."""
+    """Return a sentence about the damaged rows and what to do."""
     return (
         f"{len(damaged):,} of {looked_at:,} rows of {data.path} are damaged, the first is "
         f"{data.whereabouts(int(damaged[0]))}: build it again, or leave them out with --rows-file and the list that "

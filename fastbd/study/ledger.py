@@ -385,7 +385,7 @@ def _versions(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read_version(path: Path) -> dict[str, Any]:
-    """{"study": the study's values, "runs": [{"id", "name", "verb", ...}]}."""
+    """Return {"study": the study's values, "runs": [{"id", "name", "verb", ...}]}. UserError where it is damaged."""
     remedy = f"put back a copy, or remove {path.parent} and name the study again with --study"
     version = read_json(path, remedy)
     try:
