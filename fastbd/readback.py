@@ -75,7 +75,7 @@ class Readback:
     def _digest(self) -> Tensor:
         """Return 2 x L + 1 numbers, on the device, of the L losses of each step since the last send.
 
-        Their means; those of the first step whose loss is not finite, or of the last step; how many steps are before it.
+        Their means; those of the first step whose loss is not finite, or of the last; how many steps are before it.
         """
         kept = self.ring.roll(-self.count, 0)[-min(self.count, self.room) :]  # the oldest first
         before = kept[:, self.names.index("loss")].isfinite().long().cumprod(0).sum()
