@@ -72,8 +72,10 @@ def load(path: Path) -> dict:
         raise UserError(f"there is no checkpoint {path}; checkpoints there: {found}.") from None
     except _Unfit as error:
         others = [_name(other) for other in _newest_first(path.parent) if other != path and _is_whole(other)]
-        remedy = f"whole ones there: {', '.join(others)}" if others else "no other one there is whole"
-        raise UserError(f"{path} {error}: name another with --checkpoint ({remedy}).") from None
+        remedy = "no other checkpoint there is whole, so give another run"
+        if others:
+            remedy = f"name another with --checkpoint (whole ones there: {', '.join(others)})"
+        raise UserError(f"{path} {error}: {remedy}.") from None
 
 
 def load_newest(run: Path) -> tuple[Path, dict, str]:
