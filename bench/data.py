@@ -208,7 +208,7 @@ def ffcv_epoch(path: Path, place: torch.device) -> Call:
     steps = [RandomResizedCropRGBImageDecoder((SIZE, SIZE), (0.5, 1)), ToTensor(), ToTorchImage()]
     loader = Loader(
         str(path), BATCH, num_workers=os.cpu_count(), order=OrderOption.SEQUENTIAL, os_cache=True, drop_last=True,
-        pipelines={"image": steps, "tokens": None, "caption": None, "row_id": None},
+        pipelines={"image": steps, "tokens": None, "caption": None, "row_id": None, "checksum": None},
     )  # fmt: skip
     torch.set_num_threads(threads)  # FFCV set it to its own
     return lambda: first_of([images.to(place).float()] for (images,) in loader)
