@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import platform
@@ -10,7 +11,7 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -30,9 +31,7 @@ def append(path: Path, row: dict) -> None:
     A last line that was cut short, as by a loss of power, goes first.
     """
     line = json.dumps(row).encode() + b"\n"
-    with open(path, "a+b", buffering=0) as file:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with _locked(path) as file:
         missing = _mend(file)
         before = file.seek(0, os.SEEK_END)
         try:
@@ -43,6 +42,18 @@ def append(path: Path, row: dict) -> None:
             file.truncate(before)
             name_in(error, path)
             raise
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[FileIO]:
+    """Yield the .jsonl file, opened to append, while no other process appends to it or rewinds it."""
+    while True:
+        with open(path, "a+b", buffering=0) as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # not one that rewind() has replaced
+                yield file
+                return
 
 
 def _mend(file: FileIO) -> bytes:
@@ -60,16 +71,23 @@ def _mend(file: FileIO) -> bytes:
 
 
 @contextmanager
-def new_folder(path: Path):
-    """Yields a folder that is called `path`, and is on the disk, when the block is done; after an error it is gone."""
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder that is called `path`, and is on the disk, when the block is done; after an error it is gone.
+
+    What processes left of it that were killed in their block goes first.
+    """
+    _remove_unfinished(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        for made in (*temporary.rglob("*"), temporary):
-            sync(made)
-        temporary.rename(path)
-        sync(path.parent)
+        with _opened(temporary) as held:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(held, fcntl.LOCK_EX)
+            yield temporary
+            for made in (*temporary.rglob("*"), temporary):
+                sync(made)
+            temporary.rename(path)
+            sync(path.parent)
     except OSError as error:
         name_in(error, path)
         raise
@@ -77,10 +95,21 @@ def new_folder(path: Path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_unfinished(path: Path) -> None:
-    """What processes have left that were killed while they made a new_folder(path)."""
-    for temporary in path.parent.glob(f"{path.name}.{'?' * 8}.tmp"):
-        shutil.rmtree(temporary, ignore_errors=True)
+def _remove_unfinished(path: Path) -> None:
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        with suppress(OSError), _opened(temporary) as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error where a process that lives is making it
+            shutil.rmtree(temporary)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """Yield the descriptor of a folder, on which a lock can hang, as long as this process lives at the most."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def rewind(path: Path, step: int) -> None:
@@ -88,7 +117,9 @@ def rewind(path: Path, step: int) -> None:
 
     UserError where a line is damaged: the row that it held is not lost in silence.
     """
-    if path.exists():
+    if not path.exists():
+        return
+    with _locked(path):
         rows = read_jsonl(path, "put its line back from a copy, or remove it and go without it")
         if wrong := [k for k, row in enumerate(rows, 1) if not isinstance(row.get("step"), int)]:
             raise UserError(f"line {wrong[0]} of {path} has no number of a step: put it back, or remove it.")

@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -40,11 +41,34 @@ def test_a_new_folder_is_there_when_all_is_in_it_or_not_at_all(tmp_path):
 
 
 def test_what_a_killed_process_left_of_a_folder_goes_and_no_other_does(tmp_path):
-    others = ["run", "run.5", "run.5.0123abcd.tmp", "run2.0123abcd.tmp", "run.tmp"]
+    others = ["run.5", "run.5.0123abcd.tmp", "run2.0123abcd.tmp", "run.tmp", "run.abcdefgh.tmp"]
     for name in (*others, "run.0123abcd.tmp", "run.fedc4567.tmp"):
         (tmp_path / name / "deep").mkdir(parents=True)
-    log.remove_unfinished(tmp_path / "run")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+    with log.new_folder(tmp_path / "run"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "run"])
+
+
+def test_a_folder_that_a_living_process_makes_stays(tmp_path):
+    with log.new_folder(tmp_path / "run") as first:
+        with pytest.raises(KeyboardInterrupt), log.new_folder(tmp_path / "run"):
+            raise KeyboardInterrupt
+        assert first.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_row_that_comes_while_the_file_is_rewound_stays(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for step in (1, 2):
+        log.append(path, {"step": step})
+    with log._locked(path):  # as rewind() holds it
+        adding = threading.Thread(target=log.append, args=(path, {"step": 3}))
+        adding.start()
+        adding.join(0.2)
+        assert adding.is_alive()
+        log.write_text(path, '{"step": 1}\n')
+    adding.join()
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 def test_an_unfinished_last_line_is_mended_before_the_next(tmp_path):

@@ -239,7 +239,6 @@ def _failed(claim: Claim, error: Exception, kept: Kept, world: World) -> str:
 def _train(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:
     """Train from the last checkpoint, where there is one."""
     planned = claim.run
-    log.remove_unfinished(planned.config.out)
     settings, folder = planned.config, planned.config.out
     if (folder / "config.json").is_file():
         batch_size = read_config(folder)["config"]["batch_size"]  # what was found to fit, if it was auto
