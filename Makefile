@@ -62,14 +62,14 @@ gpu-check:         ## CALL=1 the step, CALL=2 the rest: test and measure on a GP
 	@test -n "$(PYTHON)" || { echo "gpu-check needs Python 3.11 or 3.12; name one: make gpu-check PYTHON=/path/to/python3.12"; exit 2; }
 	@"$(PYTHON)" -m bench.gpu_check "$(CALL)" "$(OUT)"
 
-# make runs two scripts at a time, and ends them with itself.
+# make runs two scripts at a time, each with one thread of PyTorch, and ends them with itself.
 soak: install      ## inject faults (kills, full disks, flipped bits); docs/reliability.md shows the counts
 	@rm -f soak/*.json
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going $(SOAK:%=soak-%); code=$$?; \
 		PYTHONPATH=$(CURDIR)/tests $(BIN)/python tests/soak/page.py && exit $$code
 
 soak-%: install
-	@PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python tests/soak/$*.py --share $(SHARE)
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python tests/soak/$*.py --share $(SHARE)
 
 lint: install      ## check the style
 	$(BIN)/ruff check .

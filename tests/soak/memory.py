@@ -43,11 +43,11 @@ def run_of(steps: int) -> Run:
 
 def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
     """Train for `share` of the steps and compare the memory with that after the warm-up."""
-    os.chdir(folder)
     steps = max(400, round(share * STEPS))
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+    seen = []
+    with contextlib.chdir(folder), open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         run = run_of(steps)
-        record, seen = run.record, []
+        record = run.record
 
         def note(row: dict) -> None:
             record(row)
