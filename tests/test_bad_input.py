@@ -171,14 +171,25 @@ def test_a_data_file_that_is_cut_short(refused, place):
     assert "cut.beton is no whole .beton file" in refused(*TRAIN, "--data", "cut.beton")
 
 
+FULL = ("-c", "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"
+        "sys.argv[1:3] = []; runpy.run_module('fastbd', run_name='__main__')")  # fmt: skip
+"""Starts the program as a process that may write 100 bytes to a file, which stands for a full disk."""
+
+
 def test_a_plan_is_not_half_written(fastbd, place):
-    """A process that may write 100 bytes to a file stands for a full disk."""
-    launcher = ("-c", "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"
-                "sys.argv[1:3] = []; runpy.run_module('fastbd', run_name='__main__')")  # fmt: skip
     done = fastbd("poison", "--data", "train.beton", "--out", "new.json", "--count", 9, cwd=place, code=2,
-                  launcher=launcher)  # fmt: skip
+                  launcher=FULL)  # fmt: skip
     assert done.stderr == "error: the disk is full: new.json could not be written; free some space.\n"
     assert list(place.glob("new*")) == []
+
+
+def test_an_evaluation_on_a_full_disk_is_printed_and_said_to_be_lost(fastbd, place):
+    fastbd(*TRAIN, cwd=place)
+    before = (place / "run/metrics.jsonl").read_bytes()
+    done = fastbd("evaluate", "--run", "run", "--device", "cpu", cwd=place, code=2, launcher=FULL)
+    assert "top-1" in done.stdout
+    assert done.stderr == "error: the disk is full: run/metrics.jsonl could not be written; free some space.\n"
+    assert (place / "run/metrics.jsonl").read_bytes() == before
 
 
 def test_a_checkpoint_that_is_not_there(refused, place, study, fastbd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from fastbd.study.runs import read_config
 def run(config: EvaluateConfig) -> int:
     """Evaluate a checkpoint on one or more sets, add a line for each to the run's metrics.jsonl, print the table.
 
-    Of a run that cannot be written to, they are only printed.
+    Of a run that is only to be read they are printed alone. OSError, when they are printed, where a disk is full.
     """
     log.console.stderr = config.json  # what it says on the way is not the result
     rows, unrecorded = [], None
@@ -40,17 +41,24 @@ def run(config: EvaluateConfig) -> int:
             log.append(config.run / "metrics.jsonl", {key: value for key, value in row.items() if key != "classes"})
         except OSError as error:
             unrecorded = error
-    if unrecorded:
+    only_read = unrecorded is not None and unrecorded.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    if only_read:
         log.console.print(f"not recorded, as {unrecorded.filename or config.run} cannot be written "
                           f"({unrecorded.strerror})", markup=False)  # fmt: skip
+    _show(config, rows)
+    if unrecorded and not only_read:
+        raise unrecorded
+    return 0
+
+
+def _show(config: EvaluateConfig, rows: list[dict]) -> None:
     if config.json:
         print(json.dumps({"run": str(config.run), "sets": rows}, indent=2))
-        return 0
+        return
     log.console.print(table(config.run, rows), markup=False)
     for row in rows if config.per_class else ():
         if "classes" in row:
             log.console.print(class_table(row), markup=False)
-    return 0
 
 
 def open_model(run: Path, which: str, device: torch.device) -> tuple[dict, CLIP]:

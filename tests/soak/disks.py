@@ -63,13 +63,14 @@ class Tmpfs:
     def most(self, case: Case) -> int:
         """Return a size at which all fits that has just been made: with temporary files beside it."""
         before = used(self.folder / "study" / case.copied) if case.copied else 0
-        return int(2.5 * (used(self.place) - before)) + BLOCK
+        return int(2.5 * (used(self.place) - before)) + 2 * BLOCK
 
     def run(self, case: Case, size: int, until: float | None) -> Ended:
         """Run the verb on a disk on which `size` bytes are free, for `until` seconds where given."""
         self._mount(ROOM)
         if case.copied:
             shutil.copytree(self.folder / "study" / case.copied, self.place / case.copied)
+            fill_blocks(self.place)
         self.ballast.write_bytes(bytes(BLOCK))  # a disk of no size would have no limit
         self._mount(size + used(self.place), "remount")
         timer = threading.Timer(until or 0, self.free)
@@ -96,6 +97,13 @@ def used(folder: Path) -> int:
     """Return the bytes that the folder's files take on the disk, in whole blocks."""
     sizes = [path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file()]
     return sum(-(-size // BLOCK) * BLOCK for size in sizes)
+
+
+def fill_blocks(folder: Path) -> None:
+    """Lengthen the last line of each .jsonl file by spaces, so that another line needs room."""
+    for path in folder.rglob("*.jsonl"):
+        lines = path.read_bytes()
+        path.write_bytes(lines[:-1] + b" " * (-len(lines) % BLOCK) + b"\n")
 
 
 class Limit:
