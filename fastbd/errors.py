@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
 
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOMEM}
 """A disk that is full or out of reach, and memory that is short."""
@@ -34,16 +35,22 @@ def machine_fault(error: BaseException) -> BaseException | None:
     It says nothing about the work that met it, which would have gone well at another time. A GPU's memory is none of
     it: what does not fit there now will not fit later.
     """
-    left, seen = [error], set()
-    while left:
-        one = left.pop()
+    for one in chain(error):
         if isinstance(one, MemoryError) or (isinstance(one, OSError) and one.errno in MACHINE):
             return one
         if isinstance(one, RuntimeError) and re.search(SAID, str(one), re.IGNORECASE):
             return one
+    return None
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield the error and all that it was raised from, or while they were handled, each once."""
+    left, seen = [error], set()
+    while left:
+        one = left.pop()
+        yield one
         seen.add(id(one))
         left += [other for other in (one.__context__, one.__cause__) if other and id(other) not in seen]
-    return None
 
 
 def lacks_memory(fault: BaseException) -> bool:

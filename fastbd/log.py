@@ -72,17 +72,15 @@ def _mend(file: FileIO) -> bytes:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder that is called `path`, and is on the disk, when the block is done; after an error it is gone.
-
-    What processes left of it that were killed in their block goes first.
-    """
-    _remove_unfinished(path)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
+    """Yields a folder that is called `path`, and is on the disk, when the block is done; after an error it is gone."""
+    mark = secrets.token_hex(4)
+    new, temporary = (path.with_name(f"{path.name}.{began}{mark}.tmp") for began in ("", UNFINISHED))
+    new.mkdir(parents=True)
     try:
-        with _opened(temporary) as held:
+        with _opened(new) as held:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(held, fcntl.LOCK_EX)
+            new.rename(temporary)  # locked before it can be found
             yield temporary
             for made in (*temporary.rglob("*"), temporary):
                 sync(made)
@@ -92,11 +90,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         name_in(error, path)
         raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in (new, temporary):
+            shutil.rmtree(left, ignore_errors=True)
 
 
-def _remove_unfinished(path: Path) -> None:
-    for temporary in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+UNFINISHED = "unfinished-"
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes have left that were killed while they made a new_folder(path)."""
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.{UNFINISHED}{'[0-9a-f]' * 8}.tmp"):
         with suppress(OSError), _opened(temporary) as held:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error where a process that lives is making it
             shutil.rmtree(temporary)

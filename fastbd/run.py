@@ -726,7 +726,8 @@ def same_pixels(began: str, decode: str, where: str) -> tuple[str, str]:
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Yields log.new_folder(folder). UserError where another run has taken the name since it was looked for."""
+    """Yields log.new_folder(folder), and clears what killed runs left of it; UserError where another was faster."""
+    log.remove_unfinished(folder)
     try:
         with log.new_folder(folder) as new:
             yield new

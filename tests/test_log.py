@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,20 +42,36 @@ def test_a_new_folder_is_there_when_all_is_in_it_or_not_at_all(tmp_path):
 
 
 def test_what_a_killed_process_left_of_a_folder_goes_and_no_other_does(tmp_path):
-    others = ["run.5", "run.5.0123abcd.tmp", "run2.0123abcd.tmp", "run.tmp", "run.abcdefgh.tmp"]
-    for name in (*others, "run.0123abcd.tmp", "run.fedc4567.tmp"):
+    others = ["run.5", "run.5.unfinished-0123abcd.tmp", "run2.unfinished-0123abcd.tmp", "run.0123abcd.tmp"]
+    for name in (*others, "run.unfinished-0123abcd.tmp", "run.unfinished-fedc4567.tmp"):
         (tmp_path / name / "deep").mkdir(parents=True)
-    with log.new_folder(tmp_path / "run"):
-        pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "run"])
+    log.remove_unfinished(tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 def test_a_folder_that_a_living_process_makes_stays(tmp_path):
-    with log.new_folder(tmp_path / "run") as first:
-        with pytest.raises(KeyboardInterrupt), log.new_folder(tmp_path / "run"):
-            raise KeyboardInterrupt
-        assert first.is_dir()
+    with log.new_folder(tmp_path / "run") as new:
+        log.remove_unfinished(tmp_path / "run")
+        assert new.is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_folders_that_are_made_and_cleared_at_once_are_made(tmp_path):
+    """Four threads: no folder may go between its making and its lock."""
+
+    def make(k: int) -> None:
+        for time in range(50):
+            log.remove_unfinished(tmp_path / str(time))
+            try:
+                with log.new_folder(tmp_path / str(time)) as new:
+                    (new / str(k)).touch()
+            except OSError as error:
+                assert error.errno == errno.ENOTEMPTY  # another was faster
+
+    with ThreadPoolExecutor(4) as pool:
+        for made in [pool.submit(make, k) for k in range(4)]:
+            made.result()
+    assert {path.name for path in tmp_path.iterdir()} == {str(time) for time in range(50)}
 
 
 def test_a_row_that_comes_while_the_file_is_rewound_stays(tmp_path):

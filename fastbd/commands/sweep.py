@@ -56,7 +56,7 @@ def run(config: SweepConfig) -> int:
         with _watched(ledger):
             engine(partial(_work_in, ledger.folder, config), ledger.folder, config.processes, config.device)
     except Stopped as stopped:
-        log.console.print(f"stopped and saved; go on with: python -m fastbd sweep --out {ledger.folder}", markup=False)
+        log.console.print(f"stopped; go on with: python -m fastbd sweep --out {ledger.folder}", markup=False)
         return stopped.exit_code
     except UserError as error:  # of a process that has died; the others may have done its work
         if patiently(ledger.left, ledger.folder):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastbd import log
-from fastbd.errors import UserError, machine_fault
-from fastbd.signals import stoppable
+from fastbd.errors import UserError, chain, machine_fault
+from fastbd.signals import Stopped, stoppable
 
 T = TypeVar("T")
 FIRST, LONGEST = 1.0, 300.0  # seconds between two tries; each pause is twice the one before
@@ -22,13 +22,17 @@ def patiently(action: Callable[[], T], folder: Path) -> T:
     """Return action(), tried again after growing pauses while an error of it is the machine's (errors.machine_fault).
 
     Raises UserError after PATIENCE, or at once where waiting does not help, as for a limit of the process, saying how
-    the sweep in `folder` is resumed; signals.Stopped after a signal.
+    the sweep in `folder` is resumed; signals.Stopped after a signal, also where it could not be saved.
     """
     pause, waited = FIRST, 0.0
     while True:
         try:
             return action()
         except Exception as error:
+            if stopped := next((one for one in chain(error) if isinstance(one, Stopped)), None):
+                with suppress(OSError):
+                    log.console.print(str(error), markup=False)  # what is not saved
+                raise stopped from error
             fault = machine_fault(error)
             if fault is None:
                 raise

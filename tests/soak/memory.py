@@ -19,7 +19,7 @@ from fastbd.run import Run
 
 SUITE_SHARE = 0  # memory that is flat for a few steps tells nothing
 STEPS, EVERY, WARM = 20_000, 500, 2_000
-BOUND = 16  # MiB that the memory may have grown by from the end of the warm-up to the end
+BOUND = 4  # MiB that the memory may have grown by from the end of the warm-up to the end
 
 
 def resident() -> float:

@@ -102,6 +102,23 @@ def test_a_signal_ends_the_wait(signum, tmp_path, monkeypatch):
         patiently(iter_of(full()), tmp_path)
 
 
+def test_a_signal_that_comes_while_the_disk_is_full_is_no_outage(clock, tmp_path):
+    """As where a training is stopped, and its last checkpoint cannot be written."""
+
+    def action() -> None:
+        try:
+            raise Stopped(signal.SIGTERM)
+        finally:
+            try:
+                raise full("run/ckpt_last.pt")
+            except OSError as error:
+                raise UserError("the checkpoint could not be written") from error
+
+    with pytest.raises(Stopped) as stopped:
+        patiently(action, tmp_path)
+    assert stopped.value.exit_code == 143 and clock == []
+
+
 def test_nothing_of_the_failed_try_is_held_meanwhile(tmp_path, monkeypatch):
     held = []
 
