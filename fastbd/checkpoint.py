@@ -20,13 +20,13 @@ def save(path: Path, state: dict) -> None:
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        free = ""
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError of its own after that of a full disk
+        why = getattr(machine_fault(error) or error, "strerror", None) or str(error).splitlines()[0]
         with contextlib.suppress(OSError):
-            free = f" ({shutil.disk_usage(path.parent).free // 2**20} MiB free there)"
+            why += f"; {shutil.disk_usage(path.parent).free // 2**20} MiB free there"
         raise UserError(
-            f"the checkpoint {path} could not be written{free}: {str(error).splitlines()[0]}; "
-            "make room, then go on with --resume, or begin again if the run has no folder yet."
+            f"the checkpoint {path} could not be written ({why}): make room, then go on with --resume, or begin again "
+            "if the run has no folder yet."
         ) from error
 
 

@@ -33,7 +33,7 @@ def check_out(path: Path, flag: str = "--out", name: str | None = None, instead:
         folder = folder.parent
     try:
         with tempfile.TemporaryFile(dir=folder), suppress(FileNotFoundError):
-            os.lstat(path)  # whose name may be too long
+            os.lstat(f"{path}.unfinished-01234567.tmp")  # the longest name that it has meanwhile
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written in {folder} ({error.strerror}): {instead}.") from None
 

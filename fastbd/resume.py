@@ -17,7 +17,7 @@ from fastbd.config import IMMATERIAL, to_dict
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.files import discard, replacing
+from fastbd.files import replacing
 from fastbd.poison.plan import Plan
 from fastbd.study.runs import read_config
 from fastbd.task import Config, Task
@@ -37,6 +37,8 @@ FREE = IMMATERIAL | {
     "decode",  # of which Run says that pixels may differ
 }  # fmt: skip
 """Settings that may be others when a run is resumed; what moved files hold is compared by inputs()."""
+_PARTS = {"about": dict, "config": dict, "model": dict, "optimizer": dict, "step": int, "random": dict,
+          "plan": dict | None}  # fmt: skip
 _ABSENT = "not there"
 _START_AGAIN = "put back what was changed, or start the run again"
 
@@ -50,34 +52,52 @@ def resumed(config: Config, world: World) -> dict | None:
     if config.resume is None:
         return None
     path, state, wrong = checkpoint.load_newest(config.resume)
+    _check_parts(path, state)
     _check(config, path, state)
+    if world.main:
+        _put_plan_back(path, state)
+    world.barrier()
     if wrong and world.main:
         said = f"{wrong}: the run resumes from {path}, and the steps after that are done again"
         log.console.print(said, markup=False)
-        discard(config.resume / "result.json")
         with replacing(checkpoint.path_of(config.resume, "last")) as temporary:  # nothing may be left to be done
             shutil.copyfile(path, temporary)
     return state
 
 
+def _check_parts(path: Path, state: dict) -> None:
+    for part, kind in _PARTS.items():
+        if not isinstance(state.get(part), kind) or state.get(part) == {}:
+            raise UserError(f"{path} has no {part}, so that it is not a checkpoint of a run: {_START_AGAIN}.")
+
+
+def _put_plan_back(path: Path, state: dict) -> None:
+    """Write plan.json as the checkpoint `path` holds it, where it is missing, and say so."""
+    plan = path.parent / "plan.json"
+    if state.get("plan") and not plan.exists():
+        Plan.from_dict(state["plan"]).save(plan)
+        log.console.print(f"{plan} was missing: written anew from {path.name}", markup=False)
+
+
 def _check(config: Config, path: Path, state: dict) -> None:
-    folder = path.parent
-    if missing := [key for key in ("about", "config", "model", "optimizer", "step", "random") if key not in state]:
-        raise UserError(f"{path} has no {missing[0]}, so that it is not a checkpoint of a run: {_START_AGAIN}.")
-    plan = state["plan"] and Plan.from_dict(state["plan"]).to_dict()
+    folder, plan = path.parent, state.get("plan") and Plan.from_dict(state["plan"]).to_dict()
     settings = to_dict(config)
     for name, was, now in (
         ("config.json", state["about"], read_config(folder)),
-        ("plan.json", {"the plan": plan}, {"the plan": _plan(folder)}),
+        ("plan.json", {"the plan": plan}, {"the plan": _plan(folder, plan)}),
         ("config.json", {key: value for key, value in state["config"].items() if key in settings}, settings),
     ):
         if found := difference(was, now):
             raise _other(folder / name, path, found)
 
 
-def _plan(folder: Path) -> dict | None:
+def _plan(folder: Path, default: dict | None) -> dict | None:
     path = folder / "plan.json"
-    return Plan.load(path).to_dict() if path.exists() else None
+    try:
+        return Plan.load(path).to_dict() if path.exists() else default
+    except UserError as error:
+        said = str(error).removeprefix(f"{path}: ").rstrip(".")
+        raise UserError(f"{path} cannot be resumed with ({said}): remove it, and --resume writes it anew.") from None
 
 
 def check_inputs(folder: Path, state: dict, now: dict) -> None:

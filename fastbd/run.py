@@ -128,6 +128,7 @@ class Run:
         self.kept, self.extra, self.enough, self.guard = kept or Kept(), extra or {}, enough, guard or (lambda: None)
         self.quiet = quiet or not world.main
         self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
+        torch.manual_seed(config.seed)  # which torch draws for each process; checkpoints hold its state
         self.lock: TextIO | None = None
         if config.resume:
             world.main_first(partial(self._hold, config.resume, alone=guard is None))
@@ -162,6 +163,9 @@ class Run:
         if state := resumed["optimizer"] if resumed else task.optimizer:
             self._restore(state)
         self.done = resumed["step"] if resumed else 0
+        if not 0 <= self.done <= self.total:
+            raise UserError(f"the checkpoint in {config.resume} is of step {self.done}, and its run has {self.total:,} "
+                            "steps: put back what was changed, or start the run again.")  # fmt: skip
         if resumed:
             self.step.at.fill_(self.done)
             checkpoint.set_random_state(resumed["random"])
@@ -453,7 +457,8 @@ class Run:
         if self.world.main:
             for name in ("log.jsonl", "metrics.jsonl"):
                 log.rewind(self.folder / name, self.done)
-            files.discard(self.folder / divergence.FILE)
+            for made_again in (divergence.FILE, "result.json"):
+                files.discard(self.folder / made_again)
 
     def _make_folder(self) -> Path:
         """--out, or the first free runs/NAME; with a checkpoint, samples.png, plan.json, and so on.

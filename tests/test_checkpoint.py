@@ -148,7 +148,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_to_do(tmp_path):
         "except UserError as error: print(error)\n"
     )
     said = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
-    assert said.stdout.startswith(f"the checkpoint {path} could not be written") and said.stderr == ""
+    assert said.stdout.startswith(f"the checkpoint {path} could not be written (File too large; ")
+    assert said.stderr == ""
     assert "make room, then go on with --resume" in said.stdout and said.stdout.count("\n") == 1
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["ckpt_last.pt"]
 

@@ -35,6 +35,7 @@ def odd(tmp_path) -> Path:
         ("dangling/out", "No such file or directory"),
         ("loop/out", "Too many levels of symbolic links"),
         ("x" * 300, "File name too long"),
+        ("x" * 250, "File name too long"),  # with what is added while it is made
         ("/proc/fastbd/out", "No such file or directory"),
     ],
 )
@@ -109,7 +110,7 @@ def test_the_first_error_is_the_one_that_is_told(writer, code, tmp_path, monkeyp
 
 
 def test_the_first_error_of_a_checkpoint_is_the_one_that_is_told(tmp_path):
-    with pytest.raises(UserError, match=r"ckpt_last\.pt could not be written: .*No such file"):
+    with pytest.raises(UserError, match=r"ckpt_last\.pt could not be written \(No such file"):
         checkpoint.save(tmp_path / "gone" / "ckpt_last.pt", {"fastbd": "1"})
 
 

@@ -113,12 +113,49 @@ def test_what_was_changed_is_named(run, name, capsys):
     assert error.endswith("; put back what was changed, or start the run again.\n") and error.count("\n") == 1
 
 
-def test_a_plan_that_is_gone_and_another_runs_checkpoint_are_refused(place, run, capsys):
-    plan = (run / "plan.json").read_bytes()
-    (run / "plan.json").unlink()
+def test_a_damaged_plan_is_refused_and_one_that_is_gone_taken_from_the_checkpoint(run, capsys):
+    plan = run / "plan.json"
+    whole = plan.read_bytes()
+    plan.write_bytes(whole[:-20])
     assert fastbd("pretrain", "--resume", run) == 2
-    assert "is now None; put back" in capsys.readouterr().err
-    (run / "plan.json").write_bytes(plan)
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {plan} cannot be resumed with (") and said.endswith(
+        "): remove it, and --resume writes it anew.\n"
+    )
+    plan.unlink()
+    assert fastbd("pretrain", "--resume", run) == 0
+    assert f"{plan} was missing: written anew from ckpt_last.pt" in capsys.readouterr().out
+    assert plan.read_bytes() == whole
+
+
+def test_a_damaged_result_is_made_again(run):
+    (run / "result.json").write_text("{")
+    assert fastbd("pretrain", "--resume", run) == 0
+    assert json.loads((run / "result.json").read_text())["reason"] == "finished"
+
+
+CONTENTS = {
+    "optimizer": {}, "step": "x", "random": {}, "config": [], "plan": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", CONTENTS)
+def test_a_checkpoint_of_other_parts_is_refused(run, part, capsys):
+    state = torch.load(run / "ckpt_last.pt", weights_only=True)
+    torch.save(state | {part: CONTENTS[part]}, run / "ckpt_last.pt")
+    assert fastbd("pretrain", "--resume", run) == 2
+    assert f"error: {run}/ckpt_last.pt has no {part}, so that it is not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [-5, 10**9])
+def test_a_step_that_the_run_has_not_is_refused(run, step, capsys):
+    state = torch.load(run / "ckpt_last.pt", weights_only=True)
+    torch.save(state | {"step": step}, run / "ckpt_last.pt")
+    assert fastbd("pretrain", "--resume", run) == 2
+    assert f"is of step {step}, and its run has 20 steps" in capsys.readouterr().err
+
+
+def test_another_runs_checkpoint_is_refused(place, run, capsys):
     shutil.copyfile(place / "cleaned" / "ckpt_last.pt", run / "ckpt_last.pt")
     assert fastbd("pretrain", "--resume", run) == 2
     assert "verb was 'clean' when that was saved, is now 'pretrain'" in capsys.readouterr().err

@@ -63,7 +63,9 @@ class Beton:
         except FileNotFoundError:
             raise UserError(f"{self.path} does not exist: make it with `fastbd build`.") from None
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{self.path} is no whole .beton file ({error}): build it again.") from None
+            raise UserError(
+                f"{self.path} is no whole .beton file ({error}): make one from its source with `fastbd build`."
+            ) from None
 
     def _read_tables(self) -> None:
         tables = read_tables(self._bytes)

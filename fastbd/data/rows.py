@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fastbd.errors import UserError
 from fastbd.log import write_text
 
 HEAD = "# fastbd rows of "
+PLAIN = re.compile(r"-?[0-9]+").fullmatch  # int() takes more, as 1_0 for 10
 
 
 def write_rows(path: Path, rows: np.ndarray, fingerprint: str, about: str) -> None:
@@ -31,7 +33,7 @@ def read_rows(path: Path, fingerprint: str, total: int) -> np.ndarray:
     """
     try:
         head, *lines = path.read_text(encoding="utf-8").splitlines()
-        if not head.startswith(HEAD):
+        if not head.startswith(HEAD) or not all(map(PLAIN, lines)):
             raise ValueError
         rows = np.array(lines, np.int64)
     except OSError as error:

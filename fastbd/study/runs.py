@@ -236,9 +236,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; a last line cut short by a killed process is left out."""
-    rows = [row for row in read_jsonl(path, "remove it, or leave this run out") if "step" in row]
+    rows = [row for row in read_jsonl(path, "remove that line, or go on without this run") if "step" in row]
     if wrong := [row["step"] for row in rows if type(row["step"]) is not int]:
-        raise UserError(f"{path} is damaged (step {wrong[0]!r} is not a number): mend it, or leave this run out.")
+        raise UserError(f"{path} is damaged (step {wrong[0]!r} is not a number): mend it, or go on without this run.")
     for row in rows:
         _check_numbers(path, row)
     return rows
@@ -266,7 +266,7 @@ def _first(rows: Sequence[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[s
     return tuple(sorted(unique.values(), key=lambda row: row["step"]))
 
 
-REMEDY = "put a copy of it back, or leave this run out"
+REMEDY = "put a copy of it back, or go on without this run"
 NUMBERS = {
     "epoch", "top1", "asr", "recovery", "seconds", "train_seconds", "evaluate_seconds", "devices", "loss",
     "pairs_per_s", "data_wait", "of_limit",

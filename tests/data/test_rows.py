@@ -27,6 +27,8 @@ def test_rows_are_one_a_line_below_a_comment_and_come_back(tmp_path):
         ("0\n1\n", "is no row list of fastbd"),
         ("# fastbd rows of ab12, x\n1\ntwo\n", "is no row list of fastbd"),
         ("# fastbd rows of ab12, x\n1\n2.0\n", "is no row list of fastbd"),
+        ("# fastbd rows of ab12, x\n1_0\n", "is no row list of fastbd"),
+        ("# fastbd rows of ab12, x\n\u0663\n", "is no row list of fastbd"),
         ("# fastbd rows of ab12, x\n1\n9223372036854775808\n", "is no row list of fastbd"),
         ("# fastbd rows of ab12, crc32 00000000, x\n1\n", "not those that were written"),
         ("# fastbd rows of ab1, x\n1\n", "was made for other data"),
