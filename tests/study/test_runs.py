@@ -164,5 +164,5 @@ def test_what_should_be_a_number_and_is_not_is_named(name, text, tmp_path):
     about = {"verb": "pretrain", "config": {}, "method": None, "objective": "mmcl", "pretrain_objective": "mmcl"}
     (tmp_path / "config.json").write_text(json.dumps({**about, "start": None}))
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=rf"{name} is damaged \(.* is not a number\): put a copy of it back, or leave"):
+    with pytest.raises(UserError, match=rf"{name} is damaged \(.* is not a number\): put a copy of it back, or go on"):
         read(tmp_path)
