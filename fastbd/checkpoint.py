@@ -68,7 +68,7 @@ def load(path: Path) -> dict:
     try:
         return _read(path)
     except (FileNotFoundError, NotADirectoryError):
-        found = ", ".join(sorted(p.name for p in path.parent.glob("ckpt_*.pt"))) or "none"
+        found = ", ".join(sorted(p.name for p in path.parent.glob("ckpt_*.pt"))) or "none; name the folder of a run"
         raise UserError(f"there is no checkpoint {path}; checkpoints there: {found}.") from None
     except _Unfit as error:
         others = [_name(other) for other in _newest_first(path.parent) if other != path and _is_whole(other)]
@@ -150,9 +150,9 @@ def load_into(module: torch.nn.Module, state: dict, path: Path, whose: str) -> N
     given = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
     for name in [*shapes, *(name for name in given if name not in shapes)]:
         if shapes.get(name) != given.get(name):
-            was, now = (f"shape {found[name]}" if name in found else "no such tensor" for found in (given, shapes))
+            was, now = (f"of shape {found[name]}" if name in found else "missing" for found in (given, shapes))
             raise UserError(
-                f"{path} does not fit {whose} that it is said to hold: {name} has {was} in the file, {now} in the "
+                f"{path} does not fit {whose} that it is said to hold: {name} is {was} in the file, {now} in the "
                 "model: take the checkpoint and the config.json of one run."
             )
     module.load_state_dict(state)

@@ -87,10 +87,10 @@ def test_a_state_of_another_model_is_refused_by_the_name_of_its_first_difference
     for state, said in (
         (
             {"weight": torch.zeros(2, 4), "bias": torch.zeros(2)},
-            r"weight has shape \(2, 4\) in the file, shape \(2, 3\)",
+            r"weight is of shape \(2, 4\) in the file, of shape \(2, 3\)",
         ),
-        ({"weight": torch.zeros(2, 3)}, "bias has no such tensor in the file"),
-        ({**model.state_dict(), "more": torch.zeros(1)}, r"more has shape \(1,\) in the file, no such tensor in"),
+        ({"weight": torch.zeros(2, 3)}, "bias is missing in the file"),
+        ({**model.state_dict(), "more": torch.zeros(1)}, r"more is of shape \(1,\) in the file, missing in"),
     ):
         with pytest.raises(UserError, match=said):
             checkpoint.load_into(model, state, path, "linear")

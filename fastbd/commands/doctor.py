@@ -60,7 +60,7 @@ def _verify(config: DoctorConfig) -> int:
         data = open_beton(path)
         damaged = _look_at(data, config.out)
         if len(damaged):
-            problems.append(said_of(data, damaged, len(data)))
+            problems.append(said_of(data, damaged, len(data), config.out))
     if problems:
         raise UserError("; ".join(problem.removesuffix(".") for problem in problems) + ".")
     return 0
@@ -101,7 +101,7 @@ def findings(probes: dict[str, Callable[[], Finding]]) -> dict[str, Finding]:
 
 
 def _python() -> Finding:
-    return f"{platform.python_version()} in {sys.prefix}", "3.11 or later is needed"
+    return f"{platform.python_version()} in {sys.prefix}", "3.11 or 3.12 is needed"
 
 
 def _cores() -> Finding:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from fastbd.data.beton import Beton
@@ -32,10 +34,10 @@ def check_whole(data: Beton | Shards, rows: np.ndarray | None = None, quiet: boo
         raise UserError(said_of(data, damaged, len(rows)))
 
 
-def said_of(data: Beton | Shards, damaged: np.ndarray, looked_at: int) -> str:
-    """Return a sentence about the damaged rows and what to do."""
+def said_of(data: Beton | Shards, damaged: np.ndarray, looked_at: int, whole: Path | None = None) -> str:
+    """Return a sentence about the damaged rows and what to do; `whole` lists the others, where that is written."""
+    listed = whole or f"and the list that 'python -m fastbd doctor --data {data.path} --out whole.rows' writes"
     return (
         f"{len(damaged):,} of {looked_at:,} rows of {data.path} are damaged, the first is "
-        f"{data.whereabouts(int(damaged[0]))}: build it again, or leave them out with --rows-file and the list that "
-        f"'python -m fastbd doctor --data {data.path} --out whole.rows' writes."
+        f"{data.whereabouts(int(damaged[0]))}: build it again, or leave them out with --rows-file {listed}."
     )
