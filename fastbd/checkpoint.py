@@ -13,12 +13,17 @@ import torch
 from fastbd import archive
 from fastbd.errors import UserError, machine_fault
 from fastbd.files import replacing
+from fastbd.signals import held_back
 
 
 def save(path: Path, state: dict) -> None:
-    """Write `state` (tensors, numbers, strings, lists, dicts) to a temporary name, then rename it."""
+    """Write `state` (tensors, numbers, strings, lists, dicts) to a temporary name, then rename it.
+
+    A signal is answered after it: within, torch puts an error of its own in the place of what a handler raises, or
+    ends the process, as it goes on to write to a file that is closed.
+    """
     try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
+        with held_back(), replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch raises a RuntimeError of its own after that of a full disk
         why = getattr(machine_fault(error) or error, "strerror", None) or str(error).splitlines()[0]

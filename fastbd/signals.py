@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fastbd.errors import chain
+
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 INSISTING = (signal.SIGINT, signal.SIGTERM)
 """Those that mean more when they come again. A lost terminal sends SIGHUP twice, through the shell and by itself."""
@@ -59,6 +61,26 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
     finally:
         for signum, before in previous.items():
             signal.signal(signum, before)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Answer a signal that asks to stop when the block is done, as a block that must not be left in its middle."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where none is answered anyway
+        yield
+        return
+    try:
+        with handled(lambda signum, before: came.append(signum)):
+            yield
+    finally:
+        if came:
+            signal.raise_signal(came[0])
+
+
+def stop_behind(error: BaseException) -> Stopped | None:
+    """Return the stop whose place the error has taken, as where what was stopped could not be saved; else None."""
+    return next((one for one in chain(error) if isinstance(one, Stopped)), None)
 
 
 def end_with_parent() -> None:

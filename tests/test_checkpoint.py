@@ -13,10 +13,10 @@ import pytest
 import torch
 from cleanings import cleaning, start
 
-from fastbd import checkpoint
+from fastbd import archive, checkpoint
 from fastbd.checkpoint import Snapshot
 from fastbd.errors import UserError
-from fastbd.signals import Stopped
+from fastbd.signals import Stopped, stoppable
 
 STATE = {
     "fastbd": "1", "model": {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(7)}, "step": 12, "epoch": 1.5,
@@ -155,13 +155,28 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_to_do(tmp_path):
 
 
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path):
-    class Interrupts:
+    class Fails:
         def __reduce__(self):
-            raise KeyboardInterrupt
+            raise ValueError
 
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path / "ckpt_last.pt", {"model": torch.zeros(9), "last": Interrupts()})
+    with pytest.raises(ValueError):
+        checkpoint.save(tmp_path / "ckpt_last.pt", {"model": torch.zeros(9), "last": Fails()})
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_a_checkpoint_is_written_is_answered_after_it(signum, tmp_path):
+    class Signals:
+        def __reduce__(self):
+            signal.raise_signal(signum)
+            return list, ()
+
+    path = tmp_path / "ckpt_last.pt"
+    with pytest.raises(Stopped), stoppable():
+        checkpoint.save(path, {"model": torch.zeros(9), "last": Signals()})
+    with open(path, "rb") as file:
+        archive.verify(file)
+    assert os.listdir(tmp_path) == ["ckpt_last.pt"]
 
 
 def test_a_missing_checkpoint_is_named_with_those_that_are_there(tmp_path):

@@ -25,7 +25,7 @@ from fastbd.engines import ENGINES, load_ray
 from fastbd.errors import Diverged, UserError, lacks_memory, machine_fault
 from fastbd.kept import Kept
 from fastbd.run import Run
-from fastbd.signals import Stopped, stoppable
+from fastbd.signals import Stopped, stop_behind, stoppable
 from fastbd.study import halting, live, search
 from fastbd.study.grid import Planned, Study, command, expand, material, with_overrides
 from fastbd.study.ledger import Claim, Ledger
@@ -184,6 +184,8 @@ def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: Wo
     except Lost:
         return "taken over by another process"
     except Exception as error:
+        if stop_behind(error):
+            raise
         if fault := machine_fault(error):
             kept.clear()
             ledger.later = run.id

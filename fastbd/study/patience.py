@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastbd import log
-from fastbd.errors import UserError, chain, machine_fault
-from fastbd.signals import Stopped, stoppable
+from fastbd.errors import UserError, machine_fault
+from fastbd.signals import stop_behind, stoppable
 
 T = TypeVar("T")
 FIRST, LONGEST = 1.0, 300.0  # seconds between two tries; each pause is twice the one before
@@ -29,7 +29,7 @@ def patiently(action: Callable[[], T], folder: Path) -> T:
         try:
             return action()
         except Exception as error:
-            if stopped := next((one for one in chain(error) if isinstance(one, Stopped)), None):
+            if stopped := stop_behind(error):
                 with suppress(OSError):
                     log.console.print(str(error), markup=False)  # what is not saved
                 raise stopped from error
