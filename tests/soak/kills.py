@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastbd.data.demo import write_demo_set
 SUITE_SHARE = 0.004  # one moment of each of the first two verbs
 MOMENTS = 50  # of each verb
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+VERBS_AT_ONCE = 2
 TRIES = 50  # until a signal comes before the end
 SMALL = (
     "--data ../study/train.beton --plan ../study/train.poison.json --eval-data ../study/val.beton --model tiny-rn "
@@ -90,12 +92,19 @@ CASES = (
 def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
     """Stop each verb MOMENTS times; where `share` is small, only the first verbs."""
     injections = round(share * MOMENTS * len(CASES))
-    draw = random.Random(seed)
     with Forks(folder / "forks.log") as forks:
         make_study(forks, folder)
-        for number, case in enumerate(CASES):
-            if times := len(range(number, injections, len(CASES))):
-                yield stop(case, times, draw, forks, folder)
+
+    def tally(number: int) -> Tally:
+        case, place = CASES[number], folder / CASES[number].verb
+        shutil.copytree(folder / "study", place / "study")
+        (place / "place").mkdir()
+        with Forks(place / "forks.log") as forks:
+            times = len(range(number, injections, len(CASES)))
+            return stop(case, times, random.Random(f"{seed} {case.verb}"), forks, place)
+
+    with ThreadPoolExecutor(VERBS_AT_ONCE) as pool:
+        yield from pool.map(tally, range(min(injections, len(CASES))))
 
 
 def make_study(forks: Forks, folder: Path) -> None:
