@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from fastbd.errors import chain
@@ -45,7 +46,10 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
     previous: dict[int, Any] = {}
     told: set[int] = set()
 
-    def handle(signum: int, frame: Any) -> None:
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if _in_destructor(frame):
+            threading.Timer(0.1, os.kill, (os.getpid(), signum)).start()
+            return
         if signum == signal.SIGHUP:
             _leave_terminal()
         if signum in INSISTING or signum not in told:
@@ -61,6 +65,13 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
     finally:
         for signum, before in previous.items():
             signal.signal(signum, before)
+
+
+def _in_destructor(frame: FrameType | None) -> bool:
+    """Whether the frame is within a __del__, where Python drops what a handler raises."""
+    while frame and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

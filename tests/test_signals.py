@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbd.signals import STOPPING, handled
+from fastbd.signals import STOPPING, Stopped, handled, stoppable
 
 TRAIN = (
     "--data", "train.beton", "--model", "tiny-rn", "--batch-size", 24, "--epochs", 40, "--device", "cpu",
@@ -96,3 +96,13 @@ def test_ctrl_c_after_the_work_gives_no_traceback(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_signal_within_a_destructor_is_answered_after_it():
+    class Gone:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped), stoppable():
+        Gone()
+        time.sleep(30)
