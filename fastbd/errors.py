@@ -44,7 +44,7 @@ def machine_fault(error: BaseException) -> BaseException | None:
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield the error and all that it was raised from, or while they were handled, each once."""
+    """Yield the error, its causes, and the errors that were being handled when it was raised, each once."""
     left, seen = [error], set()
     while left:
         one = left.pop()

@@ -731,7 +731,7 @@ def same_pixels(began: str, decode: str, where: str) -> tuple[str, str]:
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Yields log.new_folder(folder), and clears what killed runs left of it; UserError where another was faster."""
+    """Yields log.new_folder(folder), without what killed runs left of it. UserError where another run has the name."""
     log.remove_unfinished(folder)
     try:
         with log.new_folder(folder) as new:

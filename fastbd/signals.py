@@ -76,7 +76,7 @@ def _in_destructor(frame: FrameType | None) -> bool:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Answer a signal that asks to stop when the block is done, as a block that must not be left in its middle."""
+    """Delay signals that ask to stop until the block has ended, which is not to be left half way."""
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # where none is answered anyway
         yield
@@ -90,7 +90,7 @@ def held_back() -> Iterator[None]:
 
 
 def stop_behind(error: BaseException) -> Stopped | None:
-    """Return the stop whose place the error has taken, as where what was stopped could not be saved; else None."""
+    """Return the Stopped that was being handled when the error was raised, as by a save that failed; None without one."""
     return next((one for one in chain(error) if isinstance(one, Stopped)), None)
 
 

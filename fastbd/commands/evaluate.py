@@ -31,7 +31,7 @@ from fastbd.study.runs import read_config
 def run(config: EvaluateConfig) -> int:
     """Evaluate a checkpoint on one or more sets, add a line for each to the run's metrics.jsonl, print the table.
 
-    Of a run that is only to be read they are printed alone. OSError, when they are printed, where a disk is full.
+    Where the run's folder is read-only, the table alone. Raises OSError, after the table, where the disk is full.
     """
     log.console.stderr = config.json  # what it says on the way is not the result
     rows, unrecorded = [], None
