@@ -90,7 +90,7 @@ def held_back() -> Iterator[None]:
 
 
 def stop_behind(error: BaseException) -> Stopped | None:
-    """Return the Stopped that was being handled when the error was raised, as by a save that failed; None without one."""
+    """Return the Stopped that was being handled when the error was raised, as by a save that failed, or None."""
     return next((one for one in chain(error) if isinstance(one, Stopped)), None)
 
 
