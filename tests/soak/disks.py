@@ -44,7 +44,7 @@ def fill(share: float, seed: int, folder: str, kind: str) -> None:
     """Print the tally of each verb as a line of JSON; where `share` is small, only of the first verbs."""
     injections, draw = round(share * SIZES * len(CASES)), random.Random(seed)
     with Forks(Path(folder) / "forks.log") as forks:
-        make_study(forks, Path(folder))
+        make_study(Path(folder))
         disk = {"tmpfs": Tmpfs, "limit": Limit}[kind](forks, Path(folder))
         for number, case in enumerate(CASES):
             if times := len(range(number, injections, len(CASES))):

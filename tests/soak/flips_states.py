@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from soak import small
 from soak.tally import SAME, SENTENCE, UNTOLD, Tally, main
 
 from fastbd import checkpoint, cli, resume
@@ -25,11 +26,12 @@ from fastbd.models.weight_files import read_file
 from fastbd.study.runs import find, read_config
 
 WORLD = World(0, 1, torch.device("cpu"))
+SUITE_SHARE = 0.005
 FLIPS, RESUMES = 1000, 20
 RUN = (
-    "pretrain", "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model",
-    "tiny-rn", "--templates", "demo", "--batch-size", 24, "--epochs", 2, "--save-every", 1, "--device", "cpu",
-)  # fmt: skip
+    "pretrain --data train.beton --plan train.poison.json --eval-data val.beton --model tiny-rn --templates demo "
+    "--batch-size 24 --epochs 2 --save-every 1 --device cpu --out run"
+)
 
 
 def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
@@ -112,19 +114,9 @@ def _end(run: Path) -> bytes:
 
 
 def _run(folder: Path) -> Path:
-    """Make a run with its weights beside it; the working folder becomes that of its data."""
-    from fastbd.data.demo import write_demo_set
-
-    list(write_demo_set(folder, 240, 60, seed=1))
-    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
-        for line in (
-            ("build", "--source", "train.csv", "--out", "train.beton"),
-            ("build", "--source", "val.csv", "--out", "val.beton", "--class-key", "class", "--text-views", 0),
-            ("poison", "--data", "train.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo"),
-            (*RUN, "--out", "run"),
-        ):
-            if cli.main([*map(str, line)]):
-                raise RuntimeError(f"{line[0]} failed")
+    """Return a run with its weights beside it."""
+    small.write_data(folder)
+    small.fastbd(folder, RUN)
     torch.save({"model": checkpoint.load(folder / "run/ckpt_last.pt")["model"]}, folder / "run/weights.pt")
     return folder / "run"
 

@@ -9,17 +9,17 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from soak import small
 from soak.forks import Ended, Forks
 from soak.tally import SAME, SENTENCE, Tally, main
 
-from fastbd.data.demo import write_demo_set
-
-SUITE_SHARE = 0.004  # one moment of each of the first two verbs
+SUITE_SHARE = 0.002  # one moment of the first verb
 MOMENTS = 50  # of each verb
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 VERBS_AT_ONCE = 2
@@ -92,38 +92,36 @@ CASES = (
 def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
     """Stop each verb MOMENTS times; where `share` is small, only the first verbs."""
     injections = round(share * MOMENTS * len(CASES))
-    with Forks(folder / "forks.log") as forks:
-        make_study(forks, folder)
 
     def tally(number: int) -> Tally:
         case, place = CASES[number], folder / CASES[number].verb
         shutil.copytree(folder / "study", place / "study")
         (place / "place").mkdir()
-        with Forks(place / "forks.log") as forks:
-            times = len(range(number, injections, len(CASES)))
-            return stop(case, times, random.Random(f"{seed} {case.verb}"), forks, place)
+        forks, times = free.pop(), len(range(number, injections, len(CASES)))
+        ends = stop(case, times, random.Random(f"{seed} {case.verb}"), forks, place)
+        free.append(forks)
+        return ends
 
-    with ThreadPoolExecutor(VERBS_AT_ONCE) as pool:
-        yield from pool.map(tally, range(min(injections, len(CASES))))
+    with ExitStack() as all_forks:
+        logs = [folder / f"forks-{k}.log" for k in range(min(VERBS_AT_ONCE, injections))]
+        free = [all_forks.enter_context(Forks(log)) for log in logs]
+        make_study(folder)
+        with ThreadPoolExecutor(len(free)) as pool:
+            yield from pool.map(tally, range(min(injections, len(CASES))))
 
 
-def make_study(forks: Forks, folder: Path) -> None:
+def make_study(folder: Path) -> None:
     """Make what the verbs are to work on, in `study`."""
     study, place = folder / "study", folder / "place"
     for made in (study, place):
         made.mkdir()
-    list(write_demo_set(study, 240, 60, seed=1))
+    small.write_data(study)
     (study / "small.py").write_text(STUDY)
-    for command in (
-        "build --source ../study/train.csv --out ../study/train.beton",
-        "build --source ../study/val.csv --out ../study/val.beton --class-key class --text-views 0",
-        "poison --data ../study/train.beton --patch-size 6 --rate 0.1 --templates demo",
+    small.fastbd(
+        place,
         f"pretrain {SMALL} --epochs 1 --out ../study/runs/a",
         "clean --run ../study/runs/a --epochs 1 --rows 120 --batch-size 24 --force --device cpu --out ../study/runs/b",
-    ):
-        ended = forks.run(command.split(), place)
-        if ended.code:
-            raise RuntimeError(f"{command}: exit code {ended.code}: {ended.stderr}")
+    )
 
 
 def stop(case: Case, times: int, draw: random.Random, forks: Forks, folder: Path) -> Tally:

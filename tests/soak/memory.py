@@ -56,10 +56,10 @@ def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
         run.record = note
         run.train()
     warm = [mib for step, mib in seen if step > min(WARM, steps // 2)]
-    tally = Tally(f"{run.total:,} steps of training", f"resident memory read at {len(seen)} of them")
     end, growth = max(warm[-3:]), max(warm[-3:]) - warm[0]
-    tally.count(SAME if growth <= BOUND else "memory grows", f"{warm[0]} MiB after the warm-up, {end} at the end")
-    print(f"{warm[0]} MiB after the warm-up, {end} at the end, at most {max(warm)}", flush=True)
+    memory = f"{warm[0]} MiB after the warm-up, {end} at the end, at most {max(warm)}"
+    tally = Tally(f"{run.total:,} steps of training", f"resident memory read at {len(seen)} of them: {memory}")
+    tally.count(SAME if growth <= BOUND else "memory grows", memory)
     yield tally
 
 

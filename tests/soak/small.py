@@ -1,0 +1,39 @@
+"""The small study in whose files faults are injected: 240 pairs, a tenth of them poisoned, and 60 labelled images."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from unittest.mock import patch
+
+from fastbd import cli, limits
+from fastbd.data.demo import write_demo_set
+
+
+def write_data(folder: Path) -> None:
+    """Write train.beton, train.poison.json and val.beton, and the images that they are made of."""
+    list(write_demo_set(folder, 240, 60, seed=1))
+    fastbd(
+        folder,
+        "build --source train.csv --out train.beton --workers 1",
+        "build --source val.csv --out val.beton --class-key class --text-views 0 --workers 1",
+        "poison --data train.beton --patch-size 6 --rate 0.1 --templates demo",
+    )
+
+
+def fastbd(folder: Path, *lines: str) -> None:
+    """Run command lines in the folder, within this process; RuntimeError where one fails."""
+    said = io.StringIO()
+    with contextlib.ExitStack() as while_here:
+        for change in (
+            contextlib.chdir(folder),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+            patch.dict(limits.SIDE, cpu=64),  # how fast the machine is does not matter here
+            patch.dict(limits.COPIED, cpu=1 << 16),
+        ):
+            while_here.enter_context(change)
+        for line in lines:
+            if code := cli.main(line.split()):
+                raise RuntimeError(f"{line}: exit code {code}: {said.getvalue()}")
