@@ -10,6 +10,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,19 +44,45 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a name beside `path` to write to; the file takes the name `path` when the block ends well, else it goes.
 
     It is on the disk before it takes the name, and the name when the block has ended: a loss of power leaves the old
-    file or the new one. An error is the one that the block raised, also where nothing can be removed, as on a read-only
-    file system.
+    file or the new one. One process at a time: another waits, and writes its own then. An error is the one that the
+    block raised, also where nothing can be removed, as on a read-only file system.
     """
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except BaseException as error:
-        discard(temporary)
-        name_in(error, path)
-        raise
+    with locked(temporary):
+        try:
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        except BaseException as error:
+            discard(temporary)
+            name_in(error, path)
+            raise
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[FileIO]:
+    """Yield the file, made if need be and opened to append, while no other process holds its lock.
+
+    BlockingIOError where one does, and `wait` is false. Where the file system has no locks, nobody is kept out.
+    """
+    while True:
+        with open(path, "a+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:  # a file system without locks
+                pass
+            if _is_at(path, file):  # not one that the other process has renamed or removed
+                yield file
+                return
+
+
+def _is_at(path: Path, file: FileIO) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def name_in(error: BaseException, path: Path) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastbd.errors import UserError
-from fastbd.files import json_object, name_in, read_jsonl, replacing, sync
+from fastbd.files import json_object, locked, name_in, read_jsonl, replacing, sync
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -31,7 +31,7 @@ def append(path: Path, row: dict) -> None:
     A last line that was cut short, as by a loss of power, goes first.
     """
     line = json.dumps(row).encode() + b"\n"
-    with _locked(path) as file:
+    with locked(path) as file:
         missing = _mend(file)
         before = file.seek(0, os.SEEK_END)
         try:
@@ -42,18 +42,6 @@ def append(path: Path, row: dict) -> None:
             file.truncate(before)
             name_in(error, path)
             raise
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[FileIO]:
-    """Yield the .jsonl file, opened to append, while no other process appends to it or rewinds it."""
-    while True:
-        with open(path, "a+b", buffering=0) as file:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # not one that rewind() has replaced
-                yield file
-                return
 
 
 def _mend(file: FileIO) -> bytes:
@@ -122,7 +110,7 @@ def rewind(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    with _locked(path):
+    with locked(path):
         rows = read_jsonl(path, "put its line back from a copy, or remove it and go without it")
         if wrong := [k for k, row in enumerate(rows, 1) if not isinstance(row.get("step"), int)]:
             raise UserError(f"line {wrong[0]} of {path} has no number of a step: put it back, or remove it.")

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,21 @@ def test_on_a_file_system_that_is_read_only(tmp_path, read_only):
         f"{tmp_path}/a.tmp Read-only file system",
         f"--out {tmp_path}/deep/a cannot be written in {tmp_path} (Read-only file system): choose another --out.",
     ], done.stderr
+
+
+def test_several_that_replace_one_file_take_turns(tmp_path):
+    """Each finds what it has written itself until the file has its name."""
+
+    def replace(k: int) -> None:
+        for _ in range(50):
+            with files.replacing(tmp_path / "a") as temporary:
+                temporary.write_text(str(k))
+                time.sleep(0.001)
+                assert temporary.read_text() == str(k)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(replace, range(4)))
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() in "0123"
 
 
 def test_a_lock_keeps_others_out_until_it_is_let_go(tmp_path):

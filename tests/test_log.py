@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fastbd import log
+from fastbd import files, log
 from fastbd.errors import UserError
 
 
@@ -78,7 +78,7 @@ def test_a_row_that_comes_while_the_file_is_rewound_stays(tmp_path):
     path = tmp_path / "log.jsonl"
     for step in (1, 2):
         log.append(path, {"step": step})
-    with log._locked(path):  # as rewind() holds it
+    with files.locked(path):  # as rewind() holds it
         adding = threading.Thread(target=log.append, args=(path, {"step": 3}))
         adding.start()
         adding.join(0.2)

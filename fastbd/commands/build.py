@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -36,7 +36,7 @@ from fastbd.data.sources.parquet import read_image
 from fastbd.data.tokenizer import clean, tokenize
 from fastbd.data.workers import WorkerDied, map_in_order
 from fastbd.errors import UserError
-from fastbd.files import check_out, replacing
+from fastbd.files import check_out, discard, locked, replacing
 from fastbd.log import console, progress
 from fastbd.prompts import numbered, read_classes, read_templates
 from fastbd.signals import Stopped, stoppable
@@ -81,9 +81,10 @@ def run(config: BuildConfig) -> int:
     pack = partial(_pack_chunk, templates=templates, names=names, config=config)
     job, journal = _job(items, [templates, names], config), None
     try:
-        journal = Journal(out.with_name(out.name + ".journal"), job)
         out.parent.mkdir(parents=True, exist_ok=True)
-        kept, rejects = _pack(items, pack, config, rejects_path, journal, began)
+        with _alone(out):
+            journal = Journal(out.with_name(out.name + ".journal"), job)
+            kept, rejects = _pack(items, pack, config, rejects_path, journal, began)
     except Stopped:
         console.print(f"{out} is not finished: {_left(journal)}", markup=False)
         raise
@@ -109,6 +110,22 @@ def _check_overwritten(out: Path, rejects_path: Path, source: Path) -> None:
         raise UserError(f"--out {out} exists and is not a .beton file: give another name, such as pairs.beton.")
     if any(path.exists() and source.exists() and path.samefile(source) for path in (out, rejects_path)):
         raise UserError(f"the build would write over its source {source}: give another --out.")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other processes from building the same file meanwhile; UserError where one does."""
+    part = temporary(out)
+    try:
+        with locked(part, wait=False) as held:
+            try:
+                yield
+            finally:
+                status = os.fstat(held.fileno())
+                if status.st_nlink and not status.st_size:  # neither renamed, removed nor written to
+                    discard(part)
+    except BlockingIOError:
+        raise UserError(f"another process is building {out}: wait for it to end, or give another --out.") from None
 
 
 def _job(items: list[Item], wording: list, config: BuildConfig) -> str:

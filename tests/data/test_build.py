@@ -397,6 +397,20 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path, mixed_source, wanted
     assert results(tmp_path) == wanted
 
 
+def test_a_build_is_left_alone_by_another_to_the_same_file(tmp_path, mixed_source, wanted):
+    config = BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS | {"seed": 1})
+    with subprocess.Popen([sys.executable, "-c", SAVING], cwd=tmp_path, stdout=subprocess.DEVNULL) as first:
+        while saved_lines(tmp_path) < 3:
+            time.sleep(0.001)
+        first.send_signal(signal.SIGSTOP)
+        with pytest.raises(UserError, match=r"^another process is building .*set\.beton: wait for it to end, or give "):
+            run(config)
+        first.send_signal(signal.SIGCONT)
+    assert first.returncode == 0 and results(tmp_path) == wanted
+    run(config)
+    assert results(tmp_path) != wanted
+
+
 @pytest.mark.parametrize("cut", [1, 20, 200])
 def test_what_a_loss_of_power_has_torn_is_done_again(tmp_path, mixed_source, wanted, cut):
     leave_unfinished(tmp_path, 12)
