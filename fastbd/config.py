@@ -230,7 +230,7 @@ class CleanInputs:
     """Of --method deep_cluster: labels in place of clusters, an integer from 0 for each row of the data, in a .npy file
     or one a line in a text file, such as label makes."""
     force: bool = False
-    """Clean even a model whose attack has not landed (--landed)."""
+    """Clean even a model whose attack has not landed (--landed), or whose training is not at its end."""
     keep_optimizer: bool = False
     """Start from the pre-training run's optimizer state and weight decay, as the published program does."""
     resume: Path | None = None

@@ -109,7 +109,7 @@ def read_json(path: Path, remedy: str) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # not JSON, no text, or nested beyond what Python follows
         why = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path} is damaged ({why}): {remedy}.") from None
+        raise UserError(f"{path} is damaged, or no JSON file ({why}): {remedy}.") from None
 
 
 def read_jsonl(path: Path, remedy: str) -> list[dict[str, Any]]:

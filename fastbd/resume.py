@@ -95,9 +95,8 @@ def _plan(folder: Path, default: dict | None) -> dict | None:
     path = folder / "plan.json"
     try:
         return Plan.load(path).to_dict() if path.exists() else default
-    except UserError as error:
-        said = str(error).removeprefix(f"{path}: ").rstrip(".")
-        raise UserError(f"{path} cannot be resumed with ({said}): remove it, and --resume writes it anew.") from None
+    except UserError:
+        raise UserError(f"{path} is damaged or was changed: remove it, and --resume writes it anew.") from None
 
 
 def check_inputs(folder: Path, state: dict, now: dict) -> None:

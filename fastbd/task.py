@@ -48,6 +48,8 @@ class Task:
     method_name: str | None = None
     start: Path | None = None
     """The run that is cleaned."""
+    start_step: int | None = None
+    """The step at which its model was."""
     optimizer: dict | None = None
     """Optimizer state to begin with; its weight decay wins over the config's, as in the published program."""
     resumed: dict | None = None
@@ -61,6 +63,7 @@ class Task:
             "objective": self.method.objective_name,
             "pretrain_objective": self.pretrain_objective,
             "start": portable(self.start),
+            "start_step": self.start_step,
             "model": self.model_name,
             "activation": self.model.spec.activation,
             "data": portable(self.data),

@@ -119,9 +119,7 @@ def test_a_damaged_plan_is_refused_and_one_that_is_gone_taken_from_the_checkpoin
     plan.write_bytes(whole[:-20])
     assert fastbd("pretrain", "--resume", run) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {plan} cannot be resumed with (") and said.endswith(
-        "): remove it, and --resume writes it anew.\n"
-    )
+    assert said == f"error: {plan} is damaged or was changed: remove it, and --resume writes it anew.\n"
     plan.unlink()
     assert fastbd("pretrain", "--resume", run) == 0
     assert f"{plan} was missing: written anew from ckpt_last.pt" in capsys.readouterr().out

@@ -36,6 +36,8 @@ def task(config: CleanConfig, world: World) -> Task:
     state = resumed(config, world)
     path = checkpoint.path_of(config.run, config.checkpoint)
     saved = checkpoint.load(path)
+    if not (state or config.force):
+        _check_ended(config, saved)
     source, plan = saved["about"], saved["plan"] and Plan.from_dict(saved["plan"])
     model = create_like(source, seed=0)
     checkpoint.load_into(model, saved["model"], path, source["model"])
@@ -60,6 +62,7 @@ def task(config: CleanConfig, world: World) -> Task:
         pretrain_objective=source["pretrain_objective"],
         method_name=config.method,
         start=config.run,
+        start_step=saved["step"],
         data=data,
         rows=np.union1d(rows, flagged),
         flagged=flagged,
@@ -72,6 +75,18 @@ def task(config: CleanConfig, world: World) -> Task:
         optimizer=saved["optimizer"] if config.keep_optimizer else None,
         resumed=state,
     )
+
+
+def _check_ended(config: CleanConfig, saved: dict) -> None:
+    """Raise a UserError where the last checkpoint is that of a run that is not at its end: another will take its place.
+
+    What starts from either would be taken for cleanings of one model.
+    """
+    if config.checkpoint == "last" and not (config.run / "result.json").exists():
+        raise UserError(
+            f"{config.run} is not at its end (step {saved['step']:,}, no result.json): go on with it by python -m "
+            f"fastbd {saved['about']['verb']} --resume {config.run}, or clean the model as it is with --force."
+        )
 
 
 def cleaning_rows(

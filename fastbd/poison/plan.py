@@ -118,7 +118,7 @@ class Plan:
     def load(cls, path: Path | str) -> Plan:
         """UserError, with the path, when there is no such file or it holds no valid plan."""
         try:
-            value = read_json(Path(path), "make it again with fastbd poison")
+            value = read_json(Path(path), "name a plan, which python -m fastbd poison makes")
             if isinstance(value, dict) and value.pop("crc32", None) not in (None, _crc(value)):
                 raise UserError("the plan is not as it was written: make it again, or, where you have changed it, take "
                                 "its entry crc32 out.")  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,16 @@ class Group:
 def groups(runs: Sequence[Run]) -> list[Group]:
     """A group for each (pre-trained model, method), and one for each model that no run cleans."""
     sizes = {_size(run) for run in runs if run.verb == "clean"}
+    gone_on = _gone_on(runs)
     compared = {name: _compared(alike) for name, alike in _by_method(runs).items()}
     named: dict[str, list[Run]] = {}
     for run in runs:
         named.setdefault(run.path.resolve().name, []).append(run)
     starts = [_recorded_start(run, named) for run in runs]
     flags = [_flags(run, start) for run, start in zip(runs, starts, strict=True)]
+    for run, own in zip(runs, flags, strict=True):
+        if run.model in gone_on and run.start_step is not None:
+            own["step"] = run.start_step
     used = {run.start.name for run in runs if run.start}  # by name, so that a study may be moved
     kinds: dict[str, list[dict[str, Any]]] = {}
     for run, own in zip(runs, flags, strict=True):
@@ -126,6 +131,12 @@ def _flags(run: Run, start: dict[str, Any] | None) -> dict[str, Any]:
     checkpoint = str(run.config.get("checkpoint", "last")) if run.verb == "clean" else "last"
     known = {k: v for k, v in start["config"].items() if k not in HARMLESS} if start else {"folder": run.start.name}
     return {**known, "checkpoint": checkpoint}
+
+
+def _gone_on(runs: Sequence[Run]) -> set[tuple]:
+    """The models that were cleaned at several steps: their training had gone on meanwhile."""
+    steps = Counter(model for model, step in {(run.model, run.start_step) for run in runs} if step is not None)
+    return {model for model, times in steps.items() if times > 1}
 
 
 def _differing(flags: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:

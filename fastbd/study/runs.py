@@ -69,6 +69,11 @@ class Run:
         return self.pretrain_objective, os.path.abspath(self.start), str(self.config.get("checkpoint", "last"))
 
     @property
+    def start_step(self) -> int | None:
+        """The step at which the model that is cleaned was; None in other runs, and where it was not recorded."""
+        return self.recorded.get("start_step")
+
+    @property
     def architecture(self) -> str:
         """The model's name, with an activation that is not its usual one."""
         gelu = " (GELU)" if self.recorded.get("activation") == "gelu" else ""
@@ -165,14 +170,18 @@ def find(paths: Iterable[Path]) -> list[Run]:
 def on_common_set(runs: Sequence[Run]) -> list[Run]:
     """The runs with only the zero-shot evaluations on the set that most were made on: two sets do not compare.
 
-    Without pre-trainings that diverged, which have made no model.
+    Without pre-trainings that have made no model: those that diverged, or have neither ended nor been evaluated.
     """
-    runs = [run for run in runs if (run.verb, run.result.get("reason")) != ("pretrain", "diverged")]
+    given, runs = len(runs), [run for run in runs if run.verb != "pretrain" or _made_a_model(run)]
     sets = Counter(_set(e) for run in runs for e in run.metrics if "top1" in e)
     if not sets:
-        raise UserError(f"none of the {len(runs)} runs has an evaluation yet: give --eval-data when training.")
+        raise UserError(f"none of the {given} runs has an evaluation yet: give --eval-data when training.")
     common = sets.most_common(1)[0][0]
     return [replace(run, metrics=tuple(e for e in run.metrics if _set(e) == common)) for run in runs]
+
+
+def _made_a_model(run: Run) -> bool:
+    return run.result.get("reason") != "diverged" and bool(run.result or run.metrics)
 
 
 def _set(evaluation: Evaluation) -> tuple:

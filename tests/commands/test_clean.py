@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from cleanings import cleaning, start
 
+from fastbd import cli
 from fastbd.commands.clean import HELD_OUT, cleaning_rows
 from fastbd.data.beton import Beton
 from fastbd.errors import UserError
@@ -64,3 +66,21 @@ def test_a_rebound_that_diverges_leaves_the_cleaning_finished(study, monkeypatch
     assert run.train() == "finished"
     result = json.loads((run.folder / "result.json").read_text())
     assert result["reason"] == "finished" and "rebound" not in result
+
+
+def test_a_model_whose_training_is_not_at_its_end_is_cleaned_on_request_only(study, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(study)
+    start(study)
+    stopped = shutil.copytree("runs/start", tmp_path / "stopped")
+    (stopped / "result.json").unlink()
+    shutil.copyfile(stopped / "ckpt_last.pt", stopped / "ckpt_epoch_001.pt")
+    clean = ["clean", "--run", str(stopped), "--landed", "0", "--epochs", "0", "--batch-size", "24", "--device", "cpu"]
+    assert cli.main([*clean, "--out", str(tmp_path / "refused")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {stopped} is not at its end (step 0, no result.json): go on with it by python -m fastbd pretrain "
+        f"--resume {stopped}, or clean the model as it is with --force.\n"
+    )
+    assert not (tmp_path / "refused").exists()
+    for more in (["--force"], ["--checkpoint", "1"]):
+        assert cli.main([*clean, *more, "--out", str(tmp_path / more[0])]) == 0
+        assert json.loads((tmp_path / more[0] / "config.json").read_text())["start_step"] == 0

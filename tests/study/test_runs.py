@@ -94,6 +94,14 @@ def test_a_pretraining_that_diverged_is_no_model(write_run, evaluation, tmp_path
     assert [run.verb for run in on_common_set(find([tmp_path]))] == ["clean"]
 
 
+def test_a_pretraining_that_was_stopped_before_its_first_evaluation_is_no_model(study, write_run):
+    about = {"objective": "mmcl", "pretrain_objective": "mmcl"}
+    write_run(study / "stopped", about, [], [])
+    write_run(study / "ended", about, [], [], {"reason": "finished"})
+    names = {run.name for run in on_common_set(find([study]))}
+    assert "stopped" not in names and {"ended", "mmcl"} <= names
+
+
 def test_runs_without_evaluation_are_the_users_mistake(write_run, tmp_path):
     write_run(tmp_path / "a", {"objective": "mmcl", "pretrain_objective": "mmcl"}, [], [])
     with pytest.raises(UserError, match="no.* evaluation"):

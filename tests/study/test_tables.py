@@ -143,6 +143,21 @@ def test_checkpoints_of_one_run_are_two_models(study, write_run, evaluation):
     assert sorted(names) == ["MMCL, checkpoint 21", "MMCL, checkpoint last"]
 
 
+def test_a_model_that_was_trained_on_after_it_was_cleaned_is_another(study, write_run, evaluation):
+    """The cleaning of the half-trained one is in no row of the other."""
+    for step, name, top1 in ((1200, "whole", 0.5), (100, "half", 0.2)):
+        about = {"verb": "clean", "method": "par", "start": str(study / "mmcl"), "start_step": step}
+        about |= {"objective": "mmcl", "pretrain_objective": "mmcl", "config": {"lr": 1e-4}}
+        write_run(study / name, about, [evaluation(0, 0, top1, 0.9), evaluation(20, 1, top1, 0.01)], [])
+        rows = {row.group.model: row for row in table(find([study])) if row.group.method == "PAR"}
+        if step == 1200:
+            assert list(rows) == ["MMCL"]
+    assert {model: (row.models, row.top1.mean) for model, row in rows.items()} == {
+        "MMCL, step 1200": (1, 0.5),
+        "MMCL, step 100": (1, 0.2),
+    }
+
+
 def test_models_whose_pretraining_is_gone_are_not_taken_for_one(write_run, evaluation, tmp_path):
     for name in ("x", "y"):
         cleaned(write_run, evaluation, tmp_path / f"{name}-c", f"/gone/{name}", (50, 99), (45, 1), seed=0)
