@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ from fastbd.config import IMMATERIAL, to_dict
 from fastbd.data.shards import open_beton
 from fastbd.dist import World
 from fastbd.errors import UserError
-from fastbd.files import replacing
 from fastbd.poison.plan import Plan
 from fastbd.study.runs import read_config
 from fastbd.task import Config, Task
@@ -47,7 +45,7 @@ def resumed(config: Config, world: World) -> dict | None:
     """Return the state of the run to resume; None for a new run.
 
     UserError where config.json or plan.json is not the one that the state was saved beside. Where the last checkpoint
-    is not whole, the state is that of an epoch before; that is said, and its file copied to the place of the last one.
+    is not whole, the state is that of an epoch before; that is said. `from` in it is the file.
     """
     if config.resume is None:
         return None
@@ -60,9 +58,7 @@ def resumed(config: Config, world: World) -> dict | None:
     if wrong and world.main:
         said = f"{wrong}: the run resumes from {path}, and the steps after that are done again"
         log.console.print(said, markup=False)
-        with replacing(checkpoint.path_of(config.resume, "last")) as temporary:  # nothing may be left to be done
-            shutil.copyfile(path, temporary)
-    return state
+    return {**state, "from": path}
 
 
 def _check_parts(path: Path, state: dict) -> None:

@@ -174,7 +174,9 @@ class Run:
                 self._say(f"images were decoded by {resumed['decode']}, now by {self.decoded_by}: pixels may differ")
         self.folder = config.resume or self._make_folder()
         if resumed:
-            self._rewind()
+            self._rewind(resumed["from"])
+            if resumed["config"].get("log_every") == config.log_every:
+                self._tell_of_lost_rows()
 
     def _hold(self, folder: Path, alone: bool = True) -> None:
         """Keep others from resuming the run while this process trains it."""
@@ -452,13 +454,26 @@ class Run:
             )
         return row
 
-    def _rewind(self) -> None:
-        """Drop what a process that was killed has written after its last checkpoint: those steps come again."""
+    def _rewind(self, path: Path) -> None:
+        """Drop what was written after the checkpoint `path`: those steps come again. It takes the last one's place."""
         if self.world.main:
             for name in ("log.jsonl", "metrics.jsonl"):
                 log.rewind(self.folder / name, self.done)
             for made_again in (divergence.FILE, "result.json"):
                 files.discard(self.folder / made_again)
+            last = checkpoint.path_of(self.folder, "last")
+            if path != last:  # nothing may be left to be done that would write it
+                with files.replacing(last) as temporary:
+                    shutil.copyfile(path, temporary)
+
+    def _tell_of_lost_rows(self) -> None:
+        """Say how many rows of log.jsonl are missing up to the checkpoint, as after a loss of power."""
+        path, every_so_many = self.folder / "log.jsonl", self.config.log_every
+        there = {row["step"] for row in read(self.folder).log}
+        lost = [step for step in range(every_so_many, self.done + 1, every_so_many) if step not in there]
+        if lost and self.world.main:
+            said = f"{path} has lost {len(lost):,} rows, the first of step {lost[0]:,}: the run goes on without them"
+            log.console.print(said, markup=False)
 
     def _make_folder(self) -> Path:
         """--out, or the first free runs/NAME; with a checkpoint, samples.png, plan.json, and so on.
@@ -563,7 +578,7 @@ class Run:
         if not self.world.main:
             return
         seconds = time.perf_counter() - self.began
-        evaluating = sum(row["seconds"] for row in read(self.folder).metrics)
+        evaluating = sum(row["seconds"] for row in read_metrics(self.folder))
         gpu = self.device.type == "cuda"
         result = {
             "reason": reason,
@@ -686,6 +701,9 @@ class Run:
 
     def _write(self, names: list[str], snapshot: checkpoint.Snapshot) -> None:
         state = snapshot.wait()
+        for told in ("log.jsonl", "metrics.jsonl"):  # on the disk before it: what it is past is not told again
+            if (path := self.folder / told).exists():
+                files.sync(path)
         for name in names:  # the last one last: what it is past is not done again
             checkpoint.save(checkpoint.path_of(self.folder, name), state)
 

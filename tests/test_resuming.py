@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from fastbd import cli
+from fastbd import cli, files
 from fastbd.resume import difference
 
 RUN = (
@@ -74,6 +74,38 @@ def test_where_nothing_is_left_to_be_done_the_last_checkpoint_is_whole_again(pla
     assert fastbd("pretrain", "--resume", run) == 0
     assert (run / "ckpt_last.pt").read_bytes() == (run / "ckpt_epoch_002.pt").read_bytes()
     assert rows(run, "metrics.jsonl") == rows(place / "whole", "metrics.jsonl")
+
+
+def test_a_resumption_that_is_refused_changes_nothing(run, capsys):
+    damage(run / "ckpt_last.pt")
+    edited(run / "config.json", lambda value: value.update(eval_data="nowhere.beton"))
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"}
+    with files.locked(run / ".lock"):
+        assert fastbd("pretrain", "--resume", run) == 2 and "is being trained by" in capsys.readouterr().err
+    assert fastbd("pretrain", "--resume", run) == 2 and "does not exist" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"} == before
+
+
+def test_rows_that_were_lost_are_told_of(run, capsys):
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)  # of steps 5, 10, 15 and 20
+    (run / "log.jsonl").write_text(lines[0] + lines[3])
+    assert fastbd("pretrain", "--resume", run) == 0
+    said = f"{run}/log.jsonl has lost 2 rows, the first of step 10: the run goes on without them\n"
+    assert said in capsys.readouterr().out
+    (run / "log.jsonl").write_text("".join(lines))
+    assert fastbd("pretrain", "--resume", run) == 0 and "has lost" not in capsys.readouterr().out
+
+
+def test_evaluations_that_were_added_are_not_the_runs_own(place, run):
+    """In its seconds they have no place, nor in what is left to be measured."""
+    whole = json.loads((place / "whole/result.json").read_text())
+    *others, last = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    added = last | {"checkpoint": "last", "seconds": 1e4, "set": "other"}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*others, added)))
+    assert fastbd("pretrain", "--resume", run) == 0
+    found = rows(run, "metrics.jsonl")
+    assert found[-2]["set"] == "other" and found[-1] == rows(place / "whole", "metrics.jsonl")[-1]
+    assert json.loads((run / "result.json").read_text())["evaluate_seconds"] < 1e4 > whole["evaluate_seconds"]
 
 
 def edited(path, change):

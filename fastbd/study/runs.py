@@ -146,8 +146,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> tuple[Evaluation, ...]:
-    """The evaluations of the run folder `path`, in order of steps; none where there is no run yet."""
-    return _first(_lines(path / "metrics.jsonl"), ("step", *SET))
+    """The evaluations that the run in folder `path` has made itself, in order of steps; none where there is no run yet.
+
+    Not those that `fastbd evaluate` has added, which name their checkpoint.
+    """
+    rows = [row for row in _lines(path / "metrics.jsonl") if "checkpoint" not in row]
+    return _first(rows, ("step", *SET))
 
 
 def on_all_images(rows: Iterable[Evaluation]) -> list[Evaluation]:
