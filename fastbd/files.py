@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -124,6 +125,11 @@ def read_jsonl(path: Path, remedy: str) -> list[dict[str, Any]]:
     if None in rows:
         raise UserError(f"line {rows.index(None) + 1} of {path} is damaged: {remedy}.")
     return rows + ([unfinished] if (unfinished := json_object(last)) else [])
+
+
+def crc_of(value: dict[str, Any]) -> str:
+    """Return the CRC-32 of an object as JSON, 8 hexadecimal digits."""
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 def json_object(text: bytes) -> dict[str, Any] | None:

@@ -171,8 +171,13 @@ def _classified(
     forms = read_templates(templates, names)
     prompts = tokenize([form.replace("{}", name) for name in names for form in forms])
     own = "those in the class list" if getattr(names, "templates", None) else DEFAULT_TEMPLATES
-    about = {"class_list": chosen or "the data's", "templates": templates or own}
+    about = _about(beton) | {"class_list": chosen or "the data's", "templates": templates or own}
     return dict(about=about, classes=names, labels=torch.from_numpy(labels).to(device), prompts=prompts)
+
+
+def _about(beton: Beton | Shards) -> dict:
+    """What names the content: two sets may have one name, and one file be built anew."""
+    return {"content": beton.fingerprint[:16]}
 
 
 def _captioned(beton: Beton | Shards, ids: np.ndarray, device: torch.device) -> dict:
@@ -183,7 +188,7 @@ def _captioned(beton: Beton | Shards, ids: np.ndarray, device: torch.device) -> 
     rows = np.flatnonzero(image_of >= 0)
     captions = [beton.caption(row) for row in rows]
     places = torch.from_numpy(image_of[rows]).to(device)
-    return dict(about={}, tokens=beton.tokens(rows), captions=captions, image_of=places)
+    return dict(about=_about(beton), tokens=beton.tokens(rows), captions=captions, image_of=places)
 
 
 def _images(

@@ -5,8 +5,6 @@ Every use of the backdoor (training, ASR, reports) reads the same plan; the imag
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from fastbd import draws
 from fastbd.errors import UserError
-from fastbd.files import read_json
+from fastbd.files import crc_of, read_json
 from fastbd.log import write_json
 from fastbd.poison.triggers import TriggerSpec, stamp
 
@@ -112,14 +110,14 @@ class Plan:
 
     def save(self, path: Path | str) -> None:
         value = self.to_dict()
-        write_json(Path(path), {"crc32": _crc(value), **value})
+        write_json(Path(path), {"crc32": crc_of(value), **value})
 
     @classmethod
     def load(cls, path: Path | str) -> Plan:
         """UserError, with the path, when there is no such file or it holds no valid plan."""
         try:
             value = read_json(Path(path), "name a plan, which python -m fastbd poison makes")
-            if isinstance(value, dict) and value.pop("crc32", None) not in (None, _crc(value)):
+            if isinstance(value, dict) and value.pop("crc32", None) not in (None, crc_of(value)):
                 raise UserError("the plan is not as it was written: make it again, or, where you have changed it, take "
                                 "its entry crc32 out.")  # fmt: skip
             return cls.from_dict(value)
@@ -164,10 +162,6 @@ class Plan:
         if (fingerprint, total) != (self.data, self.total):
             raise UserError(f"the poison plan was made for other data than {path}; make one for it with: "
                             f"python -m fastbd poison --data {path}.")  # fmt: skip
-
-
-def _crc(value: dict) -> str:
-    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 def _attack(value: dict) -> Attack:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbd.errors import UserError
-from fastbd.files import read_json, read_jsonl
+from fastbd.files import crc_of, read_json, read_jsonl
 
 Evaluation = dict[str, Any]  # a line of metrics.jsonl; accuracies, ASR and the ends of their intervals are fractions
 
@@ -177,11 +177,25 @@ def on_common_set(runs: Sequence[Run]) -> list[Run]:
     Without pre-trainings that have made no model: those that diverged, or have neither ended nor been evaluated.
     """
     given, runs = len(runs), [run for run in runs if run.verb != "pretrain" or _made_a_model(run)]
+    runs = _with_content(runs)
     sets = Counter(_set(e) for run in runs for e in run.metrics if "top1" in e)
     if not sets:
         raise UserError(f"none of the {given} runs has an evaluation yet: give --eval-data when training.")
     common = sets.most_common(1)[0][0]
     return [replace(run, metrics=tuple(e for e in run.metrics if _set(e) == common)) for run in runs]
+
+
+def _with_content(runs: Sequence[Run]) -> list[Run]:
+    """The runs, older evaluations, which have no `content`, with that of the others where those have one alone."""
+    known: dict[tuple, set[str]] = {}
+    for evaluation in (e for run in runs for e in run.metrics if "content" in e):
+        known.setdefault(_named(evaluation), set()).add(evaluation["content"])
+    alone = {name: {"content": found.pop()} for name, found in known.items() if len(found) == 1}
+    return [replace(run, metrics=tuple(alone.get(_named(e), {}) | e for e in run.metrics)) for run in runs]
+
+
+def _named(evaluation: Evaluation) -> tuple:
+    return tuple(evaluation.get(key) for key in SET if key != "content")
 
 
 def _made_a_model(run: Run) -> bool:
@@ -211,7 +225,10 @@ def slug(run: Run) -> str:
 
 def _attack_of(path: Path) -> str:
     try:
-        return _in_words(_json_if_there(path / "plan.json"))
+        plan = _json_if_there(path / "plan.json")
+        if plan.pop("crc32", None) not in (None, crc_of(plan)):
+            raise UserError(f"{path / 'plan.json'} is damaged or was changed: {REMEDY}.")
+        return _in_words(plan)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path / 'plan.json'} is damaged (it is not a plan): {REMEDY}.") from None
 
@@ -284,7 +301,7 @@ NUMBERS = {
     "epoch", "top1", "asr", "recovery", "seconds", "train_seconds", "evaluate_seconds", "devices", "loss",
     "pairs_per_s", "data_wait", "of_limit",
 }  # fmt: skip
-SET = ("set", "class_list", "templates")  # what makes the numbers of two evaluations comparable
+SET = ("set", "content", "class_list", "templates")  # what makes the numbers of two evaluations comparable
 PATCHES = ("badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch")
 OBJECTIVES = {"mmcl": "MMCL", "ssl": "SSL", "mmcl_ssl": "MMCL+SSL", "siglip": "SigLIP", "siglip_ssl": "SigLIP+SSL",
               "cyclip": "CyCLIP"}  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastbd.errors import UserError
+from fastbd.files import crc_of
 from fastbd.study.runs import find, on_common_set, read, read_config, run_of
 
 
@@ -87,6 +88,17 @@ def test_other_evaluation_sets_are_left_out(study, evaluation):
     assert {e["set"] for run in on_common_set(runs) for e in run.metrics} == {"demo-val"}
 
 
+def test_evaluation_sets_of_one_name_and_other_content_are_left_out(study, evaluation):
+    """Of rows before `content` was recorded nobody knows; where there is one alone, it is taken to be theirs."""
+    path = study / "mmcl" / "metrics.jsonl"
+    rows = [json.loads(line) | {"content": "aa"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [len(run.metrics) for run in on_common_set(find([study]))] == [31] + [11] * 4 + [31] + [11] * 4
+    with path.open("a") as file:
+        file.write(json.dumps(evaluation(1240, 31, 0.9, 0.9) | {"content": "bb"}) + "\n")
+    assert {e.get("content") for run in on_common_set(find([study])) for e in run.metrics} == {None}
+
+
 def test_a_pretraining_that_diverged_is_no_model(write_run, evaluation, tmp_path):
     for k, verb in enumerate(("pretrain", "clean")):
         about = {"verb": verb, "objective": "mmcl", "pretrain_objective": "mmcl"}
@@ -161,6 +173,17 @@ def test_a_plan_that_is_not_one_is_named(tmp_path):
         (tmp_path / "plan.json").write_text(plan)
         with pytest.raises(UserError, match=r"plan\.json is damaged"):
             read(tmp_path)
+
+
+def test_a_plan_that_was_changed_is_named(study):
+    path = study / "mmcl" / "plan.json"
+    plan = json.loads(path.read_text())
+    path.write_text(json.dumps(plan | {"crc32": crc_of(plan)}))
+    attack = read(study / "mmcl").attack
+    assert "banana" in attack
+    path.write_text(path.read_text().replace("banana", "canana"))
+    with pytest.raises(UserError, match=r"mmcl/plan\.json is damaged or was changed: put a copy"):
+        read(study / "mmcl")
 
 
 @pytest.mark.parametrize(
