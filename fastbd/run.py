@@ -48,6 +48,7 @@ from fastbd.rebound import clean_pairs, rebound
 from fastbd.resume import check_inputs, inputs
 from fastbd.signals import Stopped
 from fastbd.step import Step
+from fastbd.study.ledger import study_with
 from fastbd.study.runs import read, read_metrics
 from fastbd.task import ROWS, SPARED, Config, Task
 from fastbd.watch import LOOKING, Watch
@@ -84,6 +85,11 @@ def execute(config: Config, make_task: Callable[[World], Task]) -> int:
 
 def _check_place(config: Config) -> None:
     if config.resume:
+        if study := study_with(config.resume):  # two would train it: a claim is the judge there
+            raise UserError(
+                f"{config.resume} is part of the study in {study}: go on with python -m fastbd sweep --out {study}, or "
+                "copy the run to another place."
+            )
         files.check_out(config.resume, "--resume", instead="copy the run to where that is possible")
     else:
         files.check_out(config.out or Path("runs"))

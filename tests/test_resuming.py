@@ -86,6 +86,19 @@ def test_a_resumption_that_is_refused_changes_nothing(run, capsys):
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"} == before
 
 
+def test_a_run_of_a_study_is_left_to_its_sweep(run, tmp_path, capsys):
+    """Which may have another process at work on it."""
+    part = shutil.copytree(run, tmp_path / "study/runs/a")
+    assert fastbd("pretrain", "--resume", part) == 0
+    (tmp_path / "study/study.1").mkdir()
+    (tmp_path / "study/study.1/study.json").touch()
+    assert fastbd("pretrain", "--resume", part) == 2
+    assert capsys.readouterr().err == (
+        f"error: {part} is part of the study in {tmp_path}/study: go on with python -m fastbd sweep --out "
+        f"{tmp_path}/study, or copy the run to another place.\n"
+    )
+
+
 def test_rows_that_were_lost_are_told_of(run, capsys):
     lines = (run / "log.jsonl").read_text().splitlines(keepends=True)  # of steps 5, 10, 15 and 20
     (run / "log.jsonl").write_text(lines[0] + lines[3])
