@@ -492,7 +492,7 @@ class Run:
         self.world.barrier()  # every rank has looked before one makes it
         if self.world.main:
             about = {"name": folder.name, "fastbd": __version__, **task.about(self.verb), **self.extra}
-            about["config"] = to_dict(config)
+            about |= {"start_weights": self.inputs["start"], "config": to_dict(config)}
             with _new_folder(folder) as new:
                 pixels = {"decode": self.decoded_by, "resident": self.pairs.where}
                 synonyms = {"plan_eda_synonyms": eda.synonyms_source()}

@@ -13,6 +13,7 @@ from fastbd.config import CleanConfig, PretrainConfig, portable
 from fastbd.data.beton import Beton
 from fastbd.data.rows import read_rows
 from fastbd.data.shards import Shards
+from fastbd.errors import UserError
 from fastbd.models import CLIP
 from fastbd.poison.plan import Plan
 
@@ -71,6 +72,15 @@ class Task:
             "classes": portable(self.classes),
             "templates": portable(self.templates),
         }
+
+
+def check_trained_on(run: Path, saved: dict, beton: Beton | Shards, remedy: str) -> None:
+    """Raise a UserError, which ends with the remedy, where the run's data are not what it was trained on.
+
+    `saved` is its checkpoint; those of older versions do not say what that was.
+    """
+    if saved.get("inputs", {}).get("data", beton.fingerprint) != beton.fingerprint:
+        raise UserError(f"{beton.path} has other content than when {run} was trained on it: {remedy}.")
 
 
 def allowed_rows(config: Config, beton: Beton | Shards) -> np.ndarray:

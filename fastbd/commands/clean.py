@@ -19,7 +19,7 @@ from fastbd.models.clip import create_like
 from fastbd.poison.plan import Plan
 from fastbd.resume import resumed
 from fastbd.run import execute
-from fastbd.task import SPARED, Task, allowed_rows
+from fastbd.task import SPARED, Task, allowed_rows, check_trained_on
 
 HELD_OUT = 512  # pairs
 
@@ -50,6 +50,9 @@ def task(config: CleanConfig, world: World) -> Task:
     beton = open_beton(data)
     if plan and not config.data:
         plan.check(beton.fingerprint, len(beton), data)  # else its rows would mean others now
+    if not (config.data or state):
+        remedy = f"put that back, or clean on what it is now with --data {data}"
+        check_trained_on(config.run, saved, beton, remedy)
     allowed = allowed_rows(config, beton)
     flagged = flagged_rows(config, beton, allowed, plan)
     others, count = np.setdiff1d(allowed, flagged), config.rows - len(flagged)

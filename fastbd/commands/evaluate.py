@@ -26,6 +26,7 @@ from fastbd.poison.plan import Plan
 from fastbd.precision import set_precision
 from fastbd.rebound import clean_pairs, rebound
 from fastbd.study.runs import read_config
+from fastbd.task import check_trained_on
 
 
 def run(config: EvaluateConfig) -> int:
@@ -149,7 +150,9 @@ class Evaluation:
 
     def _clean_pairs(self) -> tuple[Pairs, np.ndarray]:
         """Those of the run's data that --rebound takes."""
-        pairs = Pairs(open_beton(self.recorded["data"]), self.decoder, self.model.image_size)
+        beton = open_beton(self.recorded["data"])
+        check_trained_on(self.config.run, self.state, beton, "put that back, or leave --rebound out")
+        pairs = Pairs(beton, self.decoder, self.model.image_size)
         rows = clean_pairs(pairs, self.plan, self.config.rebound * self.config.rebound_batch_size)
         if self.config.verify:
             check_whole(pairs.beton, rows, quiet=self.config.json)

@@ -48,7 +48,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     starts = [_recorded_start(run, named) for run in runs]
     flags = [_flags(run, start) for run, start in zip(runs, starts, strict=True)]
     for run, own in zip(runs, flags, strict=True):
-        if run.model in gone_on and run.start_step is not None:
+        if run.start in gone_on and run.start_step is not None:
             own["step"] = run.start_step
     used = {run.start.name for run in runs if run.start}  # by name, so that a study may be moved
     kinds: dict[str, list[dict[str, Any]]] = {}
@@ -133,10 +133,11 @@ def _flags(run: Run, start: dict[str, Any] | None) -> dict[str, Any]:
     return {**known, "checkpoint": checkpoint}
 
 
-def _gone_on(runs: Sequence[Run]) -> set[tuple]:
-    """The models that were cleaned at several steps: their training had gone on meanwhile."""
-    steps = Counter(model for model, step in {(run.model, run.start_step) for run in runs} if step is not None)
-    return {model for model, times in steps.items() if times > 1}
+def _gone_on(runs: Sequence[Run]) -> set[Path]:
+    """The runs whose last model was cleaned at several steps: their training had gone on meanwhile."""
+    last = [run for run in runs if run.start_step is not None and run.config.get("checkpoint", "last") == "last"]
+    steps = Counter(start for start, _ in {(run.start, run.start_step) for run in last})
+    return {start for start, times in steps.items() if times > 1}
 
 
 def _differing(flags: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:

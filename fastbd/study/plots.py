@@ -141,7 +141,7 @@ def beside(studies: Mapping[str, Sequence[Run]]) -> Figure:
 def _cloud(axes: Axes, runs: Sequence[Run]) -> bool:
     """Draw runs as points of top-1 against ASR; whether published points, of the same classes, lie behind them."""
     cleaning = [run for run in runs if run.verb == "clean" and run.attacks]
-    stars = {(run.model, run.start_step): (run, e) for run in cleaning for e in run.attacks if e["step"] == 0}
+    stars = {run.model: (run, e) for run in cleaning for e in run.attacks if e["step"] == 0}
     if not cleaning:
         stars = {run.model: (run, run.attacks[-1]) for run in runs if run.attacks}
     points = [e for run in cleaning for e in run.cleaned]

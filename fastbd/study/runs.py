@@ -63,10 +63,14 @@ class Run:
 
     @property
     def model(self) -> tuple[str, str, str]:
-        """(pre-training objective, folder, checkpoint) of the model that is cleaned, or that pre-training made."""
+        """(pre-training objective, weights, checkpoint) of the model that is cleaned, or that pre-training made.
+
+        The weights are named by their sha256, so that a study may be moved; by the folder where that is not recorded.
+        """
         if self.start is None:
             return self.pretrain_objective, os.path.abspath(self.path), "last"
-        return self.pretrain_objective, os.path.abspath(self.start), str(self.config.get("checkpoint", "last"))
+        weights = self.recorded.get("start_weights") or os.path.abspath(self.start)
+        return self.pretrain_objective, weights, str(self.config.get("checkpoint", "last"))
 
     @property
     def start_step(self) -> int | None:
@@ -168,7 +172,19 @@ def find(paths: Iterable[Path]) -> list[Run]:
         if not folders:
             raise UserError(f"{path} is no run folder and contains none: no config.json; name the folder of a run.")
         found |= {os.path.realpath(folder): read(folder) for folder in folders}
-    return list(found.values())
+    return _with_weights(list(found.values()))
+
+
+def _with_weights(runs: list[Run]) -> list[Run]:
+    """The runs; older cleanings, without `start_weights`, take those of the others of their start where these agree."""
+    known: dict[tuple, set[str]] = {}
+    for run in runs:
+        if weights := run.recorded.get("start_weights"):
+            known.setdefault((run.start, run.config.get("checkpoint")), set()).add(weights)
+    alone = {start: {"start_weights": found.pop()} for start, found in known.items() if len(found) == 1}
+    return [
+        replace(run, recorded=alone.get((run.start, run.config.get("checkpoint")), {}) | run.recorded) for run in runs
+    ]
 
 
 def on_common_set(runs: Sequence[Run]) -> list[Run]:

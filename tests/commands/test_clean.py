@@ -84,3 +84,18 @@ def test_a_model_whose_training_is_not_at_its_end_is_cleaned_on_request_only(stu
     for more in (["--force"], ["--checkpoint", "1"]):
         assert cli.main([*clean, *more, "--out", str(tmp_path / more[0])]) == 0
         assert json.loads((tmp_path / more[0] / "config.json").read_text())["start_step"] == 0
+
+
+def test_data_that_the_model_was_not_trained_on_are_named(study, monkeypatch, tmp_path, capsys):
+    """Without a plan too, which is bound to its data."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.beton", "val.beton"):
+        shutil.copyfile(study / name, name)
+    small = ["--batch-size", "24", "--device", "cpu", "--epochs", "0", "--no-ssl-text"]
+    assert cli.main(["pretrain", "--data", "train.beton", "--model", "tiny-rn", *small, "--out", "run"]) == 0
+    shutil.copyfile("val.beton", "train.beton")
+    clean = ["clean", "--run", "run", *small]
+    assert cli.main([*clean, "--out", "refused"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "train.beton has other content than when run was trained on it: put " in said
+    assert cli.main([*clean, "--data", "train.beton", "--out", "cleaned"]) == 0

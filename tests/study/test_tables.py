@@ -143,6 +143,16 @@ def test_checkpoints_of_one_run_are_two_models(study, write_run, evaluation):
     assert sorted(names) == ["MMCL, checkpoint 21", "MMCL, checkpoint last"]
 
 
+def test_a_model_is_known_by_its_weights(study, write_run, evaluation):
+    """Wherever it lay when it was cleaned."""
+    for name, start, weights in (("a", "mmcl", "aa"), ("b", "moved/mmcl", "aa"), ("c", "mmcl", "bb")):
+        about = {"verb": "clean", "method": "par", "start": str(study / start), "start_weights": weights}
+        about |= {"objective": "mmcl", "pretrain_objective": "mmcl", "config": {"lr": 1e-4, "seed": 0}}
+        write_run(study / name, about, [evaluation(0, 0, 0.5, 0.9), evaluation(20, 1, 0.5, 0.01)], [])
+    (row,) = [row for row in table(find([study])) if row.group.method == "PAR"]
+    assert (row.models, row.replicates) == (2, 2)
+
+
 def test_a_model_that_was_trained_on_after_it_was_cleaned_is_another(study, write_run, evaluation):
     """The cleaning of the half-trained one is in no row of the other."""
     for step, name, top1 in ((1200, "whole", 0.5), (100, "half", 0.2)):
