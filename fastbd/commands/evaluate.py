@@ -82,7 +82,7 @@ class Evaluation:
         self.state, self.model = open_model(config.run, config.checkpoint, self.world.device)
         saved = self.state["plan"] and Plan.from_dict(self.state["plan"])
         self.plan = Plan.load(config.plan) if config.plan else saved
-        own = self.recorded["eval_data"]
+        own = self.recorded.get("eval_data")
         self.paths = config.eval_data or ((Path(own),) if own else ())
         self._check()
         self.precision = set_precision(config.precision, self.world.device)
@@ -118,11 +118,11 @@ class Evaluation:
 
     def _open(self, path: Path, attacked: bool = True) -> EvalSet:
         config, recorded = self.config, self.recorded
-        own = path.resolve() == Path(recorded["eval_data"] or "").resolve()
+        own = path.resolve() == Path(recorded.get("eval_data") or "").resolve()
         return open_set(
             path, self.decoder, self.model.image_size,
-            classes=config.classes or (recorded["classes"] if own else None),
-            templates=config.templates or (recorded["templates"] if own else None),
+            classes=config.classes or (recorded.get("classes") if own else None),
+            templates=config.templates or (recorded.get("templates") if own else None),
             plan=self.plan if attacked else None,
             geometry=None if config.geometry == "plan" else config.geometry,
             subset=config.subset if attacked else 0,

@@ -12,6 +12,7 @@ from fastbd.data import sheet
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import RECIPES, Pairs
 from fastbd.data.shards import open_beton
+from fastbd.errors import UserError
 from fastbd.files import check_out, replacing
 from fastbd.log import console
 from fastbd.models.clip import MODELS
@@ -21,6 +22,8 @@ from fastbd.poison.plan import Plan
 def run(config: PreviewConfig) -> int:
     """Draw the contact sheet."""
     check_out(config.out, name="preview.png")
+    if config.out.is_file() and not _is_png(config.out):
+        raise UserError(f"--out {config.out} exists and is no PNG: give another name, such as preview.png.")
     data, plan = Path(config.data), config.plan
     if config.data == "demo":
         data, _, demo_plan = demo_set()
@@ -43,3 +46,8 @@ def run(config: PreviewConfig) -> int:
         picture.save(temporary, "PNG")
     console.print(f"wrote {config.out}: {' | '.join(RECIPES[config.views])}", markup=False)
     return 0
+
+
+def _is_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"

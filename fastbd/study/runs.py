@@ -146,6 +146,9 @@ def read_config(path: Path) -> dict[str, Any]:
     for name, kind in (("verb", str), ("config", dict)):
         if not isinstance(found.get(name), kind):
             raise UserError(f"{path / 'config.json'} has no '{name}', so it is not a run's; name another folder.")
+    for name in TEXTS & found.keys():
+        if not isinstance(found[name], str | None):
+            raise UserError(f"{path / 'config.json'} is damaged ({name} {found[name]!r} is not a text): {REMEDY}.")
     return found
 
 
@@ -316,6 +319,10 @@ REMEDY = "put a copy of it back, or go on without this run"
 NUMBERS = {
     "epoch", "top1", "asr", "recovery", "seconds", "train_seconds", "evaluate_seconds", "devices", "loss",
     "pairs_per_s", "data_wait", "of_limit",
+}  # fmt: skip
+TEXTS = {
+    "name", "method", "objective", "pretrain_objective", "start", "start_weights", "model", "activation", "data",
+    "eval_data", "classes", "templates",
 }  # fmt: skip
 SET = ("set", "content", "class_list", "templates")  # what makes the numbers of two evaluations comparable
 PATCHES = ("badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch")

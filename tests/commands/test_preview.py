@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import shutil
+
 from PIL import Image
+
+from fastbd import cli
 
 
 def test_preview_draws_clean_and_poisoned_pairs(fastbd, study, tmp_path):
@@ -19,3 +23,10 @@ def test_preview_draws_clean_and_poisoned_pairs(fastbd, study, tmp_path):
 def test_preview_refuses_a_folder(fastbd, study):
     done = fastbd("preview", "--data", study / "train.beton", "--out", study, cwd=study, code=2)
     assert f"--out {study} is a folder" in done.stderr
+
+
+def test_preview_draws_over_no_other_file(study, tmp_path, capsys):
+    data = shutil.copyfile(study / "train.beton", tmp_path / "train.beton")
+    assert cli.main(["preview", "--data", str(data), "--out", str(data)]) == 2
+    said = f"error: --out {data} exists and is no PNG: give another name, such as preview.png.\n"
+    assert capsys.readouterr().err == said and data.read_bytes() == (study / "train.beton").read_bytes()

@@ -175,6 +175,14 @@ def test_a_plan_that_is_not_one_is_named(tmp_path):
             read(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "value"), [("start", 7), ("name", 3), ("eval_data", 5), ("classes", [])])
+def test_a_text_that_is_none_is_named(study, name, value):
+    path = study / "mmcl" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=rf"config\.json is damaged \({name} .* is not a text\): put a copy of it back"):
+        read(study / "mmcl")
+
+
 def test_a_plan_that_was_changed_is_named(study):
     path = study / "mmcl" / "plan.json"
     plan = json.loads(path.read_text())
