@@ -48,7 +48,7 @@ from fastbd.rebound import clean_pairs, rebound
 from fastbd.resume import check_inputs, inputs
 from fastbd.signals import Stopped
 from fastbd.step import Step
-from fastbd.study.ledger import study_with
+from fastbd.study.ledger import study_folder_of
 from fastbd.study.runs import read, read_metrics
 from fastbd.task import ROWS, SPARED, Config, Task
 from fastbd.watch import LOOKING, Watch
@@ -85,7 +85,7 @@ def execute(config: Config, make_task: Callable[[World], Task]) -> int:
 
 def _check_place(config: Config) -> None:
     if config.resume:
-        if study := study_with(config.resume):  # two would train it: a claim is the judge there
+        if study := study_folder_of(config.resume):  # two would train it: a claim is the judge there
             raise UserError(
                 f"{config.resume} is part of the study in {study}: go on with python -m fastbd sweep --out {study}, or "
                 "copy the run to another place."
@@ -181,7 +181,7 @@ class Run:
         self.folder = config.resume or self._make_folder()
         if resumed:
             self._rewind(resumed["from"])
-            if resumed["config"].get("log_every") == config.log_every:
+            if world.main and resumed["config"].get("log_every") == config.log_every:
                 self._tell_of_lost_rows()
 
     def _hold(self, folder: Path, alone: bool = True) -> None:
@@ -477,7 +477,7 @@ class Run:
         path, every_so_many = self.folder / "log.jsonl", self.config.log_every
         there = {row["step"] for row in read(self.folder).log}
         lost = [step for step in range(every_so_many, self.done + 1, every_so_many) if step not in there]
-        if lost and self.world.main:
+        if lost:
             said = f"{path} has lost {len(lost):,} rows, the first of step {lost[0]:,}: the run goes on without them"
             log.console.print(said, markup=False)
 
@@ -492,7 +492,7 @@ class Run:
         self.world.barrier()  # every rank has looked before one makes it
         if self.world.main:
             about = {"name": folder.name, "fastbd": __version__, **task.about(self.verb), **self.extra}
-            about |= {"start_weights": self.inputs["start"], "config": to_dict(config)}
+            about |= {"start_step": task.start_step, "start_weights": self.inputs["start"], "config": to_dict(config)}
             with _new_folder(folder) as new:
                 pixels = {"decode": self.decoded_by, "resident": self.pairs.where}
                 synonyms = {"plan_eda_synonyms": eda.synonyms_source()}

@@ -64,7 +64,6 @@ class Task:
             "objective": self.method.objective_name,
             "pretrain_objective": self.pretrain_objective,
             "start": portable(self.start),
-            "start_step": self.start_step,
             "model": self.model_name,
             "activation": self.model.spec.activation,
             "data": portable(self.data),

@@ -220,8 +220,14 @@ def test_an_older_checkpoint_is_still_resumed(run):
     state = torch.load(run / "ckpt_last.pt", weights_only=True)
     del state["inputs"]
     state["config"] |= {"gone": 1}
+    state["step"], state["epoch"] = 10, 1.0
     torch.save(state, run / "ckpt_last.pt")
+    written = json.loads((run / "config.json").read_text())
+    edited(run / "config.json", lambda v: [v.pop(name) for name in ("start_step", "start_weights")])  # not known then
     assert fastbd("pretrain", "--resume", run) == 0
+    assert torch.load(run / "ckpt_last.pt", weights_only=True)["step"] == 20
+    assert fastbd("pretrain", "--resume", run) == 0  # from what has just been written
+    assert written.keys() > json.loads((run / "config.json").read_text()).keys()
 
 
 def test_what_does_not_matter_to_the_numbers_may_change():

@@ -176,7 +176,7 @@ def _classified(
 
 
 def _about(beton: Beton | Shards) -> dict:
-    """What names the content: two sets may have one name, and one file be built anew."""
+    """Return what tells the set from others of its name: a file may be built anew."""
     return {"content": beton.fingerprint[:16]}
 
 

@@ -134,7 +134,7 @@ def _flags(run: Run, start: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _gone_on(runs: Sequence[Run]) -> set[Path]:
-    """The runs whose last model was cleaned at several steps: their training had gone on meanwhile."""
+    """Return the runs whose last model was cleaned at several steps: their training had gone on meanwhile."""
     last = [run for run in runs if run.start_step is not None and run.config.get("checkpoint", "last") == "last"]
     steps = Counter(start for start, _ in {(run.start, run.start_step) for run in last})
     return {start for start, times in steps.items() if times > 1}

@@ -42,7 +42,7 @@ ENDS = ("finished", "released", "expired")
 TAIL = 1 << 16  # bytes in which the last line of metrics.jsonl is looked for
 
 
-def study_with(run: Path) -> Path | None:
+def study_folder_of(run: Path) -> Path | None:
     """Return the folder of the study that a run folder is part of; None where it is part of none."""
     runs = run.resolve().parent
     return runs.parent if runs.name == "runs" and any(runs.parent.glob("study.*/study.json")) else None

@@ -179,7 +179,7 @@ def find(paths: Iterable[Path]) -> list[Run]:
 
 
 def _with_weights(runs: list[Run]) -> list[Run]:
-    """The runs; older cleanings, without `start_weights`, take those of the others of their start where these agree."""
+    """Return the runs; a cleaning without `start_weights` has those of its start's others, if they agree."""
     known: dict[tuple, set[str]] = {}
     for run in runs:
         if weights := run.recorded.get("start_weights"):
@@ -205,7 +205,7 @@ def on_common_set(runs: Sequence[Run]) -> list[Run]:
 
 
 def _with_content(runs: Sequence[Run]) -> list[Run]:
-    """The runs, older evaluations, which have no `content`, with that of the others where those have one alone."""
+    """Return the runs; an evaluation that does not know its `content` has that of its set's others, if they agree."""
     known: dict[tuple, set[str]] = {}
     for evaluation in (e for run in runs for e in run.metrics if "content" in e):
         known.setdefault(_named(evaluation), set()).add(evaluation["content"])
@@ -214,10 +214,12 @@ def _with_content(runs: Sequence[Run]) -> list[Run]:
 
 
 def _named(evaluation: Evaluation) -> tuple:
+    """Return what an older evaluation says of its set."""
     return tuple(evaluation.get(key) for key in SET if key != "content")
 
 
 def _made_a_model(run: Run) -> bool:
+    """Whether a pre-training has one to show: it has ended well, or been evaluated."""
     return run.result.get("reason") != "diverged" and bool(run.result or run.metrics)
 
 
