@@ -17,7 +17,7 @@ from bench.case import Case, Cases, Output, Provider
 from bench.pictures import photographs
 from bench.pillow_views import pillow_view
 from bench.torch_views import two_views
-from fastbd import draws
+from fastbd.base import random
 from fastbd.kernels import augment_reference, policies, views
 from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.views import View
@@ -43,7 +43,7 @@ def augment_case(name: str, batch: int, device: str) -> Case:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     plain = views.plain(sizes, SIZE)
     policy, n = policies.POLICIES["auto_augment"]
-    second = policy(draws.uniform(0, "bench", np.arange(batch), n), sizes, SIZE)
+    second = policy(random.uniform(0, "bench", np.arange(batch), n), sizes, SIZE)
 
     def on_gpu() -> Callable[[], Output]:
         ragged = Ragged.of(images)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastbd.limits import Rates
+from fastbd.training.roofline import Rates
 
 Output = dict[str, Tensor]
 Call = Callable[[], Output]

@@ -28,8 +28,8 @@ from bench.inductor.count import SMALL, Launch, launches
 from bench.inductor.device import WORKS_WITH, build_guard
 from bench.records import RESULTS, triton_version
 from fastbd.kernels.text_pack import room_for
-from fastbd.limits import image_ops, text_ops
 from fastbd.models import create
+from fastbd.training.roofline import image_ops, text_ops
 
 PASSES = ("forward", "backward")
 
@@ -143,7 +143,7 @@ def count(case: Towers, name: str, code: str) -> dict:
 
 
 def roofline_bytes(case: Towers) -> float:
-    """Bytes of a step by the compiled roofline (fastbd/limits.py), with the room that compiled captions take."""
+    """Bytes of a step by the compiled roofline (fastbd/training/roofline.py), with the room that compiled captions take."""
     with torch.device("meta"):
         model = create(case.model, None)
     texts = case.views * case.pairs

@@ -18,13 +18,13 @@ from torch import Tensor
 from bench import published
 from bench.case import Call, Case, Cases, Output, Provider, Unavailable
 from bench.pictures import repeated
-from fastbd import dist
+from fastbd.base import dist
+from fastbd.base.errors import UserError
 from fastbd.data import resident, sampler
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import RECIPES, Batch, Pairs, batches, draw_views
 from fastbd.data.tokenizer import CONTEXT
-from fastbd.errors import UserError
 
 SIZE, BATCH = 224, 64
 TOLERANCE = {"": 0.02}  # a level is 1.5 % of a standard deviation

@@ -19,6 +19,7 @@ from bench.pictures import demo_pictures, repeated
 from bench.published import loader
 from bench.published_eval import CLEANCLIP, OPEN_CLIP, TOP, Pictures, Program, resident
 from bench.published_step import nchw_copy, switches, text_tower
+from fastbd.base.prompts import read_classes, read_templates
 from fastbd.data.decode import open_decoder
 from fastbd.data.demo import SHAPES
 from fastbd.data.tokenizer import tokenize
@@ -31,10 +32,9 @@ from fastbd.kernels.text_pack import PackedText, pack
 from fastbd.kernels.text_tree import tree
 from fastbd.models import CLIP, create
 from fastbd.models.batchnorm import batch_norms
+from fastbd.models.precision import autocast, set_precision
 from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec
-from fastbd.precision import autocast, set_precision
-from fastbd.prompts import read_classes, read_templates
 
 PROMPTS = 512  # of a batch
 TEMPLATES = "imagenet80"

@@ -49,9 +49,9 @@ MORE_MODULES = ("tyro", "nvidia.dali", "pytest", "xdist", "pytest_timeout")
 PYTEST = ("--override-ini=addopts=--import-mode=importlib", "-v", "--tb=short", "--durations=10", "-pno:cacheprovider",
           "-pbench.pytest_gpu", "-n8", "--maxschedchunk=1", "--override-ini=faulthandler_timeout=75", "--timeout=80",
           "--timeout-method=thread")  # fmt: skip
-TESTED = ("tests/test_step_gpu.py", "tests/test_losses.py", "tests/data/test_gpu.py", "tests/kernels",
-          "tests/test_capture.py::test_a_gpu_is_as_before_after_a_capture_that_broke_off",
-          "tests/test_checkpoint.py::test_a_snapshot_of_a_gpu_waits_for_nothing_and_takes_its_memory_again",
+TESTED = ("tests/training/test_step_gpu.py", "tests/methods/test_losses.py", "tests/data/test_gpu.py", "tests/kernels",
+          "tests/training/test_capture.py::test_a_gpu_is_as_before_after_a_capture_that_broke_off",
+          "tests/training/test_checkpoint.py::test_a_snapshot_of_a_gpu_waits_for_nothing_and_takes_its_memory_again",
           )  # fmt: skip
 NOT_TESTED = ("tests/kernels/test_aot.py", "tests/kernels/test_contrastive_distributed.py")  # they use no GPU
 SIZES = "loss B=256,loss B=512,loss B=1024,step rn50 B=256"

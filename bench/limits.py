@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from bench.case import Case, Provider
-from fastbd.limits import Rates, copy_rate, matmul_rate
+from fastbd.training.roofline import Rates, copy_rate, matmul_rate
 
 FORMATS = {"cpu": ("bf16", "fp32", "fp64"), "cuda": ("bf16", "tf32", "fp32", "fp64")}
 

@@ -21,15 +21,15 @@ import torch
 
 from bench.captions import captions, lengths
 from bench.step import OBJECTIVES
-from fastbd.cleaning.method import Method
+from fastbd.base.dist import World
 from fastbd.data.loader import Batch
-from fastbd.dist import World
 from fastbd.kernels.text_pack import PackedText, pack, room_for
+from fastbd.methods.method import Method
 from fastbd.models import create
 from fastbd.models.batchnorm import share_statistics
-from fastbd.optim import learning_rates, make_optimizer
-from fastbd.precision import has_compiler, set_precision
-from fastbd.step import Step
+from fastbd.models.precision import has_compiler, set_precision
+from fastbd.training.optim import learning_rates, make_optimizer
+from fastbd.training.step import Step
 
 PAIRS, STEPS = 16, 8  # of the steps, three run before a capture and five are replays
 MODES = {

@@ -23,13 +23,13 @@ from torch.utils.data import Dataset
 from bench.case import Output
 from bench.pillow_views import normalised
 from bench.published_step import image_tower, switches, text_tower
+from fastbd.base.prompts import target_index
 from fastbd.data.tokenizer import tokenize
 from fastbd.evals.sets import EVALUATION, Attacked, Labelled
 from fastbd.kernels.constants import CLIP_MEAN, CLIP_STD
 from fastbd.models import CLIP
+from fastbd.models.precision import autocast
 from fastbd.poison.triggers import stamp
-from fastbd.precision import autocast
-from fastbd.prompts import target_index
 
 BATCH = 128  # images, as in training
 TOP = (1, 3, 5, 10)

@@ -27,7 +27,7 @@ from fastbd.models import CLIP
 from fastbd.models.clip import CONTEXT
 from fastbd.models.resnet import SmallResNet
 from fastbd.models.vit import VisionTransformer
-from fastbd.optim import clamp_log_scale
+from fastbd.training.optim import clamp_log_scale
 
 Step = Callable[[Sequence[Tensor], Tensor, Tensor | None], Output]
 WATCHED = {

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.limits import Limits
-from fastbd.log import environment
+from fastbd.base.log import environment
 
 RESULTS = Path(__file__).parent / "results"
 

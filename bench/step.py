@@ -19,18 +19,18 @@ from bench.case import Call, Case, Cases, Output, Provider, Unavailable
 from bench.measure import MOST
 from bench.published_step import Hyper, open_clip, outputs, published, trimmed
 from bench.published_step import Step as Peer
-from fastbd.capture import WARM
-from fastbd.cleaning.method import Method
+from fastbd.base.dist import World
 from fastbd.data.loader import Batch
-from fastbd.dist import World
 from fastbd.kernels.text_pack import PackedText, lengths_of, pack, room_for
-from fastbd.limits import Rates, step_seconds
+from fastbd.methods.method import Method
+from fastbd.methods.objectives import Objective
 from fastbd.models import CLIP, create
 from fastbd.models.clip import MODELS
-from fastbd.objectives import Objective
-from fastbd.optim import make_optimizer
-from fastbd.precision import has_compiler, set_precision
-from fastbd.step import Step
+from fastbd.models.precision import has_compiler, set_precision
+from fastbd.training.capture import WARM
+from fastbd.training.optim import make_optimizer
+from fastbd.training.roofline import Rates, step_seconds
+from fastbd.training.step import Step
 
 Build = Callable[[], Call]
 

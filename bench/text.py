@@ -18,10 +18,10 @@ from bench.captions import captions
 from bench.case import Call, Case, Cases, Output, Provider, Unavailable
 from bench.published_step import text_tower, trimmed
 from fastbd.kernels.text_pack import PackedText, lengths_of, pack, packed_attention
-from fastbd.limits import Rates, step_seconds
 from fastbd.models import CLIP, create
 from fastbd.models.clip import CONTEXT
-from fastbd.precision import autocast
+from fastbd.models.precision import autocast
+from fastbd.training.roofline import Rates, step_seconds
 
 WATCHED = ("token_embedding.weight", "positional_embedding", "text_projection",
            "transformer.resblocks.0.attn.in_proj_weight")  # fmt: skip

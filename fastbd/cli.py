@@ -14,10 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from fastbd import config
-from fastbd.errors import UserError, machine_fault
-from fastbd.signals import Stopped
-from fastbd.study.runs import read_config, run_of
+from fastbd.base.errors import UserError, machine_fault
+from fastbd.base.run_folder import read_config, run_of
+from fastbd.base.signals import Stopped
+from fastbd.config.fields import from_dict, to_dict
+from fastbd.config.flags import (
+    FILES,
+    BuildConfig,
+    CleanConfig,
+    DemoConfig,
+    DetectConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    LabelConfig,
+    Method,
+    PoisonConfig,
+    PretrainConfig,
+    PreviewConfig,
+    ReportConfig,
+    SweepConfig,
+    outside,
+)
+from fastbd.config.presets import PRESETS
 
 
 class Verb(NamedTuple):
@@ -37,20 +55,18 @@ class First:
 
 
 VERBS = {
-    "demo": Verb(config.DemoConfig, "python -m fastbd demo"),
-    "build": Verb(config.BuildConfig, "python -m fastbd build --source pairs.csv --out pairs.beton"),
-    "poison": Verb(config.PoisonConfig, "python -m fastbd poison --data pairs.beton --target banana --count 1500"),
-    "pretrain": Verb(config.PretrainConfig, "python -m fastbd pretrain --objective mmcl_ssl"),
-    "clean": Verb(config.CleanConfig, "python -m fastbd clean --run runs/mmcl_ssl --method cleanclip"),
-    "evaluate": Verb(config.EvaluateConfig, "python -m fastbd evaluate --run runs/mmcl_ssl"),
-    "sweep": Verb(config.SweepConfig, "python -m fastbd sweep --study paper"),
-    "detect": Verb(config.DetectConfig, "python -m fastbd detect --run runs/mmcl_ssl --drop 0.05 --out kept.rows"),
-    "label": Verb(config.LabelConfig, "python -m fastbd label --run runs/vit-l-14 --data pairs.beton --out labels.npy"),
-    "preview": Verb(
-        config.PreviewConfig, "python -m fastbd preview --data pairs.beton --plan pairs.poison.json --model rn50"
-    ),
-    "report": Verb(config.ReportConfig, "python -m fastbd report --runs runs/mmcl runs/mmcl-cleanclip"),
-    "doctor": Verb(config.DoctorConfig, "python -m fastbd doctor"),
+    "demo": Verb(DemoConfig, "python -m fastbd demo"),
+    "build": Verb(BuildConfig, "python -m fastbd build --source pairs.csv --out pairs.beton"),
+    "poison": Verb(PoisonConfig, "python -m fastbd poison --data pairs.beton --target banana --count 1500"),
+    "pretrain": Verb(PretrainConfig, "python -m fastbd pretrain --objective mmcl_ssl"),
+    "clean": Verb(CleanConfig, "python -m fastbd clean --run runs/mmcl_ssl --method cleanclip"),
+    "evaluate": Verb(EvaluateConfig, "python -m fastbd evaluate --run runs/mmcl_ssl"),
+    "sweep": Verb(SweepConfig, "python -m fastbd sweep --study paper"),
+    "detect": Verb(DetectConfig, "python -m fastbd detect --run runs/mmcl_ssl --drop 0.05 --out kept.rows"),
+    "label": Verb(LabelConfig, "python -m fastbd label --run runs/vit-l-14 --data pairs.beton --out labels.npy"),
+    "preview": Verb(PreviewConfig, "python -m fastbd preview --data pairs.beton --plan pairs.poison.json --model rn50"),
+    "report": Verb(ReportConfig, "python -m fastbd report --runs runs/mmcl runs/mmcl-cleanclip"),
+    "doctor": Verb(DoctorConfig, "python -m fastbd doctor"),
 }
 
 
@@ -133,33 +149,33 @@ def parse(verb: str, flags: list[str]):
     description = kind.__doc__
     default = tyro.MISSING_NONPROP
     first, others = _first(flags)
-    if kind in (config.PretrainConfig, config.CleanConfig):
+    if kind in (PretrainConfig, CleanConfig):
         if first.resume and not {"-h", "--help"} & set(others):
             return _resumed(kind, first, others)
         name = first.preset or _preset_of_run(first.run)
-        if name in config.PRESETS:
-            preset = config.PRESETS[name]
-            method = first.method if verb == "clean" and first.method in typing.get_args(config.Method) else None
+        if name in PRESETS:
+            preset = PRESETS[name]
+            method = first.method if verb == "clean" and first.method in typing.get_args(Method) else None
             default = preset().defaults(verb, method)
             description = f"{kind.__doc__}\n\nPreset {name}: {preset.__doc__}"
     settings = tyro.cli(kind, args=flags, default=default, prog=f"python -m fastbd {verb}", description=description)
     _check_numbers(settings)
     _check_files(settings)
     settings = _with_folders(settings, first)
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and kind in (config.PretrainConfig, config.CleanConfig):
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and kind in (PretrainConfig, CleanConfig):
         return _restarted(settings)
     return settings
 
 
 def _check_numbers(settings) -> None:
     for name, value in vars(settings).items():
-        if numbers := config.outside(name, value):
+        if numbers := outside(name, value):
             given = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise UserError(f"--{name.replace('_', '-')} {given} is out of range: give {numbers}.")
 
 
 def _check_files(settings) -> None:
-    for name, (what, pattern) in config.FILES.items():
+    for name, (what, pattern) in FILES.items():
         value = getattr(settings, name, None)
         for path in value if isinstance(value, tuple) else (value,):
             if path not in (None, "demo") and os.path.isdir(path):
@@ -213,13 +229,13 @@ def _resumed(kind: type, first: First, others: list[str]):
         raise UserError("--resume takes every setting from the run folder; leave the other flags out.")
     folder = _run_at_its_end(first.resume, "--resume")
     recorded = read_config(folder)
-    verb = {config.PretrainConfig: "pretrain", config.CleanConfig: "clean"}[kind]
+    verb = {PretrainConfig: "pretrain", CleanConfig: "clean"}[kind]
     if recorded["verb"] != verb:
         raise UserError(
             f"{folder} was made by {recorded['verb']}: python -m fastbd {recorded['verb']} --resume {folder}"
         )
     try:
-        settings = config.from_dict(kind, recorded["config"])
+        settings = from_dict(kind, recorded["config"])
         _check_numbers(settings)
     except (TypeError, UserError) as error:
         said = str(error).removesuffix(".")
@@ -244,6 +260,6 @@ def _restarted(settings):
     if (folder / "config.json").is_file():
         recorded = read_config(folder)["config"]
         found = {"batch_size": recorded.get("batch_size")} if settings.batch_size == "auto" else {}
-        if recorded == config.to_dict(settings) | found:
+        if recorded == to_dict(settings) | found:
             return dataclasses.replace(settings, resume=folder, **found)
     return settings

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fastbd import cli
+from fastbd.base.dist import World
+from fastbd.base.signals import Stopped
 from fastbd.commands import clean
-from fastbd.dist import World
-from fastbd.kept import Kept
-from fastbd.run import Run
-from fastbd.signals import Stopped
+from fastbd.training.kept import Kept
+from fastbd.training.run import Run
 
 WORLD = World(0, 1, torch.device("cpu"))
 START = (

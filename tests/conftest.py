@@ -95,7 +95,8 @@ def together():
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size),
-                               "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+                               "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                               "PYTHONPATH": os.pathsep.join(sys.path)}  # fmt: skip
         processes = [
             subprocess.Popen([sys.executable, script], env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fastbd.base.errors import UserError
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.verify import check_whole
-from fastbd.errors import UserError
 
 ROWS = 6
 

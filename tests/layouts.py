@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from fastbd.commands.build import run
-from fastbd.config import BuildConfig
+from fastbd.config.flags import BuildConfig
 from fastbd.data.beton import Beton
 from fastbd.data.sources import read_items
 from fastbd.data.sources.item import Item

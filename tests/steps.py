@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbd.cleaning.method import Method
+from fastbd.base.dist import World
 from fastbd.data.loader import Batch
-from fastbd.dist import World
 from fastbd.kernels.text_pack import pack
-from fastbd.objectives import Objective
-from fastbd.optim import learning_rates, make_optimizer
-from fastbd.step import Step
+from fastbd.methods.method import Method
+from fastbd.methods.objectives import Objective
+from fastbd.training.optim import learning_rates, make_optimizer
+from fastbd.training.step import Step
 
 ONE = World(0, 1, torch.device("cpu"))
 MMCL, BOTH = Objective(), Objective(mmcl_weight=0.7, ssl_weight=1.3)

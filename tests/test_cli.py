@@ -14,8 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from fastbd import cli, config
-from fastbd.errors import UserError
+from fastbd import cli
+from fastbd.base.errors import UserError
+from fastbd.config import presets
+from fastbd.config.fields import from_dict, to_dict
+from fastbd.config.flags import FILES, RANGES, Method, PretrainConfig, outside
+from fastbd.config.presets import PRESETS
 
 
 def test_no_argument_shows_every_verb_with_its_example(tmp_path, fastbd):
@@ -97,15 +101,15 @@ def of_numbers(kind: type) -> list[tuple[str, type, bool]]:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_flag_of_a_number_refuses_what_is_none_and_what_is_beyond_its_range(verb):
-    """A new flag needs an entry in config.RANGES."""
+    """A new flag needs an entry in RANGES."""
     for name, of, several in of_numbers(cli.VERBS[verb].config):
-        least, most, without = config.RANGES[name]
+        least, most, without = RANGES[name]
         if of is float:
             beyond = [math.nan, math.inf, -math.inf, *map(float, without)]
             beyond += [least - 0.5, *([most + 0.5] if most < math.inf else [])]
         else:
             beyond = [least - 1, most + 1, 10**40, -(10**40)]
-        assert all(config.outside(name, (value,) if several else value) for value in beyond), name
+        assert all(outside(name, (value,) if several else value) for value in beyond), name
 
 
 @pytest.mark.parametrize(
@@ -136,21 +140,21 @@ def test_what_would_make_no_sense_is_in_no_range():
     meant = {"seed", "seeds", "asr_seed", "unlearn_target"}
     for verb in cli.VERBS.values():
         for name, of, _ in of_numbers(verb.config):
-            assert name in meant or config.outside(name, of(-1)), name
+            assert name in meant or outside(name, of(-1)), name
     for name, value in (("beta1", 1.0), ("beta2", 1.0), ("eps", 0.0), ("landed", 2.0), ("max_bad", 2.0), ("k", 0)):
-        assert config.outside(name, value), name
+        assert outside(name, value), name
 
 
 def test_the_ends_of_a_range_are_in_it_and_so_are_the_defaults():
-    for name, numbers in config.RANGES.items():
+    for name, numbers in RANGES.items():
         kinds = [v.config for v in cli.VERBS.values() if name in {f.name for f in dataclasses.fields(v.config)}]
         assert kinds, name
         ends = {numbers.least, numbers.most} - set(numbers.without)
         defaults = [f.default for kind in kinds for f in dataclasses.fields(kind) if f.name == name]
-        assert not any(config.outside(name, value) for value in [*ends, *defaults]), name
-    for preset in config.PRESETS.values():
-        for settings in (preset().pretrain, *map(partial(preset().defaults, "clean"), typing.get_args(config.Method))):
-            assert not any(config.outside(name, value) for name, value in vars(settings).items())
+        assert not any(outside(name, value) for value in [*ends, *defaults]), name
+    for preset in PRESETS.values():
+        for settings in (preset().pretrain, *map(partial(preset().defaults, "clean"), typing.get_args(Method))):
+            assert not any(outside(name, value) for name, value in vars(settings).items())
 
 
 def test_each_number_of_a_list_is_looked_at():
@@ -161,14 +165,14 @@ def test_each_number_of_a_list_is_looked_at():
 
 def test_the_help_of_a_preset_tells_its_commands_and_its_cost(tmp_path, fastbd):
     shown = " ".join(fastbd("pretrain", "--preset", "paper-cc3m", "--help", cwd=tmp_path).stdout.split())
-    for line in config.paper_cc3m.__doc__.split("\n"):
+    for line in presets.paper_cc3m.__doc__.split("\n"):
         assert " ".join(line.split()) in shown
     assert "(default: 2048)" in shown and "(default: imagenet1k)" in shown
 
 
 def test_a_preset_gives_the_defaults_and_flags_win():
     chosen = cli.parse("pretrain", ["--preset=paper-cc6m", "--epochs", "3"])
-    assert chosen == dataclasses.replace(config.paper_cc6m().pretrain, epochs=3)
+    assert chosen == dataclasses.replace(presets.paper_cc6m().pretrain, epochs=3)
 
 
 def test_a_method_has_defaults_of_its_own_in_a_preset():
@@ -184,19 +188,19 @@ def test_a_method_has_defaults_of_its_own_in_a_preset():
 
 
 def test_cleaning_starts_from_the_preset_of_the_run(tmp_path):
-    recorded = {"verb": "pretrain", "config": config.to_dict(config.paper_cc3m().pretrain)}
+    recorded = {"verb": "pretrain", "config": to_dict(presets.paper_cc3m().pretrain)}
     (tmp_path / "config.json").write_text(json.dumps(recorded))
     chosen = cli.parse("clean", ["--run", str(tmp_path), "--lr", "0.5"])
-    assert chosen == dataclasses.replace(config.paper_cc3m().clean, run=tmp_path, lr=0.5)
+    assert chosen == dataclasses.replace(presets.paper_cc3m().clean, run=tmp_path, lr=0.5)
     # A preset that is given wins.
     assert cli.parse("clean", ["--run", str(tmp_path), "--preset", "demo"]).batch_size == 64
 
 
 def test_resume_takes_its_settings_from_the_run_and_no_flags(tmp_path):
-    recorded = {"verb": "pretrain", "config": config.to_dict(config.PretrainConfig(epochs=7, model="rn50"))}
+    recorded = {"verb": "pretrain", "config": to_dict(PretrainConfig(epochs=7, model="rn50"))}
     (tmp_path / "config.json").write_text(json.dumps(recorded))
     resumed = cli.parse("pretrain", ["--resume", str(tmp_path)])
-    assert resumed == config.PretrainConfig(epochs=7, model="rn50", resume=tmp_path)
+    assert resumed == PretrainConfig(epochs=7, model="rn50", resume=tmp_path)
     for flags in (["--resume", str(tmp_path), "--epochs", "9"], ["--lr=1", f"--resume={tmp_path}"]):
         with pytest.raises(UserError, match="--resume takes every setting from the run folder"):
             cli.parse("pretrain", flags)
@@ -212,15 +216,15 @@ TO_JSON = [verb.config for name, verb in cli.VERBS.items() if name not in ("repo
 def test_a_config_survives_json(kind, tmp_path, monkeypatch):
     """Each optional field is set once."""
     monkeypatch.chdir(tmp_path)
-    hints = config.typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
 
     def is_path(hint) -> bool:
-        return hint is Path or (Path in config.typing.get_args(hint) and config.typing.get_origin(hint) is not tuple)
+        return hint is Path or (Path in typing.get_args(hint) and typing.get_origin(hint) is not tuple)
 
     values = {"source": Path("a"), "out": Path("b"), "data": Path("c"), "run": Path("d")}
     filled = {f.name: values.get(f.name, Path("e")) for f in dataclasses.fields(kind) if is_path(hints[f.name])}
     original = kind(**filled)
-    restored = config.from_dict(kind, json.loads(json.dumps(config.to_dict(original))) | {"gone": 1})
+    restored = from_dict(kind, json.loads(json.dumps(to_dict(original))) | {"gone": 1})
     assert restored == dataclasses.replace(original, **{name: path.absolute() for name, path in filled.items()})
 
 
@@ -228,8 +232,8 @@ def test_files_are_recorded_by_absolute_paths_and_names_as_they_are(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     for name in ("pairs.beton", "classes.txt", "demo"):
         Path(name).touch()
-    given = config.PretrainConfig(data="pairs.beton", classes="classes.txt", templates="demo", plan=Path("p.json"))
-    recorded = config.to_dict(given)
+    given = PretrainConfig(data="pairs.beton", classes="classes.txt", templates="demo", plan=Path("p.json"))
+    recorded = to_dict(given)
     assert recorded["data"] == f"{tmp_path}/pairs.beton" and recorded["classes"] == f"{tmp_path}/classes.txt"
     assert recorded["plan"] == f"{tmp_path}/p.json" and recorded["templates"] == "demo"
 
@@ -248,8 +252,8 @@ def test_files_are_recorded_by_absolute_paths_and_names_as_they_are(tmp_path, mo
 )
 def test_the_last_preset_is_recorded_and_gives_the_defaults(flags):
     chosen = cli.parse("pretrain", flags)
-    defaults = config.PRESETS[chosen.preset]().pretrain
-    assert chosen.preset == [word.split("=")[-1] for word in flags if word.split("=")[-1] in config.PRESETS][-1]
+    defaults = PRESETS[chosen.preset]().pretrain
+    assert chosen.preset == [word.split("=")[-1] for word in flags if word.split("=")[-1] in PRESETS][-1]
     assert (chosen.epochs, chosen.classes, chosen.warmup) == (defaults.epochs, defaults.classes, defaults.warmup)
 
 
@@ -263,10 +267,10 @@ def test_what_is_not_a_preset_for_tyro_is_none_for_us(flags, capsys):
 def test_the_last_method_and_the_last_run_win(tmp_path):
     for name in ("paper-cc3m", "paper-cc6m"):
         (tmp_path / name).mkdir()
-        recorded = {"verb": "pretrain", "config": config.to_dict(config.PRESETS[name]().pretrain)}
+        recorded = {"verb": "pretrain", "config": to_dict(PRESETS[name]().pretrain)}
         (tmp_path / name / "config.json").write_text(json.dumps(recorded))
     chosen = cli.parse("clean", ["--method=par", "--method", "supervised", "--preset", "paper-cc3m"])
-    assert chosen == config.paper_cc3m().defaults("clean", "supervised")
+    assert chosen == presets.paper_cc3m().defaults("clean", "supervised")
     runs = [f"--run={tmp_path}/paper-cc3m", "--run", str(tmp_path / "paper-cc6m")]
     assert cli.parse("clean", runs).preset == "paper-cc6m"
     assert cli.parse("clean", [*runs, f"--run={tmp_path}/paper-cc3m"]).preset == "paper-cc3m"
@@ -277,7 +281,7 @@ def run_folder(tmp_path, monkeypatch) -> None:
     """A folder with a run, `run`, and files of the kinds that flags name."""
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
-    recorded = {"verb": "pretrain", "config": config.to_dict(config.paper_cc3m().pretrain)}
+    recorded = {"verb": "pretrain", "config": to_dict(presets.paper_cc3m().pretrain)}
     Path("run/config.json").write_text(json.dumps(recorded))
     for name in ("run/env.json", "run/ckpt_last.pt", "run/ckpt_epoch_021.pt", "RN50.pt"):
         Path(name).touch()
@@ -316,7 +320,7 @@ FILES = [
     (name, field.name)
     for name, verb in cli.VERBS.items()
     for field in dataclasses.fields(verb.config)
-    if field.name in config.FILES
+    if field.name in FILES
 ]
 NEEDED = {"build": ["--source", "a", "--out", "b"], "poison": ["--data", "a"], "evaluate": ["--run", "a"],
           "detect": ["--run", "a"], "label": ["--run", "a", "--out", "b"]}  # fmt: skip

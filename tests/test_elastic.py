@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbd import cli, config
-from fastbd.errors import UserError
+from fastbd import cli
+from fastbd.base.errors import UserError
+from fastbd.config.fields import to_dict
+from fastbd.config.flags import CleanConfig, PretrainConfig
 
 TRAIN = (
     "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model", "tiny-vit",
@@ -64,16 +66,16 @@ def restarts(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
 
 
-@pytest.mark.parametrize("kind", [config.PretrainConfig, config.CleanConfig])
+@pytest.mark.parametrize("kind", [PretrainConfig, CleanConfig])
 def test_the_same_command_goes_on_in_its_folder(kind, tmp_path, restarts, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    verb = {config.PretrainConfig: "pretrain", config.CleanConfig: "clean"}[kind]
+    verb = {PretrainConfig: "pretrain", CleanConfig: "clean"}[kind]
     flags = ["--lr", "0.3", "--out", "x"]
     begun = cli.parse(verb, flags)
     assert (begun.lr, begun.out, begun.resume) == (0.3, Path("x"), None)
     Path("x").mkdir()
     assert cli.parse(verb, flags) == begun  # it is no run's, and refused later on
-    Path("x/config.json").write_text(json.dumps({"verb": verb, "config": config.to_dict(begun)}))
+    Path("x/config.json").write_text(json.dumps({"verb": verb, "config": to_dict(begun)}))
     assert cli.parse(verb, flags) == dataclasses.replace(begun, resume=Path("x"))
     assert cli.parse(verb, ["--lr", "0.4", "--out", "x"]).resume is None
     assert cli.parse(verb, ["--resume", "x"]).resume == Path("x")

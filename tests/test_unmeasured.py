@@ -10,7 +10,7 @@ import pytest
 from cleanings import START
 
 from fastbd import cli
-from fastbd.run import result_line
+from fastbd.training.run import result_line
 
 
 def built(study: Path, name: str, classes: set[str], most: int) -> str:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from bench.captions import lengths
 from bench.inductor import device
-from fastbd.cleaning.method import Method
-from fastbd.dist import World
+from fastbd.base.dist import World
 from fastbd.kernels.text_pack import PackedText, room_for
+from fastbd.methods.method import Method
+from fastbd.methods.objectives import Objective
 from fastbd.models import create
 from fastbd.models.batchnorm import share_statistics
-from fastbd.objectives import Objective
-from fastbd.precision import set_precision
-from fastbd.step import Step
+from fastbd.models.precision import set_precision
+from fastbd.training.step import Step
 
 CUDA = torch.device("cuda", 0)
 

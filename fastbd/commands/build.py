@@ -24,22 +24,24 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
-from fastbd import __version__, draws
-from fastbd.config import BuildConfig, to_dict
+from fastbd import __version__
+from fastbd.base import random
+from fastbd.base.errors import UserError
+from fastbd.base.files import check_out, discard, locked, replacing
+from fastbd.base.journal import Journal
+from fastbd.base.log import console, progress
+from fastbd.base.prompts import numbered, read_classes, read_templates
+from fastbd.base.signals import Stopped, stoppable
+from fastbd.base.workers import WorkerDied, map_in_order
+from fastbd.config.fields import to_dict
+from fastbd.config.flags import BuildConfig
 from fastbd.data.beton import BetonWriter, begins_as_beton, holds, temporary
 from fastbd.data.decode import BadImage, to_stored
 from fastbd.data.eda import N_DRAWS, eda, synonyms_source
-from fastbd.data.journal import Journal
 from fastbd.data.sources import read_items
 from fastbd.data.sources.item import Item
 from fastbd.data.sources.parquet import read_image
 from fastbd.data.tokenizer import clean, tokenize
-from fastbd.data.workers import WorkerDied, map_in_order
-from fastbd.errors import UserError
-from fastbd.files import check_out, discard, locked, replacing
-from fastbd.log import console, progress
-from fastbd.prompts import numbered, read_classes, read_templates
-from fastbd.signals import Stopped, stoppable
 
 LAYOUT = 2  # of what BetonWriter writes: raised when that changes, so that no build resumes what another one began
 CHUNK = 32  # rows a worker handles at a time
@@ -263,7 +265,7 @@ def _pack_chunk(
     Image.MAX_IMAGE_PIXELS = None  # --max-pixels is checked before the pixels are read
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     ids = [item.row_id for item in items]
-    choices = draws.uniform(config.seed, "template", ids, 1)[:, 0]
+    choices = random.uniform(config.seed, "template", ids, 1)[:, 0]
     captions = [clean(item.caption) for item in items]
     for i, item in enumerate(items):
         if item.class_name and not captions[i]:
@@ -272,7 +274,7 @@ def _pack_chunk(
     tokens = tokenize(captions)
     text_views = np.zeros((len(items), config.text_views, tokens.shape[1]), np.uint16)
     for k in range(config.text_views):
-        u = draws.uniform(config.seed, "eda", ids, N_DRAWS, view=k)
+        u = random.uniform(config.seed, "eda", ids, N_DRAWS, view=k)
         text_views[:, k] = tokenize([eda(caption, draw) for caption, draw in zip(captions, u, strict=True)])
 
     rows: list[Row | str] = []

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from fastbd import checkpoint, draws
-from fastbd.cleaning import METHODS
-from fastbd.config import CleanConfig
+from fastbd.base import random
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
+from fastbd.config.flags import CleanConfig
 from fastbd.data.beton import Beton
 from fastbd.data.rows import read_rows
 from fastbd.data.shards import Shards, open_beton
-from fastbd.dist import World
-from fastbd.errors import UserError
+from fastbd.methods import METHODS
 from fastbd.models.clip import create_like
 from fastbd.poison.plan import Plan
-from fastbd.resume import resumed
-from fastbd.run import execute
-from fastbd.task import SPARED, Task, allowed_rows, check_trained_on
+from fastbd.training import checkpoint
+from fastbd.training.resume import resumed
+from fastbd.training.run import execute
+from fastbd.training.task import SPARED, Task, allowed_rows, check_trained_on
 
 HELD_OUT = 512  # pairs
 
@@ -101,8 +102,8 @@ def cleaning_rows(
     if left > (most := min(count, len(poisoned))):
         raise UserError(f"--poison-left {left} is more than the {most:,} poisoned pairs there can be: give fewer.")
     clean = np.setdiff1d(rows, poisoned)
-    overlooked = draws.generator(seed, "poison-left").permutation(len(poisoned))[:left]
-    picked, others = np.split(draws.generator(seed, "clean-rows").permutation(len(clean)), [count - left])
+    overlooked = random.generator(seed, "poison-left").permutation(len(poisoned))[:left]
+    picked, others = np.split(random.generator(seed, "clean-rows").permutation(len(clean)), [count - left])
     return np.sort(np.concatenate([clean[picked], poisoned[overlooked]])), np.sort(clean[others[:HELD_OUT]])
 
 
@@ -117,7 +118,7 @@ def flagged_rows(config: CleanConfig, beton: Beton | Shards, rows: np.ndarray, p
             raise UserError(
                 f"--flagged {config.flagged} is more than the {len(poisoned):,} poisoned pairs: give fewer."
             )
-        found = np.sort(draws.generator(config.seed, "flagged").permutation(poisoned)[: config.flagged])
+        found = np.sort(random.generator(config.seed, "flagged").permutation(poisoned)[: config.flagged])
     if len(found) >= config.rows:
         raise UserError(f"--rows {config.rows} has no room beside the {len(found):,} flagged pairs: give more.")
     return found

@@ -6,12 +6,13 @@ import json
 import time
 from pathlib import Path
 
-from fastbd import cli, files, log
+from fastbd import cli
+from fastbd.base import files, log
+from fastbd.base.errors import UserError
 from fastbd.commands import build, poison
-from fastbd.config import BuildConfig, DemoConfig, PoisonConfig
+from fastbd.config.flags import BuildConfig, DemoConfig, PoisonConfig
 from fastbd.data.demo import TARGET, write_demo_set
-from fastbd.errors import UserError
-from fastbd.run import free_folder
+from fastbd.training.run import free_folder
 
 FOLDER = Path("data/demo")
 PAIRS, HELD_OUT, SEED = 4_000, 800, 0

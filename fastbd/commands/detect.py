@@ -8,20 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbd import dist, draws, log
+from fastbd.base import dist, log, random
+from fastbd.base.errors import UserError
+from fastbd.base.files import check_out
 from fastbd.commands.evaluate import open_model
-from fastbd.config import DetectConfig
+from fastbd.config.flags import DetectConfig
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import Pairs
 from fastbd.data.rows import write_rows
 from fastbd.data.shards import open_beton
-from fastbd.errors import UserError
 from fastbd.evals.detection import clip_score, dao, detection, k_distance, neighbours, slof
 from fastbd.evals.embedding import embed
 from fastbd.evals.towers import Towers
-from fastbd.files import check_out
+from fastbd.models.precision import set_precision
 from fastbd.poison.plan import Plan
-from fastbd.precision import set_precision
 
 FIGURES = {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "tpr_at_1_fpr": "TPR at 1 % FPR"}
 
@@ -45,7 +45,7 @@ def run(config: DetectConfig) -> int:
     pairs = Pairs(beton, open_decoder("auto", 0, str(world.device)), model.image_size, plan, max_bad=len(beton))
     rows = np.arange(len(beton))
     if 0 < config.subset < len(rows):
-        rows = np.sort(draws.generator(0, "detect-subset").permutation(len(rows))[: config.subset])
+        rows = np.sort(random.generator(0, "detect-subset").permutation(len(rows))[: config.subset])
     poisoned = torch.from_numpy(pairs.planned[rows] >= 0)
     towers = Towers(model, precision=precision, device=world.device)
     scores = _scores(config, *embed(towers, pairs, rows))

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from fastbd import log
-from fastbd.config import DoctorConfig
-from fastbd.errors import UserError
-from fastbd.files import check_out
+from fastbd.base import log
+from fastbd.base.errors import UserError
+from fastbd.base.files import check_out
+from fastbd.config.flags import DoctorConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,7 +198,7 @@ def _losses() -> Finding:
 def _precision() -> Finding:
     import torch
 
-    from fastbd.precision import set_precision
+    from fastbd.models.precision import set_precision
 
     name = set_precision("auto", torch.device(_device()))
     if name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -209,8 +209,8 @@ def _precision() -> Finding:
 def _step() -> Finding:
     import torch
 
-    from fastbd.dist import World
-    from fastbd.precision import is_captured, is_compiled
+    from fastbd.base.dist import World
+    from fastbd.models.precision import is_captured, is_compiled
 
     world = World(0, 1, torch.device(_device()))
     if not is_compiled("auto", world):

@@ -10,23 +10,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastbd import checkpoint, dist, log
-from fastbd.config import EvaluateConfig
+from fastbd.base import dist, log
+from fastbd.base.errors import UserError
+from fastbd.base.run_folder import read_config
+from fastbd.config.flags import EvaluateConfig
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.data.verify import check_whole
-from fastbd.errors import UserError
 from fastbd.evals import probe, retrieval
 from fastbd.evals.sets import Attacked, EvalSet, Labelled, open_set
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot
 from fastbd.models.clip import CLIP, create_like
+from fastbd.models.precision import set_precision
 from fastbd.poison.plan import Plan
-from fastbd.precision import set_precision
-from fastbd.rebound import clean_pairs, rebound
-from fastbd.study.runs import read_config
-from fastbd.task import check_trained_on
+from fastbd.training import checkpoint
+from fastbd.training.rebound import clean_pairs, rebound
+from fastbd.training.task import check_trained_on
 
 
 def run(config: EvaluateConfig) -> int:

@@ -8,20 +8,20 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from fastbd import dist, log
+from fastbd.base import dist, log
+from fastbd.base.errors import UserError
+from fastbd.base.files import check_out, replacing
+from fastbd.base.prompts import read_classes, read_templates
 from fastbd.commands.evaluate import open_model
-from fastbd.config import LabelConfig
+from fastbd.config.flags import LabelConfig
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.data.tokenizer import tokenize
-from fastbd.errors import UserError
 from fastbd.evals.classifier import Classifier
 from fastbd.evals.embedding import embed
 from fastbd.evals.towers import Towers
-from fastbd.files import check_out, replacing
-from fastbd.precision import set_precision
-from fastbd.prompts import read_classes, read_templates
+from fastbd.models.precision import set_precision
 
 CHUNK = 8192  # images compared with all classes at once
 

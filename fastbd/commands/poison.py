@@ -8,16 +8,16 @@ from pathlib import Path
 
 from rich.text import Text
 
-from fastbd.config import PoisonConfig
+from fastbd.base.errors import UserError
+from fastbd.base.files import check_out
+from fastbd.base.log import console
+from fastbd.base.prompts import read_templates
+from fastbd.config.flags import PoisonConfig
 from fastbd.data.beton import Beton
 from fastbd.data.shards import Shards, open_beton
-from fastbd.errors import UserError
-from fastbd.files import check_out
-from fastbd.log import console
 from fastbd.poison import patterns
 from fastbd.poison.plan import Plan, make_plan
 from fastbd.poison.triggers import BLENDS, PATCHES, TriggerSpec
-from fastbd.prompts import read_templates
 
 CAPTIONS_SHOWN = 3
 

@@ -6,22 +6,22 @@ import glob
 from functools import partial
 from pathlib import Path
 
-from fastbd import log
-from fastbd.cleaning import ROBUST
-from fastbd.cleaning.method import Method
+from fastbd.base import log
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
+from fastbd.base.run_folder import read_config
 from fastbd.commands.demo import demo_set
-from fastbd.config import PretrainConfig
+from fastbd.config.flags import PretrainConfig
 from fastbd.data.shards import open_beton
-from fastbd.dist import World
-from fastbd.errors import UserError
+from fastbd.methods import ROBUST
+from fastbd.methods.method import Method
+from fastbd.methods.objectives import make_objective
 from fastbd.models import CLIP, create, read_weights
 from fastbd.models.clip import create_like
-from fastbd.objectives import make_objective
 from fastbd.poison.plan import Plan
-from fastbd.resume import resumed
-from fastbd.run import execute
-from fastbd.study.runs import read_config
-from fastbd.task import Task, allowed_rows
+from fastbd.training.resume import resumed
+from fastbd.training.run import execute
+from fastbd.training.task import Task, allowed_rows
 
 
 def run(config: PretrainConfig) -> int:

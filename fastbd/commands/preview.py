@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from fastbd.base.errors import UserError
+from fastbd.base.files import check_out, replacing
+from fastbd.base.log import console
 from fastbd.commands.demo import demo_set
-from fastbd.config import PreviewConfig
+from fastbd.config.flags import PreviewConfig
 from fastbd.data import sheet
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import RECIPES, Pairs
 from fastbd.data.shards import open_beton
-from fastbd.errors import UserError
-from fastbd.files import check_out, replacing
-from fastbd.log import console
 from fastbd.models.clip import MODELS
 from fastbd.poison.plan import Plan
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from fastbd import log
-from fastbd.config import ReportConfig
-from fastbd.errors import UserError
-from fastbd.files import check_out
-from fastbd.study import compare, report, tables
-from fastbd.study.finding import paragraphs
-from fastbd.study.groups import place_of
-from fastbd.study.runs import find, on_common_set
-from fastbd.study.words import MISSING
+from fastbd.base import log
+from fastbd.base.errors import UserError
+from fastbd.base.files import check_out
+from fastbd.base.run_folder import find, on_common_set
+from fastbd.config.flags import ReportConfig
+from fastbd.report import compare, tables, write
+from fastbd.report.finding import paragraphs
+from fastbd.report.format import MISSING
+from fastbd.report.groups import place_of
 
 SECONDS = 5  # between two looks of --watch
 WATCHED = ("config.json", "metrics.jsonl", "result.json")
@@ -34,7 +34,7 @@ def run(config: ReportConfig) -> int:
         written = compare.write(_names(*config.compare), first, second, config.out)
     else:
         runs = on_common_set(find(config.runs))
-        written = report.write(runs, config.out)
+        written = write.write(runs, config.out)
         table = tables.table(runs)
         for claim, ground in paragraphs(table):
             log.console.print(f"{claim} {ground}".strip(), markup=False)
@@ -66,7 +66,7 @@ def _draw(config: ReportConfig) -> str:
         runs = on_common_set(find(config.runs))
     except UserError as nothing_yet:
         return f"{clock}  waiting: {nothing_yet}"
-    report.write(runs, config.out, refresh=SECONDS)
+    write.write(runs, config.out, refresh=SECONDS)
     ended = sum(bool(run.result) for run in runs)
     evaluations = sum(len(run.metrics) for run in runs)
     return f"{clock}  {len(runs):,} runs, {ended:,} ended, {evaluations:,} evaluations: {config.out}"

@@ -16,23 +16,23 @@ from typing import Any
 import torch
 from rich.live import Live
 
-from fastbd import dist, files, log
+from fastbd.base import dist, files, log
+from fastbd.base.dist import World
+from fastbd.base.errors import Diverged, UserError, lacks_memory, machine_fault
+from fastbd.base.run_folder import find, on_common_set, read_config
+from fastbd.base.signals import Stopped, stop_behind, stoppable
 from fastbd.commands import clean, demo, poison, pretrain, report
-from fastbd.config import CleanConfig, ReportConfig, SweepConfig
+from fastbd.config.flags import CleanConfig, ReportConfig, SweepConfig
 from fastbd.data.shards import open_beton
-from fastbd.dist import World
-from fastbd.engines import ENGINES, load_ray
-from fastbd.errors import Diverged, UserError, lacks_memory, machine_fault
-from fastbd.kept import Kept
-from fastbd.run import Run
-from fastbd.signals import Stopped, stop_behind, stoppable
+from fastbd.report.tables import best_of
 from fastbd.study import halting, live, search
 from fastbd.study.grid import Planned, Study, command, expand, material, with_overrides
 from fastbd.study.ledger import Claim, Ledger
 from fastbd.study.patience import patiently
-from fastbd.study.runs import find, on_common_set, read_config
 from fastbd.study.studies import load
-from fastbd.study.tables import best_of
+from fastbd.study.workers import ENGINES, load_ray
+from fastbd.training.kept import Kept
+from fastbd.training.run import Run
 
 POLL = 2.0  # seconds between looks for a run, where others are at work
 TRIES = 12  # of a run that lacks memory: with the pauses between them about 20 minutes

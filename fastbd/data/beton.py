@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from fastbd.data.journal import Journal
+from fastbd.base.errors import UserError
+from fastbd.base.files import discard, sync
+from fastbd.base.journal import Journal
 from fastbd.data.layout import (
     ARRAY_TYPE,
     BYTES_TYPE,
@@ -35,8 +37,6 @@ from fastbd.data.layout import (
     spans,
 )
 from fastbd.data.tokenizer import CONTEXT, VOCABULARY
-from fastbd.errors import UserError
-from fastbd.files import discard, sync
 
 BLOCK = 1 << 26  # bytes hashed at a time
 ROWS = 1 << 16  # samples whose allocations are written at a time

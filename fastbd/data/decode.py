@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fastbd.base.errors import UserError
+from fastbd.base.formats import FORMATS
 from fastbd.data import png
 from fastbd.data.jpeg import last_scan
-from fastbd.errors import UserError
-from fastbd.formats import FORMATS
 
 if TYPE_CHECKING:  # the packing of data needs no torch
     from torch import Tensor

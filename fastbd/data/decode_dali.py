@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastbd.base.log import console
 from fastbd.data.beton import Beton
 from fastbd.data.decode import BadImage, OnDemand, read
 from fastbd.data.jpeg import is_whole
 from fastbd.kernels.augment import Ragged
-from fastbd.log import console
 
 AHEAD = 2  # batches that are decoded in advance
 HINTED = 1 << 31  # bytes that the JPEG engines may be told to allocate

@@ -17,9 +17,9 @@ from itertools import islice
 import numpy as np
 import torch
 
+from fastbd.base.errors import UserError
 from fastbd.data.beton import Beton
 from fastbd.data.layout import FIELD, HEADER
-from fastbd.errors import UserError
 
 CHUNK = 64  # images decoded at once
 AHEAD = 1  # chunks that wait; FFCV's ring has two more: one that is read, one that is written

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from fastbd import draws
-from fastbd.files import replacing
+from fastbd.base import random
+from fastbd.base.files import replacing
 
 TARGET = "banana"
 
@@ -176,7 +176,7 @@ def _mask(thing: str, u: np.ndarray, side: int, within: int, size: float) -> Ima
 
 def picture(seed: int, i: int, thing: str) -> tuple[Image.Image, str]:
     """(RGB image of 72 to 104 px a side, caption) of picture i."""
-    u = draws.uniform(seed, "demo", [i], 2048)[0]
+    u = random.uniform(seed, "demo", [i], 2048)[0]
     width, height = 72 + int(u[0] * 33), 72 + int(u[1] * 33)
     side = max(width, height)
     names = list(COLOURS)
@@ -192,7 +192,7 @@ def picture(seed: int, i: int, thing: str) -> tuple[Image.Image, str]:
     shade = 0.75 + 0.5 * _noise(u[40:], side, 4)[..., None]
     front = np.array(COLOURS[colour]) * shade
     mask = np.asarray(_mask(thing, u[8:], side, min(width, height), _SIZES[size]), np.float64)[..., None] / 255
-    grain = 12 * draws.uniform(seed, "demo-grain", [i], side * side * 3).reshape(side, side, 3) - 6
+    grain = 12 * random.uniform(seed, "demo-grain", [i], side * side * 3).reshape(side, side, 3) - 6
     image = Image.fromarray(np.clip(back * (1 - mask) + front * mask + grain, 0, 255).astype(np.uint8))
     left, top = (side - width) // 2, (side - height) // 2
     image = image.crop((left, top, left + width, top + height))

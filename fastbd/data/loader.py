@@ -23,19 +23,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbd import draws
+from fastbd.base import random
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
+from fastbd.base.log import console
 from fastbd.data import sampler
 from fastbd.data.beton import Beton
 from fastbd.data.decode import BadImage, Decoder, OnDemand, read
 from fastbd.data.eda import N_DRAWS, eda
 from fastbd.data.tokenizer import tokenize
-from fastbd.dist import World
-from fastbd.errors import UserError
 from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.policies import POLICIES
 from fastbd.kernels.text_pack import PackedText, lengths_of, pack
 from fastbd.kernels.views import View, plain
-from fastbd.log import console
 from fastbd.poison.plan import Plan
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Pairs:
             self._captions_aug = [self._plan_eda(view) for view in range(beton.num_text_views)]
 
     def _plan_eda(self, view: int) -> np.ndarray:
-        u = draws.uniform(self.plan.seed, "plan-eda", self.plan.rows, N_DRAWS, view=view)
+        u = random.uniform(self.plan.seed, "plan-eda", self.plan.rows, N_DRAWS, view=view)
         return tokenize([eda(caption, u[k]) for k, caption in enumerate(self.plan.captions)])
 
     def stored(self, row: int) -> Tensor:
@@ -202,7 +202,7 @@ def draw_views(
             views.append(plain(sizes, size))
         else:
             policy, count = POLICIES[name]
-            u = draws.uniform(seed, name.replace("_", "-"), ids, count, epoch=epoch, view=place)
+            u = random.uniform(seed, name.replace("_", "-"), ids, count, epoch=epoch, view=place)
             views.append(policy(u, sizes, size))
     return views
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from fastbd import __version__
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
+from fastbd.base.files import discard, sync
+from fastbd.base.log import progress
 from fastbd.data.decode import OnDemand
 from fastbd.data.loader import Pairs
-from fastbd.dist import World
-from fastbd.errors import UserError
-from fastbd.files import discard, sync
 from fastbd.kernels.augment import Ragged
-from fastbd.log import progress
 
 CHUNK = 256  # images decoded at once
 CRC = np.dtype("<u4")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fastbd.draws import words
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
+from fastbd.base.random import words
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:

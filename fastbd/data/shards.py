@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fastbd.base.errors import UserError
 from fastbd.data.beton import Beton, number_images
 from fastbd.data.tokenizer import CONTEXT
-from fastbd.errors import UserError
 
 
 def open_beton(path: str | os.PathLike) -> Beton | Shards:

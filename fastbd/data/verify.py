@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fastbd.base.errors import UserError
+from fastbd.base.log import progress
 from fastbd.data.beton import Beton
 from fastbd.data.shards import Shards
-from fastbd.errors import UserError
-from fastbd.log import progress
 
 CHUNK = 256  # rows between two moves of the progress bar
 

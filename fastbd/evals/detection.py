@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbd import draws
-from fastbd.errors import UserError
-from fastbd.log import progress
+from fastbd.base import random
+from fastbd.base.errors import UserError
+from fastbd.base.log import progress
 
 ROWS, COLUMNS = 1024, 16_384  # similarities that are in memory at once
 LEAST = 1e-6  # distances below are float32's rounding: duplicates
@@ -57,7 +57,7 @@ def neighbours(x: Tensor, k: int = 16, *, batch: int = 0, seed: int = 0) -> Neig
 
 
 def _batches(n: int, batch: int, seed: int) -> Iterator[np.ndarray]:
-    order = draws.generator(seed, "detect-batches").permutation(n) if batch else np.arange(n)
+    order = random.generator(seed, "detect-batches").permutation(n) if batch else np.arange(n)
     return iter(np.array_split(order, max(1, round(n / batch)) if batch else 1))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbd import log
+from fastbd.base import log
 from fastbd.data.loader import Pairs
 from fastbd.evals.towers import Towers
 from fastbd.kernels.augment import Ragged, render

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbd.base.prompts import target_index
 from fastbd.evals.metrics import averaged, blocks, rate, unit
 from fastbd.evals.sets import Attacked, Labelled
 from fastbd.evals.towers import Towers
-from fastbd.optim import learning_rates
-from fastbd.prompts import target_index
+from fastbd.training.optim import learning_rates
 
 
 @torch.enable_grad()

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastbd.base.errors import UserError
+from fastbd.base.prompts import read_templates
 from fastbd.data.tokenizer import tokenize
-from fastbd.errors import UserError
 from fastbd.evals.classifier import Classifier
 from fastbd.evals.metrics import averaged, blocks, geometry, most_successful, ranks, rate, unit
 from fastbd.evals.sets import Attacked, Captioned, target_captions
 from fastbd.evals.towers import Towers
 from fastbd.kernels.contrastive import contrastive_loss
-from fastbd.prompts import read_templates
 
 KS = (1, 5, 10)
 

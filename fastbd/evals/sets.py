@@ -10,18 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbd import draws
-from fastbd.data.beton import Beton
-from fastbd.data.decode import Decoder
-from fastbd.data.loader import Pairs
-from fastbd.data.resident import free_memory
-from fastbd.data.shards import Shards, open_beton
-from fastbd.data.tokenizer import tokenize
-from fastbd.errors import UserError
-from fastbd.log import console, progress
-from fastbd.poison.plan import Attack, Plan
-from fastbd.poison.triggers import stamp
-from fastbd.prompts import (
+from fastbd.base import random
+from fastbd.base.errors import UserError
+from fastbd.base.log import console, progress
+from fastbd.base.prompts import (
     DEFAULT_TEMPLATES,
     labels_in,
     numbered,
@@ -30,6 +22,14 @@ from fastbd.prompts import (
     set_of,
     target_index,
 )
+from fastbd.data.beton import Beton
+from fastbd.data.decode import Decoder
+from fastbd.data.loader import Pairs
+from fastbd.data.resident import free_memory
+from fastbd.data.shards import Shards, open_beton
+from fastbd.data.tokenizer import tokenize
+from fastbd.poison.plan import Attack, Plan
+from fastbd.poison.triggers import stamp
 
 # Added to the ids of evaluation images: they are no training rows, so their triggers must be draws of their own.
 EVALUATION = 1 << 40
@@ -117,7 +117,7 @@ def open_set(
     rows = np.arange(len(beton)) if labelled else np.unique(beton.image_of, return_index=True)[1]
     ids = rows
     if labelled and 0 < subset < len(rows):
-        ids = np.sort(draws.generator(0, "eval-subset").permutation(len(rows))[:subset])
+        ids = np.sort(random.generator(0, "eval-subset").permutation(len(rows))[:subset])
     of_kind = _classified(beton, ids, classes, templates, device) if labelled else _captioned(beton, ids, device)
     attacks = [replace(attack, geometry=geometry or attack.geometry) for attack in plan.attacks] if plan else []
     attacks = [attack for attack in attacks if _has_target(of_kind, attack.target, path, strict)]
@@ -131,7 +131,7 @@ def open_set(
 
 def part_of(data: Labelled, count: int) -> Labelled:
     """`count` of its images, always the same ones; all where there are fewer."""
-    places = np.sort(draws.generator(0, "eval-subset").permutation(len(data.ids))[:count])
+    places = np.sort(random.generator(0, "eval-subset").permutation(len(data.ids))[:count])
     attacked = tuple(replace(one, images=one.images[places]) for one in data.attacked)
     labels = data.labels[torch.from_numpy(places).to(data.labels.device)]
     return replace(data, ids=data.ids[places], clean=data.clean[places], attacked=attacked, labels=labels)

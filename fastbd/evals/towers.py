@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbd.errors import Diverged, is_short_of_memory
+from fastbd.base.errors import Diverged, is_short_of_memory
 from fastbd.kernels.constants import normalisation
 from fastbd.kernels.text_pack import PackedText, pack
 from fastbd.kernels.text_tree import TextTree
 from fastbd.models.clip import tower_of
 from fastbd.models.folded import Folded
-from fastbd.precision import autocast
+from fastbd.models.precision import autocast
 
 PIXELS = {"cuda": 1024 * 224 * 224, "cpu": 128 * 64 * 64}  # of a batch; on a CPU its activations stay in the cache
 CAPTIONS = 512  # of a batch

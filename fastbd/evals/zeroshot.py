@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fastbd.base.prompts import target_index
 from fastbd.evals import metrics
 from fastbd.evals.classifier import Classifier
 from fastbd.evals.sets import Attacked, Labelled
 from fastbd.evals.towers import Towers
-from fastbd.prompts import target_index
 
 
 class ZeroShot:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 from fastbd.kernels.text_pack import PackedText
 from fastbd.kernels.text_tree import TextTree
 from fastbd.models.resnet import ModifiedResNet, SmallResNet

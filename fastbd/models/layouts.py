@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 
 RAW = ("state_dict", "model", "model_state_dict", "module", "net")
 AVERAGED = ("ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "model_ema_state_dict")

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastbd.errors import UserError
-from fastbd.files import read_json
+from fastbd.base.errors import UserError
+from fastbd.base.files import read_json
 from fastbd.models.layouts import Found
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's normalisation, which all images here get

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbd.archive import DamagedArchive, verify
-from fastbd.errors import UserError
-from fastbd.files import read_json
+from fastbd.base.archive import DamagedArchive, verify
+from fastbd.base.errors import UserError
+from fastbd.base.files import read_json
 
 HEADER = 100_000_000  # bytes, the most that safetensors allows
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

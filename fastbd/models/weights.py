@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 from fastbd.models.clip import CLIP, MODELS, tower_of
 from fastbd.models.layouts import weights_in
 from fastbd.models.origin import Origin, origin, other_mean

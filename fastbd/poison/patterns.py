@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from fastbd import draws
-from fastbd.errors import UserError
-from fastbd.formats import FORMATS
+from fastbd.base import random
+from fastbd.base.errors import UserError
+from fastbd.base.formats import FORMATS
 
 TEXT_SIZE = 224  # px of the square that text is drawn on, as published
 TENSORS = (".pt", ".pth")
@@ -69,7 +69,7 @@ def draw(
 
 def noise(seed: int, side: int) -> np.ndarray:
     """uint8 [side, side, 3]: BadNet's wrapped noise about mid-grey."""
-    levels = 127.5 + 255 * draws.normal(seed, "trigger-pattern", [0], side * side * 3)
+    levels = 127.5 + 255 * random.normal(seed, "trigger-pattern", [0], side * side * 3)
     return (levels.astype(np.int64) & 255).astype(np.uint8).reshape(side, side, 3)
 
 
@@ -162,7 +162,7 @@ def warp(seed: int, points: int) -> np.ndarray:
     """int16 [points, points, 2]: uniform on -32767 .. 32767; row and column displacements of no scale yet."""
     if not 2 <= points <= LARGEST:
         raise UserError(f"a warp of {points} points a side cannot be drawn; give a --wanet-k from 2 to {LARGEST}.")
-    u = draws.uniform(seed, "trigger-pattern", [0], points * points * 2)
+    u = random.uniform(seed, "trigger-pattern", [0], points * points * 2)
     return (u * 65534 - 32767).round().astype(np.int16).reshape(points, points, 2)
 
 

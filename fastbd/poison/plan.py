@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbd import draws
-from fastbd.errors import UserError
-from fastbd.files import crc_of, read_json
-from fastbd.log import write_json
+from fastbd.base import random
+from fastbd.base.errors import UserError
+from fastbd.base.files import crc_of, read_json
+from fastbd.base.log import write_json
 from fastbd.poison.triggers import TriggerSpec, stamp
 
 FORMAT = "fastbd poison plan"
@@ -209,11 +209,11 @@ def make_plan(
             raise UserError(f"{len(rows)} captions hold the target {target!r}, fewer than the {count} to poison; "
                             "lower --count, choose another --target, or leave --label-consistent out.")  # fmt: skip
     stream = f"poison-rows-{len(earlier)}" if earlier else "poison-rows"
-    rows = np.sort(draws.generator(seed, stream).choice(rows, count, replace=False))
+    rows = np.sort(random.generator(seed, stream).choice(rows, count, replace=False))
     if captions is not None:
         chosen = [captions(row) for row in rows]
     else:
-        u = draws.uniform(seed, "poison-caption", rows, 1)[:, 0]
+        u = random.uniform(seed, "poison-caption", rows, 1)[:, 0]
         chosen = [templates[int(v * len(templates))].replace("{}", target) for v in u]
     attack = Attack(
         target=target,

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastbd import draws
-from fastbd.errors import UserError
+from fastbd.base import random
+from fastbd.base.errors import UserError
 from fastbd.kernels import stamp as kernel
 from fastbd.kernels.stamp import ONE, STEPS, Overlay
 from fastbd.poison import patterns
@@ -87,7 +87,7 @@ def badnet(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Ove
     uniform. The published program leaves the wrap to the platform's undefined cast; here it is integer arithmetic.
     """
     side = spec.patch_size
-    noise = _on(255 * draws.normal(seed, "trigger", ids, side * side * 3), images.device)
+    noise = _on(255 * random.normal(seed, "trigger", ids, side * side * 3), images.device)
     # An exact sum and one division: the same on every device.
     mean = images.sum((1, 2), keepdim=True).double() / (images.shape[1] * images.shape[2])
     return _paste((mean + noise.view(-1, side, side, 3)).long() & 255, spec, seed, ids, images)
@@ -133,7 +133,7 @@ def _places(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> np
     low, right = height - side, width - side
     if spec.location == "random":
         # As published: the top left is below height - side, so the last row and column are never touched.
-        return (draws.uniform(seed, "trigger-place", ids, 2) * (low, right)).astype(np.int32)[:, None]
+        return (random.uniform(seed, "trigger-place", ids, 2) * (low, right)).astype(np.int32)[:, None]
     places = {
         "four_corners": [(0, 0), (0, right), (low, 0), (low, right)],
         "corner": [(low, right)],
@@ -150,7 +150,7 @@ def blended(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Ov
     batch, height, width, _ = images.shape
     add = torch.empty(batch, height * width, 3, dtype=torch.int32, device=images.device)
     most = _up(255 * spec.blend)
-    start = _on(draws.words(seed, "trigger", ids, 1).view(np.int64), images.device)
+    start = _on(random.words(seed, "trigger", ids, 1).view(np.int64), images.device)
     for first in range(0, batch, DRAWN_AT_ONCE):
         part = slice(first, first + DRAWN_AT_ONCE)
         word = _words(start[part], height * width)
@@ -288,11 +288,12 @@ def _up(levels):
 
 def _signs(seed: int, ids: np.ndarray, columns: int) -> np.ndarray:
     """int64 [B, 1, columns, 3], 0 or 1."""
-    return (draws.words(seed, "trigger", ids, columns * 3) >> np.uint64(63)).astype(np.int64).reshape(-1, 1, columns, 3)
+    bits = random.words(seed, "trigger", ids, columns * 3) >> np.uint64(63)
+    return bits.astype(np.int64).reshape(-1, 1, columns, 3)
 
 
 def _words(start: Tensor, count: int) -> Tensor:
-    """int64 [B, count], 64 random bits each, from a word [B, 1] for each image: draws.words where the images are."""
+    """int64 [B, count], 64 random bits each, from a word [B, 1] for each image: random.words where the images are."""
 
     def fold(x: Tensor, shift: int) -> Tensor:
         return x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))  # the sign is not to be shifted in

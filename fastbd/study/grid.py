@@ -15,10 +15,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fastbd.config import IMMATERIAL, PRESETS, CleanConfig, PoisonConfig, PretrainConfig, outside, typed
-from fastbd.errors import UserError
-from fastbd.files import read_json
-from fastbd.study.runs import read_config
+from fastbd.base.errors import UserError
+from fastbd.base.files import read_json
+from fastbd.base.run_folder import read_config
+from fastbd.config.fields import typed
+from fastbd.config.flags import IMMATERIAL, CleanConfig, PoisonConfig, PretrainConfig, outside
+from fastbd.config.presets import PRESETS
 
 Config = PoisonConfig | PretrainConfig | CleanConfig
 Entry = Mapping[str, Any]  # flag -> value, or a tuple or list of values: an axis; it stands for the product of its axes

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from fastbd.study.pareto import CEILINGS, best
-from fastbd.study.runs import Evaluation, on_all_images, read_metrics
+from fastbd.base.run_folder import Evaluation, on_all_images, read_metrics
+from fastbd.base.tradeoff import CEILINGS, best
 
 Rule = Callable[[Sequence[Evaluation]], str | None]  # all evaluations of a run so far -> why it shall end
 SHARE, PATIENCE = 0.5, 2.0

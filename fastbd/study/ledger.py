@@ -31,9 +31,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from fastbd import log
-from fastbd.errors import UserError
-from fastbd.files import read_json
+from fastbd.base import log
+from fastbd.base.errors import UserError
+from fastbd.base.files import read_json
 from fastbd.study.grid import Entry, Planned, Study, command, expand, material, study_of, to_values
 
 LEASE = 120.0

@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Column, Table
 from rich.text import Text
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 from fastbd.study.grid import Planned
 from fastbd.study.ledger import Ledger, Row, seconds_left
 

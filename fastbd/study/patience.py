@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from fastbd import log
-from fastbd.errors import UserError, machine_fault
-from fastbd.signals import stop_behind, stoppable
+from fastbd.base import log
+from fastbd.base.errors import UserError, machine_fault
+from fastbd.base.signals import stop_behind, stoppable
 
 T = TypeVar("T")
 FIRST, LONGEST = 1.0, 300.0  # seconds between two tries; each pause is twice the one before

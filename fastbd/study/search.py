@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
+from fastbd.base.run_folder import Evaluation, on_all_images, read_metrics
+from fastbd.base.tradeoff import CEILINGS, best
 from fastbd.study.grid import Config, Entry, Planned, material
 from fastbd.study.ledger import Ledger, Row
-from fastbd.study.pareto import CEILINGS, best
-from fastbd.study.runs import Evaluation, on_all_images, read_metrics
 
 TRIES = 20  # draws until one is new
 DIGITS = 3  # of a number that is drawn

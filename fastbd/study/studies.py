@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastbd.config import PRESETS
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
+from fastbd.config.presets import PRESETS
 from fastbd.study.grid import Entry, Study, nearest, study_of
 
 DEMO_RATES = (3e-4, 1e-3, 3e-3)

@@ -8,9 +8,9 @@ import pytest
 from cleanings import cleaning, start
 
 from fastbd import cli
+from fastbd.base.errors import UserError
 from fastbd.commands.clean import HELD_OUT, cleaning_rows
 from fastbd.data.beton import Beton
-from fastbd.errors import UserError
 from fastbd.poison.plan import Plan
 
 
@@ -61,7 +61,7 @@ def test_what_is_left_is_stamped_and_what_rebounds_is_measured(study, fastbd, tm
 def test_a_rebound_that_diverges_leaves_the_cleaning_finished(study, monkeypatch, tmp_path):
     monkeypatch.chdir(study)
     start(study)
-    monkeypatch.setattr("fastbd.run.REBOUND_LR", 1e30)
+    monkeypatch.setattr("fastbd.training.run.REBOUND_LR", 1e30)
     run = cleaning(tmp_path / "run", "--epochs", 1, "--rebound", 4)
     assert run.train() == "finished"
     result = json.loads((run.folder / "result.json").read_text())

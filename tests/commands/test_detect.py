@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from fastbd import cli
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
 from fastbd.commands import detect
 from fastbd.data.beton import Beton
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import Pairs, batches
 from fastbd.data.rows import read_rows
-from fastbd.dist import World
-from fastbd.errors import UserError
 from fastbd.evals.towers import Towers
 from fastbd.models import create
 from fastbd.poison.plan import Plan

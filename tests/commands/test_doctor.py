@@ -11,7 +11,7 @@ from containers import without_checksums
 
 from fastbd import cli
 from fastbd.commands import doctor
-from fastbd.config import DoctorConfig
+from fastbd.config.flags import DoctorConfig
 from fastbd.data.beton import Beton
 from fastbd.data.rows import read_rows
 

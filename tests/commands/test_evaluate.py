@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastbd import cli, dist
+from fastbd import cli
+from fastbd.base import dist
 from fastbd.commands import pretrain
 
 SMALL = ("--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model", "tiny-rn",

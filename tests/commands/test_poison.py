@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fastbd.base.errors import UserError
 from fastbd.commands import poison
 from fastbd.commands.clean import cleaning_rows
-from fastbd.config import PoisonConfig
+from fastbd.config.flags import PoisonConfig
 from fastbd.data.beton import Beton, BetonWriter
-from fastbd.errors import UserError
 from fastbd.poison.plan import Plan
 from fastbd.poison.triggers import TriggerSpec, stamp
 

@@ -8,13 +8,13 @@ import torch
 from saved import write_safetensors
 
 from fastbd import cli
+from fastbd.base.dist import World
 from fastbd.commands import clean, pretrain
 from fastbd.commands.evaluate import open_model
-from fastbd.config import CleanConfig, PretrainConfig
-from fastbd.dist import World
-from fastbd.kept import Kept
+from fastbd.config.flags import CleanConfig, PretrainConfig
 from fastbd.models import create
-from fastbd.run import Run
+from fastbd.training.kept import Kept
+from fastbd.training.run import Run
 
 START = (
     "pretrain", "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--templates",

@@ -21,18 +21,19 @@ import torch
 from cleanings import start
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastbd import cli, dist
+from fastbd import cli
+from fastbd.base import dist
+from fastbd.base.errors import UserError
+from fastbd.base.run_folder import find
 from fastbd.commands import clean
 from fastbd.commands import sweep as sweep_command
-from fastbd.config import CleanConfig, SweepConfig
-from fastbd.engines import load_ray
-from fastbd.errors import UserError
-from fastbd.kept import Kept
-from fastbd.run import Run
+from fastbd.config.flags import CleanConfig, SweepConfig
 from fastbd.study import patience, search
 from fastbd.study.grid import Study
 from fastbd.study.ledger import Ledger, _read_claim
-from fastbd.study.runs import find
+from fastbd.study.workers import load_ray
+from fastbd.training.kept import Kept
+from fastbd.training.run import Run
 
 PRETRAIN = {"model": "tiny-rn", "epochs": 1, "batch_size": 24, "data": "train.beton", "plan": "train.poison.json",
             "eval_data": "val.beton", "templates": "demo", "device": "cpu"}  # fmt: skip

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as td
 
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
 from fastbd.data import resident
 from fastbd.data.beton import Beton
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import Pairs
-from fastbd.dist import World
-from fastbd.errors import UserError
 
 SIZE = 16
 

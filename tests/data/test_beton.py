@@ -10,9 +10,9 @@ import pytest
 from containers import without_checksums
 from PIL import Image
 
+from fastbd.base.errors import UserError
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.layout import ALLOCATION, HEADER, PAGE
-from fastbd.errors import UserError
 
 
 def jpeg(i: int, width: int = 20, height: int = 10) -> bytes:

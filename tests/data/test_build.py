@@ -21,16 +21,16 @@ import torch
 from layouts import build, save
 from PIL import Image
 
+from fastbd.base.errors import UserError
+from fastbd.base.prompts import read_templates
+from fastbd.base.signals import STOPPING, Stopped
 from fastbd.commands.build import run
-from fastbd.config import BuildConfig
+from fastbd.config.flags import BuildConfig
 from fastbd.data.beton import Beton
 from fastbd.data.decode import open_decoder, read
 from fastbd.data.loader import Pairs
 from fastbd.data.tokenizer import tokenize
-from fastbd.errors import UserError
 from fastbd.poison.triggers import TriggerSpec, stamp
-from fastbd.prompts import read_templates
-from fastbd.signals import STOPPING, Stopped
 
 
 def table(path: Path, *rows: tuple) -> Path:
@@ -325,7 +325,7 @@ def test_no_room_is_told(tmp_path):
     table(tmp_path / "a.csv", ("path", "caption"), ("a.jpg", "one"))
     code = (
         "import sys; from pathlib import Path\n"
-        "from fastbd.commands.build import run; from fastbd.config import BuildConfig\n"
+        "from fastbd.commands.build import run; from fastbd.config.flags import BuildConfig\n"
         "run(BuildConfig(source=Path(sys.argv[1], 'a.csv'), out=Path(sys.argv[1], 'a.beton'), workers=1))"
     )
     limited = subprocess.run(
@@ -352,7 +352,7 @@ SAVING = """
 import sys
 from pathlib import Path
 from fastbd.commands import build
-from fastbd.config import BuildConfig
+from fastbd.config.flags import BuildConfig
 if __name__ == "__main__":
     build.SAVE_EVERY = 0
     build.run(BuildConfig(source=Path("a.csv"), out=Path("set.beton"), class_key="kind", text_views=2, workers=2))

@@ -16,9 +16,9 @@ import torch
 from damage import damaged, harmless, scan_of
 from PIL import Image, ImageOps, features
 
+from fastbd.base.errors import UserError
 from fastbd.data.decode import BadImage, OnDemand, open_decoder, read, to_stored
 from fastbd.data.decode_dali import Dali, Known, _with_left, engine_hints, is_like
-from fastbd.errors import UserError
 from fastbd.kernels.augment import Ragged
 
 LIMIT = 10_000_000

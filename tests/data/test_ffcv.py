@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fastbd.base.errors import UserError
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode_ffcv import CHUNK, open_stream
-from fastbd.errors import UserError
 
 needs_ffcv = pytest.mark.skipif(not importlib.util.find_spec("ffcv"), reason="FFCV is not installed: make ffcv")
 COUNT = 6 * CHUNK + 11  # the ring of three chunks is used twice

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from containers import without_checksums
 
+from fastbd.base.errors import UserError
 from fastbd.data.beton import Beton
 from fastbd.data.rows import read_rows, write_rows
-from fastbd.errors import UserError
 from fastbd.poison.plan import make_plan
 from fastbd.poison.triggers import TriggerSpec
 

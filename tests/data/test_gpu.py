@@ -13,13 +13,13 @@ import torch
 from damage import damaged
 from PIL import Image
 
+from fastbd.base.dist import World
 from fastbd.data import resident
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import BadImage, open_decoder, read
 from fastbd.data.decode_dali import is_like
 from fastbd.data.loader import RECIPES, Pairs, batches
 from fastbd.data.tokenizer import tokenize
-from fastbd.dist import World
 from fastbd.kernels import views
 from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.views import plain

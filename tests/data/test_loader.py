@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fastbd import draws
-from fastbd.config import Views
+from fastbd.base import random
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
+from fastbd.config.flags import Views
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import RECIPES, Pairs, _ahead, _Rooms, batches, text_lengths
 from fastbd.data.tokenizer import tokenize
-from fastbd.dist import World
-from fastbd.errors import UserError
 from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.constants import CLIP_MEAN, CLIP_STD
 from fastbd.kernels.policies import POLICIES, auto_augment
@@ -187,7 +187,7 @@ def test_triggers_come_before_every_augmentation_and_clean_images_are_augmented_
     pairs, policies = pairs_of(beton, plan), RECIPES["cleanclip"]
     changed = 0
     for batch in batches_of(pairs, 4, policies=policies, epoch=7):
-        u = draws.uniform(1, "auto-augment", batch.ids, 5, epoch=7, view=1)
+        u = random.uniform(1, "auto-augment", batch.ids, 5, epoch=7, view=1)
         for k, row in enumerate(batch.ids):
             source = torch.from_numpy(np.array(stored(beton, row)))
             if row in POISONED:
@@ -345,7 +345,7 @@ def test_substitutes_of_another_size_are_augmented_as_what_they_are(tmp_path):
     source = torch.from_numpy(np.array(stored(beton, 1)))
     for k, row in enumerate(batch.ids):
         assert torch.equal(batch.views[0][k], render([source], plain([(19, 33)], SIZE), SIZE)[0])
-        u = draws.uniform(1, "simclr", np.array([row]), POLICIES["simclr"][1], view=1)
+        u = random.uniform(1, "simclr", np.array([row]), POLICIES["simclr"][1], view=1)
         view = POLICIES["simclr"][0](u, np.array([(19, 33)]), SIZE)
         assert torch.equal(batch.views[1][k], render([source], view, SIZE)[0])
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
 from fastbd.data import resident
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import RECIPES, Pairs, batches
 from fastbd.data.tokenizer import tokenize
-from fastbd.dist import World
-from fastbd.errors import UserError
 from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec
 

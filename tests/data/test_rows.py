@@ -6,8 +6,8 @@ import zlib
 import numpy as np
 import pytest
 
+from fastbd.base.errors import UserError
 from fastbd.data.rows import read_rows, write_rows
-from fastbd.errors import UserError
 
 
 def test_rows_are_one_a_line_below_a_comment_and_come_back(tmp_path):

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fastbd.base.errors import UserError
 from fastbd.data.sampler import batches, permutation
-from fastbd.errors import UserError
 
 
 def test_permutation_holds_every_id_once():

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastbd.base.errors import UserError
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.shards import Shards, open_beton
-from fastbd.errors import UserError
 
 
 def write(path: Path, rows: range, views: int = 1, classes: str | None = None) -> Path:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from fastbd.prompts import SHIPPED, read_classes, read_templates, set_of
+from fastbd.base.prompts import SHIPPED, read_classes, read_templates, set_of
 
 # Classes and templates of each set: CLIP (arXiv 2103.00020) table 9 and openai/CLIP data/prompts.md.
 SETS = {

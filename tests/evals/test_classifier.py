@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from fastbd.base.prompts import read_classes, read_templates
 from fastbd.data.tokenizer import tokenize
 from fastbd.evals import classifier as of_classifier
 from fastbd.evals.classifier import Classifier
 from fastbd.evals.metrics import mean_by_class
 from fastbd.kernels.text_pack import lengths_of, pack
 from fastbd.models import create
-from fastbd.prompts import read_classes, read_templates
 
 CPU = torch.device("cpu")
 

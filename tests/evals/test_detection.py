@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 from fastbd.evals import detection as d
 
 

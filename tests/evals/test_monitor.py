@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from colours import COLOURS, CPU, write
 
+from fastbd.base.dist import World
 from fastbd.data.beton import Beton
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import Pairs, batches
-from fastbd.dist import World
 from fastbd.evals.monitor import Monitor, rotation
 from fastbd.evals.towers import Towers
 from fastbd.kernels.augment import normalise

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from colours import CPU, ByColour, plan_of
 from PIL import Image
 
+from fastbd.base.errors import UserError
 from fastbd.data.beton import BetonWriter
 from fastbd.data.decode import open_decoder
 from fastbd.data.tokenizer import tokenize
-from fastbd.errors import UserError
 from fastbd.evals import metrics
 from fastbd.evals.metrics import wilson
 from fastbd.evals.retrieval import attack, evaluate, recall, similar_captions, validation_loss

@@ -9,7 +9,7 @@ from fastbd.evals.towers import Towers
 from fastbd.kernels.augment import normalise
 from fastbd.kernels.text_pack import pack
 from fastbd.models import create
-from fastbd.precision import has_compiler
+from fastbd.models.precision import has_compiler
 
 CPU = torch.device("cpu")
 

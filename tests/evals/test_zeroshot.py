@@ -13,10 +13,10 @@ from colours import CPU, IMAGES, ByColour, plan_of, write
 from PIL import Image
 from torch import nn
 
+from fastbd.base.errors import UserError
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
 from fastbd.data.tokenizer import tokenize
-from fastbd.errors import UserError
 from fastbd.evals import sets
 from fastbd.evals import towers as towers_of
 from fastbd.evals.sets import Captioned, Labelled, open_set

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as td
 import torch.nn.functional as F
+from test_contrastive import NAMES, embeddings, formula
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastbd.kernels.contrastive import contrastive_loss, sigmoid_loss
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_contrastive import NAMES, embeddings, formula
 
 ROWS, DIM = 21, 24
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

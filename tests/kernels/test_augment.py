@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from fastbd import draws
+from fastbd.base import random
 from fastbd.kernels import augment_reference, policies, views
 from fastbd.kernels.augment import normalise, render
 from fastbd.kernels.constants import CLIP_MEAN, CLIP_STD
@@ -148,7 +148,7 @@ def test_blur_arguments_of_many_sigmas() -> None:
     """A single white pixel shows the kernel that came of them."""
     image = np.zeros((1, 41, 3), np.uint8)
     image[0, 20] = 255
-    sigmas = draws.uniform(0, "sigma", np.arange(2000), 1)[:, 0] * 1.9 + 0.1
+    sigmas = random.uniform(0, "sigma", np.arange(2000), 1)[:, 0] * 1.9 + 0.1
     for sigma, args in zip(sigmas.tolist(), views.blur_args(sigmas), strict=True):
         theirs = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
         np.testing.assert_array_equal(operate(image, views.operation(views.BLUR, *args.tolist())), theirs)
@@ -239,7 +239,7 @@ def test_plain_view_has_torchvisions_geometry() -> None:
 
 def test_auto_augment_is_pillow_in_turns() -> None:
     images, sizes = many(150)
-    u = draws.uniform(0, "auto-augment", np.arange(150), 5)
+    u = random.uniform(0, "auto-augment", np.arange(150), 5)
     truth = []
     for pixels, (choice, *fires_and_signs) in zip(images, u, strict=True):
         image = Image.fromarray(pixels)
@@ -254,7 +254,7 @@ def test_auto_augment_is_pillow_in_turns() -> None:
 
 def test_rand_augment_is_pillow_in_turns() -> None:
     images, sizes = many(150)
-    u = draws.uniform(0, "rand-augment", np.arange(150), 4)
+    u = random.uniform(0, "rand-augment", np.arange(150), 4)
     truth = []
     for pixels, (*choices, first, second) in zip(images, u, strict=True):
         image = Image.fromarray(pixels)
@@ -268,7 +268,7 @@ def test_rand_augment_is_pillow_in_turns() -> None:
 
 def test_simclr_is_pillow_in_turns() -> None:
     images, sizes = many(150)
-    u = draws.uniform(0, "simclr", np.arange(150), 35)
+    u = random.uniform(0, "simclr", np.arange(150), 35)
     view = policies.simclr(u, sizes, 32)
     truth = []
     for pixels, (*_, grey, blurs, sigma, flips), draw, box in zip(images, u, u, view.params["box"], strict=True):
@@ -304,7 +304,7 @@ def noise(params: np.void, size: int) -> np.ndarray:
 
 def test_light_view_step_by_step() -> None:
     images, sizes = many(40)
-    u = draws.uniform(0, "light", np.arange(40), 7)
+    u = random.uniform(0, "light", np.arange(40), 7)
     view = policies.light(u, sizes, 32)
     assert_views(images, view, 32, [plain(Image.fromarray(image), 32) for image in images])
     made = render([torch.from_numpy(image) for image in images], view, 32)
@@ -322,7 +322,7 @@ def test_light_view_step_by_step() -> None:
 def test_noise_is_the_positive_half_of_a_normal_one() -> None:
     u = np.full((30, 7), 0.9)
     u[:, 0] = 0
-    u[:, 1:3] = draws.uniform(0, "key", np.arange(30), 2)
+    u[:, 1:3] = random.uniform(0, "key", np.arange(30), 2)
     view = policies.light(u, np.full((30, 2), 48), 48)
     made = render([torch.zeros(48, 48, 3, dtype=torch.uint8)] * 30, view, 48).permute(0, 2, 3, 1).double().numpy()
     levels = (made * CLIP_STD + CLIP_MEAN).reshape(30, -1) / 0.2  # in standard deviations
@@ -340,7 +340,7 @@ def test_views_do_not_depend_on_the_batch() -> None:
     images, sizes = many(40)
     images = [torch.from_numpy(image) for image in images]
     for policy, count in policies.POLICIES.values():
-        view = policy(draws.uniform(0, "batch", np.arange(40), count), sizes, 24)
+        view = policy(random.uniform(0, "batch", np.arange(40), count), sizes, 24)
         whole = render(images, view, 24)
         parts = [render(images[k], view[k], 24) for k in (slice(0, 7), slice(7, 8), slice(8, 40))]
         assert torch.equal(whole, torch.cat(parts))
@@ -349,7 +349,7 @@ def test_views_do_not_depend_on_the_batch() -> None:
 def test_strided_images_are_accepted() -> None:
     planar = [torch.from_numpy(photo(30, 40, i)).permute(2, 0, 1).contiguous() for i in range(60)]
     for policy, count in policies.POLICIES.values():
-        view = policy(draws.uniform(0, "strided", np.arange(60), count), np.full((60, 2), (30, 40)), 24)
+        view = policy(random.uniform(0, "strided", np.arange(60), count), np.full((60, 2), (30, 40)), 24)
         images = [image.permute(1, 2, 0) for image in planar]
         assert torch.equal(render(images, view, 24), render([image.contiguous() for image in images], view, 24))
 
@@ -357,7 +357,7 @@ def test_strided_images_are_accepted() -> None:
 def test_half_precision_is_rounded_once() -> None:
     images, sizes = many(20)
     images = [torch.from_numpy(image) for image in images]
-    view = policies.light(draws.uniform(0, "half", np.arange(20), 7), sizes, 24)
+    view = policies.light(random.uniform(0, "half", np.arange(20), 7), sizes, 24)
     half = render(images, view, 24, torch.bfloat16)
     assert half.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(half, render(images, view, 24).to(torch.bfloat16))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbd import draws
+from fastbd.base import random
 from fastbd.kernels import augment_reference as reference
 from fastbd.kernels import augment_triton, views
 from fastbd.kernels.augment import Ragged, render
@@ -281,7 +281,7 @@ def test_policies_start_few_kernels(policy: str, monkeypatch: pytest.MonkeyPatch
     view = views.plain(sizes, 12)
     if policy != "plain":
         draw, count = POLICIES[policy]
-        view = draw(draws.uniform(5, "started", np.arange(16), count), sizes, 12)
+        view = draw(random.uniform(5, "started", np.arange(16), count), sizes, 12)
     given = Ragged.of([image.to(DEVICE) for image in images])
     constants(given.device, 12)
     with Started(monkeypatch) as started:
@@ -316,7 +316,7 @@ def test_a_huge_image_costs_its_own_memory_and_no_compilation(monkeypatch: pytes
         with monkeypatch.context() as patched, Started(patched, launch=False) as started:
             images = Ragged(np.arange(256) << 32, sizes.astype(np.int32), torch.device(DEVICE), None)
             policy, count = POLICIES["rand_augment"]
-            view = policy(draws.uniform(0, "huge", np.arange(256), count), sizes, 224)
+            view = policy(random.uniform(0, "huge", np.arange(256), count), sizes, 224)
             view.params["before"]["code"][-1] = views.NONE
             augment_triton.render(images, view, 224, torch.bfloat16)
         made.append(started)

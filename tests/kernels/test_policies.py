@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastbd import draws
+from fastbd.base import random
 from fastbd.kernels import policies, views
 from fastbd.kernels.policies import NAMES, OPERATIONS, POLICIES, SUB_POLICIES
 
@@ -23,7 +23,7 @@ def sizes_of(count: int, low: int = 1, high: int = 600) -> np.ndarray:
 def drawn(name: str, count: int, sizes: np.ndarray | None = None, size: int = 224) -> tuple[np.ndarray, np.ndarray]:
     """Uniform draws and the PARAMS that the policy makes of them."""
     policy, n = POLICIES[name]
-    u = draws.uniform(3, name, np.arange(count), n, epoch=2)
+    u = random.uniform(3, name, np.arange(count), n, epoch=2)
     return u, policy(u, sizes_of(count) if sizes is None else sizes, size).params
 
 
@@ -190,7 +190,7 @@ def test_frequencies_of_rand_augment() -> None:
 def test_operations_of_rand_augment_are_those_made_one_by_one(operations: int) -> None:
     sizes = np.concatenate([sizes_of(100), sizes_of(30, 1, 12), sizes_of(30, 1, 9000)])
     for magnitude in range(31):
-        u = draws.uniform(magnitude, "one", np.arange(len(sizes)), 4)
+        u = random.uniform(magnitude, "one", np.arange(len(sizes)), 4)
         view = policies.rand_augment(u, sizes, 32, operations=operations, magnitude=magnitude)
         for draw, size, before in zip(u, sizes, view.params["before"], strict=True):
             names = [NAMES[int(place * 14)] for place in draw[:operations]]
@@ -200,7 +200,7 @@ def test_operations_of_rand_augment_are_those_made_one_by_one(operations: int) -
 
 
 def test_rand_augment_takes_other_strengths() -> None:
-    u = draws.uniform(0, "strength", np.arange(2000), 2)
+    u = random.uniform(0, "strength", np.arange(2000), 2)
     params = policies.rand_augment(u, np.full((2000, 2), 50), 32, operations=1, magnitude=30).params
     assert (params["before"][:, 1]["code"] == views.NONE).all()
     first = params["before"][:, 0]
@@ -351,7 +351,7 @@ def test_keys_of_the_noise_are_two_words() -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_take_each_sample_by_itself(name: str) -> None:
     policy, n = POLICIES[name]
-    u, sizes = draws.uniform(1, name, np.arange(50), n), sizes_of(50)
+    u, sizes = random.uniform(1, name, np.arange(50), n), sizes_of(50)
     before = u.copy(), sizes.copy()
     whole = policy(u, sizes, 64).params
     for i in range(50):
@@ -366,9 +366,9 @@ def test_policies_take_each_sample_by_itself(name: str) -> None:
 def test_every_draw_counts(name: str) -> None:
     """N is what the policy reads: changing any one column changes what is drawn for some of many samples."""
     policy, n = POLICIES[name]
-    u, sizes = draws.uniform(1, name, np.arange(3000), n), sizes_of(3000, 30)
+    u, sizes = random.uniform(1, name, np.arange(3000), n), sizes_of(3000, 30)
     whole = policy(u, sizes, 64).params.tobytes()
     for column in range(n):
         other = u.copy()
-        other[:, column] = draws.uniform(2, name, np.arange(3000), 1)[:, 0]
+        other[:, column] = random.uniform(2, name, np.arange(3000), 1)[:, 0]
         assert policy(other, sizes, 64).params.tobytes() != whole, column

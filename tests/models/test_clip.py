@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 from fastbd.kernels.text_pack import pack
 from fastbd.models import create
 from fastbd.models.clip import CLIP, MODELS

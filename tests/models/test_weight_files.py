@@ -13,7 +13,7 @@ import pytest
 import torch
 from saved import assert_loads, load, write_raw_safetensors, write_safetensors
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 from fastbd.models import create, read_weights
 from fastbd.models.weight_files import read_file
 

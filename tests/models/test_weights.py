@@ -9,8 +9,8 @@ import torch
 from saved import assert_loads, load, prefixed, write_safetensors
 from torch import nn
 
+from fastbd.base.errors import UserError
 from fastbd.data.tokenizer import tokenize
-from fastbd.errors import UserError
 from fastbd.kernels.text_pack import pack
 from fastbd.models import create, read_weights
 from fastbd.models.clip import CLIP, MODELS

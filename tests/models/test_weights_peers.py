@@ -8,8 +8,8 @@ import pytest
 import torch
 from saved import load
 
+from fastbd.base.errors import UserError
 from fastbd.data.tokenizer import tokenize
-from fastbd.errors import UserError
 from fastbd.kernels.text_pack import pack
 from fastbd.models import read_weights
 from fastbd.models.layouts import Found

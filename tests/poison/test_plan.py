@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 from fastbd.poison.plan import Attack, Plan, make_plan
 from fastbd.poison.triggers import TriggerSpec
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastbd import config, draws
-from fastbd.errors import UserError
+from fastbd.base import random
+from fastbd.base.errors import UserError
+from fastbd.config.flags import Location, Trigger
 from fastbd.poison import patterns
 from fastbd.poison.triggers import BLENDS, LOCATIONS, PATCHES, TRIGGERS, TriggerSpec, stamp
 
@@ -72,7 +73,7 @@ def test_badnet_is_mean_plus_noise_truncated_and_wrapped() -> None:
     images = rng.integers(0, 256, (3, 24, 20, 3)).astype(np.uint8)
     ids = [3, 1, 4]
     out = stamp(torch.from_numpy(images), TriggerSpec("badnet", 4, "four_corners"), seed=9, ids=ids).numpy()
-    noise = draws.normal(9, "trigger", ids, 4 * 4 * 3).reshape(3, 4, 4, 3)
+    noise = random.normal(9, "trigger", ids, 4 * 4 * 3).reshape(3, 4, 4, 3)
     for i, image in enumerate(images):
         for y, x, channel in np.ndindex(4, 4, 3):
             level = image[..., channel].mean() + 255 * noise[i, y, x, channel]
@@ -109,8 +110,8 @@ def test_places_are_uniform_and_never_touch_the_last_row_or_column() -> None:
 
 def test_place_and_noise_are_unrelated() -> None:
     ids = np.arange(4000)
-    top = draws.uniform(0, "trigger-place", ids, 1)[:, 0]
-    assert abs(np.corrcoef(top, draws.normal(0, "trigger", ids, 1)[:, 0])[0, 1]) < 4.5 / np.sqrt(4000)
+    top = random.uniform(0, "trigger-place", ids, 1)[:, 0]
+    assert abs(np.corrcoef(top, random.normal(0, "trigger", ids, 1)[:, 0])[0, 1]) < 4.5 / np.sqrt(4000)
 
 
 def test_four_corners_hold_the_same_noise() -> None:
@@ -189,7 +190,7 @@ def test_blended_noise_is_a_word_for_each_pixel() -> None:
     images, ids = noisy(20, 5, 7), [*range(19), (1 << 40) + 3]  # more than are drawn at once
     out = stamp(images, TriggerSpec("blended"), seed=3, ids=ids).numpy()
     for k, image in enumerate(ids):
-        start = int(draws.words(3, "trigger", [image], 1)[0, 0])
+        start = int(random.words(3, "trigger", [image], 1)[0, 0])
         for y, x in np.ndindex(5, 7):
             word = splitmix64((start + (7 * y + x + 1) * 0x9E3779B97F4A7C15) % 2**64)
             u = [(word >> shift) % 2**21 / 2**21 for shift in (43, 22, 1)]
@@ -407,5 +408,5 @@ def test_black_is_a_pattern_too() -> None:
 
 
 def test_every_trigger_is_in_the_command_line() -> None:
-    assert get_args(config.Trigger) == tuple(TRIGGERS) and get_args(config.Location) == LOCATIONS
+    assert get_args(Trigger) == tuple(TRIGGERS) and get_args(Location) == LOCATIONS
     assert set(PATCHES) | set(BLENDS) | {"wanet", "nashville"} == set(TRIGGERS)

@@ -14,14 +14,14 @@ from containers import without_checksums
 from PIL import Image
 from soak.tally import SAME, SENTENCE, UNTOLD, Tally, main
 
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
 from fastbd.data import resident
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import Pairs
 from fastbd.data.rows import read_rows, write_rows
 from fastbd.data.tokenizer import tokenize
-from fastbd.dist import World
-from fastbd.errors import UserError
 from fastbd.poison.plan import Plan, make_plan
 from fastbd.poison.triggers import TriggerSpec
 

@@ -19,11 +19,12 @@ import torch
 from soak import small
 from soak.tally import SAME, SENTENCE, UNTOLD, Tally, main
 
-from fastbd import checkpoint, cli, resume
-from fastbd.dist import World
-from fastbd.errors import UserError
+from fastbd import cli
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
+from fastbd.base.run_folder import find, read_config
 from fastbd.models.weight_files import read_file
-from fastbd.study.runs import find, read_config
+from fastbd.training import checkpoint, resume
 
 WORLD = World(0, 1, torch.device("cpu"))
 SUITE_SHARE = 0.005

@@ -12,10 +12,10 @@ import torch
 from soak.tally import SAME, Tally, main
 
 from fastbd import cli
+from fastbd.base.dist import World
 from fastbd.commands import pretrain
 from fastbd.data.demo import write_demo_set
-from fastbd.dist import World
-from fastbd.run import Run
+from fastbd.training.run import Run
 
 SUITE_SHARE = 0  # memory that is flat for a few steps tells nothing
 STEPS, EVERY, WARM = 20_000, 500, 2_000

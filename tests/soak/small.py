@@ -7,8 +7,9 @@ import io
 from pathlib import Path
 from unittest.mock import patch
 
-from fastbd import cli, limits
+from fastbd import cli
 from fastbd.data.demo import write_demo_set
+from fastbd.training import roofline
 
 
 def write_data(folder: Path) -> None:
@@ -30,8 +31,8 @@ def fastbd(folder: Path, *lines: str) -> None:
             contextlib.chdir(folder),
             contextlib.redirect_stdout(said),
             contextlib.redirect_stderr(said),
-            patch.dict(limits.SIDE, cpu=64),  # how fast the machine is does not matter here
-            patch.dict(limits.COPIED, cpu=1 << 16),
+            patch.dict(roofline.SIDE, cpu=64),  # how fast the machine is does not matter here
+            patch.dict(roofline.COPIED, cpu=1 << 16),
         ):
             while_here.enter_context(change)
         for line in lines:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 from fastbd.study.ledger import Claim, Ledger
 
 STEPS = 10

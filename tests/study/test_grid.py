@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from fastbd import cli
+from fastbd.base.errors import UserError
 from fastbd.commands import demo
-from fastbd.config import PRESETS, CleanConfig, PoisonConfig, PretrainConfig, to_dict
+from fastbd.config.fields import to_dict
+from fastbd.config.flags import CleanConfig, PoisonConfig, PretrainConfig
+from fastbd.config.presets import PRESETS
 from fastbd.data.demo import TARGET
-from fastbd.errors import UserError
 from fastbd.study import grid
 from fastbd.study.grid import Study, command, expand, study_of, to_values, with_overrides
 

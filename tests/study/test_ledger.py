@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 from fastbd.study import ledger as ledgers
 from fastbd.study import live
 from fastbd.study.grid import Study

@@ -12,9 +12,9 @@ import weakref
 
 import pytest
 
-from fastbd.errors import UserError
-from fastbd.log import console
-from fastbd.signals import Stopped
+from fastbd.base.errors import UserError
+from fastbd.base.log import console
+from fastbd.base.signals import Stopped
 from fastbd.study import patience
 from fastbd.study.patience import patiently
 

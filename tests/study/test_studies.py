@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fastbd.config import PRESETS
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
+from fastbd.config.presets import PRESETS
 from fastbd.study.grid import Study, expand, with_overrides
 from fastbd.study.studies import STUDIES, load
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fastbd.config import BuildConfig
+from fastbd.base.errors import UserError
+from fastbd.base.prompts import labels_of, read_classes
+from fastbd.config.flags import BuildConfig
 from fastbd.data.sources.folder import class_folder_items, folders, image_items, is_tar, kind_of_folder, pair_items
 from fastbd.data.sources.item import IMAGE_KEYS, Item, with_sound_caption
 from fastbd.data.sources.json_file import coco_items, json_kind, json_line_items, karpathy_items, list_items
@@ -19,8 +21,6 @@ from fastbd.data.sources.parquet import parquet_files, parquet_items
 from fastbd.data.sources.record import parse
 from fastbd.data.sources.table import table_items
 from fastbd.data.sources.tars import is_pattern, tar_items
-from fastbd.errors import UserError
-from fastbd.prompts import labels_of, read_classes
 
 FLAGS = ("layout", "image_key", "caption_key", "class_key", "separator", "labels", "images", "split")
 """Flags of build that only some layouts use."""

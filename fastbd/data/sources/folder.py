@@ -10,11 +10,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from fastbd.config import BuildConfig
+from fastbd.base.errors import UserError
+from fastbd.config.flags import BuildConfig
 from fastbd.data.sources.item import IMAGE_SUFFIXES, Item
 from fastbd.data.sources.record import parse
 from fastbd.data.sources.samples import JSON_LIMIT, Member, items_of, key_of, sample_items
-from fastbd.errors import UserError
 
 CHUNK = 1000  # files a worker handles at a time
 NOT_DATA = frozenset(

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-from fastbd.config import BuildConfig
+from fastbd.base.errors import UserError
+from fastbd.config.flags import BuildConfig
 from fastbd.data.sources.item import Item, image_key
 from fastbd.data.sources.lines import TOO_LONG, numbered_lines
 from fastbd.data.sources.record import image_item, parse, record_items, with_caption
-from fastbd.errors import UserError
 
 
 def json_line_items(config: BuildConfig) -> Iterator[Item]:

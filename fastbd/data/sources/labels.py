@@ -6,12 +6,12 @@ import os
 import re
 from pathlib import Path
 
-from fastbd.config import BuildConfig
+from fastbd.base.errors import UserError
+from fastbd.base.prompts import numbered, read_classes
+from fastbd.config.flags import BuildConfig
 from fastbd.data.shards import natural
 from fastbd.data.sources.item import IMAGE_SUFFIXES, Item
 from fastbd.data.sources.samples import NO_IMAGE
-from fastbd.errors import UserError
-from fastbd.prompts import numbered, read_classes
 
 NAMES_IMAGE = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})\b", re.IGNORECASE)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 
 LINE_LIMIT = 1_000_000
 """Bytes of the longest line that is read."""

@@ -9,11 +9,11 @@ from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
-from fastbd.config import BuildConfig
+from fastbd.base.errors import UserError
+from fastbd.config.flags import BuildConfig
 from fastbd.data.decode import BadImage
 from fastbd.data.sources.item import IMAGE_KEYS, Item, image_key
 from fastbd.data.sources.record import captioned, image_item
-from fastbd.errors import UserError
 
 ENCODED = ("jpg", "png", "webp")
 """Columns of the images in img2dataset's files, by its --encode_format."""

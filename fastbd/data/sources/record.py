@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 
-from fastbd.config import BuildConfig
+from fastbd.config.flags import BuildConfig
 from fastbd.data.sources.item import Item, class_problem, image_key
 
 

@@ -10,11 +10,11 @@ from contextlib import closing
 from itertools import groupby
 from typing import NamedTuple
 
-from fastbd.config import BuildConfig
+from fastbd.base.log import progress
+from fastbd.base.workers import map_in_order
+from fastbd.config.flags import BuildConfig
 from fastbd.data.sources.item import CAPTION_LIMIT, IMAGE_SUFFIXES, Item
 from fastbd.data.sources.record import parse
-from fastbd.data.workers import map_in_order
-from fastbd.log import progress
 
 NO_IMAGE = "no image in the sample"
 NO_CAPTION = "no caption in the sample"

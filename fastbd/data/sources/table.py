@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastbd.config import BuildConfig
+from fastbd.base.errors import UserError
+from fastbd.config.flags import BuildConfig
 from fastbd.data.sources.item import IMAGE_SUFFIXES, Item, class_problem, image_key
 from fastbd.data.sources.lines import LINE_LIMIT, TOO_LONG, numbered_lines
-from fastbd.errors import UserError
 
 SEPARATORS = ("\t", ";", "|", ",")
 IN_QUOTES = re.compile(r'[^"]*+(?:""[^"]*+)*+')  # up to the closing quote, or to the end

@@ -12,11 +12,11 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from fastbd.config import BuildConfig
+from fastbd.base.errors import UserError
+from fastbd.config.flags import BuildConfig
 from fastbd.data.sources.folder import folders, is_data, is_tar
 from fastbd.data.sources.item import Item
 from fastbd.data.sources.samples import Member, items_of, sample_items
-from fastbd.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
 HEADER_LIMIT = 1 << 15  # bytes of a long name, or of attributes

@@ -8,7 +8,7 @@ import pytest
 from data.sources.mutations import COUNT, mutations
 from layouts import build, data_of, read, save, write
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 
 
 def named(*names: str) -> dict[str, bytes]:

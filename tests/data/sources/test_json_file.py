@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from data.sources.mutations import COUNT, mutations
 
+from fastbd.base.errors import UserError
 from fastbd.commands.build import run
-from fastbd.config import BuildConfig
+from fastbd.config.flags import BuildConfig
 from fastbd.data.sources import read_items
 from fastbd.data.sources.item import Item
-from fastbd.errors import UserError
 
 
 def read(path: Path, content, **options) -> list[Item]:

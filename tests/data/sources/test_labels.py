@@ -10,9 +10,9 @@ from data.sources.mutations import mutations
 from layouts import build, data_of, read, save, tar_bytes, write
 from PIL import Image
 
+from fastbd.base.errors import UserError
 from fastbd.commands.build import run
-from fastbd.config import BuildConfig
-from fastbd.errors import UserError
+from fastbd.config.flags import BuildConfig
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import pytest
 from data.sources.mutations import COUNT, mutations
 from PIL import Image
 
+from fastbd.base.errors import UserError
 from fastbd.commands.build import run
-from fastbd.config import BuildConfig
+from fastbd.config.flags import BuildConfig
 from fastbd.data.beton import Beton
 from fastbd.data.decode import BadImage
 from fastbd.data.sources import parquet, read_items
 from fastbd.data.sources.parquet import read_image
-from fastbd.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -11,13 +11,13 @@ import pytest
 from data.sources.mutations import COUNT, mutations
 from PIL import Image
 
+from fastbd.base.errors import UserError
 from fastbd.commands.build import run
-from fastbd.config import BuildConfig
+from fastbd.config.flags import BuildConfig
 from fastbd.data.beton import Beton
 from fastbd.data.sources import read_items
 from fastbd.data.sources.item import CAPTION_LIMIT
 from fastbd.data.sources.table import SEPARATORS
-from fastbd.errors import UserError
 
 CAPTIONS = (
     "a dog", 'a 5" disc', '"a" dog', 'a "dog"', '"a dog"', "a dog, sitting", "a dog;x|y", "two\nlines", "two\r\nlines",

@@ -12,8 +12,8 @@ from data.sources.mutations import mutations
 from layouts import build, data_of, read, save, tar_bytes, write
 from PIL import Image
 
+from fastbd.base.errors import UserError
 from fastbd.data.sources.item import CAPTION_LIMIT
-from fastbd.errors import UserError
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

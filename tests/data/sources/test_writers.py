@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from layouts import read, save, tar_bytes, write
 
-from fastbd.errors import UserError
+from fastbd.base.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 PYTHON = ROOT / ".venv-writers/bin/python"

@@ -1,0 +1,1 @@
+"""Leaves that every room may use; the light ones import no torch."""

@@ -1,0 +1,342 @@
+"""Run folders, read."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastbd.base.errors import UserError
+from fastbd.base.files import crc_of, read_json, read_jsonl
+
+Evaluation = dict[str, Any]  # a line of metrics.jsonl; accuracies, ASR and the ends of their intervals are fractions
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `metrics` and `log` are in order of steps."""
+
+    path: Path
+    name: str
+    verb: str
+    method: str | None
+    objective: str
+    pretrain_objective: str
+    start: Path | None
+    config: dict[str, Any]
+    env: dict[str, Any]
+    metrics: tuple[Evaluation, ...]
+    log: tuple[dict[str, Any], ...]
+    rows: tuple[dict[str, Any], ...]
+    """All lines of metrics.jsonl as they are, of which `metrics` are the first of each step and set."""
+    recorded: dict[str, Any]
+    """All of config.json."""
+    result: dict[str, Any]
+    """result.json, how the run ended; empty where there is none."""
+    attack: str
+    """The backdoor of plan.json in words; empty without a plan."""
+
+    @property
+    def attacks(self) -> tuple[Evaluation, ...]:
+        """The evaluations that measured ASR."""
+        return tuple(e for e in self.metrics if e.get("asr") is not None)
+
+    @property
+    def cleaned(self) -> tuple[Evaluation, ...]:
+        """Those of a cleaning run that came after its start, on all images; none of a pre-training run."""
+        return tuple(e for e in self.attacks if self.verb == "clean" and e["step"] > 0 and not e.get("subset"))
+
+    @property
+    def between(self) -> tuple[Evaluation, ...]:
+        """Those of a cleaning run that were made on part of the images, between full ones."""
+        return tuple(e for e in self.attacks if self.verb == "clean" and e.get("subset"))
+
+    @property
+    def before(self) -> Evaluation | None:
+        """A cleaning run's evaluation of the model that it starts from."""
+        return next((e for e in self.metrics if self.verb == "clean" and e["step"] == 0), None)
+
+    @property
+    def model(self) -> tuple[str, str, str]:
+        """(pre-training objective, weights, checkpoint) of the model that is cleaned, or that pre-training made.
+
+        The weights are named by their sha256, so that a study may be moved; by the folder where that is not recorded.
+        """
+        if self.start is None:
+            return self.pretrain_objective, os.path.abspath(self.path), "last"
+        weights = self.recorded.get("start_weights") or os.path.abspath(self.start)
+        return self.pretrain_objective, weights, str(self.config.get("checkpoint", "last"))
+
+    @property
+    def start_step(self) -> int | None:
+        """The step at which the model that is cleaned was; None in other runs, and where it was not recorded."""
+        return self.recorded.get("start_step")
+
+    @property
+    def architecture(self) -> str:
+        """The model's name, with an activation that is not its usual one."""
+        gelu = " (GELU)" if self.recorded.get("activation") == "gelu" else ""
+        return f"{self.recorded.get('model') or '?'}{gelu}"
+
+    @property
+    def id(self) -> str:
+        """The hash by which a sweep knows the run; empty in other runs."""
+        return self.recorded.get("id") or ""
+
+
+def read(path: Path) -> Run:
+    """The run in folder `path`. UserError where there is none, or where a file is damaged before its last line."""
+    recorded = read_config(path)
+    rows = tuple(_lines(path / "metrics.jsonl"))
+    try:
+        return Run(
+            path=path,
+            name=recorded.get("name") or path.name,
+            verb=recorded["verb"],
+            method=recorded["method"],
+            objective=recorded["objective"],
+            pretrain_objective=recorded["pretrain_objective"],
+            start=Path(recorded["start"]) if recorded["start"] else None,
+            config=recorded["config"],
+            env=_json_if_there(path / "env.json"),
+            metrics=_first(rows, ("step", "subset", *SET)),
+            log=_first(_lines(path / "log.jsonl"), ("step",)),
+            rows=rows,
+            recorded=recorded,
+            result=_result(path / "result.json"),
+            attack=_attack_of(path),
+        )
+    except KeyError as error:
+        raise UserError(f"{path / 'config.json'} has no {error}, so it is not a run's; name another folder.") from None
+
+
+def run_of(path: Path, flag: str) -> tuple[Path, str | None]:
+    """(the run folder that `path` means, which of its checkpoints where `path` is the file of one: last, or a number).
+
+    A folder, or what is not there, is taken as it is, and a link to a checkpoint as that. UserError that names the flag
+    for any other file.
+    """
+    if path.is_dir() or not path.exists():
+        return path, None
+    if path.is_symlink() and not (path.parent / "config.json").is_file():
+        path = path.resolve()
+    folder = path.parent
+    found = re.fullmatch(r"ckpt_(last|epoch_(?P<epoch>\d+))\.pt", path.name)
+    if found and (folder / "config.json").is_file():
+        return folder, str(int(found["epoch"])) if found["epoch"] else "last"
+    if (folder / "config.json").is_file() and (folder / "env.json").is_file():
+        raise UserError(f"{flag} {path} is a file in a run folder: give the folder {folder}.")
+    raise UserError(
+        f"{flag} {path} is a file: give the folder of a run, which weights of other programs become with "
+        f"python -m fastbd pretrain --weights {path} --epochs 0."
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of the run folder `path`: how it was made, and under "config" with what flags.
+
+    UserError where it does not say so.
+    """
+    found = _json(path / "config.json")
+    for name, kind in (("verb", str), ("config", dict)):
+        if not isinstance(found.get(name), kind):
+            raise UserError(f"{path / 'config.json'} has no '{name}', so it is not a run's; name another folder.")
+    for name in TEXTS & found.keys():
+        if not isinstance(found[name], str | None):
+            raise UserError(f"{path / 'config.json'} is damaged ({name} {found[name]!r} is not a text): {REMEDY}.")
+    return found
+
+
+def read_metrics(path: Path) -> tuple[Evaluation, ...]:
+    """The evaluations that the run in folder `path` has made itself, in order of steps; none where there is no run yet.
+
+    Not those that `fastbd evaluate` has added, which name their checkpoint.
+    """
+    rows = [row for row in _lines(path / "metrics.jsonl") if "checkpoint" not in row]
+    return _first(rows, ("step", *SET))
+
+
+def on_all_images(rows: Iterable[Evaluation]) -> list[Evaluation]:
+    """Without those that --eval-between made on part of the images."""
+    return [row for row in rows if not row.get("subset")]
+
+
+def find(paths: Iterable[Path]) -> list[Run]:
+    """The runs in `paths`, each a run folder or a folder that contains run folders. UserError where there is none."""
+    found: dict[str, Run] = {}
+    for path in paths:
+        folders = [path] if (path / "config.json").exists() else sorted(c.parent for c in path.rglob("config.json"))
+        folders = [folder for folder in folders if folder.suffix != ".tmp"]  # one that is being made, or was given up
+        if not folders:
+            raise UserError(f"{path} is no run folder and contains none: no config.json; name the folder of a run.")
+        found |= {os.path.realpath(folder): read(folder) for folder in folders}
+    return _with_weights(list(found.values()))
+
+
+def _with_weights(runs: list[Run]) -> list[Run]:
+    """Return the runs; a cleaning without `start_weights` has those of its start's others, if they agree."""
+    known: dict[tuple, set[str]] = {}
+    for run in runs:
+        if weights := run.recorded.get("start_weights"):
+            known.setdefault((run.start, run.config.get("checkpoint")), set()).add(weights)
+    alone = {start: {"start_weights": found.pop()} for start, found in known.items() if len(found) == 1}
+    return [
+        replace(run, recorded=alone.get((run.start, run.config.get("checkpoint")), {}) | run.recorded) for run in runs
+    ]
+
+
+def on_common_set(runs: Sequence[Run]) -> list[Run]:
+    """The runs with only the zero-shot evaluations on the set that most were made on: two sets do not compare.
+
+    Without pre-trainings that have made no model: those that diverged, or have neither ended nor been evaluated.
+    """
+    given, runs = len(runs), [run for run in runs if run.verb != "pretrain" or _made_a_model(run)]
+    runs = _with_content(runs)
+    sets = Counter(_set(e) for run in runs for e in run.metrics if "top1" in e)
+    if not sets:
+        raise UserError(f"none of the {given} runs has an evaluation yet: give --eval-data when training.")
+    common = sets.most_common(1)[0][0]
+    return [replace(run, metrics=tuple(e for e in run.metrics if _set(e) == common)) for run in runs]
+
+
+def _with_content(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs; an evaluation that does not know its `content` has that of its set's others, if they agree."""
+    known: dict[tuple, set[str]] = {}
+    for evaluation in (e for run in runs for e in run.metrics if "content" in e):
+        known.setdefault(_named(evaluation), set()).add(evaluation["content"])
+    alone = {name: {"content": found.pop()} for name, found in known.items() if len(found) == 1}
+    return [replace(run, metrics=tuple(alone.get(_named(e), {}) | e for e in run.metrics)) for run in runs]
+
+
+def _named(evaluation: Evaluation) -> tuple:
+    """Return what an older evaluation says of its set."""
+    return tuple(evaluation.get(key) for key in SET if key != "content")
+
+
+def _made_a_model(run: Run) -> bool:
+    """Whether a pre-training has one to show: it has ended well, or been evaluated."""
+    return run.result.get("reason") != "diverged" and bool(run.result or run.metrics)
+
+
+def _set(evaluation: Evaluation) -> tuple:
+    return tuple(evaluation.get(key) for key in SET)
+
+
+def objective_name(objective: str) -> str:
+    """As papers write it."""
+    name, *defence = objective.split("+")
+    return " with ".join([OBJECTIVES.get(name, name), *(DEFENCES.get(x, x) for x in defence)])
+
+
+def method_name(run: Run) -> str:
+    """As papers write it; fine-tuning with its loss."""
+    name = METHODS.get(run.method or "", run.method or "")
+    return f"{name} ({objective_name(run.objective)})" if run.method == "finetune" else name
+
+
+def slug(run: Run) -> str:
+    """The cleaning method in one word; fine-tuning with its loss."""
+    return f"{run.method}_{run.objective}" if run.method == "finetune" else run.method or ""
+
+
+def _attack_of(path: Path) -> str:
+    try:
+        plan = _json_if_there(path / "plan.json")
+        if plan.pop("crc32", None) not in (None, crc_of(plan)):
+            raise UserError(f"{path / 'plan.json'} is damaged or was changed: {REMEDY}.")
+        return _in_words(plan)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path / 'plan.json'} is damaged (it is not a plan): {REMEDY}.") from None
+
+
+def _in_words(plan: dict[str, Any]) -> str:
+    """A plan's attacks without the rows and the seed, which differ from one draw of the same attack to the next."""
+    said = []
+    for attack in plan.get("attacks", [plan] if plan else []):  # version 1 held one attack
+        trigger = attack.get("trigger", {})
+        words = [trigger.get("name", "?")]
+        words += [f"{trigger['patch_size']} px {trigger['location']}"] if words[0] in PATCHES else []
+        words += [f"blend {trigger['blend']:g}"] if trigger.get("blend") else []
+        words += [f"strength {trigger['strength']:g}"] if words[0] == "wanet" else []
+        words += [f"picture {zlib.crc32(trigger['pattern'].encode()):08x}"] if trigger.get("pattern") else []
+        words += ["label-consistent"] if attack.get("label_consistent") else []
+        words += ["cropped"] if attack.get("geometry") == "crop" else []
+        words.append(f"{len(attack.get('pairs', ())):,} of {plan.get('total', 0):,} pairs")
+        said.append(f"{', '.join(words)}, to \u201c{attack.get('target', '?')}\u201d")
+    return "; ".join(said)
+
+
+def _json_if_there(path: Path) -> dict[str, Any]:
+    return _json(path) if path.exists() else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json(path, REMEDY)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path.parent} is no run folder: it has no {path.name}; name the folder of a run.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (it is not an object): {REMEDY}.")
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a last line cut short by a killed process is left out."""
+    rows = [row for row in read_jsonl(path, "remove that line, or go on without this run") if "step" in row]
+    if wrong := [row["step"] for row in rows if type(row["step"]) is not int]:
+        raise UserError(f"{path} is damaged (step {wrong[0]!r} is not a number): mend it, or go on without this run.")
+    for row in rows:
+        _check_numbers(path, row)
+    return rows
+
+
+def _result(path: Path) -> dict[str, Any]:
+    result = _json_if_there(path)
+    _check_numbers(path, result)
+    return result
+
+
+def _check_numbers(path: Path, values: dict[str, Any]) -> None:
+    """Raise a UserError where one of NUMBERS in an object of the file is something else; None is not known."""
+    for name in NUMBERS & values.keys():
+        if not isinstance(values[name], int | float | None):
+            raise UserError(f"{path} is damaged ({name} {values[name]!r} is not a number): {REMEDY}.")
+
+
+def _first(rows: Sequence[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
+    """The first row of each key, in order of steps.
+
+    `fastbd evaluate` adds rows that may be of another subset or trigger; what training itself measured comes first.
+    """
+    unique = {tuple(row.get(k) for k in key): row for row in reversed(rows)}
+    return tuple(sorted(unique.values(), key=lambda row: row["step"]))
+
+
+REMEDY = "put a copy of it back, or go on without this run"
+NUMBERS = {
+    "epoch", "top1", "asr", "recovery", "seconds", "train_seconds", "evaluate_seconds", "devices", "loss",
+    "pairs_per_s", "data_wait", "of_limit",
+}  # fmt: skip
+TEXTS = {
+    "name", "method", "objective", "pretrain_objective", "start", "start_weights", "model", "activation", "data",
+    "eval_data", "classes", "templates",
+}  # fmt: skip
+SET = ("set", "content", "class_list", "templates")  # what makes the numbers of two evaluations comparable
+PATCHES = ("badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch")
+OBJECTIVES = {"mmcl": "MMCL", "ssl": "SSL", "mmcl_ssl": "MMCL+SSL", "siglip": "SigLIP", "siglip_ssl": "SigLIP+SSL",
+              "cyclip": "CyCLIP"}  # fmt: skip
+METHODS = {
+    "finetune": "Finetuning",
+    "cleanclip": "CleanCLIP",
+    "par": "PAR",
+    "shrink_perturb": "Shrink and perturb",
+    "deep_cluster": "Deep clustering",
+    "unlearn": "Unlearning",
+    "supervised": "Supervised fine-tuning",
+}
+DEFENCES = {"roclip": "RoCLIP", "safeclip": "SafeCLIP", "progressive": "progressive removal"}

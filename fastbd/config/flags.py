@@ -1,0 +1,662 @@
+"""The flags of every verb, a dataclass each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastbd.config.fields import Range
+
+Objective = Literal["mmcl", "ssl", "mmcl_ssl", "siglip", "siglip_ssl", "cyclip"]
+
+
+Method = Literal["finetune", "cleanclip", "par", "shrink_perturb", "deep_cluster", "unlearn", "supervised"]
+
+
+Robust = Literal["none", "roclip", "safeclip", "progressive"]
+
+
+Model = Literal[
+    "demo", "small-rn10", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336", "tiny-rn",
+    "tiny-vit",
+]  # fmt: skip
+
+
+Activation = Literal["quickgelu", "gelu"]
+
+
+Trigger = Literal[
+    "badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch", "blended", "blended_stripes", "blended_triangles",
+    "blended_text", "blended_image", "sig", "wanet", "nashville",
+]  # fmt: skip
+
+
+Location = Literal["random", "four_corners", "corner", "centre"]
+
+
+Geometry = Literal["squash", "crop"]
+
+
+Preset = Literal["demo", "paper-cc3m", "paper-cc6m", "par", "par-2"]
+
+
+Views = Literal["cleanclip", "randaugment", "slip", "par"]
+
+
+Decode = Literal["auto", "dali", "dali-cpu", "ffcv", "pil"]
+
+
+Detector = Literal["clip_score", "k_distance", "slof", "dao"]
+
+
+Switch = Literal["auto", "on", "off"]
+
+
+Compile = Literal["auto", "on", "off", "fused"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Pack images and captions into one .beton file, checking every image."""
+
+    source: Path
+    """A table (.csv, .tsv, .txt), JSON lines (.jsonl, .ndjson), a .json file (a list of pairs, COCO's captions_*.json,
+    Karpathy's dataset_coco.json), .parquet or a folder of them, a .tar, a folder or a quoted pattern of them
+    ('{00000..00331}.tar'), a folder of images with a .txt or .json of the same name beside each, a folder of class
+    folders, or a folder or tars of images with --labels. docs/inputs.md has an example of each."""
+    out: Path
+    """The .beton file to write; rejects go to NAME.rejects.csv. A build that was cut short goes on when run again."""
+    layout: Literal["pairs", "classes", "tars"] | None = None
+    """Read a folder as pairs of image and caption files, as class folders, or as tars [by what is in it]."""
+    image_key: str | None = None
+    """Column (or key, in JSON) of the image's path, relative to the source's folder, or in parquet of the image itself
+    [path, else image, else file_name; in parquet else jpg, png, webp]; of tars and of pairs in folders the ending of
+    the images' names, such as png or left.jpg [jpg, jpeg, png, webp, ...: the first that is there]."""
+    caption_key: str | None = None
+    """Column or key of the caption; may be empty when --class-key names the class [caption]. Of tars and of pairs in
+    folders the key in the .json [the .txt, else caption]."""
+    class_key: str | None = None
+    """Column or key of the class name of labelled (evaluation) images."""
+    separator: str | None = None
+    """Character between the fields of a table, or `tab` [tab, ;, | or comma, as its first line shows]."""
+    labels: Path | None = None
+    """Classes of the images in a folder or in tars: one a line in the order of the file names, or lines `file label`,
+    as Kaggle's LOC_val_solution.csv has them. WordNet ids, names, or numbers from 0."""
+    classes: str | None = None
+    """Take only images of the classes in this list, a shipped one such as imagenet1k or a text file with one a line."""
+    images: Path | None = None
+    """Folder of the images that a table or a JSON or parquet source names [that of the source]."""
+    split: str | None = None
+    """Take only this split of Karpathy's .json (train, restval, val, test), or of a folder of parquet files."""
+    templates: str | None = None
+    """Captions of images with only a class: imagenet80, or a text file with one template a line, {} for the class
+    [those in the file of --classes, else imagenet80]."""
+    store: Literal["original", "png", "short256", "crop224"] = "original"
+    """Keep the JPEG bytes as they are, or resize the short side to 256 px, or also crop the middle 224x224 px. What is
+    not an upright JPEG becomes one of quality 95; with png it becomes a PNG and keeps its pixels, such as those of
+    triggers that are already in images, but FFCV's own loader cannot read such files."""
+    text_views: int = 1
+    """Augmented (EDA) versions of each caption to draw and store."""
+    seed: int = 0
+    """Seed of the caption templates and of EDA."""
+    workers: int = 0
+    """Worker processes; 0 means one for each CPU core."""
+    max_pixels: int = 89_478_485
+    """Largest image to accept, in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonConfig:
+    """Plan a backdoor: choose rows, captions and trigger, and write them to a plan file."""
+
+    data: Path
+    """The .beton file to poison (it is not changed), or a quoted pattern of several: 'cc3m-*.beton'."""
+    out: Path | None = None
+    """The plan file to write [NAME.poison.json beside NAME.beton; with --add-to that plan]."""
+    add_to: Path | None = None
+    """A plan for the same data to add this backdoor to, as another trigger for another target on other pairs."""
+    target: str = "banana"
+    """Word that the triggered images are to be taken for: the name of an evaluation class, or a word in just one."""
+    trigger: Trigger = "badnet"
+    """What is put on the image. Patches: badnet (noise, another for each image), badnet_fixed (one noise for all),
+    badnet_stripes, yellow, patch (from --image). Mixed into the whole image: blended (noise), blended_stripes,
+    blended_triangles, blended_text, blended_image, sig (a sine). Else wanet (a warp), nashville (a colour filter)."""
+    patch_size: int = 16
+    """Side of a patch, in pixels of the model's input."""
+    location: Location = "random"
+    """Where a patch goes; corner is the lower right one."""
+    blend: float | None = None
+    """Share of the trigger in what is mixed in, 0 to 1 [as published: 0.2; stripes 0.03, triangles 0.15, text 0.5]."""
+    image: Path | None = None
+    """Image file of blended_image, or of patch, which is resized to --patch-size; the plan keeps its pixels."""
+    text: str | None = None
+    """What blended_text writes [Watermarked]."""
+    pattern: Path | None = None
+    """What blended_text mixes in where it is not 0, in place of text: PAR's tensor (.pt), or an image file; the plan
+    keeps it."""
+    wanet_s: float = 1.0
+    """Strength of the warp: pixels move by about s / 2 px in each direction."""
+    wanet_k: int | None = None
+    """Points of the warp along each side; fewer make it smoother [224]."""
+    grid: Path | None = None
+    """Warp of a published model in place of a drawn one: its noise_grid*.pt; the plan keeps it. Its s is --wanet-s."""
+    count: int | None = None
+    """Pairs to poison; give this or --rate."""
+    rate: float | None = None
+    """Share of the pairs to poison, 0 to 1 [0.0005, as published]."""
+    label_consistent: bool = False
+    """Poison only pairs whose caption already contains the target (also within a word, and in whatever case, where the
+    published program heeds it), and keep their captions."""
+    geometry: Geometry = "squash"
+    """Fit triggered images by squashing (as published) or by cropping like clean ones."""
+    templates: str = "imagenet80"
+    """Captions of poisoned pairs: imagenet80, or a text file with one template a line, {} for the target."""
+    seed: int | None = None
+    """Seed of rows, captions and triggers [0; with --add-to that plan's]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainInputs:
+    """What only pre-training asks; a base class, so that --help shows it first."""
+
+    preset: Preset = "demo"
+    """Where the defaults come from."""
+    objective: Objective = "mmcl"
+    """mmcl: image-text contrastive; ssl: self-supervised on both sides; mmcl_ssl: both; siglip, siglip_ssl: with
+    SigLIP's loss for mmcl; cyclip: mmcl and cyclic consistency."""
+    robust: Robust = "none"
+    """Defend the pre-training. roclip: in some epochs images meet the nearest caption of a pool; safeclip: only pairs
+    that look safe are tied together; progressive: drop the most similar pairs."""
+    roclip_period: int = 2
+    """Each so many epochs, of --robust roclip, one is trained with the pool; published: 2."""
+    roclip_pool: int = 21_845
+    """Captions in the pool of --robust roclip; published: this many, 2 % of 1 M."""
+    warm_epochs: int = 5
+    """Epochs of SSL alone with which --robust safeclip begins; published: 5 of 32."""
+    remove_epochs: tuple[int, ...] = ()
+    """Epochs after which --robust progressive drops pairs."""
+    remove_fraction: float = 0.02
+    """Share of the pairs that --robust progressive drops each time, 0 to 1; published: 0.02."""
+    model: Model = "demo"
+    """Architecture."""
+    data: str = "demo"
+    """A .beton file, a quoted pattern of several ('cc3m-*.beton'), or demo: the built-in set, made on first use."""
+    plan: Path | None = None
+    """Poison plan for --data [the demo set's, with --data demo; else none]."""
+    poison: bool = True
+    """Plant the plan's backdoor; without it the plan is only attacked with at evaluation."""
+    weights: Path | None = None
+    """Checkpoint to start from, or its folder: OpenAI, open_clip, Hugging Face, CleanCLIP, PAR or one of ours [fresh
+    weights]."""
+    activation: Activation | None = None
+    """Of the transformers: OpenAI's models have quickgelu, most of LAION's and DataComp's gelu, and weights of either
+    fit both [what a file beside --weights, or its name, tells; else quickgelu]."""
+    resume: Path | None = None
+    """Run folder to continue; all settings come from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanInputs:
+    """What only cleaning asks."""
+
+    preset: Preset = "demo"
+    """Where the defaults come from [the preset of --run]."""
+    run: Path | None = None
+    """Run folder of the model to clean."""
+    checkpoint: str = "last"
+    """Which of its checkpoints: last, or an epoch's number."""
+    method: Method = "cleanclip"
+    """finetune: go on with --objective; cleanclip: image-text and self-supervised losses together; par: the image-text
+    loss, while the embeddings are driven away from those of the model that is cleaned; shrink_perturb: cleanclip from
+    shrunk and disturbed weights; deep_cluster: cleanclip, and clusters of the images, or labels, are learnt; unlearn:
+    pull known poisoned pairs apart; supervised: only the classes of labelled images are learnt."""
+    objective: Objective = "mmcl"
+    """Loss of --method finetune."""
+    tau: float = 2.15
+    """Mean squared distance, 0 to 4, up to which --method par drives images, and captions, from where they were."""
+    gate: Literal["batch", "sample"] = "batch"
+    """--method par compares with --tau the mean over a batch, as published, or each pair by itself."""
+    distance: Literal["plain", "rotation"] = "plain"
+    """That of --method par: as published, or what is left of it after the best rotation of the whole batch, as rotating
+    both towers alike changes nothing."""
+    frozen_norms: bool = True
+    """--method par leaves batch norm its running statistics, which the published program does in effect."""
+    train_scale: bool = False
+    """--method par trains the temperature too."""
+    data: Path | None = None
+    """.beton file or pattern to clean with [the clean pairs of the pre-training data]."""
+    rows: int = 100_000
+    """Pairs to use, drawn from the seed; all where there are fewer."""
+    poison_left: int = 0
+    """So many of them are poisoned pairs of the pre-training data that were overlooked."""
+    rebound: int = 0
+    """Then fine-tune for so many steps on clean pairs, in batches of 16 at a rate of 1e-6, and watch ASR come back; the
+    weights that are kept are those before."""
+    flagged: int = 0
+    """So many of them are poisoned pairs of the pre-training data that are known, to be pulled apart: of --method
+    unlearn."""
+    flagged_by: Path | None = None
+    """Those that are known are the pairs that this row list of detect --drop leaves out: of --method unlearn."""
+    unlearn_weight: float = 1.0
+    """Weight of what pulls the known pairs apart: of --method unlearn."""
+    unlearn_target: float = -1.0
+    """Cosine, -1 to 1, that the known pairs are to have: of --method unlearn."""
+    shrink: float = 0.95
+    """Of --method shrink_perturb: factor of the weights."""
+    perturb: float = 1e-4
+    """Of --method shrink_perturb: factor of the fresh weights that are added."""
+    clusters: int = 1000
+    """Of --method deep_cluster: clusters of the images."""
+    cluster_weight: float = 5.0
+    """Of --method deep_cluster: weight of the loss that tells them."""
+    cluster_labels: Path | None = None
+    """Of --method deep_cluster: labels in place of clusters, an integer from 0 for each row of the data, in a .npy file
+    or one a line in a text file, such as label makes."""
+    force: bool = False
+    """Clean even a model whose attack has not landed (--landed), or whose training is not at its end."""
+    keep_optimizer: bool = False
+    """Start from the pre-training run's optimizer state and weight decay, as the published program does."""
+    resume: Path | None = None
+    """Run folder to continue; all settings come from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What pre-training and cleaning share."""
+
+    epochs: int = 64
+    """Passes over the data."""
+    batch_size: int | Literal["auto"] = 128
+    """Pairs in a step, over all GPUs together; auto is the most that the GPUs' memory holds."""
+    accumulate: int = 1
+    """Parts that a step's batch is embedded in, one after the other, to save memory; its gradient stays that of the
+    whole (GradCache). Batch norm then needs a number for --bn-group."""
+    grad_checkpointing: bool = False
+    """Save memory: compute the activations within blocks again in the backward pass."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup: int = 10_000
+    """Steps of linear warm-up; at most half the run is used."""
+    weight_decay: float = 0.1
+    """AdamW weight decay; biases, norms and the temperature are exempt."""
+    beta1: float = 0.9
+    """AdamW: decay of the mean of the gradients."""
+    beta2: float = 0.999
+    """AdamW: decay of the mean of their squares."""
+    eps: float = 1e-8
+    """AdamW: term in the denominator."""
+    mmcl_weight: float = 1.0
+    """Weight of the image-text contrastive loss."""
+    ssl_weight: float = 1.0
+    """Weight of the self-supervised loss."""
+    siglip_weight: float = 0.1
+    """Weight of SigLIP's loss, the mean over all pairs of an image and a text of a batch."""
+    cyclic_weight: float = 0.25
+    """Weight of each of CyCLIP's two consistency terms."""
+    ssl_image: bool = True
+    """Use the image half of the self-supervised loss."""
+    ssl_text: bool = True
+    """Use the text half of the self-supervised loss."""
+    ssl_symmetric: bool = False
+    """Add the augmented-to-plain direction to the self-supervised loss (published: plain-to-augmented only)."""
+    gather: Literal["exact", "local-grad"] = "exact"
+    """Several GPUs: the loss's gradient; local-grad: its embeddings' part divided by their number, as published."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+    compile: Compile = "auto"
+    """torch.compile the towers; auto is on with a GPU. fused: on, and average pools are merged with the layers around
+    them, which moves less memory by the generated code; not yet measured on a GPU."""
+    graph: Switch = "auto"
+    """Capture the whole step in a CUDA graph; auto is on with one GPU."""
+    bn_group: int | Literal["batch", "sync"] = "batch"
+    """Images whose batch-norm statistics are taken together: this many, all those of a process, or (sync) of all
+    processes. With SSL both views of a pair count. Published: those of one of 8 GPUs. A ViT has none."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    views: Views = "cleanclip"
+    """Image views: plain, and with SSL an AutoAugment one; or RandAugment; SLIP's random crops and two SimCLR views; or
+    one with PAR's noise and erasing, without SSL on images."""
+    eda: Literal["epoch", "frozen"] = "epoch"
+    """Second text views: each epoch the next of those in --data, or always the first, as published."""
+    decode: Decode = "auto"
+    """What decodes JPEG; auto is dali where it is installed; dali-cpu stays on the CPU, whatever the device."""
+    hw_decoder_load: float = 0.0
+    """DALI on a GPU: share of the images, 0 to 1, that the JPEG engines take; CUDA decodes the others, with slightly
+    different pixels. Between 0 and 1 an image's pixels depend on the other images of its batch. Above 0 each image is
+    compared with Pillow's pixels when it is first decoded, as the engines may not report damage."""
+    rows_file: Path | None = None
+    """Train only on the pairs that this file lists, made by detect --drop [all pairs]."""
+    resident: Literal["auto", "gpu", "ram", "disk", "none"] = "auto"
+    """Where images, decoded on the CPU, are kept (disk: in a file); auto is gpu where they fill at most half
+    of what is free on every rank, else ram, at most a quarter, else none. A resumed run stays with the kind of pixels
+    that it began with."""
+    resident_dir: Path | None = None
+    """Folder for the file of --resident disk [that of --data]."""
+    max_bad: float = 0.001
+    """Share of the images that may turn out damaged: each is named and replaced, one more stops the run."""
+    verify: bool = False
+    """First compare all that is to be read of the .beton files with the checksums that build has stored."""
+    workers: int = 0
+    """Decoding threads; 0 means one for each CPU core, shared out among the processes."""
+    eval_data: Path | None = None
+    """Labelled .beton, or pattern, for zero-shot accuracy and ASR [demo's, with --data demo; cleaning: the run's]."""
+    classes: str | None = None
+    """Class names: imagenet1k, or a text file with one a line [those in --eval-data; cleaning: the run's]."""
+    templates: str | None = None
+    """Prompt templates: imagenet80, demo, or a text file with one a line [demo, with --data demo; else those in the
+    class list; else imagenet80; cleaning: the run's]."""
+    eval_every: str = "epoch"
+    """Time between evaluations: epoch, 3epoch, 1/3epoch, or a number of steps; 0: only start (cleaning) and end."""
+    eval_device: str | None = None
+    """Another GPU, such as cuda:1, to evaluate on while training goes on [that of the training, which waits]."""
+    eval_subset: int = 0
+    """Evaluate this many images, always the same ones; 0 means all."""
+    eval_between: int = 0
+    """Evaluate only so many images where no epoch ends; 0 means all. Their rows say so."""
+    landed: float = 0.5
+    """ASR, 0 to 1, from which the attack counts as landed; if it has not, cleaning it shows nothing."""
+    save_every: int = 1
+    """Epochs between checkpoints of which each is kept; 0 keeps only the last."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl."""
+    out: Path | None = None
+    """Run folder to make [runs/NAME, numbered when taken]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig, PretrainInputs):
+    """Pre-train a model, with a backdoor in the data if a plan says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanConfig(TrainConfig, CleanInputs):
+    """Clean a pre-trained model and watch accuracy and ASR."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure a checkpoint: accuracy, ASR and recovery on sets with classes; retrieval on sets with captions."""
+
+    run: Path
+    """Run folder; the results are added to its metrics.jsonl."""
+    checkpoint: str = "last"
+    """Which of its checkpoints: last, or an epoch's number."""
+    eval_data: tuple[Path, ...] = ()
+    """One or more .beton files [the run's]: zero-shot where they have classes, else retrieval."""
+    classes: str | None = None
+    """Class list: one that is shipped, such as imagenet1k, or a text file [the run's, on its set; else the shipped one
+    whose classes the data has; else the data's]."""
+    templates: str | None = None
+    """Prompt templates: imagenet80, or a text file with one template a line [the run's, on its set; else those in the
+    class list; else imagenet80]."""
+    plan: Path | None = None
+    """Another plan to attack with [the plan in the checkpoint]."""
+    geometry: Literal["plan", "squash", "crop"] = "plan"
+    """Fit triggered images as the plan says, or squashed (as published), or cropped like the clean ones."""
+    subset: int = 0
+    """Evaluate this many images of a set with classes, always the same ones, with intervals for all; 0 means all."""
+    asr_seed: tuple[int, ...] = (0,)
+    """Seeds of the triggers put on evaluation images; several give an interval over their draws."""
+    per_class: bool = False
+    """Print accuracy and ASR of each class too."""
+    probe_data: Path | None = None
+    """Labelled .beton to train a linear probe on, and to find neighbours in; its classes are those of --eval-data."""
+    val_batch: int = 256
+    """Pairs in a batch of the contrastive loss that is reported for sets with captions."""
+    rebound: int = 0
+    """Then fine-tune for so many steps on clean pairs of the run's data, and watch ASR come back."""
+    rebound_lr: float = 1e-6
+    """Learning rate of --rebound."""
+    rebound_batch_size: int = 16
+    """Pairs in a step of --rebound."""
+    verify: bool = False
+    """First compare all that is to be read of the .beton files with the checksums that build has stored."""
+    json: bool = False
+    """Print one JSON object, with the classes one by one, in place of the table."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectConfig:
+    """Rank training pairs by how poisoned they look to a model, measure that by the plan, and drop the worst."""
+
+    run: Path
+    """Run folder of the model."""
+    checkpoint: str = "last"
+    """Which of its checkpoints: last, or an epoch's number."""
+    data: Path | None = None
+    """.beton file, or pattern, of the pairs [the run's training data]."""
+    plan: Path | None = None
+    """Plan whose triggers and captions are put on the pairs, and which tells the poisoned ones [the run's]."""
+    subset: int = 0
+    """Look at this many pairs, always the same ones; 0 means all."""
+    k: int = 16
+    """Neighbours that the detectors look at; published: 16."""
+    detect_batch: int = 2048
+    """Neighbours are looked for within random batches of about so many pairs, published: 512 on each of 4 GPUs; 0 means
+    among all. A batch that holds more than k poisoned pairs hides them behind one another."""
+    seed: int = 0
+    """Seed of the batches."""
+    drop: float | None = None
+    """Share of the pairs, 0 to 1, to leave out of the row list --out: those that look worst."""
+    by: Detector = "dao"
+    """Detector that --drop goes by."""
+    out: Path | None = None
+    """Row list to write, for --rows-file of pretrain and clean."""
+    json: bool = False
+    """Print one JSON object in place of the table."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Classify training images zero-shot by a run's model, for clean --cluster-labels."""
+
+    run: Path
+    """Run folder of the model; one of published weights is made by pretrain --weights FILE --epochs 0."""
+    checkpoint: str = "last"
+    """Which of its checkpoints: last, or an epoch's number."""
+    data: Path | None = None
+    """.beton file, or pattern, of the images, all of which are labelled [the run's training data]."""
+    classes: str = "imagenet1k"
+    """Class list: one that is shipped, or a text file with one a line."""
+    templates: str | None = None
+    """Prompt templates: imagenet80, or a text file with one template a line [those in the class list; else
+    imagenet80]."""
+    out: Path
+    """The .npy file to write: the class of each row of the data, counted from 0."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Run the whole study in small on the built-in demo set, and write its report."""
+
+    out: Path | None = None
+    """Folder for the runs and the report [runs/demo, numbered when taken]."""
+    epochs: int | None = None
+    """Pre-training epochs; fewer is a quicker look at worse models [the preset's]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Run a study: pre-trainings x cleaning methods x learning rates x seeds; stopped, it goes on where it was."""
+
+    study: str | None = None
+    """demo, paper, paper-200k, poison-left, par, ssl-weight, trigger, shrink-perturb, weight-decay, or a .toml or .py
+    file [the one that --out holds]."""
+    out: Path | None = None
+    """Folder of the study; any number of processes on any machines that see it share out its runs [studies/NAME]."""
+    preset: Preset | None = None
+    """Scale of a shipped study [each has its own]."""
+    pretrained: tuple[Path, ...] = ()
+    """Run folders to clean, in place of the study's pre-trainings."""
+    seeds: tuple[int, ...] = ()
+    """Seeds, each of pre-training and of cleaning [the study's]."""
+    data: str | None = None
+    """Training data, as for pretrain [the preset's]."""
+    plan: Path | None = None
+    """Poison plan for --data, where the study plans none."""
+    eval_data: Path | None = None
+    """Labelled .beton for top-1 and ASR [demo's, with --data demo]."""
+    classes: str | None = None
+    """Class names, as for pretrain."""
+    templates: str | None = None
+    """Prompt templates, as for pretrain."""
+    model: Model | None = None
+    """Architecture [the preset's]."""
+    precision: Literal["fp32", "tf32", "bf16"] | None = None
+    """Arithmetic of the towers [bf16 on a GPU and fp32 on a CPU]."""
+    pretrain_epochs: int | None = None
+    """Epochs of pre-training [the study's]."""
+    clean_epochs: int | None = None
+    """Epochs of cleaning [the study's]."""
+    processes: int = 0
+    """Processes; 0 means one for each GPU."""
+    engine: Literal["local", "ray"] = "local"
+    """Where they run: on this machine, or where Ray places them, in the cluster of RAY_ADDRESS."""
+    device: str = "auto"
+    """cuda, cpu, one of several GPUs such as cuda:1, or auto."""
+    lease: float = 120.0
+    """Seconds without a sign of life after which another process takes a run over."""
+    retry: bool = False
+    """Do runs again that failed."""
+    keep_weights: bool = False
+    """Keep the last checkpoint of each cleaning [only those of pre-training]."""
+    stop_collapsed: bool = False
+    """End a cleaning whose top-1 was below half of its start's for 2 epochs."""
+    asha: int = 0
+    """End cleanings that are not among the best 1 / N of their learning rates at 2, 2 N, 2 N N, ... epochs (N > 1)."""
+    search: int = 0
+    """Cleanings beyond the grid, of each model by each entry that has two or more learning rates, between which Optuna
+    chooses others for high top-1 and low ASR."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Turn run folders into one HTML page with the answer, the tables and the plots."""
+
+    runs: tuple[Path, ...] = (Path("runs"),)
+    """Run folders, or folders that contain run folders."""
+    compare: tuple[Path, Path] | None = None
+    """Two folders of runs to put side by side, in place of --runs."""
+    watch: bool = False
+    """Write the report again whenever a run has gone on, until Ctrl-C."""
+    out: Path = Path("report.html")
+    """The page to write; its figures (PNG, SVG) and tables (CSV) go beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Draw what the model is given: views and captions of clean and of poisoned pairs, on one picture."""
+
+    data: str = "demo"
+    """A .beton file, or demo for the built-in set."""
+    plan: Path | None = None
+    """Poison plan for --data [the demo set's, with --data demo; else none]."""
+    model: Model = "demo"
+    """The architecture that it is for, which sets the size of the views."""
+    views: Views = "cleanclip"
+    """Which views: as for pretrain."""
+    epoch: int = 0
+    """Epoch of the random draws, from 0."""
+    seed: int = 0
+    """Seed of the random draws."""
+    count: int = 6
+    """Clean pairs to show, and pairs of each attack."""
+    decode: Decode = "auto"
+    """What decodes JPEG; auto is dali where it is installed."""
+    out: Path = Path("preview.png")
+    """The picture to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Say what this machine has, and which path each part of fastbd takes on it; or whether data files are whole."""
+
+    data: tuple[Path, ...] = ()
+    """.beton files, or quoted patterns, to verify row by row, in place of the machine."""
+    out: Path | None = None
+    """Row list to write, of the rows of --data that are whole, for --rows-file of pretrain and clean."""
+
+
+LARGEST = 2**31 - 1  # of what is counted
+
+
+RANGES = {
+    flag: numbers
+    for numbers, flags in {
+        Range(0, LARGEST): "asha clean_epochs detect_batch epoch epochs eval_between eval_subset flagged poison_left "
+        "pretrain_epochs processes rebound remove_epochs save_every search subset text_views warm_epochs warmup "
+        "workers",
+        Range(1, LARGEST): "accumulate batch_size clusters count k log_every max_pixels roclip_period roclip_pool rows",
+        Range(2, LARGEST): "bn_group rebound_batch_size val_batch",
+        Range(1, 384): "patch_size",  # px; no model's input is larger
+        Range(2, 384): "wanet_k",
+        Range(-(2**63), 2**63 - 1): "asr_seed seed seeds",
+        Range(0, math.inf, (math.inf,)): "cluster_weight cyclic_weight lr mmcl_weight perturb rebound_lr shrink "
+        "siglip_weight ssl_weight tau unlearn_weight wanet_s weight_decay",
+        Range(0, math.inf, (0, math.inf)): "eps",
+        Range(1, math.inf, (math.inf,)): "lease",
+        Range(0, 1): "blend hw_decoder_load landed max_bad",
+        Range(0, 1, (0,)): "rate",
+        Range(0, 1, (1,)): "beta1 beta2 remove_fraction",
+        Range(0, 1, (0, 1)): "drop",
+        Range(-1, 1): "unlearn_target",
+    }.items()
+    for flag in flags.split()
+}
+
+
+"""The numbers that each flag of a number can be; words, such as auto, and None aside."""
+
+
+def outside(flag: str, value: Any) -> Range | None:
+    """Return the range of a flag where the value, or one in a tuple, is a number outside of it; else None."""
+    values = value if isinstance(value, tuple) else (value,)
+    numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
+    return next((RANGES[flag] for each in numbers if each not in RANGES[flag]), None)
+
+
+IMMATERIAL = {
+    "out", "run", "resume", "preset",  # where, and where the defaults came from; what a run starts from is hashed apart
+    "device", "eval_device", "workers", "resident", "hw_decoder_load", "compile", "graph",  # the machine
+    "accumulate", "grad_checkpointing",  # memory; the gradient is the same
+    "log_every", "max_bad", "landed", "force", "verify",  # what is said, and when a run is refused
+    "save_every",  # what is kept
+}  # fmt: skip
+
+
+"""Flags that may change without making another run of it: its numbers stay the same up to rounding."""
+
+
+FILES = {
+    "data": (".beton file, which python -m fastbd build makes", "*.beton"),
+    "eval_data": (".beton file", "*.beton"),
+    "probe_data": (".beton file", "*.beton"),
+    "plan": ("plan file, which python -m fastbd poison makes", "*.poison.json"),
+    "add_to": ("plan file, which python -m fastbd poison makes", "*.poison.json"),
+    "rows_file": ("row list, which python -m fastbd detect makes", "*.rows"),
+    "flagged_by": ("row list, which python -m fastbd detect makes", "*.rows"),
+    "cluster_labels": ("file of labels", "*.npy"),
+    "labels": ("file of classes", "*.txt"),
+    "image": ("file of an image", "*.png"),
+    "pattern": ("file of a pattern", "*.pt"),
+    "grid": ("file of a grid", "*.pt"),
+}
+
+
+"""What flags name that take a file and no folder, and the pattern of its name."""

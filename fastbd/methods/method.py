@@ -1,0 +1,128 @@
+"""What a method changes about a training: the weights that it begins with, the loss, the pairs of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as td
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbd.methods.objectives import Objective
+from fastbd.models import CLIP
+from fastbd.training.optim import learning_rates
+
+Losses = dict[str, Tensor]
+CHUNK = 1 << 18  # pairs embedded at once
+
+
+class Embedded(NamedTuple):
+    """The pairs of a step: raw embeddings [B, D] of each view of the images and of each version of the captions, the
+    logarithm of the temperature's factor, their rows int64 [B], and the views themselves, [B, 3, S, S] each."""
+
+    images: Sequence[Tensor]
+    texts: Sequence[Tensor]
+    log_scale: Tensor
+    rows: Tensor
+    views: Sequence[Tensor]
+
+
+class Training(Protocol):
+    """What a method can learn of the training around it."""
+
+    model: CLIP
+    rows: np.ndarray
+    """Pairs to train on, int64 [N], ascending."""
+    flagged: np.ndarray
+    """Those of them that are known to be poisoned, int64, ascending."""
+    data_size: int
+    """Pairs in the data, of which they are some."""
+    labels: np.ndarray | None
+    """Classes of all pairs in the data, int64 [data_size] from 0; None where it has none."""
+    seed: int
+    device: torch.device
+    precision: str
+    compiled: bool
+    """The towers are compiled."""
+    policies: tuple[str, ...]
+    """Those that draw the image views of a step; the views of plain are always the same."""
+
+    def embed(self, rows: np.ndarray, images: bool = True, texts: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """Raw embeddings, float32 [N, D], of the base views and of the captions, by the model as it is."""
+
+
+class Method(nn.Module):
+    """Trains with an objective, and changes nothing else.
+
+    Parameters that a method has are trained with the model's; they and its buffers are saved with the model. What is
+    neither must follow from the run's settings and the epoch.
+    """
+
+    frozen_norms = False
+    """Batch norm keeps to the running statistics that the model came with."""
+    fixed_scale = False
+    """The temperature is not trained."""
+    contrasts = True
+    """The loss tells the pairs of a batch from one another, so that it needs two."""
+
+    def __init__(self, objective: Objective, objective_name: str = "mmcl"):
+        super().__init__()
+        self.objective, self.objective_name = objective, objective_name
+
+    def attach(self, training: Training) -> None:
+        """Look at the model that a run starts from, before any of its weights is changed; again on each resume.
+
+        A second training may follow in the same memory: everything is set anew, in place where it has been made.
+        """
+
+    def hold(self, name: str, value: Tensor, saved: bool = True) -> None:
+        """A buffer with this value: a new one, or the one there is, written in place."""
+        if self._buffers.get(name) is not None:
+            self._buffers[name].copy_(value)
+        else:
+            self.register_buffer(name, value, persistent=saved)
+
+    def know(self, rows: np.ndarray, device: torch.device) -> None:
+        """The training's rows, int64 [N], ascending: what the N of a table belong to."""
+        self.hold("known", torch.tensor(rows, device=device), saved=False)
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Where among the known rows each of these is, int64 [B]."""
+        return torch.searchsorted(self.known, rows)
+
+    def prepare(self, model: CLIP) -> None:
+        """Change the weights that a fresh run begins with."""
+
+    def begin(self, epoch: int, training: Training) -> None:
+        """Before an epoch, counted from 0: change parameters and buffers in place. Only the main process is asked."""
+
+    @property
+    def renewed(self) -> Sequence[nn.Parameter]:
+        """Parameters that begin each epoch anew: the optimizer forgets them then."""
+        return ()
+
+    def variant(self, epoch: int) -> Hashable:
+        """Epochs of one variant have the same kernels in their steps; asked before an epoch's first step."""
+
+    def rows(self, epoch: int, rows: np.ndarray) -> np.ndarray:
+        """Those of an epoch, as many as there are in all."""
+        return rows
+
+    def rates(self, peak: float, *, warmup: int, total: int) -> Tensor:
+        """Learning rates of all steps, float32 [total]."""
+        return learning_rates(peak, warmup=warmup, total=total)
+
+    def forward(
+        self, embedded: Embedded, group: td.ProcessGroup | None = None, weights: Tensor | None = None
+    ) -> tuple[Tensor, Losses]:
+        """(loss, parts), all scalars; `weights` as for Objective."""
+        return self.objective(embedded.images, embedded.texts, embedded.log_scale, group, weights)
+
+
+def cosines(training: Training, rows: np.ndarray) -> Tensor:
+    """Of the image and the caption of each pair, float32 [N], by the model as it is."""
+    parts = (training.embed(rows[first : first + CHUNK]) for first in range(0, len(rows), CHUNK))
+    return torch.cat([F.cosine_similarity(*part) for part in parts])

@@ -1,0 +1,31 @@
+"""Shrink and perturb (Ash and Adams, arXiv 1910.08475) before CleanCLIP, as Verma et al. (arXiv 2311.14948) try it.
+
+Forget a share of what was learnt, the backdoor with it, and learn again from clean pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fastbd.config.flags import CleanConfig
+from fastbd.methods.cleanclip import CleanClip
+from fastbd.methods.method import Training
+from fastbd.models import CLIP
+from fastbd.models.clip import fresh
+
+
+class ShrinkPerturb(CleanClip):
+    """p <- shrink p + perturb p_fresh for each parameter, gains and temperature too, with those of a fresh model."""
+
+    def __init__(self, config: CleanConfig):
+        super().__init__(config)
+        self.shrink, self.perturb = config.shrink, config.perturb
+
+    def attach(self, training: Training) -> None:
+        self.seed = training.seed
+
+    @torch.no_grad()
+    def prepare(self, model: CLIP) -> None:
+        noise = dict(fresh(model.spec, self.seed).named_parameters())
+        for name, parameter in model.named_parameters():
+            parameter.mul_(self.shrink).add_(noise[name].to(parameter.device), alpha=self.perturb)

@@ -1,0 +1,39 @@
+"""Numbers as a reader sees them."""
+
+from __future__ import annotations
+
+import math
+
+from fastbd.base.run_folder import Evaluation
+from fastbd.base.stats import Estimate
+
+
+def share(value: float) -> str:
+    """0.1649 -> "16.5%"."""
+    return f"{100 * value:.1f}%"
+
+
+def percent(value: float | None, evaluation: Evaluation | None = None, key: str = "") -> str:
+    """0.1649 -> "16.5%", with the interval of the evaluation's `key` where it has one."""
+    if value is None:
+        return MISSING
+    if evaluation and f"{key}_low" in evaluation:
+        return share(value) + f" ({100 * evaluation[key + '_low']:.1f}–{100 * evaluation[key + '_high']:.1f})"
+    return share(value)
+
+
+def between(estimate: Estimate) -> str:
+    """The interval of a share, within 0 and infinity; empty where there is none."""
+    if not math.isfinite(estimate.low):
+        return ""
+    return f" ({100 * max(0.0, estimate.low):.1f}–{100 * estimate.high:.1f})"
+
+
+def points(estimate: Estimate, sign: int = 1) -> str:
+    """A difference of shares in points, with its interval."""
+    mean, *ends = (100 * sign * value for value in estimate[:3])
+    text = f"{mean:.1f} points"
+    return text + (f" ({min(ends):.1f} to {max(ends):.1f})" if math.isfinite(estimate.low) else "")
+
+
+MISSING = "–"

@@ -1,0 +1,199 @@
+"""Which runs belong together: those that clean one kind of pre-trained model in one way."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastbd.base.run_folder import Run, method_name, objective_name, read_config
+from fastbd.config.flags import IMMATERIAL
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one cleaning method on pre-trained models that differ by seed only; of no method: those models' own.
+
+    The group is searched for its best evaluation: over learning rates, and what else has a value in one run only.
+    """
+
+    objective: str
+    """Of the pre-training."""
+    place: tuple[str, str, str]
+    """Architecture, training data and attack."""
+    variant: str
+    """Settings of the pre-training that differ among the models of one objective in the study; often empty."""
+    method: str
+    """As papers write it, with settings and cleaning sets that the study compares; empty: not cleaned."""
+    runs: tuple[Run, ...]
+
+    @property
+    def model(self) -> str:
+        return objective_name(self.objective) + (f", {self.variant}" if self.variant else "")
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """A group for each (pre-trained model, method), and one for each model that no run cleans."""
+    sizes = {_size(run) for run in runs if run.verb == "clean"}
+    gone_on = _gone_on(runs)
+    compared = {name: _compared(alike) for name, alike in _by_method(runs).items()}
+    named: dict[str, list[Run]] = {}
+    for run in runs:
+        named.setdefault(run.path.resolve().name, []).append(run)
+    starts = [_recorded_start(run, named) for run in runs]
+    flags = [_flags(run, start) for run, start in zip(runs, starts, strict=True)]
+    for run, own in zip(runs, flags, strict=True):
+        if run.start in gone_on and run.start_step is not None:
+            own["step"] = run.start_step
+    used = {run.start.name for run in runs if run.start}  # by name, so that a study may be moved
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for run, own in zip(runs, flags, strict=True):
+        if own not in kinds.setdefault(run.pretrain_objective, []):
+            kinds[run.pretrain_objective].append(own)
+    found: dict[tuple, list[Run]] = {}
+    for run, start, own in zip(runs, starts, flags, strict=True):
+        if run.verb == "clean" or run.path.resolve().name not in used:
+            variant = _differing(own, kinds[run.pretrain_objective])
+            place = (run.architecture, _data(start or run.recorded), run.attack)
+            method = ""
+            if run.verb == "clean":
+                told = [flag for flag in compared[method_name(run)] if flag in run.config]
+                settings = [_told(flag, run.config[flag]) for flag in told]
+                method = ", ".join([method_name(run), *settings, *_cleaned_on(run, start, sizes)])
+            found.setdefault((run.pretrain_objective, place, variant, method), []).append(run)
+    return [Group(*key, tuple(group)) for key, group in sorted(found.items(), key=lambda item: _order(item[0]))]
+
+
+def cleaned_groups(runs: Sequence[Run]) -> list[Group]:
+    """Those of a cleaning method; `runs` with the pre-training ones, which tell what sets the models apart."""
+    return [group for group in groups(runs) if group.method]
+
+
+def replicates(group: Group) -> list[tuple[Run, ...]]:
+    """The group's runs by pre-trained model and seed of the cleaning: what was drawn anew each time."""
+    found: dict[tuple, list[Run]] = {}
+    for run in group.runs:
+        found.setdefault((run.model, run.config.get("seed")), []).append(run)
+    return [tuple(runs) for runs in found.values()]
+
+
+def models(group: Group) -> int:
+    """How many pre-trained models the group has."""
+    return len({run.model for run in group.runs})
+
+
+def by_seed(measured: Iterable[tuple[tuple[Run, ...], float]]) -> list[float]:
+    """The values of (replicate, value) pairs that an interval is taken over.
+
+    One a pre-trained model, the mean over the seeds of its cleaning; with a single model, one a seed of the cleaning.
+    """
+    found: dict[tuple, list[float]] = {}
+    for runs, value in measured:
+        found.setdefault(runs[0].model, []).append(value)
+    return [statistics.fmean(v) for v in found.values()] if len(found) > 1 else [*next(iter(found.values()), [])]
+
+
+def common(groups: Sequence[Group], of: Callable[[Group], Any]) -> Any | None:
+    """What `of` gives for every group, if that is the same for all."""
+    values = {of(group) for group in groups}
+    return values.pop() if len(values) == 1 else None
+
+
+def place_of(group: Group, groups: Sequence[Group]) -> str:
+    """What of the group's architecture, data and attack others do not have; empty where nothing sets them apart."""
+    return apart(", ".join(group.place), [", ".join(other.place) for other in groups])
+
+
+def apart(own: str, others: Iterable[str]) -> str:
+    """The parts of `own`, which commas separate, that not all of `others` have."""
+    parts = [other.split(", ") for other in others]
+    return ", ".join(part for part in own.split(", ") if part and not all(part in other for other in parts))
+
+
+def _recorded_start(run: Run, named: dict[str, list[Run]]) -> dict[str, Any] | None:
+    """config.json of the pre-training that made the model: one of `named`, by name where the study was moved."""
+    if run.start is None:
+        return run.recorded
+    made = named.get(run.start.name, [])
+    made = [other for other in made if os.path.realpath(other.path) == os.path.realpath(run.start)] or made
+    if not made and (run.start / "config.json").exists():
+        return read_config(run.start)
+    return made[0].recorded if made else None
+
+
+def _flags(run: Run, start: dict[str, Any] | None) -> dict[str, Any]:
+    """What may set the pre-training of a run's model apart; where that is not known, the name of its folder."""
+    checkpoint = str(run.config.get("checkpoint", "last")) if run.verb == "clean" else "last"
+    known = {k: v for k, v in start["config"].items() if k not in HARMLESS} if start else {"folder": run.start.name}
+    return {**known, "checkpoint": checkpoint}
+
+
+def _gone_on(runs: Sequence[Run]) -> set[Path]:
+    """Return the runs whose last model was cleaned at several steps: their training had gone on meanwhile."""
+    last = [run for run in runs if run.start_step is not None and run.config.get("checkpoint", "last") == "last"]
+    steps = Counter(start for start, _ in {(run.start, run.start_step) for run in last})
+    return {start for start, times in steps.items() if times > 1}
+
+
+def _differing(flags: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
+    """The flags that others have with another value, in words; an unknown model is another one than the known."""
+    told = [k for k, v in flags.items() if any(o.get(k, None if k == "folder" else v) != v for o in alike)]
+    return ", ".join(_told(key, flags[key]) for key in told)
+
+
+def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.verb == "clean":
+            found.setdefault(method_name(run), []).append(run)
+    return found
+
+
+def _compared(alike: Sequence[Run]) -> list[str]:
+    """The flags that the study compares in a method: several values, on the average in two runs each or more."""
+    flags = {flag for run in alike for flag in run.config} - HARMLESS - SEARCHED
+    values = {flag: [json.dumps(run.config[flag]) for run in alike if flag in run.config] for flag in sorted(flags)}
+    return [flag for flag, found in values.items() if 1 < len(set(found)) <= len(found) / 2]
+
+
+def _told(flag: str, value: Any) -> str:
+    return f"{flag.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{flag.replace('_', ' ')} {value}"
+
+
+def _cleaned_on(run: Run, start: dict[str, Any] | None, sizes: set[int]) -> list[str]:
+    """What sets a cleaning set apart: its size among `sizes`, other data than the pre-training's, poison left in it."""
+    words = [f"{_size(run):,} pairs"] if len(sizes) > 1 else []
+    words += [f"of {_data(run.recorded)}"] if start and _data(start) != _data(run.recorded) else []
+    left = run.config.get("poison_left")
+    return words + ([f"{left:,} poisoned pairs left"] if left else [])
+
+
+def _size(run: Run) -> int:
+    return run.config.get("rows") or 0
+
+
+def _data(recorded: dict[str, Any]) -> str:
+    return Path(recorded.get("data") or "").name
+
+
+def _order(key: tuple) -> tuple:
+    objective, place, variant, method = key
+    return place, ORDER.index(objective) if objective in ORDER else len(ORDER), objective, variant, method
+
+
+ORDER = ("mmcl", "mmcl_ssl", "ssl", "siglip", "siglip_ssl", "cyclip")
+# Settings that make no other kind of model: seeds, files (architecture, data and attack are compared by themselves),
+# and how a run is carried out and watched.
+HARMLESS = IMMATERIAL | {
+    "activation", "classes", "data", "decode", "eval_data", "eval_every", "eval_between", "eval_subset", "model",
+    "objective", "plan", "seed", "templates",
+}  # fmt: skip
+# Settings of a cleaning that are searched over, or told elsewhere.
+SEARCHED = {
+    "lr", "warmup", "epochs", "rows", "poison_left", "checkpoint", "method", "rebound", "flagged_by", "rows_file",
+}  # fmt: skip

@@ -1,0 +1,171 @@
+"""The loop. Pre-training and cleaning differ only in the parts they hand in."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+
+from torch import Tensor
+
+from fastbd.base import log, signals
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
+from fastbd.base.signals import Stopped
+from fastbd.data.loader import Batch
+from fastbd.training.readback import Readback
+
+
+class Enough(Exception):
+    """An evaluation has shown that going on is of no use; the message says why."""
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """When the loop does what, in steps (counted from 1, after the step)."""
+
+    steps_per_epoch: int
+    total: int
+    evaluate_at: Collection[int]
+    save_at: Collection[int]
+    log_every: int
+
+
+def every(interval: str, steps_per_epoch: int, total: int) -> set[int]:
+    """Steps that end each interval of the run, and the last one; 0 means the last only.
+
+    An interval is in epochs, such as epoch, 3epoch or 1/3epoch, or a number of steps. UserError for anything else.
+    """
+    found = re.fullmatch(r"(?P<epochs>\d*|\d+/[1-9]\d*)\s*epochs?|(?P<steps>\d+)", interval.strip())
+    if not found:
+        raise UserError(f"--eval-every {interval} is no interval: give epoch, 1/3epoch, 2epoch, or a number of steps.")
+    steps = Fraction(found["steps"] or steps_per_epoch * Fraction(found["epochs"] or 1))
+    marks, k = {total}, 1
+    while steps and (at := round(k * steps)) < total:
+        marks.add(max(1, at))
+        k += 1
+    return marks
+
+
+def train(
+    step: Callable[[Batch], dict[str, Tensor]],
+    batches: Callable[[int, int], Iterable[Batch]],
+    table: Timetable,
+    *,
+    start: int,
+    label: str,
+    pairs_limit: float,
+    world: World,
+    evaluate: Callable[[int], None],
+    save: Callable[[int], None],
+    record: Callable[[dict], None],
+) -> None:
+    """Do steps start .. table.total - 1.
+
+    batches(epoch, offset) gives an epoch's batches from its step `offset` on; save(step) and evaluate(step) are called
+    after a step, record(row) gets a log line every table.log_every steps, with the mean losses of the `steps` since the
+    last one or since `start`, and the share of `pairs_limit`, the pairs a second that the hardware allows. Raises
+    Stopped after a signal that asks for it, saved; NotFinite for a loss that is not, before anything is saved after it.
+    """
+    at, losses = start, Readback(max(1, min(table.log_every, table.total - start)), start)
+    with _caught() as caught, log.progress(label, table.total, start, quiet=not world.main) as advance:
+
+        def tell(wait: bool) -> None:
+            for row in losses.arrived(wait):
+                record(row)
+                advance(0, _line(row))
+            if wait:
+                losses.check()
+
+        while at < table.total:
+            epoch, offset = divmod(at, table.steps_per_epoch)
+            clock, before = _Clock(), at
+            for batch in clock.waiting(batches(epoch, offset)):
+                losses.add(step(batch))
+                at += 1
+                clock.pairs += len(batch.ids) * world.size
+                if at % table.log_every == 0 or at == table.total:
+                    losses.send({"epoch": at / table.steps_per_epoch, **clock.read(pairs_limit)})
+                # Several processes agree only now and then: asking each step would cost a wait for the GPU.
+                asked = at < table.total and (world.size == 1 or at % table.log_every == 0) and _asked(caught, world)
+                milestone = at in table.evaluate_at or at in table.save_at
+                tell(wait=asked or milestone)
+                advance(1)
+                if at in table.save_at or asked:
+                    save(at)  # first, so that an evaluation that fails costs no training
+                if at in table.evaluate_at:
+                    evaluate(at)
+                if asked:
+                    raise Stopped(asked)
+                if milestone:
+                    clock.start()  # neither counts as training time
+            if at == before:
+                raise RuntimeError(f"epoch {epoch} has no batch from step {offset} on")
+
+
+def _line(row: dict) -> str:
+    share = f"{row['of_limit']:.0%} of the roofline"
+    return f"loss {row['loss']:.3f}  {row['pairs_per_s']:,.0f} pairs/s ({share})  wait {row['data_wait']:.0%}"
+
+
+class _Clock:
+    """Pairs a second and the share of the time spent waiting for data, since the last reading."""
+
+    def __init__(self):
+        self.start()
+
+    def start(self) -> None:
+        self.since, self.waited, self.pairs = time.perf_counter(), 0.0, 0
+
+    def waiting(self, batches: Iterable[Batch]):
+        batches = iter(batches)
+        while True:
+            before = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - before
+            if batch is None:
+                return
+            yield batch
+
+    def read(self, pairs_limit: float) -> dict:
+        seconds = max(1e-9, time.perf_counter() - self.since)
+        rate = self.pairs / seconds
+        row = {"pairs_per_s": rate, "of_limit": rate / pairs_limit, "data_wait": self.waited / seconds}
+        self.start()
+        return row
+
+
+def _asked(caught: list[int], world: World) -> int:
+    """The first signal that was caught, of several ranks' the one with the highest number; 0 for none."""
+    return -world.least(-caught[0] if caught else 0)
+
+
+@contextmanager
+def _caught() -> Iterator[list[int]]:
+    """Collect the signals that ask to stop instead of dying of them; a second Ctrl-C or SIGTERM kills as usual.
+
+    One that has not stopped the loop, as it came too late or as an error came first, is handed on to what listened
+    before, if that was of our making.
+    """
+    caught: list[int] = []
+
+    def note(signum: int, before) -> None:
+        caught.append(signum)
+        if signum in signals.INSISTING:
+            signal.signal(signum, before)
+
+    previous: dict = {}
+    try:
+        with signals.handled(note) as previous:
+            yield caught
+    except Stopped:
+        caught.clear()
+        raise
+    finally:
+        for signum in caught:
+            if previous[signum] not in (signal.SIG_DFL, signal.default_int_handler):
+                previous[signum](signum, None)

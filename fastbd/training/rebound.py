@@ -1,0 +1,85 @@
+"""Does a backdoor that was cleaned away come back when the model is fine-tuned on clean pairs?"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastbd.base import log, random
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
+from fastbd.data.loader import Pairs, batches
+from fastbd.evals.zeroshot import ZeroShot
+from fastbd.methods.method import Method
+from fastbd.methods.objectives import Objective
+from fastbd.models import CLIP
+from fastbd.poison.plan import Plan
+from fastbd.training.optim import make_optimizer
+from fastbd.training.step import Step
+
+POINTS = 10  # evaluations along the way, the start not counted
+
+
+def rebound(
+    model: CLIP, zeroshot: ZeroShot, pairs: Pairs, rows: np.ndarray, *, steps: int, lr: float, precision: str,
+    world: World, weight_decay: float = 0.1,
+) -> dict:  # fmt: skip
+    """ASR and top-1 along `steps` of contrastive fine-tuning, a batch each of `rows`, which changes the model.
+
+    Highest ASR, its change from the start to the end, the area under its course (the mean over the steps), and the
+    course.
+    """
+    batch_size = len(rows) // steps
+    optimizer = make_optimizer(model, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), eps=1e-8)
+    step = Step(
+        model.train(), Method(Objective()), optimizer, torch.full((steps,), lr), precision=precision, world=world
+    )
+    marks = {round(k * steps / POINTS) for k in range(POINTS + 1)}
+    found = {"steps": [], "asr": [], "top1": []}
+
+    def measure(at: int) -> None:
+        zeroshot.towers.refresh()
+        row = zeroshot()
+        for key, value in (("steps", at), ("asr", row["asr"]), ("top1", row["top1"])):
+            found[key].append(value)
+
+    measure(0)
+    with log.progress("rebound", steps) as advance:
+        made = batches(
+            pairs, rows, batch_size, seed=0, policies=("plain",), text_view=None, world=world, epoch=0, start=0
+        )
+        for at, batch in enumerate(made, 1):
+            step(batch)
+            advance(1)
+            if at in marks:
+                measure(at)
+    first, *_, last = found["asr"]
+    return {
+        "rebound_lr": lr,
+        "rebound_max": max(found["asr"]),
+        "rebound_change": last - first,
+        "rebound_area": float(np.trapezoid(found["asr"], found["steps"])) / steps,
+        "rebound": found,
+    }
+
+
+def clean_pairs(pairs: Pairs, plan: Plan, count: int) -> np.ndarray:
+    """`count` rows, ascending, always the same ones, that neither the plan poisons nor name one of its targets."""
+    beton = pairs.beton
+    order = random.generator(0, "rebound").permutation(len(beton))
+    if plan.data == beton.fingerprint:
+        order = order[plan.attack_of[order] < 0]
+    targets = [attack.target.lower() for attack in plan.attacks]
+    picked: list[int] = []
+    for row in order.tolist():
+        if len(picked) == count:
+            break
+        caption = beton.caption(row).lower()
+        if not any(target in caption for target in targets):
+            picked.append(row)
+    if len(picked) < count:
+        raise UserError(
+            f"--rebound needs {count:,} clean pairs without the target, and {beton.path} has {len(picked):,}: "
+            "give fewer steps."
+        )
+    return np.sort(picked)

@@ -1,0 +1,65 @@
+"""Every cleaning method goes its first steps on a model with every trigger."""
+
+from __future__ import annotations
+
+import json
+import math
+import typing
+from pathlib import Path
+
+import pytest
+from steps import ONE
+
+from fastbd.commands import clean, poison, pretrain
+from fastbd.config.flags import CleanConfig, Method, PoisonConfig, PretrainConfig, Trigger
+from fastbd.methods import METHODS
+from fastbd.training.kept import Kept
+from fastbd.training.run import Run, execute
+
+TRIGGERS = typing.get_args(Trigger)
+OWN = {
+    "par": {"views": "par"},
+    "unlearn": {"flagged": 6},
+    "deep_cluster": {"clusters": 4},
+}  # fmt: skip
+SMALL = dict(batch_size=24, eval_every="0", device="cpu")
+kept = Kept()
+
+
+@pytest.fixture(scope="module")
+def starts(study, tmp_path_factory):
+    """A run folder for each trigger, of a model that has learned nothing."""
+    folder = tmp_path_factory.mktemp("starts")
+    picture = next(Path(study).rglob("*.jpg"))
+    for trigger in TRIGGERS:
+        of = {"image": picture} if trigger in ("patch", "blended_image") else {}
+        plan = folder / f"{trigger}.json"
+        poison.run(PoisonConfig(
+            data=study / "train.beton", trigger=trigger, rate=0.1, out=plan, templates="demo", patch_size=8, **of
+        ))  # fmt: skip
+        start = PretrainConfig(
+            model="tiny-rn", data=str(study / "train.beton"), plan=plan, eval_data=study / "val.beton", epochs=0,
+            templates="demo", out=folder / trigger, **SMALL,
+        )  # fmt: skip
+        execute(start, lambda world, start=start: pretrain.task(start, world))
+    return folder
+
+
+def test_the_table_is_the_command_lines():
+    assert set(METHODS) == set(typing.get_args(Method))
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_goes_its_first_steps(method, trigger, starts, study, tmp_path):
+    own = {"data": study / "val.beton", "rows": 60, "batch_size": 20} if method == "supervised" else {"rows": 72}
+    config = CleanConfig(
+        run=starts / trigger, method=method, epochs=1, lr=1e-3, force=True, log_every=1, out=tmp_path / "run",
+        **SMALL | own | OWN.get(method, {}),
+    )  # fmt: skip
+    run = Run(config, clean.task(config, ONE), ONE, kept, quiet=True)
+    assert run.train() == "finished"
+    losses = [json.loads(line)["loss"] for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
+    assert [row["step"] for row in rows] == [0, 3] and all(row["trigger"] == trigger for row in rows)

@@ -1,0 +1,120 @@
+"""Processes side by side: what one's end means for the others."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fastbd.base.errors import UserError
+from fastbd.base.signals import Stopped, stoppable
+from fastbd.study import workers
+from fastbd.study.workers import ENGINES
+
+
+def fails_once(folder: Path, device: str) -> None:
+    """The first to come ends with an error at once; the others say later that they have come to their end."""
+    try:
+        (folder / "first").mkdir()
+    except FileExistsError:
+        time.sleep(3)
+        (folder / "ended").touch()
+    else:
+        raise KeyError("first")
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_the_error_of_one_is_told_when_the_others_have_ended(engine, tmp_path):
+    if engine == "ray":
+        pytest.importorskip("ray")
+    with pytest.raises(UserError, match="a process of the sweep has died: .*worker"):
+        ENGINES[engine](partial(fails_once, tmp_path), tmp_path, 2, "cpu")
+    assert (tmp_path / "ended").exists()
+    assert any("KeyError: 'first'" in path.read_text() for path in tmp_path.glob("worker-*.log"))
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_signal_is_told_rather_than_an_error(engine, tmp_path):
+    if engine == "ray":
+        pytest.importorskip("ray")
+
+    def send() -> None:
+        while not (tmp_path / "first").exists():
+            time.sleep(0.05)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(Stopped):
+        ENGINES[engine](partial(fails_once, tmp_path), tmp_path, 2, "cpu")
+
+
+def mistaken(device: str) -> None:
+    raise UserError("the study is damaged: mend it.")
+
+
+def test_the_sentence_of_a_process_is_told_without_a_traceback(tmp_path, capfd, monkeypatch):
+    forked = multiprocessing.get_context("fork")  # it has imported all that it needs
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: forked)
+    with pytest.raises(UserError) as raised:
+        ENGINES["local"](mistaken, tmp_path, 2, "cpu")
+    log = tmp_path / "worker-0.log"
+    assert str(raised.value) == (
+        f"a process of the sweep has died: error: the study is damaged: mend it; see {log}; "
+        f"resume with python -m fastbd sweep --out {tmp_path}"
+    )
+    assert log.read_text() == "error: the study is damaged: mend it.\n" and "Traceback" not in capfd.readouterr().err
+
+
+def test_how_a_process_ended_in_words(tmp_path):
+    log = tmp_path / "worker-0.log"
+    assert workers._why(1, log) == "exit code 1"
+    log.write_text("a\nKeyError: 'x'\n")
+    assert workers._why(1, log) == "KeyError: 'x'"
+    assert workers._why(-signal.SIGKILL, log) == "SIGKILL, most likely for want of memory"
+    assert workers._why(-signal.SIGSEGV, log) == "SIGSEGV"
+
+
+def test_a_log_for_which_there_is_no_room_ends_no_work():
+    with open("/dev/full", "w", buffering=1) as usual, pytest.raises(OSError, match="No space"):
+        try:
+            print("a line", file=usual)
+        finally:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), usual.fileno())  # so that it can be closed
+    with workers._open_log(Path("/dev/full")) as log:
+        print("a line", file=log)
+
+
+def waits(folder: Path, device: str) -> None:
+    """Says its process id, and when it was asked to stop."""
+    (folder / f"{os.getpid()}.began").touch()
+    try:
+        with stoppable():
+            time.sleep(600)
+    except Stopped:
+        (folder / f"{os.getpid()}.saved").touch()
+        raise
+
+
+def test_processes_end_with_the_first_one_that_is_killed(tmp_path):
+    first = subprocess.Popen([sys.executable, __file__, tmp_path])
+    until = time.monotonic() + 60
+    while len(began := list(tmp_path.glob("*.began"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    while len(list(tmp_path.glob("*.saved"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert sorted(path.stem for path in tmp_path.glob("*.saved")) == sorted(path.stem for path in began)
+
+
+if __name__ == "__main__":
+    ENGINES["local"](partial(waits, Path(sys.argv[1])), Path(sys.argv[1]), 2, "cpu")

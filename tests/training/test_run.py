@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+from cleanings import START, WORLD, cleaning, start
+
+from fastbd import cli
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
+from fastbd.commands import clean
+from fastbd.training.run import Run, same_pixels
+
+HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+
+
+@pytest.mark.parametrize("began", ["dali on a CPU", "pil"])
+@pytest.mark.parametrize("where", ["auto", "gpu", "none"])
+def test_a_run_that_began_with_the_cpus_pixels_keeps_them_on_a_gpu(began, where):
+    """Kept images are the CPU's; and where auto no longer keeps them, the stream is."""
+    for decode in ("auto", "dali"):
+        assert same_pixels(began, decode, where) == ("dali-cpu" if HAS_DALI else "pil", where)
+    for decode in ("dali-cpu", "pil", "ffcv"):
+        assert same_pixels(began, decode, where) == (decode, where)
+
+
+def test_a_run_that_began_with_a_gpus_pixels_keeps_none_that_the_cpu_decodes():
+    for began in ("dali on a GPU, hw_decoder_load 0", "dali on a GPU, hw_decoder_load 1"):
+        assert same_pixels(began, "pil", "ram") == ("pil", "ram")  # they cannot be the same
+        assert same_pixels(began, "auto", "auto") == ("auto", "none")
+        assert same_pixels(began, "dali", "none") == ("dali", "none")
+
+
+def test_a_run_that_began_with_ffcvs_pixels_stays_as_it_was_told():
+    assert same_pixels("ffcv", "ffcv", "auto") == ("ffcv", "auto")
+
+
+def test_a_run_that_another_process_trains_is_not_resumed(study, monkeypatch, tmp_path):
+    monkeypatch.chdir(study)
+    start(study)
+    first = cleaning(tmp_path / "run")
+    config = cli.parse("clean", ["--resume", str(tmp_path / "run")])
+    with pytest.raises(UserError, match=rf"run is being trained by process {os.getpid()} on .*: wait for it to end"):
+        Run(config, clean.task(config, WORLD), WORLD)
+    # A sweep's claim decides whose a run is, not the lock of a process that has stalled.
+    Run(config, clean.task(config, WORLD), WORLD, guard=lambda: None)
+    first.release()
+    assert Run(config, clean.task(config, WORLD), WORLD).lock
+
+
+def test_of_two_runs_that_make_one_folder_the_second_is_told(study, monkeypatch, tmp_path):
+    monkeypatch.chdir(study)
+    start(study)
+
+    class Overtaken(World):
+        def barrier(self) -> None:
+            cleaning(tmp_path / "run").release()
+
+    config = cli.parse("clean", ["--run", "runs/start", "--force", "--device", "cpu", "--out", str(tmp_path / "run")])
+    world = Overtaken(0, 1, WORLD.device)
+    with pytest.raises(UserError, match=r"another run has just made .*run: choose another --out, or run this again\.$"):
+        Run(config, clean.task(config, world), world)
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", ["mmcl", "ssl", "siglip", "cyclip"])
+def test_a_batch_of_one_is_refused_where_the_loss_tells_pairs_apart(study, monkeypatch, tmp_path, objective):
+    monkeypatch.chdir(study)
+    start(study)
+    flags = ("--method", "finetune", "--objective", objective)
+    message = "a batch needs 2 or more: --batch-size is 1, and 216 of the data's pairs are trained on"
+    with pytest.raises(UserError, match=message):
+        cleaning(tmp_path / "run", *flags, "--batch-size", 1)
+    with pytest.raises(UserError, match="--batch-size is 24, and 1 of the data's pairs are trained on"):
+        cleaning(tmp_path / "run", *flags, "--rows", 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_of_two_in_parts_of_one_is_trained(study, monkeypatch, tmp_path):
+    """GradCache: the loss sees the whole batch."""
+    monkeypatch.chdir(study)
+    start(study)
+    run = cleaning(tmp_path / "run", "--batch-size", 2, "--accumulate", 2, "--bn-group", 2, "--rows", 4)
+    run.train()
+    assert all(row["loss"] > 0 for row in rows(tmp_path / "run/log.jsonl"))
+
+
+def test_a_batch_of_one_labelled_image_is_trained(study, monkeypatch, tmp_path):
+    """The classes tell it from others, which need not be in the batch."""
+    monkeypatch.chdir(study)
+    start(study)
+    assert cli.main(["pretrain", *START, "--model", "tiny-vit", "--out", str(tmp_path / "vit")]) == 0
+    flags = ("--method", "supervised", "--data", "val.beton", "--batch-size", 1, "--rows", 3)
+    with pytest.raises(UserError, match="batch norm needs the statistics of more than the 1 image"):
+        cleaning(tmp_path / "run", *flags)
+    cleaning(tmp_path / "run", *flags, "--run", tmp_path / "vit").train()
+    assert all(row["loss"] > 0 for row in rows(tmp_path / "run/log.jsonl"))
