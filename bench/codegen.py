@@ -143,7 +143,7 @@ def count(case: Towers, name: str, code: str) -> dict:
 
 
 def roofline_bytes(case: Towers) -> float:
-    """Bytes of a step by the compiled roofline (fastbd/training/roofline.py), with the room that compiled captions take."""
+    """Bytes of a step by the compiled roofline, with the room that compiled captions take."""
     with torch.device("meta"):
         model = create(case.model, None)
     texts = case.views * case.pairs

@@ -23,7 +23,8 @@ from fastbd.base.errors import UserError
 from fastbd.data import resident, sampler
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import RECIPES, Batch, Pairs, batches, draw_views
+from fastbd.data.loader import RECIPES, Batch, batches, draw_views
+from fastbd.data.pairs import Pairs
 from fastbd.data.tokenizer import CONTEXT
 
 SIZE, BATCH = 224, 64

@@ -22,13 +22,14 @@ import torch
 from bench.captions import captions, lengths
 from bench.step import OBJECTIVES
 from fastbd.base.dist import World
+from fastbd.base.schedule import learning_rates
 from fastbd.data.loader import Batch
 from fastbd.kernels.text_pack import PackedText, pack, room_for
 from fastbd.methods.method import Method
 from fastbd.models import create
 from fastbd.models.batchnorm import share_statistics
 from fastbd.models.precision import has_compiler, set_precision
-from fastbd.training.optim import learning_rates, make_optimizer
+from fastbd.training.optim import make_optimizer
 from fastbd.training.step import Step
 
 PAIRS, STEPS = 16, 8  # of the steps, three run before a capture and five are replays

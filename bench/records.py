@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.limits import Limits
-from fastbd.base.log import environment
+from fastbd.base.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

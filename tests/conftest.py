@@ -21,6 +21,8 @@ if not torch.cuda.is_available():
 
 from fastbd.data.demo import write_demo_set
 
+pytest_plugins = ["fake_runs"]
+
 # A shell's job in the background ignores Ctrl-C, and one under nohup a lost terminal; the tests send both.
 for ignored, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(ignored) is signal.SIG_IGN:

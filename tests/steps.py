@@ -7,11 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbd.base.dist import World
+from fastbd.base.schedule import learning_rates
 from fastbd.data.loader import Batch
 from fastbd.kernels.text_pack import pack
 from fastbd.methods.method import Method
 from fastbd.methods.objectives import Objective
-from fastbd.training.optim import learning_rates, make_optimizer
+from fastbd.training.optim import make_optimizer
 from fastbd.training.step import Step
 
 ONE = World(0, 1, torch.device("cpu"))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
+import secrets
+import shutil
 import socket
 import tempfile
 import zlib
@@ -173,3 +176,106 @@ def holder(folder: Path) -> str:
 
 
 LOCK = ".lock"
+
+
+def append(path: Path, row: dict) -> None:
+    """Add one line to a .jsonl file, or nothing where the disk is full; one process at a time.
+
+    A last line that was cut short, as by a loss of power, goes first.
+    """
+    line = json.dumps(row).encode() + b"\n"
+    with locked(path) as file:
+        missing = _mend(file)
+        before = file.seek(0, os.SEEK_END)
+        try:
+            rest = missing + line
+            while rest:
+                rest = rest[file.write(rest) :]
+        except BaseException as error:
+            file.truncate(before)
+            name_in(error, path)
+            raise
+
+
+def _mend(file: FileIO) -> bytes:
+    """Cut off an unfinished last line; return the newline where it is all that the line lacks."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if file.read(1) in (b"", b"\n"):
+        return b""
+    file.seek(0)
+    last = file.read().rpartition(b"\n")[2]
+    if json_object(last) is not None:
+        return b"\n"
+    file.truncate(size - len(last))
+    return b""
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder that is called `path`, and is on the disk, when the block is done; after an error it is gone."""
+    mark = secrets.token_hex(4)
+    new, temporary = (path.with_name(f"{path.name}.{began}{mark}.tmp") for began in ("", UNFINISHED))
+    new.mkdir(parents=True)
+    try:
+        with _opened(new) as held:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(held, fcntl.LOCK_EX)
+            new.rename(temporary)  # locked before it can be found
+            yield temporary
+            for made in (*temporary.rglob("*"), temporary):
+                sync(made)
+            temporary.rename(path)
+            sync(path.parent)
+    except OSError as error:
+        name_in(error, path)
+        raise
+    finally:
+        for left in (new, temporary):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+UNFINISHED = "unfinished-"
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what processes have left that were killed while they made a new_folder(path)."""
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.{UNFINISHED}{'[0-9a-f]' * 8}.tmp"):
+        with suppress(OSError), _opened(temporary) as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error where a process that lives is making it
+            shutil.rmtree(temporary)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """Yield the descriptor of a folder, on which a lock can hang, as long as this process lives at the most."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def rewind(path: Path, step: int) -> None:
+    """Keep the lines of a .jsonl file, if there is one, up to a step; not a last one that was cut short.
+
+    UserError where a line is damaged: the row that it held is not lost in silence.
+    """
+    if not path.exists():
+        return
+    with locked(path):
+        rows = read_jsonl(path, "put its line back from a copy, or remove it and go without it")
+        if wrong := [k for k, row in enumerate(rows, 1) if not isinstance(row.get("step"), int)]:
+            raise UserError(f"line {wrong[0]} of {path} has no number of a step: put it back, or remove it.")
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a .json file atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)

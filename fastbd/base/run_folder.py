@@ -137,6 +137,12 @@ def run_of(path: Path, flag: str) -> tuple[Path, str | None]:
     )
 
 
+def study_folder_of(run: Path) -> Path | None:
+    """Return the folder of the study that a run folder is part of; None where it is part of none."""
+    runs = run.resolve().parent
+    return runs.parent if runs.name == "runs" and any(runs.parent.glob("study.*/study.json")) else None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of the run folder `path`: how it was made, and under "config" with what flags.
 

@@ -1,4 +1,4 @@
-"""Means over seeds, and their differences, with 95 % intervals."""
+"""95 % intervals: of shares (Wilson), of means over seeds (Student), of differences of means (Welch)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,29 @@ class Estimate(NamedTuple):
     low: float
     high: float
     n: int
+
+
+def wilson(hits: float, n: float, z: float = 1.959964) -> tuple[float, float]:
+    """95 % Wilson score interval of hits / n (Wilson 1927); (0, 1) when n is 0."""
+    if n == 0:
+        return 0.0, 1.0
+    p = hits / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def interval(hits: int, n: int, population: float | None = None) -> tuple[float, float]:
+    """Wilson's interval; with a population N, that of the share among all N of which n >= 1 were drawn.
+
+    It is Wilson's with n (N - 1) / (N - n) in place of n (finite population correction, Cochran 1977, section 3.2).
+    """
+    if population is None:
+        return wilson(hits, n)
+    if n >= population:
+        return hits / n, hits / n
+    growth = (population - 1) / (population - n)
+    return wilson(hits * growth, n * growth)
 
 
 @lru_cache

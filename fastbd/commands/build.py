@@ -26,10 +26,10 @@ from PIL import Image, ImageFile
 
 from fastbd import __version__
 from fastbd.base import random
+from fastbd.base.console import console, progress
 from fastbd.base.errors import UserError
 from fastbd.base.files import check_out, discard, locked, replacing
 from fastbd.base.journal import Journal
-from fastbd.base.log import console, progress
 from fastbd.base.prompts import numbered, read_classes, read_templates
 from fastbd.base.signals import Stopped, stoppable
 from fastbd.base.workers import WorkerDied, map_in_order

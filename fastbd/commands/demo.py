@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from fastbd import cli
-from fastbd.base import files, log
+from fastbd.base import files
+from fastbd.base.console import console, progress
 from fastbd.base.errors import UserError
 from fastbd.commands import build, poison
 from fastbd.config.flags import BuildConfig, DemoConfig, PoisonConfig
@@ -34,8 +35,8 @@ def demo_set() -> tuple[Path, Path, Path]:
 
 def _make(train: Path, val: Path, plan: Path) -> None:
     if not val.is_file() or not train.is_file():
-        log.console.print(f"making the demo set in {FOLDER}: {PAIRS:,} pairs and {HELD_OUT} held-out images")
-        with log.progress("drawing", PAIRS + HELD_OUT) as advance:
+        console.print(f"making the demo set in {FOLDER}: {PAIRS:,} pairs and {HELD_OUT} held-out images")
+        with progress("drawing", PAIRS + HELD_OUT) as advance:
             for _ in write_demo_set(FOLDER, PAIRS, HELD_OUT, SEED):
                 advance()
         build.run(BuildConfig(source=FOLDER / "train.csv", out=train, seed=SEED))
@@ -51,7 +52,7 @@ def run(config: DemoConfig) -> int:
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out.")
     files.check_out(out)
-    log.console.print(
+    console.print(
         f"The study in small: a backdoor for '{TARGET}' in {PAIRS:,} image-caption pairs, a tiny CLIP pre-trained\n"
         "with two objectives, both cleaned with CleanCLIP, a report. About 7 minutes on 2 CPU cores; everything goes\n"
         f"to {out}."
@@ -74,7 +75,7 @@ def run(config: DemoConfig) -> int:
 def step(*argv: str | Path) -> None:
     """Run one command line, shown as a user would type it."""
     words = [str(word) for word in argv]
-    log.console.print(f"\n[bold cyan]$ python -m fastbd {' '.join(words)}[/]")
+    console.print(f"\n[bold cyan]$ python -m fastbd {' '.join(words)}[/]")
     code = cli.main(words)
     if code:
         raise SystemExit(code)

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbd.base import dist, log, random
+from fastbd.base import dist, random
+from fastbd.base.console import console, markdown
 from fastbd.base.errors import UserError
 from fastbd.base.files import check_out
 from fastbd.commands.evaluate import open_model
 from fastbd.config.flags import DetectConfig
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import Pairs
+from fastbd.data.pairs import Pairs
 from fastbd.data.rows import write_rows
 from fastbd.data.shards import open_beton
 from fastbd.evals.detection import clip_score, dao, detection, k_distance, neighbours, slof
@@ -32,7 +33,7 @@ def run(config: DetectConfig) -> int:
     if world.size > 1:
         raise UserError("detect runs in one process: start it without torchrun.")
     _check_drop(config)
-    log.console.stderr = config.json  # stdout is for the object alone
+    console.stderr = config.json  # stdout is for the object alone
     state, model = open_model(config.run, config.checkpoint, world.device)
     data = config.data or state["about"]["data"]
     beton = open_beton(data)
@@ -122,8 +123,8 @@ def _show(config: DetectConfig, found: dict) -> None:
         lines = [
             [name, *(f"{numbers[figure]:.1%}" for figure in FIGURES)] for name, numbers in found["detectors"].items()
         ]
-        log.console.print(f"{title}\n\n{log.markdown(['detector', *FIGURES.values()], lines)}", markup=False)
+        console.print(f"{title}\n\n{markdown(['detector', *FIGURES.values()], lines)}", markup=False)
     if gone := found.get("dropped"):
         among = "" if gone["poisoned"] is None else f", {gone['poisoned']:,} of the {found['poisoned']:,} poisoned ones"
         line = f"dropped {gone['rows']:,} of {found['pairs']:,} rows by {gone['by']}{among}; wrote {gone['out']}"
-        log.console.print(line, markup=False)
+        console.print(line, markup=False)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from fastbd.base import log
+from fastbd.base.console import console
 from fastbd.base.errors import UserError
 from fastbd.base.files import check_out
 from fastbd.config.flags import DoctorConfig
@@ -40,7 +40,7 @@ def run(config: DoctorConfig) -> int:
         table = Table(*columns, title=title, title_justify="left", show_lines=False)
         for what, (found, meaning) in findings(probes).items():
             table.add_row(what, found, meaning)
-        log.console.print(table)
+        console.print(table)
     return 0
 
 
@@ -82,7 +82,7 @@ def _look_at(data: Beton | Shards, out: Path | None) -> np.ndarray:
         ("file", data.path), ("rows", f"{len(data):,}"), ("fingerprint", data.fingerprint), ("checksums", state),
         *([("damaged", f"{len(damaged):,}" + (f": rows {first}{more}" if first else ""))] if state == "yes" else []),
     ):  # fmt: skip
-        log.console.print(f"{name:<14}{value}", markup=False)
+        console.print(f"{name:<14}{value}", markup=False)
     if out and data.has_checksums:
         whole = np.setdiff1d(rows, damaged)
         write_rows(out, whole, data.fingerprint, f"without the {len(damaged):,} that are damaged")

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastbd.base import dist, log
+from fastbd.base import dist, files
+from fastbd.base.console import console, markdown, progress
 from fastbd.base.errors import UserError
 from fastbd.base.run_folder import read_config
 from fastbd.config.flags import EvaluateConfig
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import Pairs
+from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.data.verify import check_whole
 from fastbd.evals import probe, retrieval
@@ -35,17 +36,17 @@ def run(config: EvaluateConfig) -> int:
 
     Where the run's folder is read-only, the table alone. Raises OSError, after the table, where the disk is full.
     """
-    log.console.stderr = config.json  # what it says on the way is not the result
+    console.stderr = config.json  # what it says on the way is not the result
     rows, unrecorded = [], None
     for row in Evaluation(config).rows():
         rows.append(row)
         try:
-            log.append(config.run / "metrics.jsonl", {key: value for key, value in row.items() if key != "classes"})
+            files.append(config.run / "metrics.jsonl", {key: value for key, value in row.items() if key != "classes"})
         except OSError as error:
             unrecorded = error
     only_read = unrecorded is not None and unrecorded.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
     if only_read:
-        log.console.print(f"not recorded, as {unrecorded.filename or config.run} cannot be written "
+        console.print(f"not recorded, as {unrecorded.filename or config.run} cannot be written "
                           f"({unrecorded.strerror})", markup=False)  # fmt: skip
     _show(config, rows)
     if unrecorded and not only_read:
@@ -57,10 +58,10 @@ def _show(config: EvaluateConfig, rows: list[dict]) -> None:
     if config.json:
         print(json.dumps({"run": str(config.run), "sets": rows}, indent=2))
         return
-    log.console.print(table(config.run, rows), markup=False)
+    console.print(table(config.run, rows), markup=False)
     for row in rows if config.per_class else ():
         if "classes" in row:
-            log.console.print(class_table(row), markup=False)
+            console.print(class_table(row), markup=False)
 
 
 def open_model(run: Path, which: str, device: torch.device) -> tuple[dict, CLIP]:
@@ -133,7 +134,7 @@ class Evaluation:
         )  # fmt: skip
 
     def _row(self, data: EvalSet) -> dict:
-        with log.progress(data.name, len(data.ids) * (1 + len(data.attacked))) as advance:
+        with progress(data.name, len(data.ids) * (1 + len(data.attacked))) as advance:
             self.towers.advance = advance
             if not isinstance(data, Labelled):
                 return retrieval.evaluate(self.towers, data, self.config.val_batch)
@@ -146,7 +147,7 @@ class Evaluation:
         if self.config.rebound and data.measures_asr:
             row |= self._rebound(zeroshot)
         elif self.config.rebound:
-            log.console.print(f"{data.name}: no rebound, as ASR cannot be measured on it", markup=False)
+            console.print(f"{data.name}: no rebound, as ASR cannot be measured on it", markup=False)
         return row
 
     def _clean_pairs(self) -> tuple[Pairs, np.ndarray]:
@@ -185,7 +186,7 @@ def table(run: Path, rows: list[dict]) -> str:
             name = f"ASR of {attack['trigger']} to '{attack['target']}'"
             key = "asr" if "asr" in attack else "asr_par_r1"
             lines.append([name, *(cell(attack, key) if other is row else "" for other in rows)])
-    return log.markdown([f"{run}, epoch {rows[0]['epoch']:g}: % (95 %)", *(row["set"] for row in rows)], lines)
+    return markdown([f"{run}, epoch {rows[0]['epoch']:g}: % (95 %)", *(row["set"] for row in rows)], lines)
 
 
 def cell(row: dict, key: str) -> str:
@@ -212,7 +213,7 @@ def _ends(row: dict, key: str) -> str:
 def class_table(row: dict) -> str:
     """A set's classes, in Markdown."""
     lines = [[one["class"], f"{one['n']:,}", cell(one, "top1"), cell(one, "asr")] for one in row.get("classes", [])]
-    return "\n" + log.markdown(["class", "images", "top-1", "taken for the target"], lines)
+    return "\n" + markdown(["class", "images", "top-1", "taken for the target"], lines)
 
 
 MEASURES = {

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from fastbd.base import dist, log
+from fastbd.base import dist
+from fastbd.base.console import console
 from fastbd.base.errors import UserError
 from fastbd.base.files import check_out, replacing
 from fastbd.base.prompts import read_classes, read_templates
 from fastbd.commands.evaluate import open_model
 from fastbd.config.flags import LabelConfig
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import Pairs
+from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.data.tokenizer import tokenize
 from fastbd.evals.classifier import Classifier
@@ -47,7 +48,7 @@ def run(config: LabelConfig) -> int:
     with replacing(config.out) as temporary, open(temporary, "wb") as file:  # np.save would add .npy to a name
         np.save(file, labels.cpu().numpy())
     found = len(labels.unique())
-    log.console.print(
+    console.print(
         f"{config.out}: {len(labels):,} images of {beton.path}, {found:,} of {len(names):,} classes", markup=False
     )
     return 0

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.text import Text
 
+from fastbd.base.console import console
 from fastbd.base.errors import UserError
 from fastbd.base.files import check_out
-from fastbd.base.log import console
 from fastbd.base.prompts import read_templates
 from fastbd.config.flags import PoisonConfig
 from fastbd.data.beton import Beton

@@ -6,7 +6,7 @@ import glob
 from functools import partial
 from pathlib import Path
 
-from fastbd.base import log
+from fastbd.base.console import console
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.base.run_folder import read_config
@@ -65,7 +65,7 @@ def _model(config: PretrainConfig, world: World) -> CLIP:
     model = create(config.model, config.seed, config.activation or weights.origin.activation)
     weights.load_into(model)
     if world.main:
-        log.console.print(weights.said(config.activation), markup=False)
+        console.print(weights.said(config.activation), markup=False)
     return model
 
 

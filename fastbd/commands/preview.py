@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from fastbd.base.console import console
 from fastbd.base.errors import UserError
 from fastbd.base.files import check_out, replacing
-from fastbd.base.log import console
 from fastbd.commands.demo import demo_set
 from fastbd.config.flags import PreviewConfig
 from fastbd.data import sheet
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import RECIPES, Pairs
+from fastbd.data.loader import RECIPES
+from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.models.clip import MODELS
 from fastbd.poison.plan import Plan

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from fastbd.base import log
+from fastbd.base.console import console
 from fastbd.base.errors import UserError
 from fastbd.base.files import check_out
 from fastbd.base.run_folder import find, on_common_set
@@ -37,10 +37,10 @@ def run(config: ReportConfig) -> int:
         written = write.write(runs, config.out)
         table = tables.table(runs)
         for claim, ground in paragraphs(table):
-            log.console.print(f"{claim} {ground}".strip(), markup=False)
-        log.console.print(table_1(table))
+            console.print(f"{claim} {ground}".strip(), markup=False)
+        console.print(table_1(table))
     for path in written:
-        log.console.print(f"wrote {path}", markup=False)
+        console.print(f"wrote {path}", markup=False)
     return 0
 
 
@@ -49,7 +49,7 @@ def watch(config: ReportConfig) -> int:
     if config.compare:
         raise UserError("--watch follows one study: give --runs, not --compare.")
     seen = None
-    with log.console.status("looking") as line, suppress(KeyboardInterrupt):
+    with console.status("looking") as line, suppress(KeyboardInterrupt):
         while True:
             began, now = time.perf_counter(), _stamp(config.runs)
             if now != seen:

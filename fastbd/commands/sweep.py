@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from rich.live import Live
 
-from fastbd.base import dist, files, log
+from fastbd.base import dist, files
+from fastbd.base.console import console
 from fastbd.base.dist import World
 from fastbd.base.errors import Diverged, UserError, lacks_memory, machine_fault
 from fastbd.base.run_folder import find, on_common_set, read_config
@@ -51,17 +52,17 @@ def run(config: SweepConfig) -> int:
         ledger.retry()
     if any(run.verb == "pretrain" and run.config.data == "demo" for run in ledger.runs):
         demo.demo_set()
-    log.console.print(live.opening(ledger), markup=False)
+    console.print(live.opening(ledger), markup=False)
     try:
         with _watched(ledger):
             engine(partial(_work_in, ledger.folder, config), ledger.folder, config.processes, config.device)
     except Stopped as stopped:
-        log.console.print(f"stopped; go on with: python -m fastbd sweep --out {ledger.folder}", markup=False)
+        console.print(f"stopped; go on with: python -m fastbd sweep --out {ledger.folder}", markup=False)
         return stopped.exit_code
     except UserError as error:  # of a process that has died; the others may have done its work
         if patiently(ledger.left, ledger.folder):
             raise
-        log.console.print(str(error), markup=False)
+        console.print(str(error), markup=False)
     return patiently(partial(_conclude, ledger, began), ledger.folder)
 
 
@@ -71,12 +72,12 @@ def _conclude(ledger: Ledger, began: float) -> int:
     states = [row.status.state for row in rows]
     for row in rows:
         if row.status.state == "failed":
-            log.console.print(f"{row.run.name} failed: {row.status.reason}", markup=False)
+            console.print(f"{row.run.name} failed: {row.status.reason}", markup=False)
     if "failed" in states:
         again = f"python -m fastbd sweep --out {ledger.folder} --retry"
-        log.console.print(f"try what failed again with: {again}", markup=False)
+        console.print(f"try what failed again with: {again}", markup=False)
     if blocked := states.count("blocked"):
-        log.console.print(f"blocked by what failed: {blocked}", markup=False)
+        console.print(f"blocked by what failed: {blocked}", markup=False)
     page, best = _report(ledger.folder)
     result = {"runs": len(states), "finished": states.count("finished"), "report": page, "best": best}
     print(json.dumps({**result, "seconds": round(time.perf_counter() - began, 1)}))
@@ -100,7 +101,7 @@ def _report(folder: Path) -> tuple[str | None, dict]:
         best = best_of(on_common_set(find(folders)))
         report.run(ReportConfig(runs=folders, out=page))
     except UserError as error:
-        log.console.print(f"there is no report: {error}", markup=False)
+        console.print(f"there is no report: {error}", markup=False)
         return None, {}
     return str(page), best
 
@@ -162,7 +163,7 @@ def _do_next(ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> b
         with claim:
             how = _do(claim, ledger, config, kept, world)
             with suppress(OSError):  # the run has ended, whatever becomes of the line
-                log.console.print(live.ending(ledger, claim.run, how), markup=False)
+                console.print(live.ending(ledger, claim.run, how), markup=False)
     elif config.search and search.extend(ledger, config.search):
         pass
     elif ledger.left():
@@ -214,7 +215,7 @@ def _clear(run: Planned, folder: Path) -> None:
     aside = next(path for path in names if not path.exists())
     there.rename(aside)
     with suppress(OSError):
-        log.console.print(f"{there} is not whole: it is made again, and what was there is {aside}", markup=False)
+        console.print(f"{there} is not whole: it is made again, and what was there is {aside}", markup=False)
 
 
 def _never_fits(fault: BaseException) -> UserError:
@@ -229,7 +230,7 @@ def _failed(claim: Claim, error: Exception, kept: Kept, world: World) -> str:
     """So that no other process takes the run and dies of it too. Raises where the GPU answers no more."""
     said = str(error)
     if not isinstance(error, UserError):
-        log.console.print("".join(traceback.format_exception(error)), markup=False)
+        console.print("".join(traceback.format_exception(error)), markup=False)
         said = traceback.format_exception_only(error)[0].splitlines()[0]
         kept.clear()  # of a step that ended in its middle
     claim.fail(said)
@@ -283,11 +284,11 @@ def _enough(rules: list[halting.Rule], rows: tuple[dict, ...]) -> str | None:
 @contextmanager
 def _watched(ledger: Ledger) -> Iterator[None]:
     """On a terminal, a table of the runs that is drawn anew every few seconds."""
-    if not log.console.is_terminal:
+    if not console.is_terminal:
         yield
         return
     view = partial(live.view, ledger)
-    with Live(get_renderable=view, console=log.console, refresh_per_second=0.5, transient=True):
+    with Live(get_renderable=view, console=console, refresh_per_second=0.5, transient=True):
         yield
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastbd.base.log import console
+from fastbd.base.console import console
 from fastbd.data.beton import Beton
 from fastbd.data.decode import BadImage, OnDemand, read
 from fastbd.data.jpeg import is_whole

@@ -8,110 +8,24 @@ import json
 import os
 import warnings
 import weakref
-import zlib
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastbd import __version__
+from fastbd.base.console import progress
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.base.files import discard, sync
-from fastbd.base.log import progress
-from fastbd.data.decode import OnDemand
-from fastbd.data.loader import Pairs
-from fastbd.kernels.augment import Ragged
+from fastbd.data.pairs import Pairs
+from fastbd.data.pixels import PixelFile, Pixels, bytes_of
 
 CHUNK = 256  # images decoded at once
 CRC = np.dtype("<u4")
 HEAD = 64  # bytes at the start of a file of pixels: a digest of all that they depend on
-
-
-class Resident:
-    """Images uint8 [H, W, 3] of `rows`, of sizes int [N, 2], one after another in `pixels`, uint8 [bytes].
-
-    `file` is where pixels lie that are mapped from one: each image is compared with its checksum when it is first read.
-    """
-
-    def __init__(self, rows: np.ndarray, total: int, sizes: np.ndarray, pixels: Tensor, file: PixelFile | None = None):
-        self.rows, self.sizes, self.pixels = rows, sizes.astype(np.int32), pixels
-        self._locked = pixels.is_pinned()
-        self._ends = np.cumsum(_bytes(sizes))
-        self.place = np.full(total, -1)
-        self.place[rows] = np.arange(len(rows))
-        self._file, self._trusted = file, np.full(len(rows), file is None)
-        self._substitutes: dict[int, Tensor] = {}  # by place: those of another size than the file tells
-
-    def put(self, place: int, image: Tensor) -> None:
-        """Keep the image of rows[place]."""
-        if np.array_equal(image.shape[:2], self.sizes[place]):
-            self._kept(place).copy_(image)
-            if self._file:
-                self._file.checksums[place] = zlib.crc32(np.ascontiguousarray(image.numpy()))
-                self._trusted[place] = True
-        else:
-            image = image.to(self.pixels.device).contiguous()
-            self._substitutes[place] = image.pin_memory() if self._locked else image
-
-    def images(self, ids: np.ndarray, host: bool = True) -> list[Tensor] | Ragged:
-        """Images of rows int64 [B]. IndexError for a row that is not kept.
-
-        A Ragged on the GPU where the pixels are there, or are locked in main memory and not for the `host`.
-        """
-        places = self.place[ids]
-        if (places < 0).any():
-            raise IndexError("a row that is not kept")
-        if self.pixels.is_cuda:
-            return self._ragged(places)
-        if self._locked and not host:
-            from fastbd.kernels.gather_triton import gathered
-
-            return gathered(self._ragged(places), torch.device("cuda", torch.cuda.current_device()))
-        return OnDemand(len(places), lambda k: self._image(int(places[k])))
-
-    def _ragged(self, places: np.ndarray) -> Ragged:
-        """Where the images lie in memory that is not a file's."""
-        sizes = self.sizes[places]
-        addresses = self.pixels.data_ptr() + self._ends[places] - _bytes(sizes)
-        for k, place in enumerate(places.tolist()):
-            if place in self._substitutes:
-                image = self._substitutes[place]
-                addresses[k], sizes[k] = image.data_ptr(), image.shape[:2]
-        return Ragged(addresses, sizes, self.pixels.device, self)
-
-    def _image(self, place: int) -> Tensor:
-        if place in self._substitutes:
-            return self._substitutes[place]
-        image = self._kept(place)
-        if not self._trusted[place]:
-            self._file.check(int(self.rows[place]), place, image)
-            self._trusted[place] = True
-        return image
-
-    def _kept(self, place: int) -> Tensor:
-        height, width = self.sizes[place].tolist()
-        end = int(self._ends[place])
-        return self.pixels[end - 3 * height * width : end].view(height, width, 3)
-
-
-class PixelFile(NamedTuple):
-    """A file of pixels: a digest of all that they depend on, the pixels, and the CRC-32 of each image."""
-
-    path: Path
-    checksums: np.ndarray
-    """uint32 [N]"""
-
-    def check(self, row: int, place: int, image: Tensor) -> None:
-        """Raise a UserError where the image is not the one that was written."""
-        if zlib.crc32(image.numpy()) != self.checksums[place]:
-            raise UserError(
-                f"{self.path} is damaged, as the image of row {row} is not the one that was written: remove the file, "
-                "and the next run makes it again."
-            )
 
 
 def keep(
@@ -125,7 +39,7 @@ def keep(
     of them does not have, or where they do not fit.
     """
     sizes = np.full((len(rows), 2), pairs.size) if base else pairs.sizes(rows)
-    need = int(_bytes(sizes).sum())
+    need = int(bytes_of(sizes).sum())
     where, numbers = _choose(where, need, world)
     pairs.where = where
     if where == "none":
@@ -137,14 +51,10 @@ def keep(
         kept = world.main_first(partial(_on_disk, path, pairs, rows, sizes, base, quiet))
         numbers = f"{need / 1e9:.2f} GB in {path}"
     else:
-        kept = Resident(rows, len(pairs.beton), sizes, _memory(where, need, world.device))
+        kept = Pixels(rows, len(pairs.beton), sizes, _memory(where, need, world.device))
         _fill(kept, pairs, base, quiet)
     pairs.resident = kept
     return f"images are decoded once by {pairs.decoder.about}, --resident {where}: {numbers}"
-
-
-def _bytes(sizes: np.ndarray) -> np.ndarray:
-    return 3 * sizes.astype(np.int64).prod(1)
 
 
 def _choose(where: str, need: int, world: World) -> tuple[str, str]:
@@ -195,7 +105,7 @@ def _memory(where: str, need: int, device: torch.device) -> Tensor:
     return pixels
 
 
-def _fill(kept: Resident, pairs: Pairs, base: bool, quiet: bool) -> None:
+def _fill(kept: Pixels, pairs: Pairs, base: bool, quiet: bool) -> None:
     starts = range(0, len(kept.rows), CHUNK)
     chunks = [kept.rows[start : start + CHUNK] for start in starts]
     with progress("decoding", len(kept.rows), quiet=quiet) as advance:
@@ -207,7 +117,7 @@ def _fill(kept: Resident, pairs: Pairs, base: bool, quiet: bool) -> None:
         torch.cuda.synchronize()  # another stream will read them
 
 
-def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base: bool, quiet: bool) -> Resident:
+def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base: bool, quiet: bool) -> Pixels:
     """From the file if it is of the same images and was made in the same way, else from a new one."""
     if pairs.decoder.name == "ffcv":
         raise UserError("--resident disk keeps images for other runs, and FFCV's are not the same in each: "
@@ -215,11 +125,11 @@ def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base
     about = [__version__, torch.__version__, pairs.beton.fingerprint, pairs.size, base, pairs.decoder.name,
              pairs.plan and pairs.plan.to_dict(), hashlib.sha256(rows.astype("<i8")).hexdigest()]  # fmt: skip
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest().encode()
-    end = HEAD + int(_bytes(sizes).sum())  # of the pixels
+    end = HEAD + int(bytes_of(sizes).sum())  # of the pixels
     size = end + len(rows) * CRC.itemsize
     if path.is_file() and path.stat().st_size == size and np.fromfile(path, f"S{HEAD}", 1)[0] == digest:
         file = PixelFile(path, np.fromfile(path, CRC, offset=end))
-        return Resident(rows, len(pairs.beton), sizes, _mapped(path, "r", end), file)
+        return Pixels(rows, len(pairs.beton), sizes, _mapped(path, "r", end), file)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +137,7 @@ def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not as a crash in the middle
             file.write(digest)
         file = PixelFile(path, np.zeros(len(rows), CRC))
-        kept = Resident(rows, len(pairs.beton), sizes, _mapped(temporary, "r+", end), file)
+        kept = Pixels(rows, len(pairs.beton), sizes, _mapped(temporary, "r+", end), file)
         _fill(kept, pairs, base, quiet)
         if not pairs.bad:  # else a later run would not hear of the damage
             with temporary.open("r+b") as written:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbd.base.errors import UserError
-from fastbd.base.log import write_text
+from fastbd.base.files import write_text
 
 HEAD = "# fastbd rows of "
 PLAIN = re.compile(r"-?[0-9]+").fullmatch  # int() takes more, as 1_0 for 10

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fastbd.data.loader import Pairs, draw_views
+from fastbd.data.loader import draw_views
+from fastbd.data.pairs import Pairs
 from fastbd.data.tokenizer import detokenize
 from fastbd.kernels.augment import render
 from fastbd.kernels.constants import normalisation

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastbd.base.console import progress
 from fastbd.base.errors import UserError
-from fastbd.base.log import progress
 from fastbd.data.beton import Beton
 from fastbd.data.shards import Shards
 

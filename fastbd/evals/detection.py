@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastbd.base import random
+from fastbd.base.console import progress
 from fastbd.base.errors import UserError
-from fastbd.base.log import progress
 
 ROWS, COLUMNS = 1024, 16_384  # similarities that are in memory at once
 LEAST = 1e-6  # distances below are float32's rounding: duplicates

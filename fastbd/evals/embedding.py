@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbd.base import log
-from fastbd.data.loader import Pairs
+from fastbd.base.console import progress
+from fastbd.data.pairs import Pairs
 from fastbd.evals.towers import Towers
 from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.views import plain
@@ -21,7 +21,7 @@ def embed(
     """Embeddings of the base views and of the captions of some rows, float32 [N, D] each, raw, on the device."""
     parts = [rows[first : first + CHUNK] for first in range(0, len(rows), CHUNK)]
     of_images, of_texts = [], []
-    with log.progress("embedding", len(rows) * (images + texts)) as advance:
+    with progress("embedding", len(rows) * (images + texts)) as advance:
         if images:
             for sources in pairs.sources(parts, host=towers.device.type != "cuda"):
                 of_images.append(towers.images(_squares(pairs, sources)))

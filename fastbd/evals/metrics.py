@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbd.base.stats import interval, over
+
 CELLS = 1 << 26  # numbers of a matrix that exist at a time
 SAMPLE = 10_000
-# Student's t at 97.5 %, by degrees of freedom from 1 to 30.
-T_QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 
 def ranks(scores: Tensor, columns: Tensor | int) -> Tensor:
@@ -35,29 +32,6 @@ def ranks(scores: Tensor, columns: Tensor | int) -> Tensor:
 # ---- shares and their intervals ----
 
 
-def wilson(hits: float, n: float, z: float = 1.959964) -> tuple[float, float]:
-    """95 % Wilson score interval of hits / n (Wilson 1927); (0, 1) when n is 0."""
-    if n == 0:
-        return 0.0, 1.0
-    p = hits / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def interval(hits: int, n: int, population: float | None = None) -> tuple[float, float]:
-    """Wilson's interval; with a population N, that of the share among all N of which n >= 1 were drawn.
-
-    It is Wilson's with n (N - 1) / (N - n) in place of n (finite population correction, Cochran 1977, section 3.2).
-    """
-    if population is None:
-        return wilson(hits, n)
-    if n >= population:
-        return hits / n, hits / n
-    growth = (population - 1) / (population - n)
-    return wilson(hits * growth, n * growth)
-
-
 def rate(name: str, hits: int, n: int, population: float | None = None) -> dict[str, float]:
     """{name, name_low, name_high}: the share and its interval; with a population above n, name_full_low and _high."""
     low, high = interval(hits, n)
@@ -68,14 +42,6 @@ def rate(name: str, hits: int, n: int, population: float | None = None) -> dict[
     return row
 
 
-def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the ends of its 95 % t interval, over two or more seeds."""
-    mean, freedom = statistics.fmean(values), len(values) - 1
-    quantile = T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else 1.96
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
-
-
 def averaged(rows: list[dict], key: str) -> dict:
     """The mean of each number over the rows of several seeds, and how far the draw of the triggers moves `key`."""
     if len(rows) == 1:
@@ -84,8 +50,8 @@ def averaged(rows: list[dict], key: str) -> dict:
     values = [row[key] for row in rows]
     if None in values:
         return {**rows[0], **means}
-    _, low, high = over_seeds(values)
-    ends = {f"{key}_seeds_low": max(0.0, low), f"{key}_seeds_high": min(1.0, high)}
+    mean = over(values)
+    ends = {f"{key}_seeds_low": max(0.0, mean.low), f"{key}_seeds_high": min(1.0, mean.high)}
     return {**rows[0], **means, f"{key}_by_seed": values, **ends}
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbd.data.loader import Pairs, draw_views
+from fastbd.data.loader import draw_views
+from fastbd.data.pairs import Pairs
 from fastbd.evals.retrieval import validation_loss
 from fastbd.evals.towers import Towers
 from fastbd.kernels.augment import render

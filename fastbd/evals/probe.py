@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbd.base.prompts import target_index
+from fastbd.base.schedule import learning_rates
 from fastbd.evals.metrics import averaged, blocks, rate, unit
 from fastbd.evals.sets import Attacked, Labelled
 from fastbd.evals.towers import Towers
-from fastbd.training.optim import learning_rates
 
 
 @torch.enable_grad()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastbd.base import random
+from fastbd.base.console import console, progress
 from fastbd.base.errors import UserError
-from fastbd.base.log import console, progress
 from fastbd.base.prompts import (
     DEFAULT_TEMPLATES,
     labels_in,
@@ -24,7 +24,7 @@ from fastbd.base.prompts import (
 )
 from fastbd.data.beton import Beton
 from fastbd.data.decode import Decoder
-from fastbd.data.loader import Pairs
+from fastbd.data.pairs import Pairs
 from fastbd.data.resident import free_memory
 from fastbd.data.shards import Shards, open_beton
 from fastbd.data.tokenizer import tokenize

@@ -11,9 +11,9 @@ import torch.distributed as td
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbd.base.schedule import learning_rates
 from fastbd.methods.objectives import Objective
 from fastbd.models import CLIP
-from fastbd.training.optim import learning_rates
 
 Losses = dict[str, Tensor]
 CHUNK = 1 << 18  # pairs embedded at once

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fastbd.base import random
 from fastbd.base.errors import UserError
-from fastbd.base.files import crc_of, read_json
-from fastbd.base.log import write_json
+from fastbd.base.files import crc_of, read_json, write_json
 from fastbd.poison.triggers import TriggerSpec, stamp
 
 FORMAT = "fastbd poison plan"

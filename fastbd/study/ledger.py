@@ -31,7 +31,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from fastbd.base import log
+from fastbd.base import files
 from fastbd.base.errors import UserError
 from fastbd.base.files import read_json
 from fastbd.study.grid import Entry, Planned, Study, command, expand, material, study_of, to_values
@@ -40,12 +40,6 @@ LEASE = 120.0
 BEATS = 6  # in a lease
 ENDS = ("finished", "released", "expired")
 TAIL = 1 << 16  # bytes in which the last line of metrics.jsonl is looked for
-
-
-def study_folder_of(run: Path) -> Path | None:
-    """Return the folder of the study that a run folder is part of; None where it is part of none."""
-    runs = run.resolve().parent
-    return runs.parent if runs.name == "runs" and any(runs.parent.glob("study.*/study.json")) else None
 
 
 @dataclass(frozen=True)
@@ -297,7 +291,7 @@ class Claim:
         """The run cannot be done; it is not taken again before Ledger.retry()."""
         if self.held():
             when = time.strftime("%Y-%m-%d %H:%M:%S")
-            log.write_json(self._failure, {"reason": reason, "when": when, "host": socket.gethostname()})
+            files.write_json(self._failure, {"reason": reason, "when": when, "host": socket.gethostname()})
         self.release()
 
     def release(self) -> None:
@@ -419,7 +413,7 @@ def _reason(path: Path) -> str:
 def _create(path: Path, value: dict[str, Any]) -> bool:
     """Make the file together with its folder, whole from the start; False where there is one."""
     try:
-        with log.new_folder(path.parent) as new:
+        with files.new_folder(path.parent) as new:
             (new / path.name).write_text(json.dumps(value, indent=2))
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from fastbd.base import log
+from fastbd.base.console import console
 from fastbd.base.errors import UserError, machine_fault
 from fastbd.base.signals import stop_behind, stoppable
 
@@ -31,7 +31,7 @@ def patiently(action: Callable[[], T], folder: Path) -> T:
         except Exception as error:
             if stopped := stop_behind(error):
                 with suppress(OSError):
-                    log.console.print(str(error), markup=False)  # what is not saved
+                    console.print(str(error), markup=False)  # what is not saved
                 raise stopped from error
             fault = machine_fault(error)
             if fault is None:
@@ -44,7 +44,7 @@ def patiently(action: Callable[[], T], folder: Path) -> T:
         if waited >= PATIENCE:
             raise UserError(f"{why}, for {waited / 3600:.1f} h: {again}")
         with suppress(OSError):  # it may be the disk that this goes to
-            log.console.print(f"{why}: nothing is lost; trying again in {pause:.0f} s", markup=False)
+            console.print(f"{why}: nothing is lost; trying again in {pause:.0f} s", markup=False)
         with stoppable():
             time.sleep(pause)
         waited, pause = waited + pause, min(2 * pause, LONGEST)

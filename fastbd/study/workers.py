@@ -18,7 +18,8 @@ from types import ModuleType
 
 import torch
 
-from fastbd.base import log, signals
+from fastbd.base import signals
+from fastbd.base.console import console
 from fastbd.base.errors import UserError
 from fastbd.base.signals import Stopped
 
@@ -37,7 +38,7 @@ def on_this_machine(work: Work, folder: Path, count: int, device: str) -> None:
     if count == 1:
         return work(device)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    log.console.print(f"{count} processes; what they say is in {folder}/worker-*.log", markup=False)
+    console.print(f"{count} processes; what they say is in {folder}/worker-*.log", markup=False)
     devices = gpus or [device]
     spawn = multiprocessing.get_context("spawn")
     logs = [folder / f"worker-{k}.log" for k in range(count)]
@@ -76,7 +77,7 @@ def on_ray(work: Work, folder: Path, count: int, device: str) -> None:
         count = count or (int(there["GPU"]) if kind == "GPU" else 1)
         if count > there.get(kind, 0):
             raise UserError(f"--processes {count} is more than Ray's {there.get(kind, 0):g} {kind}s: give fewer.")
-        log.console.print(f"{count} processes of Ray; what they say is in {folder}/worker-*.log", markup=False)
+        console.print(f"{count} processes of Ray; what they say is in {folder}/worker-*.log", markup=False)
         bell = ray.remote(num_cpus=0)(_Bell).remote()
 
         def worker(number: int, home: Path) -> None:
@@ -188,7 +189,7 @@ def _logged(work: Callable[[], None], path: Path) -> None:
     for which in set(signals.STOPPING) - {signal.SIGTERM}:  # they reach all; the first process passes them on once
         signal.signal(which, signal.SIG_IGN)
     with _open_log(path) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        log.console.file = file
+        console.file = file
         try:
             work()
         except Stopped:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastbd.base.console import console
 from fastbd.base.errors import UserError
-from fastbd.base.log import console
 
 WARM = 3  # calls of a shape before it is captured: compilation, cuDNN's choice, the optimizer's state
 

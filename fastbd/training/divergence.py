@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbd.base import log
+from fastbd.base import files
 from fastbd.base.errors import UserError
 from fastbd.training.readback import NotFinite
 
@@ -36,7 +36,7 @@ def record(folder: Path, broken: NotFinite, *, epoch: float, lr: float, data: Pa
     """
     losses = {name: value if math.isfinite(value) else str(value) for name, value in broken.losses.items()}
     about = {"step": broken.step, "epoch": epoch, "lr": lr, "losses": losses, "not_finite": _not_finite(broken)}
-    log.write_json(folder / FILE, {**about, "data": str(data), "rows": rows.tolist()})
+    files.write_json(folder / FILE, {**about, "data": str(data), "rows": rows.tolist()})
     return folder / FILE
 
 

@@ -13,11 +13,12 @@ import torch
 
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError, is_short_of_memory
+from fastbd.base.schedule import learning_rates
 from fastbd.data.loader import Batch
 from fastbd.kernels.text_pack import END, PackedText, pack
 from fastbd.methods.method import Method
 from fastbd.models import CLIP
-from fastbd.training.optim import learning_rates, make_optimizer
+from fastbd.training.optim import make_optimizer
 from fastbd.training.step import Step
 
 WAITING = 6  # batches in memory: two wait, one is made, one used, one has just been; and the graph's own

@@ -12,7 +12,8 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from fastbd.base import log, signals
+from fastbd.base import signals
+from fastbd.base.console import progress
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.base.signals import Stopped
@@ -72,7 +73,7 @@ def train(
     Stopped after a signal that asks for it, saved; NotFinite for a loss that is not, before anything is saved after it.
     """
     at, losses = start, Readback(max(1, min(table.log_every, table.total - start)), start)
-    with _caught() as caught, log.progress(label, table.total, start, quiet=not world.main) as advance:
+    with _caught() as caught, progress(label, table.total, start, quiet=not world.main) as advance:
 
         def tell(wait: bool) -> None:
             for row in losses.arrived(wait):

@@ -36,13 +36,6 @@ def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
         group |= {"lr": rate, "fused": True, "capturable": rate.is_cuda}
 
 
-def learning_rates(peak: float, *, warmup: int, total: int) -> Tensor:
-    """float32 [total]: linear warm-up over `warmup` steps, then half a cosine to 0 at `total`."""
-    step = torch.arange(total, dtype=torch.float64)
-    cosine = 0.5 * (1 + torch.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-    return (peak * torch.where(step < warmup, (step + 1) / max(1, warmup), cosine)).float()
-
-
 @torch.no_grad()
 def clamp_log_scale(log_scale: Tensor) -> None:
     """Keep the temperature's factor within 1 and 100, as CLIP does."""

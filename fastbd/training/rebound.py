@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastbd.base import log, random
+from fastbd.base import random
+from fastbd.base.console import progress
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
-from fastbd.data.loader import Pairs, batches
+from fastbd.data.loader import batches
+from fastbd.data.pairs import Pairs
 from fastbd.evals.zeroshot import ZeroShot
 from fastbd.methods.method import Method
 from fastbd.methods.objectives import Objective
@@ -44,7 +46,7 @@ def rebound(
             found[key].append(value)
 
     measure(0)
-    with log.progress("rebound", steps) as advance:
+    with progress("rebound", steps) as advance:
         made = batches(
             pairs, rows, batch_size, seed=0, policies=("plain",), text_view=None, world=world, epoch=0, start=0
         )

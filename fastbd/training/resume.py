@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastbd.base import log
+from fastbd.base.console import console
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.base.run_folder import read_config
@@ -59,7 +59,7 @@ def resumed(config: Config, world: World) -> dict | None:
     world.barrier()
     if wrong and world.main:
         said = f"{wrong}: the run resumes from {path}, and the steps after that are done again"
-        log.console.print(said, markup=False)
+        console.print(said, markup=False)
     return {**state, "from": path}
 
 
@@ -74,7 +74,7 @@ def _put_plan_back(path: Path, state: dict) -> None:
     plan = path.parent / "plan.json"
     if state.get("plan") and not plan.exists():
         Plan.from_dict(state["plan"]).save(plan)
-        log.console.print(f"{plan} was missing: written anew from {path.name}", markup=False)
+        console.print(f"{plan} was missing: written anew from {path.name}", markup=False)
 
 
 def _check(config: Config, path: Path, state: dict) -> None:

@@ -18,18 +18,21 @@ import numpy as np
 import torch
 
 from fastbd import __version__
-from fastbd.base import dist, files, log
+from fastbd.base import dist, files
 from fastbd.base.background import Background
+from fastbd.base.console import console
 from fastbd.base.dist import World
+from fastbd.base.environment import environment
 from fastbd.base.errors import Diverged, UserError
-from fastbd.base.run_folder import read, read_metrics
+from fastbd.base.run_folder import read, read_metrics, study_folder_of
 from fastbd.base.signals import Stopped
 from fastbd.config.fields import portable, to_dict
 from fastbd.config.flags import PretrainConfig
 from fastbd.data import eda, resident, sampler, sheet
 from fastbd.data.beton import Beton
 from fastbd.data.decode import HOSTS, ON_GPU, Decoder, has_dali, open_decoder
-from fastbd.data.loader import RECIPES, Batch, Pairs, batches, text_lengths
+from fastbd.data.loader import RECIPES, Batch, batches, text_lengths
+from fastbd.data.pairs import Pairs
 from fastbd.data.shards import Shards as BetonShards
 from fastbd.data.shards import open_beton
 from fastbd.data.verify import check_whole
@@ -42,7 +45,6 @@ from fastbd.models.batchnorm import batch_norms, share_statistics
 from fastbd.models.blocks import recompute
 from fastbd.models.precision import is_captured, is_compiled, set_precision
 from fastbd.poison.plan import Plan
-from fastbd.study.ledger import study_folder_of
 from fastbd.training import checkpoint, divergence
 from fastbd.training.fit import Shares, batch_that_fits
 from fastbd.training.kept import Kept
@@ -79,7 +81,7 @@ def execute(config: Config, make_task: Callable[[World], Task]) -> int:
     except Stopped as stopped:
         if world.main:
             go_on = f"python -m fastbd {run.verb} --resume {run.folder}"
-            log.console.print(f"stopped and saved; go on with: {go_on}", markup=False)
+            console.print(f"stopped and saved; go on with: {go_on}", markup=False)
         exit_code = stopped.exit_code
     # Not after an error: the other ranks may be waiting for this one, and only its death lets torchrun end them.
     dist.leave()
@@ -467,7 +469,7 @@ class Run:
         """Drop what was written after the checkpoint `path`: those steps come again. It takes the last one's place."""
         if self.world.main:
             for name in ("log.jsonl", "metrics.jsonl"):
-                log.rewind(self.folder / name, self.done)
+                files.rewind(self.folder / name, self.done)
             for made_again in (divergence.FILE, "result.json"):
                 files.discard(self.folder / made_again)
             last = checkpoint.path_of(self.folder, "last")
@@ -482,7 +484,7 @@ class Run:
         lost = [step for step in range(every_so_many, self.done + 1, every_so_many) if step not in there]
         if lost:
             said = f"{path} has lost {len(lost):,} rows, the first of step {lost[0]:,}: the run goes on without them"
-            log.console.print(said, markup=False)
+            console.print(said, markup=False)
 
     def _make_folder(self) -> Path:
         """--out, or the first free runs/NAME; with a checkpoint, samples.png, plan.json, and so on.
@@ -499,7 +501,7 @@ class Run:
             with _new_folder(folder) as new:
                 pixels = {"decode": self.decoded_by, "resident": self.pairs.where}
                 synonyms = {"plan_eda_synonyms": eda.synonyms_source()}
-                log.write_json(new / "env.json", log.environment() | synonyms | pixels)
+                files.write_json(new / "env.json", environment() | synonyms | pixels)
                 if task.plan:
                     task.plan.save(new / "plan.json")
                 for name, rows in ((ROWS, config.rows_file), (SPARED, getattr(config, "flagged_by", None))):
@@ -507,7 +509,7 @@ class Run:
                         shutil.copyfile(rows, new / name)
                 samples.save(new / "samples.png")
                 checkpoint.save(checkpoint.path_of(new, "last"), self._state(0))
-                log.write_json(new / "config.json", about)
+                files.write_json(new / "config.json", about)
                 self._hold(new)
         return folder
 
@@ -601,7 +603,7 @@ class Run:
             with suppress(Diverged):  # the cleaning itself has not
                 result["rebound"] = self._rebound()
         self.guard()
-        log.write_json(self.folder / "result.json", result)
+        files.write_json(self.folder / "result.json", result)
 
     def _rebound(self) -> dict:
         """Which leaves other weights behind: the last thing that is done with them."""
@@ -693,7 +695,7 @@ class Run:
     def _report(self, step: int, row: dict) -> None:
         self.guard()
         row = {"step": step, "epoch": step / self.steps_per_epoch, "precision": self.precision, **row}
-        log.append(self.folder / "metrics.jsonl", row)
+        files.append(self.folder / "metrics.jsonl", row)
         self._say(result_line(row))
 
     def save(self, step: int) -> None:
@@ -738,11 +740,11 @@ class Run:
         """Add a line to log.jsonl; `uncaptured` in it says why --graph auto has come to nothing."""
         if self.world.main:
             failed = {"uncaptured": self.step.uncaptured} if self.step.uncaptured else {}
-            log.append(self.folder / "log.jsonl", {**row, "bad_images": len(self.pairs.bad), **failed})
+            files.append(self.folder / "log.jsonl", {**row, "bad_images": len(self.pairs.bad), **failed})
 
     def _say(self, line: str) -> None:
         if not self.quiet:
-            log.console.print(line, markup=False)
+            console.print(line, markup=False)
 
 
 def same_pixels(began: str, decode: str, where: str) -> tuple[str, str]:
@@ -758,10 +760,10 @@ def same_pixels(began: str, decode: str, where: str) -> tuple[str, str]:
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Yields log.new_folder(folder), without what killed runs left of it. UserError where another run has the name."""
-    log.remove_unfinished(folder)
+    """Yield files.new_folder(folder), without what killed runs left of it. UserError where another has the name."""
+    files.remove_unfinished(folder)
     try:
-        with log.new_folder(folder) as new:
+        with files.new_folder(folder) as new:
             yield new
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):

@@ -12,7 +12,7 @@ import torch
 from fastbd.base.background import Background
 from fastbd.base.errors import UserError
 from fastbd.data.decode import Decoder
-from fastbd.data.loader import Pairs
+from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.evals.monitor import Monitor
 from fastbd.evals.sets import Labelled, open_set, part_of

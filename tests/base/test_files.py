@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbd.base import files, log
+from fastbd.base import files
 from fastbd.base.errors import UserError
 from fastbd.data.beton import BetonWriter
 from fastbd.report.write import save
@@ -88,8 +88,8 @@ def beton(path: Path) -> None:
 
 
 WRITERS = {
-    "text": lambda path: log.write_text(path, "text"),
-    "json": lambda path: log.write_json(path, {}),
+    "text": lambda path: files.write_text(path, "text"),
+    "json": lambda path: files.write_json(path, {}),
     "report": lambda path: save({path.name: b""}, path.parent),
     "beton": beton,
 }
@@ -121,8 +121,8 @@ def test_on_a_file_system_that_is_read_only(tmp_path, read_only):
     """A real one, where unlink says so even of what is not there."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from fastbd.base import files, log; from fastbd.base.errors import UserError\n"
-        "try: log.write_text(Path(sys.argv[1]) / 'a', '')\n"
+        "from fastbd.base import files; from fastbd.base.errors import UserError\n"
+        "try: files.write_text(Path(sys.argv[1]) / 'a', '')\n"
         "except OSError as error: print(error.filename, error.strerror)\n"
         "try: files.check_out(Path(sys.argv[1]) / 'deep' / 'a')\n"
         "except UserError as error: print(error)\n"

@@ -12,10 +12,10 @@ from fastbd.base.files import crc_of
 from fastbd.base.run_folder import find, on_common_set, read, read_config, run_of
 
 
-def test_reads_what_was_written(study):
-    run = read(study / "mmcl_ssl-cleanclip-1")
+def test_reads_what_was_written(fake_runs):
+    run = read(fake_runs / "mmcl_ssl-cleanclip-1")
     assert (run.verb, run.method, run.pretrain_objective) == ("clean", "cleanclip", "mmcl_ssl")
-    assert run.start == study / "mmcl_ssl" and run.model == read(study / "mmcl_ssl").model
+    assert run.start == fake_runs / "mmcl_ssl" and run.model == read(fake_runs / "mmcl_ssl").model
     assert len(run.metrics) == len(run.attacks) == 11 and len(run.cleaned) == 10
     assert run.env["torch"] == "2.13.0" and run.config == {"lr": 1e-4}
 
@@ -29,22 +29,22 @@ def test_reads_what_a_sweep_writes(large):
     assert not any(e.get("subset") for e in run.cleaned)
 
 
-def test_older_runs_have_neither_plan_nor_result(study):
-    (study / "mmcl" / "plan.json").unlink()
-    run = read(study / "mmcl")
+def test_older_runs_have_neither_plan_nor_result(fake_runs):
+    (fake_runs / "mmcl" / "plan.json").unlink()
+    run = read(fake_runs / "mmcl")
     assert (run.attack, run.result, run.id) == ("", {}, "")
 
 
-def test_a_folder_that_is_being_made_is_no_run_yet(study):
-    (study / "mmcl").rename(study / "mmcl.0123abcd.tmp")
-    assert len(find([study])) == 9
+def test_a_folder_that_is_being_made_is_no_run_yet(fake_runs):
+    (fake_runs / "mmcl").rename(fake_runs / "mmcl.0123abcd.tmp")
+    assert len(find([fake_runs])) == 9
 
 
-def test_finds_runs_once_in_folders_and_by_name(study):
-    everything = find([study])
+def test_finds_runs_once_in_folders_and_by_name(fake_runs):
+    everything = find([fake_runs])
     assert len(everything) == 10
-    assert len(find([study / "mmcl", study, study / ".." / study.name])) == 10
-    assert [run.name for run in find([study / "mmcl_ssl", study / "mmcl"])] == ["mmcl_ssl", "mmcl"]
+    assert len(find([fake_runs / "mmcl", fake_runs, fake_runs / ".." / fake_runs.name])) == 10
+    assert [run.name for run in find([fake_runs / "mmcl_ssl", fake_runs / "mmcl"])] == ["mmcl_ssl", "mmcl"]
 
 
 def test_no_run_is_the_users_mistake(tmp_path):
@@ -60,18 +60,18 @@ def test_no_run_is_the_users_mistake(tmp_path):
         read(tmp_path)
 
 
-def test_a_line_cut_short_is_dropped_only_at_the_end(study):
-    metrics = study / "mmcl" / "metrics.jsonl"
+def test_a_line_cut_short_is_dropped_only_at_the_end(fake_runs):
+    metrics = fake_runs / "mmcl" / "metrics.jsonl"
     whole = metrics.read_text()
     metrics.write_text(whole[:-40])
-    assert len(read(study / "mmcl").metrics) == 30
+    assert len(read(fake_runs / "mmcl").metrics) == 30
     metrics.write_text(whole.replace("}", "", 1))
     with pytest.raises(UserError, match="line 1 of"):
-        read(study / "mmcl")
+        read(fake_runs / "mmcl")
 
 
-def test_repeated_steps_count_once(study, evaluation):
-    run = study / "mmcl"
+def test_repeated_steps_count_once(fake_runs, evaluation):
+    run = fake_runs / "mmcl"
     before = read(run)
     with (run / "metrics.jsonl").open("a") as file:
         for step in (1200, 40):  # a later `evaluate` of another trigger; a step that a resumed run did again
@@ -79,24 +79,24 @@ def test_repeated_steps_count_once(study, evaluation):
     assert read(run).metrics == before.metrics
 
 
-def test_other_evaluation_sets_are_left_out(study, evaluation):
-    with (study / "mmcl" / "metrics.jsonl").open("a") as file:
+def test_other_evaluation_sets_are_left_out(fake_runs, evaluation):
+    with (fake_runs / "mmcl" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(evaluation(1200, 30, 0.9, 0.9) | {"set": "other"}) + "\n")
-    runs = find([study])
+    runs = find([fake_runs])
     assert len(runs[0].metrics) == 32
     assert [len(run.metrics) for run in on_common_set(runs)] == [31] + [11] * 4 + [31] + [11] * 4
     assert {e["set"] for run in on_common_set(runs) for e in run.metrics} == {"demo-val"}
 
 
-def test_evaluation_sets_of_one_name_and_other_content_are_left_out(study, evaluation):
+def test_evaluation_sets_of_one_name_and_other_content_are_left_out(fake_runs, evaluation):
     """Of rows before `content` was recorded nobody knows; where there is one alone, it is taken to be theirs."""
-    path = study / "mmcl" / "metrics.jsonl"
+    path = fake_runs / "mmcl" / "metrics.jsonl"
     rows = [json.loads(line) | {"content": "aa"} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [len(run.metrics) for run in on_common_set(find([study]))] == [31] + [11] * 4 + [31] + [11] * 4
+    assert [len(run.metrics) for run in on_common_set(find([fake_runs]))] == [31] + [11] * 4 + [31] + [11] * 4
     with path.open("a") as file:
         file.write(json.dumps(evaluation(1240, 31, 0.9, 0.9) | {"content": "bb"}) + "\n")
-    assert {e.get("content") for run in on_common_set(find([study])) for e in run.metrics} == {None}
+    assert {e.get("content") for run in on_common_set(find([fake_runs])) for e in run.metrics} == {None}
 
 
 def test_a_pretraining_that_diverged_is_no_model(write_run, evaluation, tmp_path):
@@ -106,11 +106,11 @@ def test_a_pretraining_that_diverged_is_no_model(write_run, evaluation, tmp_path
     assert [run.verb for run in on_common_set(find([tmp_path]))] == ["clean"]
 
 
-def test_a_pretraining_that_was_stopped_before_its_first_evaluation_is_no_model(study, write_run):
+def test_a_pretraining_that_was_stopped_before_its_first_evaluation_is_no_model(fake_runs, write_run):
     about = {"objective": "mmcl", "pretrain_objective": "mmcl"}
-    write_run(study / "stopped", about, [], [])
-    write_run(study / "ended", about, [], [], {"reason": "finished"})
-    names = {run.name for run in on_common_set(find([study]))}
+    write_run(fake_runs / "stopped", about, [], [])
+    write_run(fake_runs / "ended", about, [], [], {"reason": "finished"})
+    names = {run.name for run in on_common_set(find([fake_runs]))}
     assert "stopped" not in names and {"ended", "mmcl"} <= names
 
 
@@ -176,22 +176,22 @@ def test_a_plan_that_is_not_one_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "value"), [("start", 7), ("name", 3), ("eval_data", 5), ("classes", [])])
-def test_a_text_that_is_none_is_named(study, name, value):
-    path = study / "mmcl" / "config.json"
+def test_a_text_that_is_none_is_named(fake_runs, name, value):
+    path = fake_runs / "mmcl" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     with pytest.raises(UserError, match=rf"config\.json is damaged \({name} .* is not a text\): put a copy of it back"):
-        read(study / "mmcl")
+        read(fake_runs / "mmcl")
 
 
-def test_a_plan_that_was_changed_is_named(study):
-    path = study / "mmcl" / "plan.json"
+def test_a_plan_that_was_changed_is_named(fake_runs):
+    path = fake_runs / "mmcl" / "plan.json"
     plan = json.loads(path.read_text())
     path.write_text(json.dumps(plan | {"crc32": crc_of(plan)}))
-    attack = read(study / "mmcl").attack
+    attack = read(fake_runs / "mmcl").attack
     assert "banana" in attack
     path.write_text(path.read_text().replace("banana", "canana"))
     with pytest.raises(UserError, match=r"mmcl/plan\.json is damaged or was changed: put a copy"):
-        read(study / "mmcl")
+        read(fake_runs / "mmcl")
 
 
 @pytest.mark.parametrize(

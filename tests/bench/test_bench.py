@@ -35,13 +35,14 @@ from bench.published_step import text_tower, trimmed
 from bench.run import Effort, Gate, run
 from bench.text import text_case
 from fastbd.base.dist import World
+from fastbd.base.schedule import learning_rates
 from fastbd.data.beton import BetonWriter
 from fastbd.evals.classifier import Classifier
 from fastbd.kernels.text_pack import lengths_of, pack, room_for
 from fastbd.methods.method import Method
 from fastbd.methods.objectives import Objective
 from fastbd.models import create
-from fastbd.training.optim import learning_rates, make_optimizer
+from fastbd.training.optim import make_optimizer
 from fastbd.training.roofline import Rates, step_seconds, text_ops
 from fastbd.training.step import Step
 

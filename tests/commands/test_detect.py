@@ -15,7 +15,8 @@ from fastbd.base.errors import UserError
 from fastbd.commands import detect
 from fastbd.data.beton import Beton
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import Pairs, batches
+from fastbd.data.loader import batches
+from fastbd.data.pairs import Pairs
 from fastbd.data.rows import read_rows
 from fastbd.evals.towers import Towers
 from fastbd.models import create

@@ -18,7 +18,7 @@ from fastbd.base.errors import UserError
 from fastbd.data import resident
 from fastbd.data.beton import Beton
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import Pairs
+from fastbd.data.pairs import Pairs
 
 SIZE = 16
 

@@ -28,7 +28,7 @@ from fastbd.commands.build import run
 from fastbd.config.flags import BuildConfig
 from fastbd.data.beton import Beton
 from fastbd.data.decode import open_decoder, read
-from fastbd.data.loader import Pairs
+from fastbd.data.pairs import Pairs
 from fastbd.data.tokenizer import tokenize
 from fastbd.poison.triggers import TriggerSpec, stamp
 

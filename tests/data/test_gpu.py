@@ -18,7 +18,8 @@ from fastbd.data import resident
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import BadImage, open_decoder, read
 from fastbd.data.decode_dali import is_like
-from fastbd.data.loader import RECIPES, Pairs, batches
+from fastbd.data.loader import RECIPES, batches
+from fastbd.data.pairs import Pairs
 from fastbd.data.tokenizer import tokenize
 from fastbd.kernels import views
 from fastbd.kernels.augment import Ragged, render

@@ -20,7 +20,8 @@ from fastbd.base.errors import UserError
 from fastbd.config.flags import Views
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import RECIPES, Pairs, _ahead, _Rooms, batches, text_lengths
+from fastbd.data.loader import RECIPES, _ahead, _Rooms, batches, text_lengths
+from fastbd.data.pairs import Pairs
 from fastbd.data.tokenizer import tokenize
 from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.constants import CLIP_MEAN, CLIP_STD

@@ -17,7 +17,8 @@ from fastbd.base.errors import UserError
 from fastbd.data import resident
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import RECIPES, Pairs, batches
+from fastbd.data.loader import RECIPES, batches
+from fastbd.data.pairs import Pairs
 from fastbd.data.tokenizer import tokenize
 from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec

@@ -6,7 +6,8 @@ from PIL import Image
 
 from fastbd.data import sheet
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import Pairs, draw_views
+from fastbd.data.loader import draw_views
+from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.kernels.augment import render
 from fastbd.poison.plan import Plan

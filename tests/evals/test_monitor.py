@@ -9,7 +9,8 @@ from colours import COLOURS, CPU, write
 from fastbd.base.dist import World
 from fastbd.data.beton import Beton
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import Pairs, batches
+from fastbd.data.loader import batches
+from fastbd.data.pairs import Pairs
 from fastbd.evals.monitor import Monitor, rotation
 from fastbd.evals.towers import Towers
 from fastbd.kernels.augment import normalise

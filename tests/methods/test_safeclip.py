@@ -9,10 +9,10 @@ from formulas import assert_near, embeddings, with_gradients
 from planted import both_ways, cross_entropy, pairs_of, training
 
 from fastbd.base.errors import UserError
+from fastbd.base.schedule import learning_rates
 from fastbd.config.flags import PretrainConfig
 from fastbd.methods.method import Embedded
 from fastbd.methods.safeclip import SafeClip, upper_posterior
-from fastbd.training.optim import learning_rates
 
 BATCH = torch.tensor([4, 7, 0, 9, 2, 5])
 SAFE = torch.tensor([True, True, False, False, True, False])  # of the batch

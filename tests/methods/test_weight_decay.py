@@ -10,8 +10,8 @@ import pytest
 import torch
 from cleanings import cleaning, start, state
 
+from fastbd.base.schedule import learning_rates
 from fastbd.data.beton import Beton
-from fastbd.training.optim import learning_rates
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,8 @@ def test_other_methods_come_after_the_papers_in_short(large):
     assert all(short.count(name) == 1 for name in ("Finetuning (MMCL)", "Finetuning (SSL)", "PAR"))
 
 
-def test_without_two_objectives_nothing_can_be_told(study):
-    one = [run for run in find([study]) if run.pretrain_objective == "mmcl"]
+def test_without_two_objectives_nothing_can_be_told(fake_runs):
+    one = [run for run in find([fake_runs]) if run.pretrain_objective == "mmcl"]
     assert paragraphs(table(one))[0][0].startswith("This study cannot tell: no method has cleaned both an MMCL model")
     assert paragraphs(table(one[:1]))[0][0].startswith("Nothing was cleaned")
 

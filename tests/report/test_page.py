@@ -85,10 +85,10 @@ def test_text_of_the_runs_is_escaped(write_run, evaluation, tmp_path):
     assert all(text in checked.text for text in ("<b>x", "<script>&", "</pre><i>", "a<u>", "<q>", "<em>"))
 
 
-def test_older_runs_and_little_in_them(study, write_run, evaluation, tmp_path):
-    for run in find([study]):
+def test_older_runs_and_little_in_them(fake_runs, write_run, evaluation, tmp_path):
+    for run in find([fake_runs]):
         (run.path / "plan.json").unlink()
-    old = Checker(page(find([study]), FIGURES))
+    old = Checker(page(find([fake_runs]), FIGURES))
     assert "Does the backdoor come back?" not in old.headings and "no choice" in old.text
     assert "top-1 53.0%" in old.text  # by the formula: 0.5704 before, 0.5704 - 0.06 + 0.02 after ten epochs at rate 1
     assert re.search(r"After MMCL\+SSL no evaluation came down to ASR ≤ 5%; the lowest ASR is 8\.5% \(", old.text)
@@ -108,13 +108,13 @@ def test_what_is_said_of_a_model_by_itself(write_run, evaluation, tmp_path):
     assert "no ASR was measured before cleaning" in said("blind", evaluation(0, 0, 0.5), evaluation(9, 1, 0.5))
 
 
-def test_pretrained_only(study):
-    rows = table(find([study / "mmcl"]))
+def test_pretrained_only(fake_runs):
+    rows = table(find([fake_runs / "mmcl"]))
     assert "not cleaned in these runs" in told(rows[0], rows)
 
 
-def test_cells(study):
-    row = dict(zip(TABLE_1, cells(table(find([study]))[0]), strict=True))
+def test_cells(fake_runs):
+    row = dict(zip(TABLE_1, cells(table(find([fake_runs]))[0]), strict=True))
     assert row["Pre-training"] == ("MMCL", "") and row["Cleaning"] == ("CleanCLIP", "2 runs")
     assert row["ASR before"] == ("99.4%", "98.6–99.8")  # Wilson's interval of 0.994 of 760
     assert row["Accuracy kept"] == ("93.0%", "") and row["Reached by"] == "1 of 1"

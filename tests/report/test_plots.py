@@ -21,8 +21,8 @@ def legend(figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_scatter_shows_every_evaluation_in_percent(study):
-    runs = find([study])
+def test_scatter_shows_every_evaluation_in_percent(fake_runs):
+    runs = find([fake_runs])
     axes = plots.scatter(runs).axes[0]
     stars = [c for c in axes.collections if c.get_sizes()[0] > 100]
     dots = [c for c in axes.collections if c.get_sizes()[0] < 100]
@@ -33,10 +33,10 @@ def test_scatter_shows_every_evaluation_in_percent(study):
     assert {line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"} == {5, 10}
 
 
-def test_one_colour_an_objective_and_one_marker_a_method(study):
+def test_one_colour_an_objective_and_one_marker_a_method(fake_runs):
     from matplotlib.colors import to_rgb
 
-    runs = find([study])
+    runs = find([fake_runs])
     figure = plots.scatter(runs)
     dots = [c for c in figure.axes[0].collections if c.get_sizes()[0] < 100]
     looks = [(objective, method) for objective in ("mmcl", "mmcl_ssl") for method in ("cleanclip", "finetune")]
@@ -60,12 +60,12 @@ def test_a_panel_a_method_on_the_same_axes(large):
     assert [count for _, count in sorted(sizes)] == [18 * 11, 18 * 12]  # those on part of the images are smaller
 
 
-def test_a_panel_an_attack(study):
-    for run in find([study]):
+def test_a_panel_an_attack(fake_runs):
+    for run in find([fake_runs]):
         if run.name.startswith("mmcl_ssl"):
             plan = run.path / "plan.json"
             plan.write_text(plan.read_text().replace("random", "corner"))
-    titles = [axes.get_title() for axes in plots.methods(find([study])).axes if axes.get_title()]
+    titles = [axes.get_title() for axes in plots.methods(find([fake_runs])).axes if axes.get_title()]
     methods = ("CleanCLIP", "Finetuning (MMCL)")
     assert titles == [f"{method}\n16 px {at}" for method in methods for at in ("corner", "random")]
 
@@ -99,8 +99,8 @@ def test_published_points_only_beside_the_same_classes(write_run, evaluation, tm
     assert "published, other data" in legend(peers) and len(legend(plain)) == 3
 
 
-def test_trajectories_have_bands_only_while_they_can_be_told_apart(study, large):
-    asr, other, top1, _ = plots.trajectories(find([study])).axes
+def test_trajectories_have_bands_only_while_they_can_be_told_apart(fake_runs, large):
+    asr, other, top1, _ = plots.trajectories(find([fake_runs])).axes
     assert [asr.get_title(), other.get_title(), top1.get_title()] == ["CleanCLIP", "Finetuning (MMCL)", ""]
     assert len(top1.collections) == len(asr.collections) == 4
     line = asr.lines[0]
@@ -114,11 +114,11 @@ def test_trajectories_have_bands_only_while_they_can_be_told_apart(study, large)
     assert np.isnan(line).sum() == 17 and len(line) == 18 * 13 + 17  # the 18 runs of a look, apart from one another
 
 
-def test_curves_have_a_row_a_verb_and_a_column_a_part(study):
-    figure = plots.curves(find([study]))
+def test_curves_have_a_row_a_verb_and_a_column_a_part(fake_runs):
+    figure = plots.curves(find([fake_runs]))
     assert [axes.get_title() for axes in figure.axes] == list(plots.LOSSES.values()) * 2
     assert [len(axes.lines) // 2 for axes in figure.axes] == [2, 2, 1, 1, 4, 4, 2, 2]
-    figure = plots.curves(find([study / "mmcl"]))
+    figure = plots.curves(find([fake_runs / "mmcl"]))
     assert [axes.get_title() for axes in figure.axes] == ["Total loss", "MMCL (image-text)"]
 
 
@@ -137,13 +137,13 @@ def test_running_mean_is_numpys_mean():
     assert y[10] == pytest.approx(np.sin(np.arange(10.0, 15.0)).mean())
 
 
-def test_svg_is_the_same_each_time(study):
-    first, second = (plots.svg(plots.scatter(find([study]))) for _ in range(2))
+def test_svg_is_the_same_each_time(fake_runs):
+    first, second = (plots.svg(plots.scatter(find([fake_runs]))) for _ in range(2))
     assert first == second and b"Attack success rate (%)" in first
 
 
-def test_png_is_150_dpi(study):
-    image = Image.open(io.BytesIO(plots.png(plots.scatter(find([study])))))
+def test_png_is_150_dpi(fake_runs):
+    image = Image.open(io.BytesIO(plots.png(plots.scatter(find([fake_runs])))))
     assert image.format == "PNG" and image.size == (960, 690)
     assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
@@ -160,7 +160,7 @@ def test_runs_with_little_in_them(draw, write_run, evaluation, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://nowhere", "nonsense"])
-def test_a_backend_of_the_environment_is_not_looked_at(backend, study):
+def test_a_backend_of_the_environment_is_not_looked_at(backend, fake_runs):
     """As a notebook leaves one behind, which a process of its own may lack."""
     code = (
         "import os, sys; from pathlib import Path; from fastbd.base.run_folder import find\n"
@@ -170,7 +170,7 @@ def test_a_backend_of_the_environment_is_not_looked_at(backend, study):
         "assert os.environ['MPLBACKEND'] == sys.argv[2]\n"
     )
     environment = os.environ | {"MPLBACKEND": backend}
-    command = [sys.executable, "-c", code, study, backend]
+    command = [sys.executable, "-c", code, fake_runs, backend]
     drawn = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
-    figure = plots.scatter(find([study]))
+    figure = plots.scatter(find([fake_runs]))
     assert drawn == plots.svg(figure) + plots.png(figure)

@@ -45,8 +45,8 @@ def test_a_sweep_is_one_choice_a_rule(runs):
     assert both.asr == pytest.approx((2 + 4 + 2 + 20) / 400) and both.cost == pytest.approx((5 + 0 + 5 - 2) / 400)
 
 
-def test_older_runs_leave_only_the_last(study):
-    found = {name: choices for group, name, choices in by_group(find([study])) if group.method == "CleanCLIP"}
+def test_older_runs_leave_only_the_last(fake_runs):
+    found = {name: choices for group, name, choices in by_group(find([fake_runs])) if group.method == "CleanCLIP"}
     assert [len(found[name]) for name in RULES] == [0, 0, 0, 1]
     assert found["last evaluation"][0].known is None and found["last evaluation"][0].cost is None
     assert summary([]) is None

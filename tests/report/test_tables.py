@@ -66,19 +66,19 @@ def test_a_seed_that_never_came_down_counts_as_nothing_kept(write_run, evaluatio
     assert row.best[0].top1.mean == 0.45 and row.best[0].kept == over([0.9, 0.0])
 
 
-def test_one_model_has_the_interval_of_its_images(study):
-    row = table(find([study]))[0]
+def test_one_model_has_the_interval_of_its_images(fake_runs):
+    row = table(find([fake_runs]))[0]
     found = row.best[0].points[0][1]
     assert row.best[0].top1 == (found["top1"], found["top1_low"], found["top1_high"], 1)
 
 
-def test_best_evaluation_by_the_formula(study):
-    mended, _, stubborn, _ = table(find([study]))
+def test_best_evaluation_by_the_formula(fake_runs):
+    mended, _, stubborn, _ = table(find([fake_runs]))
     run, point = mended.best[0].points[0]
     assert (run.name, point["epoch"]) == ("mmcl-cleanclip-1", 10)  # only the larger rate gets below 5 %
     assert mended.best[1].points[0][1]["asr"] > 0.05
     assert stubborn.best[0].reached == 0 and 0.05 < stubborn.lowest["asr"] < 0.10
-    assert best_of(find([study]))["mmcl_ssl/cleanclip"] is None
+    assert best_of(find([fake_runs]))["mmcl_ssl/cleanclip"] is None
 
 
 def test_evaluations_on_part_of_the_images_count_nowhere(write_run, evaluation, tmp_path):
@@ -135,31 +135,31 @@ def test_settings_that_are_compared_have_rows_of_their_own(write_run, evaluation
     assert list(best_of(find([tmp_path]))) == ["mmcl/cleanclip (tau 0)", "mmcl/cleanclip (tau 2.15)"]
 
 
-def test_checkpoints_of_one_run_are_two_models(study, write_run, evaluation):
-    cleaned(write_run, evaluation, study / "early", study / "mmcl", (50, 90), (50, 1), checkpoint="21")
+def test_checkpoints_of_one_run_are_two_models(fake_runs, write_run, evaluation):
+    cleaned(write_run, evaluation, fake_runs / "early", fake_runs / "mmcl", (50, 90), (50, 1), checkpoint="21")
     names = [
-        group.model for group in groups(find([study])) if group.method == "CleanCLIP" and group.objective == "mmcl"
+        group.model for group in groups(find([fake_runs])) if group.method == "CleanCLIP" and group.objective == "mmcl"
     ]
     assert sorted(names) == ["MMCL, checkpoint 21", "MMCL, checkpoint last"]
 
 
-def test_a_model_is_known_by_its_weights(study, write_run, evaluation):
+def test_a_model_is_known_by_its_weights(fake_runs, write_run, evaluation):
     """Wherever it lay when it was cleaned."""
     for name, start, weights in (("a", "mmcl", "aa"), ("b", "moved/mmcl", "aa"), ("c", "mmcl", "bb")):
-        about = {"verb": "clean", "method": "par", "start": str(study / start), "start_weights": weights}
+        about = {"verb": "clean", "method": "par", "start": str(fake_runs / start), "start_weights": weights}
         about |= {"objective": "mmcl", "pretrain_objective": "mmcl", "config": {"lr": 1e-4, "seed": 0}}
-        write_run(study / name, about, [evaluation(0, 0, 0.5, 0.9), evaluation(20, 1, 0.5, 0.01)], [])
-    (row,) = [row for row in table(find([study])) if row.group.method == "PAR"]
+        write_run(fake_runs / name, about, [evaluation(0, 0, 0.5, 0.9), evaluation(20, 1, 0.5, 0.01)], [])
+    (row,) = [row for row in table(find([fake_runs])) if row.group.method == "PAR"]
     assert (row.models, row.replicates) == (2, 2)
 
 
-def test_a_model_that_was_trained_on_after_it_was_cleaned_is_another(study, write_run, evaluation):
+def test_a_model_that_was_trained_on_after_it_was_cleaned_is_another(fake_runs, write_run, evaluation):
     """The cleaning of the half-trained one is in no row of the other."""
     for step, name, top1 in ((1200, "whole", 0.5), (100, "half", 0.2)):
-        about = {"verb": "clean", "method": "par", "start": str(study / "mmcl"), "start_step": step}
+        about = {"verb": "clean", "method": "par", "start": str(fake_runs / "mmcl"), "start_step": step}
         about |= {"objective": "mmcl", "pretrain_objective": "mmcl", "config": {"lr": 1e-4}}
-        write_run(study / name, about, [evaluation(0, 0, top1, 0.9), evaluation(20, 1, top1, 0.01)], [])
-        rows = {row.group.model: row for row in table(find([study])) if row.group.method == "PAR"}
+        write_run(fake_runs / name, about, [evaluation(0, 0, top1, 0.9), evaluation(20, 1, top1, 0.01)], [])
+        rows = {row.group.model: row for row in table(find([fake_runs])) if row.group.method == "PAR"}
         if step == 1200:
             assert list(rows) == ["MMCL"]
     assert {model: (row.models, row.top1.mean) for model, row in rows.items()} == {
@@ -183,8 +183,8 @@ def test_cleaning_sets_are_rows_of_their_own(write_run, evaluation, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_model_that_no_run_cleans(study):
-    (only,) = table(find([study / "mmcl"]))
+def test_a_model_that_no_run_cleans(fake_runs):
+    (only,) = table(find([fake_runs / "mmcl"]))
     assert (only.group.method, only.lowest, only.area) == ("", None, None) and only.top1.mean == pytest.approx(
         0.577, abs=1e-3
     )

@@ -55,8 +55,8 @@ def test_tables_hold_what_the_runs_do(written, large):
     assert float(cost[run.name]["seconds"]) == 45 and float(cost[run.name]["rebound_max"]) > 0
 
 
-def test_terminal_has_the_answer_and_the_table(study, tmp_path, capsys):
-    report.run(ReportConfig(runs=(study,), out=tmp_path / "page.html"))
+def test_terminal_has_the_answer_and_the_table(fake_runs, tmp_path, capsys):
+    report.run(ReportConfig(runs=(fake_runs,), out=tmp_path / "page.html"))
     said = capsys.readouterr().out
     assert "with one seed nothing can be said about other seeds" in said and "53.0" in said
     assert f"wrote {tmp_path / 'page.html'}" in said
@@ -72,18 +72,18 @@ def test_report_of_no_runs_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_two_studies_side_by_side(study, large, tmp_path):
+def test_two_studies_side_by_side(fake_runs, large, tmp_path):
     out = tmp_path / "page.html"
-    report.run(ReportConfig(compare=(study / "..", large), out=out))
+    report.run(ReportConfig(compare=(fake_runs / "..", large), out=out))
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"compare.png", "compare.svg", "page.html"}
-    first, second = (table(find([folder])) for folder in (study, large))
+    first, second = (table(find([folder])) for folder in (fake_runs, large))
     pairs = {(a or b).group.method: (a, b) for a, b in pair_up(first, second) if (a or b).group.objective == "mmcl"}
     assert [method for method, (a, _) in pairs.items() if a] == ["CleanCLIP", "Finetuning (MMCL)"]
     a, b = pairs["CleanCLIP"]
     assert f"{100 * (b.best[0].top1.mean - a.best[0].top1.mean):+.1f} points" in out.read_text()
 
 
-def test_watch_waits_draws_again_and_ends_with_ctrl_c(study, write_run, evaluation, tmp_path):
+def test_watch_waits_draws_again_and_ends_with_ctrl_c(fake_runs, write_run, evaluation, tmp_path):
     empty, out = tmp_path / "later", tmp_path / "page.html"
     code = "from fastbd.commands import report; report.SECONDS = 0.1; from fastbd.cli import main; import sys; "
     code += f"sys.exit(main(['report', '--watch', '--runs', {str(empty)!r}, '--out', {str(out)!r}]))"

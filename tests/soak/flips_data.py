@@ -19,7 +19,7 @@ from fastbd.base.errors import UserError
 from fastbd.data import resident
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import Pairs
+from fastbd.data.pairs import Pairs
 from fastbd.data.rows import read_rows, write_rows
 from fastbd.data.tokenizer import tokenize
 from fastbd.poison.plan import Plan, make_plan

@@ -12,8 +12,8 @@ import weakref
 
 import pytest
 
+from fastbd.base.console import console
 from fastbd.base.errors import UserError
-from fastbd.base.log import console
 from fastbd.base.signals import Stopped
 from fastbd.study import patience
 from fastbd.study.patience import patiently

@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
+from fastbd.base.schedule import learning_rates
 from fastbd.models import create
-from fastbd.training.optim import clamp_log_scale, learning_rates, make_optimizer, restore
+from fastbd.training.optim import clamp_log_scale, make_optimizer, restore
 
 
 def test_schedule_is_warmup_then_cosine_to_zero():

@@ -10,7 +10,7 @@ from contextlib import closing
 from itertools import groupby
 from typing import NamedTuple
 
-from fastbd.base.log import progress
+from fastbd.base.console import progress
 from fastbd.base.workers import map_in_order
 from fastbd.config.flags import BuildConfig
 from fastbd.data.sources.item import CAPTION_LIMIT, IMAGE_SUFFIXES, Item

@@ -80,7 +80,7 @@ def _evaluation() -> Callable[..., dict]:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> Path:
+def fake_runs(tmp_path: Path) -> Path:
     return write_study(tmp_path / "runs")
 
 
