@@ -49,13 +49,13 @@ def resumed_after(run: Run, step: int) -> Run:
     run.record = stop
     with pytest.raises(Stopped):
         run.train()
-    config = cli.parse("clean", ["--resume", str(run.folder)])
+    config = cli.parse("clean", ["--resume", str(run.folder.path)])
     return Run(config, clean.task(config, WORLD), WORLD)
 
 
 def state(run: Run) -> dict:
     """Weights of the model and of the method, as they are saved."""
-    saved = torch.load(run.folder / "ckpt_last.pt", weights_only=True)
+    saved = torch.load(run.folder.path / "ckpt_last.pt", weights_only=True)
     return {**saved["model"], **{f"method.{name}": value for name, value in saved["method"].items()}}
 
 

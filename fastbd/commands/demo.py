@@ -13,7 +13,7 @@ from fastbd.base.errors import UserError
 from fastbd.commands import build, poison
 from fastbd.config.flags import BuildConfig, DemoConfig, PoisonConfig
 from fastbd.data.demo import TARGET, write_demo_set
-from fastbd.training.run import free_folder
+from fastbd.training.folder import free_folder
 
 FOLDER = Path("data/demo")
 PAIRS, HELD_OUT, SEED = 4_000, 800, 0

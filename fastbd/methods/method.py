@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ class Embedded(NamedTuple):
     views: Sequence[Tensor]
 
 
-class Training(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Training:
     """What a method can learn of the training around it."""
 
     model: CLIP
@@ -49,9 +51,9 @@ class Training(Protocol):
     """The towers are compiled."""
     policies: tuple[str, ...]
     """Those that draw the image views of a step; the views of plain are always the same."""
-
-    def embed(self, rows: np.ndarray, images: bool = True, texts: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        """Raw embeddings, float32 [N, D], of the base views and of the captions, by the model as it is."""
+    embed: Callable[..., tuple[Tensor | None, Tensor | None]]
+    """embed(rows int64 [N], images=True, texts=True): raw embeddings, float32 [N, D], of the base views and of the
+    captions, by the model as it is; None for what is not asked for."""
 
 
 class Method(nn.Module):

@@ -64,7 +64,7 @@ def test_a_rebound_that_diverges_leaves_the_cleaning_finished(study, monkeypatch
     monkeypatch.setattr("fastbd.training.run.REBOUND_LR", 1e30)
     run = cleaning(tmp_path / "run", "--epochs", 1, "--rebound", 4)
     assert run.train() == "finished"
-    result = json.loads((run.folder / "result.json").read_text())
+    result = json.loads((run.folder.path / "result.json").read_text())
     assert result["reason"] == "finished" and "rebound" not in result
 
 

@@ -308,8 +308,8 @@ def test_nothing_is_written_for_a_run_that_is_anothers(here, tmp_path):
     assert Ledger(ledger.folder).take().held() and not claim.lost
     how = sweep_command._do(claim, ledger, SweepConfig(), Kept(), dist.join("cpu"))
     assert how == "taken over by another process"
-    assert {path.name for path in run.folder.glob("*.*")} >= {"ckpt_last.pt"}
-    assert not (run.folder / "metrics.jsonl").exists() and not claim.run.product.exists()
+    assert {path.name for path in run.folder.path.glob("*.*")} >= {"ckpt_last.pt"}
+    assert not (run.folder.path / "metrics.jsonl").exists() and not claim.run.product.exists()
 
 
 def test_asha_compares_what_differs_in_its_rates_alone():

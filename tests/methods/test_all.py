@@ -59,7 +59,7 @@ def test_a_method_goes_its_first_steps(method, trigger, starts, study, tmp_path)
     )  # fmt: skip
     run = Run(config, clean.task(config, ONE), ONE, kept, quiet=True)
     assert run.train() == "finished"
-    losses = [json.loads(line)["loss"] for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [json.loads(line)["loss"] for line in (run.folder.path / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run.folder.path / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and all(map(math.isfinite, losses))
     assert [row["step"] for row in rows] == [0, 3] and all(row["trigger"] == trigger for row in rows)

@@ -23,8 +23,8 @@ def diverged(run: Run) -> tuple[str, dict]:
     """What is said, and the file."""
     with pytest.raises(Diverged) as said:
         run.train()
-    assert json.loads((run.folder / "result.json").read_text())["reason"] == "diverged"
-    return str(said.value), json.loads((run.folder / "diverged.json").read_text())
+    assert json.loads((run.folder.path / "result.json").read_text())["reason"] == "diverged"
+    return str(said.value), json.loads((run.folder.path / "diverged.json").read_text())
 
 
 def given(run: Run) -> list[np.ndarray]:
@@ -62,7 +62,7 @@ def test_a_run_that_diverges_names_the_step_and_its_rows_and_does_so_again_when_
     assert said.startswith("the loss is nan at step 13 (not finite: mmcl")
     assert said.endswith(f"the run diverged; lower --lr (1e+30), or look at the batch's rows, in {path}.")
 
-    config = cli.parse("clean", ["--resume", str(run.folder)])
+    config = cli.parse("clean", ["--resume", str(run.folder.path)])
     again = Run(config, clean.task(config, WORLD), WORLD)
     assert again.done == run.steps_per_epoch and not path.exists()
     again.step.rates[:] = run.step.rates
@@ -88,18 +88,18 @@ def test_weights_that_are_not_finite_are_refused_before_training(study, monkeypa
     monkeypatch.chdir(study)
     start(study)
     run = cleaning(tmp_path / "run")
-    run.release()
+    run.folder.release()
     path = tmp_path / "run/ckpt_last.pt"
     state = checkpoint.load(path)
     state["model"]["logit_scale"].fill_(value)
     state["model"]["visual.bn1.running_var"][0] = value
     checkpoint.save(path, state)
-    config = cli.parse("clean", ["--resume", str(run.folder)])
+    config = cli.parse("clean", ["--resume", str(run.folder.path)])
     with pytest.raises(UserError, match=rf"^the weights of {path} are not finite \(.* and 1 more\)"):
         Run(config, clean.task(config, WORLD), WORLD)
     flags = [*START, "--weights", str(path), "--out", str(tmp_path / "next")]
     assert cli.main(["pretrain", *flags]) == 2 and not (tmp_path / "next").exists()
-    flags = ["clean", "--run", str(run.folder), "--force", "--device", "cpu", "--out", str(tmp_path / "next")]
+    flags = ["clean", "--run", str(run.folder.path), "--force", "--device", "cpu", "--out", str(tmp_path / "next")]
     assert cli.main(flags) == 2 and not (tmp_path / "next").exists()
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith(f"error: {path} has NaN or infinite numbers in ")  # as --weights are read

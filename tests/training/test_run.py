@@ -12,7 +12,8 @@ from fastbd import cli
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.commands import clean
-from fastbd.training.run import Run, same_pixels
+from fastbd.training.pairs import same_pixels
+from fastbd.training.run import Run
 
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 
@@ -47,8 +48,11 @@ def test_a_run_that_another_process_trains_is_not_resumed(study, monkeypatch, tm
         Run(config, clean.task(config, WORLD), WORLD)
     # A sweep's claim decides whose a run is, not the lock of a process that has stalled.
     Run(config, clean.task(config, WORLD), WORLD, guard=lambda: None)
-    first.release()
-    assert Run(config, clean.task(config, WORLD), WORLD).lock
+    first.folder.release()
+    second = Run(config, clean.task(config, WORLD), WORLD)
+    with pytest.raises(UserError, match="is being trained by"):
+        Run(config, clean.task(config, WORLD), WORLD)
+    second.folder.release()
 
 
 def test_of_two_runs_that_make_one_folder_the_second_is_told(study, monkeypatch, tmp_path):
@@ -57,7 +61,7 @@ def test_of_two_runs_that_make_one_folder_the_second_is_told(study, monkeypatch,
 
     class Overtaken(World):
         def barrier(self) -> None:
-            cleaning(tmp_path / "run").release()
+            cleaning(tmp_path / "run").folder.release()
 
     config = cli.parse("clean", ["--run", "runs/start", "--force", "--device", "cpu", "--out", str(tmp_path / "run")])
     world = Overtaken(0, 1, WORLD.device)

@@ -1,0 +1,152 @@
+"""A model in the device's memory and what trains it: made once, used again by runs that follow one another."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastbd.base.dist import World
+from fastbd.base.errors import UserError
+from fastbd.config.fields import to_dict
+from fastbd.methods.method import Method
+from fastbd.models import CLIP
+from fastbd.models.batchnorm import batch_norms, share_statistics
+from fastbd.models.blocks import recompute
+from fastbd.models.precision import is_captured, is_compiled, set_precision
+from fastbd.training.fit import Shares
+from fastbd.training.kept import Kept
+from fastbd.training.optim import make_optimizer, restore
+from fastbd.training.step import Step
+from fastbd.training.task import Config, Task
+from fastbd.training.watch import LOOKING
+
+FREE = {
+    "run", "checkpoint", "lr", "warmup", "seed", "mmcl_weight", "ssl_weight", "siglip_weight", "cyclic_weight",
+    "poison_left", "flagged", "flagged_by",
+    "force", "landed", "weights", "resume", "out", "save_every", "log_every", "rebound", "plan", "poison", "eval_data",
+    "classes", "templates", "eval_every", "eval_subset", "eval_between", "rows_file", "max_bad", "workers", "decode",
+    "hw_decoder_load", "resident", "resident_dir", "verify",
+}  # fmt: skip
+"""Settings in which two runs may differ and still be trained by the same step in the same memory."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How a step computes: its number format, whether the towers are compiled, whether it is one CUDA graph."""
+
+    precision: str
+    compiled: bool
+    captured: bool
+
+
+def numerics_of(config: Config, world: World) -> Numerics:
+    """Return what the flags ask for on this machine; sets the precision of PyTorch's matrix products."""
+    precision = set_precision(config.precision, world.device)
+    return Numerics(precision, is_compiled(config.compile, world), is_captured(config.graph, world))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model and a method on the device, the step that trains them, and the size of the step's text part."""
+
+    model: CLIP
+    method: Method
+    room: int
+    """Tokens that a part of a batch has room for; 1 where its captions need no fixed shape."""
+    step: Step
+
+
+def structure(config: Config, task: Task, precision: str) -> str:
+    """Return a key of all that a step in memory depends on: every setting that is not marked as free."""
+    settings = {name: value for name, value in to_dict(config).items() if name not in FREE}
+    terms = [weight > 0 for weight in task.method.objective.weights]
+    model = [task.model_name, task.model.spec.activation]
+    return json.dumps([*model, str(task.data), len(task.rows), settings, terms, precision])
+
+
+def reusable(kept: Kept, key: str, task: Task, numerics: Numerics, resumed: bool) -> Setup | None:
+    """Return the Setup of an earlier run if this run fits in it; else free that, before new memory is taken."""
+    found = kept.held("setup", key)
+    if found and not resumed and task.optimizer is None:  # optimizer states that are read lie elsewhere
+        return found
+    kept.drop("setup", *LOOKING)
+    if numerics.compiled:
+        torch.compiler.reset()  # which compiles a function for so many models, and no more
+    return None
+
+
+def place(found: Setup | None, config: Config, task: Task, shares: Shares, world: World) -> tuple[CLIP, Method]:
+    """Return the task's model and method on the device: in the memory of `found`, or in new memory."""
+    if found:
+        found.model.load_state_dict(task.model.state_dict())
+        found.method.objective = task.method.objective
+        return found.model.train(), found.method
+    model = task.model.to(world.device, memory_format=torch.channels_last).train()
+    if config.grad_checkpointing:
+        recompute(model)
+    if shares.group:
+        share_statistics(model, shares.group)
+    return model, task.method.to(world.device)
+
+
+def make_step(model: CLIP, method: Method, rates: Tensor, config: Config, numerics: Numerics, world: World) -> Step:
+    """Return a step that trains the model at learning rates float32 [steps]."""
+    if config.bn_group == "sync" and world.size > 1:  # after all that copies the model: a process group has no copy
+        share_statistics(model, 0, world.group)
+    betas = (config.beta1, config.beta2)
+    optimizer = make_optimizer(
+        model, method, lr=config.lr, weight_decay=config.weight_decay, betas=betas, eps=config.eps
+    )
+    return Step(
+        model,
+        method,
+        optimizer,
+        rates,
+        precision=numerics.precision,
+        world=world,
+        parts=config.accumulate,
+        compiled=numerics.compiled,
+        fused=config.compile == "fused",
+        captured=numerics.captured,
+        falls_back=config.graph == "auto",
+    )
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, config: Config, task: Task) -> None:
+    """Load the optimizer's state: that of the run itself when it resumes, else that of the run that is cleaned."""
+    try:
+        restore(optimizer, state)
+    except (KeyError, ValueError):
+        if config.resume:
+            raise UserError(
+                f"the checkpoint in {config.resume} holds the optimizer's state of other parameters than "
+                f"{task.model_name} has: put back what was changed, or start the run again."
+            ) from None
+        raise UserError(
+            f"--keep-optimizer: {task.start} and --method {task.method_name} do not train the same parameters, as one "
+            "has a head of its own; leave it out."
+        ) from None
+
+
+def shares_of(config: Config, task: Task, world: World, views: int) -> Shares:
+    """Return how a batch is shared out, of pairs with `views` images each. UserError where it cannot be."""
+    norms = bool(batch_norms(task.model)) and not task.method.frozen_norms
+    group = config.bn_group if norms and isinstance(config.bn_group, int) else 0
+    shares = Shares(world.size, config.accumulate, group, views, norms)
+    batch_size, rows = config.batch_size, len(task.rows)
+    if min(batch_size, rows) < 2 and task.method.contrasts and config.epochs:
+        raise UserError(
+            "the loss tells the pairs of a batch from one another, so a batch needs 2 or more: --batch-size is "
+            f"{batch_size}, and {rows:,} of the data's pairs are trained on."
+        )
+    shares.check(batch_size, rows)
+    synchronised = config.bn_group == "sync" and world.size > 1
+    if norms and shares.part(batch_size) * shares.views == 1 and config.epochs and not synchronised:
+        raise UserError(
+            "batch norm needs the statistics of more than the 1 image that a process embeds at a time: give a "
+            "larger --batch-size, or a smaller --accumulate."
+        )
+    return shares
