@@ -1,3 +1,110 @@
-"""fastbd: plant a backdoor in a CLIP-style model, pre-train, clean, and see whether it went away."""
+"""Plant a backdoor in a CLIP-style model, pre-train, clean, and see whether it went away.
 
+The verbs of the command line as functions, for scripts and notebooks. They take the same flags by the same names, say
+the same while they work, and return what was made; a mistake is a fastbd.UserError with a sentence that tells it.
+
+    trained = fastbd.pretrain(objective="mmcl_ssl", epochs=2)
+    cleaned = fastbd.clean(trained, method="cleanclip")
+    print(cleaned.metrics[-1]["top1"], cleaned.metrics[-1]["asr"])
+    model = fastbd.load(cleaned).model
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastbd.base.errors import UserError
+
+if TYPE_CHECKING:
+    from fastbd.base.run_folder import Evaluation, Run
+    from fastbd.evals.loaded import Loaded
+
+__all__ = ["UserError", "clean", "evaluate", "load", "pretrain", "sweep"]
 __version__ = "0.1.0"
+
+
+def pretrain(**flags: Any) -> Run:
+    """Pre-train as `fastbd pretrain` does with these flags, such as objective="mmcl"; returns the run, read back."""
+    from fastbd.commands import pretrain
+
+    return _trained(pretrain, "pretrain", flags)
+
+
+def clean(run: Run | Path | str | None = None, **flags: Any) -> Run:
+    """Clean a run's model as `fastbd clean` does with these flags, such as method="par"; returns the cleaning run.
+
+    Without `run`, flags are resume=FOLDER, the cleaning to go on with.
+    """
+    from fastbd.commands import clean
+
+    return _trained(clean, "clean", {"run": run and _folder(run), **flags})
+
+
+def evaluate(run: Run | Path | str, **flags: Any) -> list[Evaluation]:
+    """Evaluate a run's model as `fastbd evaluate` does; returns the rows that were added to its metrics.jsonl."""
+    from fastbd.commands import evaluate
+
+    return evaluate.measured(_settings("evaluate", {"run": _folder(run), **flags}))
+
+
+def sweep(study: Path | str | None = None, **flags: Any) -> list[Run]:
+    """Run a study as `fastbd sweep` does with these flags; returns its runs that have a folder."""
+    from fastbd.base.run_folder import find
+    from fastbd.commands import sweep
+
+    settings = _settings("sweep", {"study": study, **flags})
+    folder = sweep.open_ledger(settings).folder
+    if sweep.run(settings) > 1:
+        raise KeyboardInterrupt(f"stopped; go on with fastbd.sweep(out={str(folder)!r})")
+    return find([folder / "runs"])
+
+
+def load(run: Run | Path | str, checkpoint: str = "last", device: str = "auto") -> Loaded:
+    """Return a run's model in eval mode on a device, with its image transform and its tokenizer.
+
+    `checkpoint` is last, or the number of an epoch.
+    """
+    from fastbd.base.dist import join
+    from fastbd.commands.evaluate import open_model
+    from fastbd.evals.loaded import Loaded
+
+    _, model = open_model(_folder(run), checkpoint, join(device).device)
+    return Loaded(model.eval())
+
+
+def _trained(command: Any, verb: str, flags: dict[str, Any]) -> Run:
+    from fastbd.base.run_folder import read
+
+    code, folder = command.train(_settings(verb, flags))
+    if code:
+        raise KeyboardInterrupt(f"stopped and saved; go on with fastbd.{verb}(resume={str(folder)!r})")
+    return read(folder)
+
+
+def _folder(run: Run | Path | str) -> Path:
+    return Path(getattr(run, "path", run))
+
+
+def _settings(verb: str, flags: dict[str, Any]) -> Any:
+    """Return the verb's flags as its command line would have them, with the same defaults and checks."""
+    from fastbd import cli
+
+    try:
+        return cli.parse(verb, [word for name, value in flags.items() for word in _words(name, value)])
+    except SystemExit:  # of the parser, which has printed what is wrong
+        raise UserError(
+            f"fastbd.{verb}() does not take these flags, as told above; python -m fastbd {verb} --help lists them."
+        ) from None
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """Return the words of a command line that give the flag this value; None leaves it out."""
+    flag = name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, list | tuple):
+        return [f"--{flag}", *map(str, value)]
+    return [f"--{flag}={value}"]

@@ -27,6 +27,11 @@ HELD_OUT = 512  # pairs
 
 def run(config: CleanConfig) -> int:
     """Clean a run's model into a run folder of its own; exit code 0, or 128 + signal when stopped."""
+    return train(config)[0]
+
+
+def train(config: CleanConfig) -> tuple[int, Path]:
+    """Clean a run's model into a run folder of its own; returns the exit code and the folder."""
     if config.run is None:
         raise UserError("clean needs --run, the folder of the run to clean; for example --run runs/mmcl.")
     return execute(config, partial(task, config))

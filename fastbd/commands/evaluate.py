@@ -13,7 +13,7 @@ import torch
 from fastbd.base import dist, files
 from fastbd.base.console import console, markdown, progress
 from fastbd.base.errors import UserError
-from fastbd.base.run_folder import read_config
+from fastbd.base.run_folder import Evaluation, read_config
 from fastbd.config.flags import EvaluateConfig
 from fastbd.data.decode import open_decoder
 from fastbd.data.pairs import Pairs
@@ -32,13 +32,19 @@ from fastbd.training.task import check_trained_on
 
 
 def run(config: EvaluateConfig) -> int:
-    """Evaluate a checkpoint on one or more sets, add a line for each to the run's metrics.jsonl, print the table.
+    """Evaluate a checkpoint on one or more sets, add a line for each to the run's metrics.jsonl, print the table."""
+    measured(config)
+    return 0
 
-    Where the run's folder is read-only, the table alone. Raises OSError, after the table, where the disk is full.
+
+def measured(config: EvaluateConfig) -> list[Evaluation]:
+    """Return the rows of the sets, which are added to the run's metrics.jsonl; prints the table.
+
+    Where the run's folder is read-only, nothing is added. Raises OSError, after the table, where the disk is full.
     """
     console.stderr = config.json  # what it says on the way is not the result
     rows, unrecorded = [], None
-    for row in Evaluation(config).rows():
+    for row in Measurement(config).rows():
         rows.append(row)
         try:
             files.append(config.run / "metrics.jsonl", {key: value for key, value in row.items() if key != "classes"})
@@ -46,12 +52,14 @@ def run(config: EvaluateConfig) -> int:
             unrecorded = error
     only_read = unrecorded is not None and unrecorded.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
     if only_read:
-        console.print(f"not recorded, as {unrecorded.filename or config.run} cannot be written "
-                          f"({unrecorded.strerror})", markup=False)  # fmt: skip
+        console.print(
+            f"not recorded, as {unrecorded.filename or config.run} cannot be written ({unrecorded.strerror})",
+            markup=False,
+        )
     _show(config, rows)
     if unrecorded and not only_read:
         raise unrecorded
-    return 0
+    return rows
 
 
 def _show(config: EvaluateConfig, rows: list[dict]) -> None:
@@ -73,7 +81,7 @@ def open_model(run: Path, which: str, device: torch.device) -> tuple[dict, CLIP]
     return state, model.to(device, memory_format=torch.channels_last)
 
 
-class Evaluation:
+class Measurement:
     """A checkpoint, and what it is to be evaluated on."""
 
     def __init__(self, config: EvaluateConfig):

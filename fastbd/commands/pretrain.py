@@ -26,6 +26,11 @@ from fastbd.training.task import Task, allowed_rows
 
 def run(config: PretrainConfig) -> int:
     """Train a model into a run folder; exit code 0, or 128 + signal when stopped."""
+    return train(config)[0]
+
+
+def train(config: PretrainConfig) -> tuple[int, Path]:
+    """Train a model into a run folder; returns the exit code and the folder."""
     return execute(config, partial(task, config))
 
 

@@ -49,8 +49,11 @@ from fastbd.training.watch import Watch
 REBOUND_BATCH, REBOUND_LR = 16, 1e-6
 
 
-def execute(config: Config, make_task: Callable[[World], Task]) -> int:
-    """Do the task that make_task gives in a run folder; exit code 0, or 128 + signal when stopped (and saved)."""
+def execute(config: Config, make_task: Callable[[World], Task]) -> tuple[int, Path]:
+    """Do the task that make_task gives; returns an exit code and the run's folder.
+
+    The code is 0, or 128 + signal when the training was stopped (and saved).
+    """
     world = dist.join(config.device)
     if world.main:
         check_place(config)
@@ -65,7 +68,7 @@ def execute(config: Config, make_task: Callable[[World], Task]) -> int:
         exit_code = stopped.exit_code
     # Not after an error: the other ranks may be waiting for this one, and only its death lets torchrun end them.
     dist.leave()
-    return exit_code
+    return exit_code, run.folder.path
 
 
 class Run:

@@ -1,0 +1,70 @@
+"""The Python entry: the example of docs/python.md, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastbd
+from fastbd.base.run_folder import read
+from fastbd.data.decode import open_decoder
+from fastbd.data.pairs import Pairs
+from fastbd.data.shards import open_beton
+from fastbd.data.tokenizer import tokenize
+from fastbd.kernels.augment import render
+from fastbd.kernels.text_pack import pack
+from fastbd.kernels.views import plain
+
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+
+
+@pytest.fixture(scope="module")
+def example(study, tmp_path_factory) -> dict:
+    """The names that the page's example leaves behind, run beside the small study's files."""
+    folder = tmp_path_factory.mktemp("example")
+    for path in study.glob("*.*"):
+        (folder / path.name).symlink_to(path)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(compile(code, str(PAGE), "exec"), names)
+        names["cleaned"] = read(names["cleaned"].path.absolute())
+        names["trained"] = read(names["trained"].path.absolute())
+    return names
+
+
+def test_runs_are_those_of_the_verbs(example):
+    trained, cleaned = example["trained"], example["cleaned"]
+    assert (trained.verb, cleaned.verb, cleaned.method) == ("pretrain", "clean", "cleanclip")
+    assert cleaned.config["lr"] == 1e-3 and cleaned.config["batch_size"] == 64  # the preset's
+    assert cleaned.start.name == trained.name and cleaned.result["reason"] == "finished"
+    assert [row["epoch"] for row in cleaned.metrics] == [0, 1]
+    assert len(next(row for row in cleaned.rows if "asr_by_seed" in row)["asr_by_seed"]) == 2
+
+
+def test_a_loaded_model_sees_what_an_evaluation_sees(example, study):
+    loaded, beton = example["loaded"], open_beton(study / "val.beton")
+    assert not loaded.model.training and example["similarity"].shape == (2, 2)
+    image = Pairs(beton, open_decoder("pil", 1, "cpu"), loaded.model.image_size).stored(3)
+    size = loaded.model.image_size
+    assert torch.equal(loaded.transform(image.numpy()), render([image], plain([image.shape[:2]], size), size)[0])
+    text = pack(tokenize(["a photo of a cat"]))
+    with torch.no_grad():
+        found = loaded.model.encode_text(loaded.tokenizer(["a  photo of a cat "]))
+        assert torch.equal(found, loaded.model.encode_text(text))
+
+
+def test_mistakes_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(fastbd.UserError, match="does not take these flags"):
+        fastbd.pretrain(epoch=3)
+    assert "--epoch" in capsys.readouterr().err
+    with pytest.raises(fastbd.UserError, match="--lr -1.0 is out of range"):
+        fastbd.pretrain(lr=-1.0)
+    with pytest.raises(fastbd.UserError, match="nowhere"):
+        fastbd.load("nowhere")
+    assert not list(tmp_path.iterdir())
