@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastbd.base.run_folder import Run
 from fastbd.base.stats import Estimate
-from fastbd.report import html, plots
-from fastbd.report.format import MISSING
-from fastbd.report.page import SCATTER, TABLE_1
+from fastbd.report import plots
+from fastbd.report.format import MISSING, Cell, Line, estimate
+from fastbd.report.page import TABLE_1
+from fastbd.report.render import embedded, render
 from fastbd.report.tables import Row, table
 from fastbd.report.write import save
 
@@ -33,29 +33,27 @@ def pair_up(first: Sequence[Row], second: Sequence[Row]) -> list[Pair]:
 
 
 def page(names: tuple[str, str], pairs: Sequence[Pair], image: bytes) -> str:
-    """The whole page."""
+    """The whole page. `image`: the PNG file of the scatter of both."""
     rows = [line for pair in pairs for line in _lines(names, pair)]
     title = f"{names[0]} against {names[1]}"
-    return (
-        html.head()
-        + f"<h1>{escape(title)}</h1>"
-        + html.section("Table 1 of both", html.grid(COLUMNS, rows), NOTE)
-        + html.section("Accuracy against attack success rate", html.picture("methods", image, title), SCATTER)
-        + "</main></body></html>\n"
-    )
+    return render("compare.html.j2", title=title, rows=rows, scatter=embedded(image))
 
 
-def _lines(names: tuple[str, str], pair: Pair) -> list[list[html.Cell]]:
+def _lines(names: tuple[str, str], pair: Pair) -> list[Line]:
     """A line for each study that has the row, and one for their difference where both have it."""
     lines = [
-        [row.group.model, row.group.method or "not cleaned", name, *map(html.estimate, _numbers(row))]
+        _line(row.group.model, row.group.method or "not cleaned", name, map(estimate, _numbers(row)))
         for name, row in zip(names, pair, strict=True)
         if row
     ]
     if all(pair):
         both = zip(*map(_numbers, pair), strict=True)
-        lines.append(["", "", "difference", *(difference(*numbers) for numbers in both)])
+        lines.append(_line("", "", "difference", (difference(*numbers) for numbers in both)))
     return lines
+
+
+def _line(model: str, method: str, study: str, numbers: Iterable[Cell]) -> Line:
+    return {"Pre-training": model, "Cleaning": method, "Study": study, **dict(zip(NUMBERS, numbers, strict=True))}
 
 
 def _numbers(row: Row) -> list[Estimate | None]:
@@ -74,8 +72,4 @@ def _key(row: Row, rows: Sequence[Row]) -> tuple:
     return own if alone else (*own, row.group.variant, *row.group.place)
 
 
-COLUMNS = ("Pre-training", "Cleaning", "Study", *TABLE_1[3:7], *TABLE_1[8:])
-NOTE = (
-    "Difference: of the means, the second study less the first. Where the 95% intervals below two numbers do not "
-    "overlap, they differ by more than chance; where they overlap, nothing follows. The two may share models or seeds."
-)
+NUMBERS = (*TABLE_1[3:7], *TABLE_1[8:])  # the heads of what _numbers gives

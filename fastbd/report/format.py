@@ -1,4 +1,4 @@
-"""Numbers as a reader sees them."""
+"""Numbers as a reader sees them, and the cells of a table that hold them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import math
 
 from fastbd.base.run_folder import Evaluation
 from fastbd.base.stats import Estimate
+
+Cell = str | tuple[str, str]  # a text, or (a text, a smaller one below it)
+Line = dict[str, Cell]  # a row of a table, by the heads of its columns
 
 
 def share(value: float) -> str:
@@ -34,6 +37,19 @@ def points(estimate: Estimate, sign: int = 1) -> str:
     mean, *ends = (100 * sign * value for value in estimate[:3])
     text = f"{mean:.1f} points"
     return text + (f" ({min(ends):.1f} to {max(ends):.1f})" if math.isfinite(estimate.low) else "")
+
+
+def estimate(value: Estimate | None) -> Cell:
+    """A mean share, with its interval below it."""
+    if value is None:
+        return MISSING
+    return share(value.mean), between(value).strip(" ()")
+
+
+def split(text: str) -> Cell:
+    """A number that has its interval in brackets after it, with the interval below it."""
+    value, _, interval = text.partition(" (")
+    return value, interval.rstrip(")")
 
 
 MISSING = "–"

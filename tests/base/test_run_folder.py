@@ -120,12 +120,12 @@ def test_runs_without_evaluation_are_the_users_mistake(write_run, tmp_path):
         on_common_set(find([tmp_path]))
 
 
-def test_imports_neither_torch_nor_matplotlib():
-    heavy = "('torch', 'matplotlib')"
+def test_imports_no_torch_matplotlib_or_jinja():
+    heavy = "('torch', 'matplotlib', 'jinja2')"
     code = f"import sys, fastbd.report.compare, fastbd.report.write; print(*(m in sys.modules for m in {heavy}))"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert done.stdout.split() == ["False", "False", "False"]
 
 
 @pytest.fixture

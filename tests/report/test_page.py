@@ -1,27 +1,36 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 
+import fastbd.report
 from fastbd.base.run_folder import find
+from fastbd.report import compare
 from fastbd.report.finding import RULE
 from fastbd.report.format import percent
 from fastbd.report.page import TABLE_1, cells, page, statistics_of, told
+from fastbd.report.render import render
 from fastbd.report.tables import table
 
 FIGURES = {name: name.encode() for name in ("scatter", "methods", "trajectories", "curves")}
 VOID = {"meta", "img", "br"}
+TAGS = '</pre><script>&"'
 
 
 class Checker(HTMLParser):
-    """Collects tags, images, headings and text; fails where tags do not nest."""
+    """Collects tags, images with their alternatives, headings and text; fails where tags do not nest."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open, self.tags, self.images, self.words, self.headings = [], [], [], [], []
+        self.alts = []
         self.feed(text)
         assert not self.open
         self.text = "".join(self.words)
@@ -29,6 +38,7 @@ class Checker(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.images += [value for name, value in attrs if name == "src"]
+        self.alts += [value for name, value in attrs if name == "alt"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -83,6 +93,49 @@ def test_text_of_the_runs_is_escaped(write_run, evaluation, tmp_path):
     checked = Checker(page(find([tmp_path]), FIGURES))
     assert not {"b", "script", "i", "u", "q", "em"} & set(checked.tags)
     assert all(text in checked.text for text in ("<b>x", "<script>&", "</pre><i>", "a<u>", "<q>", "<em>"))
+
+
+@pytest.fixture
+def study_of_tags(write_run, evaluation, tmp_path):
+    """A cleaned model with tags in the name of its run, its command, its method, its target and its attack."""
+    config = {"name": f"run {TAGS}", "command": f"command {TAGS}", "method": f"method {TAGS}"}
+    metrics = [evaluation(k, k, 0.5, asr) | {"target": f"target {TAGS}"} for k, asr in enumerate((0.9, 0.01))]
+    run = clean_run(write_run, tmp_path / "study", *metrics, **config)
+    plan = json.loads((run / "plan.json").read_text())
+    plan["attacks"][0]["target"] = f"fruit {TAGS}"
+    (run / "plan.json").write_text(json.dumps(plan))
+    return tmp_path / "study"
+
+
+def test_tags_in_what_a_user_names_stay_text(study_of_tags):
+    text = page(find([study_of_tags]), FIGURES)
+    checked = Checker(text)
+    assert all(f"{word} {TAGS}" in checked.text for word in ("run", "command", "method", "target", "fruit"))
+    assert checked.alts[-1] == f"run {TAGS}"  # an attribute, which a quote must not end
+    assert "script" not in checked.tags and TAGS not in text
+
+
+def test_tags_in_the_names_of_two_studies_stay_text(study_of_tags):
+    rows = table(find([study_of_tags]))
+    text = compare.page((f"one {TAGS}", f"other {TAGS}"), compare.pair_up(rows, rows), b"scatter")
+    checked = Checker(text)
+    title = f"one {TAGS} against other {TAGS}"
+    assert title in checked.text and checked.alts == [title] and f"method {TAGS}" in checked.text
+    assert "script" not in checked.tags and TAGS not in text
+
+
+def test_a_value_that_the_template_misses_is_an_error():
+    with pytest.raises(UndefinedError, match="'rows' is undefined"):
+        render("compare.html.j2", title="one against other", scatter="")
+
+
+def test_templates_are_installed():
+    """Each of them is package data, as pyproject.toml has it."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["fastbd.report"]
+    folder = Path(fastbd.report.__file__).parent
+    installed = {path for pattern in patterns for path in folder.glob(pattern)}
+    assert {folder / f"{name}.html.j2" for name in ("base", "parts", "page", "compare")} <= installed
 
 
 def test_older_runs_and_little_in_them(fake_runs, write_run, evaluation, tmp_path):
