@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from fastbd.base.errors import UserError
 
 if TYPE_CHECKING:
-    from fastbd.base.run_folder import Evaluation, Run
+    from fastbd.base.evaluation import Evaluation
+    from fastbd.base.run_folder import Run
     from fastbd.evals.loaded import Loaded
 
 __all__ = ["UserError", "clean", "evaluate", "load", "pretrain", "sweep"]

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastbd.base.errors import UserError
+from fastbd.base.evaluation import Evaluation
 from fastbd.base.files import crc_of, read_json, read_jsonl
-
-Evaluation = dict[str, Any]  # a line of metrics.jsonl; accuracies, ASR and the ends of their intervals are fractions
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Run:
     env: dict[str, Any]
     metrics: tuple[Evaluation, ...]
     log: tuple[dict[str, Any], ...]
-    rows: tuple[dict[str, Any], ...]
+    rows: tuple[Evaluation, ...]
     """All lines of metrics.jsonl as they are, of which `metrics` are the first of each step and set."""
     recorded: dict[str, Any]
     """All of config.json."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fastbd.base.run_folder import Evaluation
+from fastbd.base.evaluation import Evaluation
 
 CEILINGS = (0.05, 0.10)  # ASR up to which a model counts as cleaned: as in arXiv 2311.14948, and a looser one
 LANDED = 0.5  # ASR from which the attack counts as landed

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ import torch
 from fastbd.base import dist, files
 from fastbd.base.console import console, markdown, progress
 from fastbd.base.errors import UserError
-from fastbd.base.run_folder import Evaluation, read_config
+from fastbd.base.evaluation import Evaluation
+from fastbd.base.run_folder import read_config
 from fastbd.config.flags import EvaluateConfig
 from fastbd.data.decode import open_decoder
 from fastbd.data.pairs import Pairs
@@ -62,7 +64,7 @@ def measured(config: EvaluateConfig) -> list[Evaluation]:
     return rows
 
 
-def _show(config: EvaluateConfig, rows: list[dict]) -> None:
+def _show(config: EvaluateConfig, rows: list[Evaluation]) -> None:
     if config.json:
         print(json.dumps({"run": str(config.run), "sets": rows}, indent=2))
         return
@@ -117,7 +119,7 @@ class Measurement:
             for path in (*self.paths, *([config.probe_data] if config.probe_data else [])):
                 check_whole(open_beton(path), quiet=config.json)
 
-    def rows(self) -> Iterator[dict]:
+    def rows(self) -> Iterator[Evaluation]:
         """A line of metrics.jsonl for each set."""
         config, state = self.config, self.state
         about = {"step": state["step"], "epoch": state["epoch"], "checkpoint": config.checkpoint,
@@ -141,7 +143,7 @@ class Measurement:
             strict=own,
         )  # fmt: skip
 
-    def _row(self, data: EvalSet) -> dict:
+    def _row(self, data: EvalSet) -> Evaluation:
         with progress(data.name, len(data.ids) * (1 + len(data.attacked))) as advance:
             self.towers.advance = advance
             if not isinstance(data, Labelled):
@@ -168,7 +170,7 @@ class Measurement:
             check_whole(pairs.beton, rows, quiet=self.config.json)
         return pairs, rows
 
-    def _rebound(self, zeroshot: ZeroShot) -> dict:
+    def _rebound(self, zeroshot: ZeroShot) -> Evaluation:
         # Sets that follow are to be evaluated on the model as it was.
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         found = rebound(
@@ -180,11 +182,11 @@ class Measurement:
         return found
 
 
-def _is_of(one: Attacked, row: dict) -> bool:
+def _is_of(one: Attacked, row: Evaluation) -> bool:
     return (one.attack.trigger.name, one.attack.target) == (row["trigger"], row["target"])
 
 
-def table(run: Path, rows: list[dict]) -> str:
+def table(run: Path, rows: list[Evaluation]) -> str:
     """Measures by sets, in Markdown: shares in percent, with their 95 % intervals."""
     lines = [
         [name, *(cell(row, key) for row in rows)] for key, name in MEASURES.items() if any(key in row for row in rows)
@@ -197,7 +199,7 @@ def table(run: Path, rows: list[dict]) -> str:
     return markdown([f"{run}, epoch {rows[0]['epoch']:g}: % (95 %)", *(row["set"] for row in rows)], lines)
 
 
-def cell(row: dict, key: str) -> str:
+def cell(row: Mapping[str, Any], key: str) -> str:
     """A number of a row as the table shows it."""
     value = row.get(key)
     if value is None or isinstance(value, str):
@@ -214,11 +216,11 @@ def cell(row: dict, key: str) -> str:
     return f"{100 * value:.1f}" + (f" ({ends.removeprefix('; ')})" if ends else "")
 
 
-def _ends(row: dict, key: str) -> str:
+def _ends(row: Mapping[str, Any], key: str) -> str:
     return f"{100 * row[f'{key}_low']:.1f} - {100 * row[f'{key}_high']:.1f}" if f"{key}_low" in row else ""
 
 
-def class_table(row: dict) -> str:
+def class_table(row: Evaluation) -> str:
     """A set's classes, in Markdown."""
     lines = [[one["class"], f"{one['n']:,}", cell(one, "top1"), cell(one, "asr")] for one in row.get("classes", [])]
     return "\n" + markdown(["class", "images", "top-1", "taken for the target"], lines)

@@ -20,6 +20,7 @@ from fastbd.base import dist, files
 from fastbd.base.console import console
 from fastbd.base.dist import World
 from fastbd.base.errors import Diverged, UserError, lacks_memory, machine_fault
+from fastbd.base.evaluation import Evaluation
 from fastbd.base.run_folder import find, on_common_set, read_config
 from fastbd.base.signals import Stopped, stop_behind, stoppable
 from fastbd.commands import clean, demo, poison, pretrain, report
@@ -277,7 +278,7 @@ def _but_for_rates(config: CleanConfig) -> dict[str, Any]:
     return {"run": config.run, **rest}
 
 
-def _enough(rules: list[halting.Rule], rows: tuple[dict, ...]) -> str | None:
+def _enough(rules: list[halting.Rule], rows: tuple[Evaluation, ...]) -> str | None:
     return next(filter(None, (rule(rows) for rule in rules)), None)
 
 

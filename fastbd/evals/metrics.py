@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbd.base.evaluation import AttackNumbers, Evaluation
 from fastbd.base.stats import interval, over
 
 CELLS = 1 << 26  # numbers of a matrix that exist at a time
@@ -58,7 +59,7 @@ def averaged(rows: list[dict], key: str) -> dict:
 # ---- classification ----
 
 
-def accuracy(label_ranks: Tensor, population: int | None = None) -> dict[str, float]:
+def accuracy(label_ranks: Tensor, population: int | None = None) -> Evaluation:
     """Top-1 (with intervals), 3, 5 and 10 from the rank of each image's label [N]; a sample of `population` images."""
     n = len(label_ranks)
     row = {"n": n, **_top("top1", "top", label_ranks, population)}
@@ -67,7 +68,7 @@ def accuracy(label_ranks: Tensor, population: int | None = None) -> dict[str, fl
 
 def attack(
     label_ranks: Tensor, target_ranks: Tensor, labels: Tensor, target: int, population: int | None = None
-) -> dict[str, float]:
+) -> AttackNumbers:
     """Attack success on triggered images: ranks of their labels and of the target [N], labels [N], the target's label.
 
     asr: images of the target class left out, as in the code of Verma et al. (arXiv 2311.14948); asr_all: with them, as
@@ -105,7 +106,7 @@ def per_class(labels: Tensor, right: Tensor, classes: list[str], taken: Tensor |
     return [row for row in rows if row["n"]]
 
 
-def most_successful(attacks: list[dict], key: str = "asr") -> dict:
+def most_successful(attacks: list[AttackNumbers], key: str = "asr") -> Evaluation:
     """The row of the attack with the highest `key`; with several, all of them too, under "attacks"."""
     best = max(attacks, key=lambda row: -1.0 if row[key] is None else row[key], default={})
     return {**best, "attacks": attacks} if len(attacks) > 1 else best
@@ -162,7 +163,7 @@ def uniformity(x: Tensor) -> float:
     return torch.stack(sums).logsumexp(0).item() - math.log(len(x) * (len(x) - 1))
 
 
-def geometry(images: Tensor, texts: Tensor) -> dict[str, float]:
+def geometry(images: Tensor, texts: Tensor) -> Evaluation:
     """Of pairs [N, D]: modality gap, alignment, uniformity of the images; of up to SAMPLE of them, evenly spread."""
     some = slice(None, None, -(-len(images) // SAMPLE))
     images, texts = images[some], texts[some]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbd.base.evaluation import Evaluation
 from fastbd.data.loader import draw_views
 from fastbd.data.pairs import Pairs
 from fastbd.evals.retrieval import validation_loss
@@ -46,7 +47,7 @@ class Monitor:
         """Take the model as it is, before cleaning, for what drift is measured from."""
         self.started = self._embed(self.plain), self._captions()
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self) -> Evaluation:
         """Numbers for a line of metrics.jsonl.
 
         val_loss: the symmetric contrastive loss at the model's temperature, in batches of 256. drift_image, drift_text:

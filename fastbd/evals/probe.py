@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbd.base.evaluation import Evaluation
 from fastbd.base.prompts import target_index
 from fastbd.base.schedule import learning_rates
 from fastbd.evals.metrics import averaged, blocks, rate, unit
@@ -66,7 +67,7 @@ def prototypes(train_x: Tensor, train_y: Tensor, test_x: Tensor, classes: int) -
     return (unit(test_x) @ unit(means).T).masked_fill(empty, -math.inf).argmax(1)
 
 
-def evaluate(towers: Towers, train: Labelled, test: Labelled, attacked: Sequence[Attacked]) -> dict:
+def evaluate(towers: Towers, train: Labelled, test: Labelled, attacked: Sequence[Attacked]) -> Evaluation:
     """Top-1 of each of METHODS, trained on one set, on another; and ASR of an attack on that, over its seeds."""
     train_x, images = towers.images(train.clean), [test.clean, *(one.images for one in attacked)]
     test_x, classes = torch.cat([towers.images(x) for x in images]), len(test.classes)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastbd.base.errors import UserError
+from fastbd.base.evaluation import AttackNumbers, Evaluation
 from fastbd.base.prompts import read_templates
 from fastbd.data.tokenizer import tokenize
 from fastbd.evals.classifier import Classifier
@@ -46,7 +47,7 @@ def recall(images: Tensor, texts: Tensor, image_of: Tensor, ks: tuple[int, ...] 
     return row
 
 
-def attack(images: Tensor, texts: Tensor, is_target: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]:
+def attack(images: Tensor, texts: Tensor, is_target: Tensor, ks: tuple[int, ...] = KS) -> AttackNumbers:
     """Attack success of triggered images [I, D] over texts [T, D], of which bool [T] are the target's.
 
     With intervals. By PAR (arXiv 2412.00727): any of the first k texts is the target's. By the code of Verma et al.
@@ -90,7 +91,7 @@ def validation_loss(images: Tensor, texts: Tensor, log_scale: Tensor, batch: int
     return torch.stack(losses).mean().item()
 
 
-def evaluate(towers: Towers, data: Captioned, batch: int) -> dict:
+def evaluate(towers: Towers, data: Captioned, batch: int) -> Evaluation:
     """A line of metrics.jsonl: recall, the geometry and the loss of images with their first captions, attacks."""
     began = time.perf_counter()
     images, texts = towers.images(data.clean), towers.captions(data.tokens)
@@ -111,7 +112,7 @@ def evaluate(towers: Towers, data: Captioned, batch: int) -> dict:
     return {**row, "seconds": round(time.perf_counter() - began, 3)}
 
 
-def _attack(towers: Towers, data: Captioned, texts: Tensor, group: Sequence[Attacked]) -> dict:
+def _attack(towers: Towers, data: Captioned, texts: Tensor, group: Sequence[Attacked]) -> AttackNumbers:
     """PAR's rule with the captions that hold the target, the other with those near it too; the mean over the seeds."""
     target = group[0].attack.target
     prompts = tokenize([form.replace("{}", target) for form in read_templates("imagenet80")])

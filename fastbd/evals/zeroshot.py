@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fastbd.base.evaluation import AttackNumbers, Evaluation
 from fastbd.base.prompts import target_index
 from fastbd.evals import metrics
 from fastbd.evals.classifier import Classifier
@@ -24,7 +25,7 @@ class ZeroShot:
         self.classifier = Classifier(data.prompts, len(data.classes), towers.device)
         self._built: tuple[int, Tensor] | None = None
 
-    def __call__(self, details: bool = False) -> dict:
+    def __call__(self, details: bool = False) -> Evaluation:
         """One row of metrics.jsonl, without step and epoch.
 
         With several attacks the row has the numbers of the most successful one, and under "attacks" those of each;
@@ -53,7 +54,7 @@ class ZeroShot:
         """Of embeddings [N, D] with the classifier, float32 [N, C]: in bf16 one image in ten would tie."""
         return normalize(images, dim=-1) @ self.weights().T
 
-    def _attack(self, group: Sequence[Attacked]) -> tuple[dict, Tensor]:
+    def _attack(self, group: Sequence[Attacked]) -> tuple[AttackNumbers, Tensor]:
         """One attack: what it aims at and its success; how many of the seeds make each image the target's, in 0..1."""
         attack, labels = group[0].attack, self.data.labels
         target = target_index(self.data.classes, attack.target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fastbd.base.run_folder import Evaluation
+from fastbd.base.evaluation import Evaluation
 from fastbd.base.stats import Estimate
 
 Cell = str | tuple[str, str]  # a text, or (a text, a smaller one below it)

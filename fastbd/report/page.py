@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastbd.base.run_folder import METHODS, Evaluation, Run, objective_name
+from fastbd.base.evaluation import Evaluation
+from fastbd.base.run_folder import METHODS, Run, objective_name
 from fastbd.base.tradeoff import CEILINGS, LANDED
 from fastbd.report import finding, published, stopping, tables
 from fastbd.report.format import MISSING, Cell, Line, between, estimate, percent, points, share, split

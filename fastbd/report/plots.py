@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbd.base.run_folder import METHODS, Evaluation, Run, method_name, objective_name, slug
+from fastbd.base.evaluation import Evaluation
+from fastbd.base.run_folder import METHODS, Run, method_name, objective_name, slug
 from fastbd.base.tradeoff import CEILINGS, front
 from fastbd.report import published
 from fastbd.report.groups import apart, cleaned_groups

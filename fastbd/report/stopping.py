@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastbd.base.run_folder import Evaluation, Run
+from fastbd.base.evaluation import Evaluation
+from fastbd.base.run_folder import Run
 from fastbd.base.tradeoff import CEILINGS, best
 from fastbd.report.groups import Group, cleaned_groups, replicates
 

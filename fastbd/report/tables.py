@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from fastbd.base.run_folder import Evaluation, Run, slug
+from fastbd.base.evaluation import Evaluation
+from fastbd.base.run_folder import Run, slug
 from fastbd.base.stats import Estimate, over
 from fastbd.base.tradeoff import CEILINGS, area, best
 from fastbd.report.groups import Group, by_seed, cleaned_groups, groups, models, place_of, replicates

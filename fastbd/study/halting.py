@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from fastbd.base.run_folder import Evaluation, on_all_images, read_metrics
+from fastbd.base.evaluation import Evaluation
+from fastbd.base.run_folder import on_all_images, read_metrics
 from fastbd.base.tradeoff import CEILINGS, best
 
 Rule = Callable[[Sequence[Evaluation]], str | None]  # all evaluations of a run so far -> why it shall end

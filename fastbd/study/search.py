@@ -12,7 +12,8 @@ from functools import partial
 from typing import NamedTuple
 
 from fastbd.base.errors import UserError
-from fastbd.base.run_folder import Evaluation, on_all_images, read_metrics
+from fastbd.base.evaluation import Evaluation
+from fastbd.base.run_folder import on_all_images, read_metrics
 from fastbd.base.tradeoff import CEILINGS, best
 from fastbd.study.grid import Config, Entry, Planned, material
 from fastbd.study.ledger import Ledger, Row

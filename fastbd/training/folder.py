@@ -15,7 +15,8 @@ from fastbd.base.background import Background
 from fastbd.base.console import console
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
-from fastbd.base.run_folder import Evaluation, read, read_metrics, study_folder_of
+from fastbd.base.evaluation import Evaluation
+from fastbd.base.run_folder import read, read_metrics, study_folder_of
 from fastbd.training import checkpoint, divergence
 from fastbd.training.task import Config
 

@@ -9,6 +9,7 @@ from fastbd.base import random
 from fastbd.base.console import progress
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
+from fastbd.base.evaluation import Evaluation
 from fastbd.data.loader import batches
 from fastbd.data.pairs import Pairs
 from fastbd.evals.zeroshot import ZeroShot
@@ -25,7 +26,7 @@ POINTS = 10  # evaluations along the way, the start not counted
 def rebound(
     model: CLIP, zeroshot: ZeroShot, pairs: Pairs, rows: np.ndarray, *, steps: int, lr: float, precision: str,
     world: World, weight_decay: float = 0.1,
-) -> dict:  # fmt: skip
+) -> Evaluation:  # fmt: skip
     """ASR and top-1 along `steps` of contrastive fine-tuning, a batch each of `rows`, which changes the model.
 
     Highest ASR, its change from the start to the end, the area under its course (the mean over the steps), and the

@@ -20,7 +20,8 @@ from fastbd.base.console import console
 from fastbd.base.dist import World
 from fastbd.base.environment import environment
 from fastbd.base.errors import Diverged, UserError
-from fastbd.base.run_folder import Evaluation, read
+from fastbd.base.evaluation import Evaluation
+from fastbd.base.run_folder import read
 from fastbd.base.signals import Stopped
 from fastbd.config.fields import portable, to_dict
 from fastbd.config.flags import PretrainConfig

@@ -11,6 +11,7 @@ import torch
 
 from fastbd.base.background import Background
 from fastbd.base.errors import UserError
+from fastbd.base.evaluation import Evaluation
 from fastbd.data.decode import Decoder
 from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
@@ -84,7 +85,7 @@ class Watch:
     def _of_part(self) -> ZeroShot:
         return ZeroShot(self.zeroshot.towers, part_of(self.data, self.config.eval_between))
 
-    def start(self) -> dict:
+    def start(self) -> Evaluation:
         """The line of the model that is to be cleaned, which runs that begin with the same one share."""
         task = self.task
         of = (str(task.start), getattr(self.config, "checkpoint", None), self.key, self.precision)
@@ -93,10 +94,10 @@ class Watch:
         self.kept.put("start", of, row)
         return row | self._monitored()
 
-    def _monitored(self) -> dict:
+    def _monitored(self) -> Evaluation:
         return self.monitor() if self.monitor else {}
 
-    def evaluate(self, report: Callable[[dict], None], *, between: bool) -> None:
+    def evaluate(self, report: Callable[[Evaluation], None], *, between: bool) -> None:
         """Give `report` the line of the model as it is: at once, or from another device later.
 
         `between` epochs it may be of part of the images.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from PIL import Image
 
 from fastbd import cli
 from fastbd.base import dist
+from fastbd.base.evaluation import Evaluation
 from fastbd.commands import pretrain
 
 SMALL = ("--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model", "tiny-rn",
          "--batch-size", 24, "--device", "cpu", "--templates", "demo", "--epochs", 2)  # fmt: skip
+
+INTERVAL = re.compile(r"(_full|_seeds)?_(low|high)$|_by_seed$")  # what stands beside a share
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,11 @@ def trained(study, fastbd) -> Path:
 
 
 def evaluate(trained: Path, fastbd, *flags, **more) -> list[dict]:
-    return json.loads(fastbd("evaluate", "--run", "evaluated", "--json", *flags, cwd=trained, **more).stdout)["sets"]
+    done = fastbd("evaluate", "--run", "evaluated", "--json", *flags, cwd=trained, **more)
+    found = json.loads(done.stdout)["sets"]
+    for row in found:
+        assert {INTERVAL.sub("", key) for key in row} <= Evaluation.__annotations__.keys()
+    return found
 
 
 def rows(trained: Path) -> list[dict]:
@@ -52,9 +60,7 @@ def test_sets_side_by_side_in_a_table_to_be_pasted(trained, fastbd):
     assert named["target"][1] == "banana" and named["templates"] == ["", "demo"]
     assert "of all 60" in named["zero-shot top-1"][1] and "over 2 seeds" in named["ASR, images of other classes"][1]
     assert named["images of captions R@10"][0] and named["contrastive loss"][0] and "banana" in named
-    assert json.loads(
-        fastbd("evaluate", "--run", "evaluated", "--json", "--eval-data", "train.beton", cwd=trained).stdout
-    )
+    assert evaluate(trained, fastbd, "--eval-data", "train.beton")
     fastbd("report", "--runs", "evaluated", "--out", "evaluated.html", cwd=trained)  # which has retrieval rows now
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from colours import COLOURS, CPU, write
 
 from fastbd.base.dist import World
+from fastbd.base.evaluation import Evaluation
 from fastbd.data.beton import Beton
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import batches
@@ -60,6 +61,7 @@ def test_the_views_are_those_of_training(pairs, watched):
 def test_numbers_of_an_unchanged_model(watched):
     model, monitor = watched
     row = monitor()
+    assert row.keys() <= Evaluation.__annotations__.keys()
     assert row["drift_image"] == row["drift_text"] == 0
     assert max(row["drift_image_aligned"], row["drift_text_aligned"]) < 1e-6
     with torch.no_grad():

@@ -8,11 +8,11 @@ from colours import CPU, ByColour, plan_of
 from PIL import Image
 
 from fastbd.base.errors import UserError
+from fastbd.base.stats import wilson
 from fastbd.data.beton import BetonWriter
 from fastbd.data.decode import open_decoder
 from fastbd.data.tokenizer import tokenize
 from fastbd.evals import metrics
-from fastbd.evals.metrics import wilson
 from fastbd.evals.retrieval import attack, evaluate, recall, similar_captions, validation_loss
 from fastbd.evals.sets import open_set, target_captions
 from fastbd.evals.towers import Towers
