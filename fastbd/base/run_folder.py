@@ -324,17 +324,43 @@ def _first(rows: Sequence[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[s
 
 REMEDY = "put a copy of it back, or go on without this run"
 NUMBERS = {
-    "epoch", "top1", "asr", "recovery", "seconds", "train_seconds", "evaluate_seconds", "devices", "loss",
-    "pairs_per_s", "data_wait", "of_limit",
-}  # fmt: skip
+    "epoch",
+    "top1",
+    "asr",
+    "recovery",
+    "seconds",
+    "train_seconds",
+    "evaluate_seconds",
+    "devices",
+    "loss",
+    "pairs_per_s",
+    "data_wait",
+    "of_limit",
+}
 TEXTS = {
-    "name", "method", "objective", "pretrain_objective", "start", "start_weights", "model", "activation", "data",
-    "eval_data", "classes", "templates",
-}  # fmt: skip
+    "name",
+    "method",
+    "objective",
+    "pretrain_objective",
+    "start",
+    "start_weights",
+    "model",
+    "activation",
+    "data",
+    "eval_data",
+    "classes",
+    "templates",
+}
 SET = ("set", "content", "class_list", "templates")  # what makes the numbers of two evaluations comparable
 PATCHES = ("badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch")
-OBJECTIVES = {"mmcl": "MMCL", "ssl": "SSL", "mmcl_ssl": "MMCL+SSL", "siglip": "SigLIP", "siglip_ssl": "SigLIP+SSL",
-              "cyclip": "CyCLIP"}  # fmt: skip
+OBJECTIVES = {
+    "mmcl": "MMCL",
+    "ssl": "SSL",
+    "mmcl_ssl": "MMCL+SSL",
+    "siglip": "SigLIP",
+    "siglip_ssl": "SigLIP+SSL",
+    "cyclip": "CyCLIP",
+}
 METHODS = {
     "finetune": "Finetuning",
     "cleanclip": "CleanCLIP",
