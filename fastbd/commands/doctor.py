@@ -78,10 +78,10 @@ def _look_at(data: Beton | Shards, out: Path | None) -> np.ndarray:
     first = ", ".join(f"{row} (row_id {data.row_id[row]})" for row in damaged[:SHOWN].tolist())
     more = ", ..." if len(damaged) > SHOWN else ""
     state = "none: its content cannot be verified; build it again to have them" if not data.has_checksums else "yes"
-    for name, value in (
-        ("file", data.path), ("rows", f"{len(data):,}"), ("fingerprint", data.fingerprint), ("checksums", state),
-        *([("damaged", f"{len(damaged):,}" + (f": rows {first}{more}" if first else ""))] if state == "yes" else []),
-    ):  # fmt: skip
+    told = {"file": data.path, "rows": f"{len(data):,}", "fingerprint": data.fingerprint, "checksums": state}
+    if data.has_checksums:
+        told["damaged"] = f"{len(damaged):,}" + (f": rows {first}{more}" if first else "")
+    for name, value in told.items():
         console.print(f"{name:<14}{value}", markup=False)
     if out and data.has_checksums:
         whole = np.setdiff1d(rows, damaged)

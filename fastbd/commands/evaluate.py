@@ -122,9 +122,15 @@ class Measurement:
     def rows(self) -> Iterator[Evaluation]:
         """A line of metrics.jsonl for each set."""
         config, state = self.config, self.state
-        about = {"step": state["step"], "epoch": state["epoch"], "checkpoint": config.checkpoint,
-                 "asr_seed": list(config.asr_seed), "geometry": config.geometry, "precision": self.precision,
-                 "plan": config.plan and str(config.plan.absolute())}  # fmt: skip
+        about = {
+            "step": state["step"],
+            "epoch": state["epoch"],
+            "checkpoint": config.checkpoint,
+            "asr_seed": list(config.asr_seed),
+            "geometry": config.geometry,
+            "precision": self.precision,
+            "plan": config.plan and str(config.plan.absolute()),
+        }
         for path in self.paths:
             yield {**about, **self._row(self._open(path))}
 
@@ -132,7 +138,9 @@ class Measurement:
         config, recorded = self.config, self.recorded
         own = path.resolve() == Path(recorded.get("eval_data") or "").resolve()
         return open_set(
-            path, self.decoder, self.model.image_size,
+            path,
+            self.decoder,
+            self.model.image_size,
             classes=config.classes or (recorded.get("classes") if own else None),
             templates=config.templates or (recorded.get("templates") if own else None),
             plan=self.plan if attacked else None,
@@ -141,7 +149,7 @@ class Measurement:
             seeds=config.asr_seed,
             device=self.world.device,
             strict=own,
-        )  # fmt: skip
+        )
 
     def _row(self, data: EvalSet) -> Evaluation:
         with progress(data.name, len(data.ids) * (1 + len(data.attacked))) as advance:
@@ -174,9 +182,15 @@ class Measurement:
         # Sets that follow are to be evaluated on the model as it was.
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         found = rebound(
-            self.model, zeroshot, self.pairs, self.clean_rows, steps=self.config.rebound, lr=self.config.rebound_lr,
-            precision=self.precision, world=self.world,
-        )  # fmt: skip
+            self.model,
+            zeroshot,
+            self.pairs,
+            self.clean_rows,
+            steps=self.config.rebound,
+            lr=self.config.rebound_lr,
+            precision=self.precision,
+            world=self.world,
+        )
         self.model.load_state_dict(before)
         self.towers.refresh()
         return found

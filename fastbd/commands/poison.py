@@ -65,9 +65,16 @@ def _earlier(config: PoisonConfig, beton: Beton | Shards) -> Plan | None:
 def _trigger(config: PoisonConfig, seed: int) -> TriggerSpec:
     if config.blend is not None and config.trigger not in BLENDS:
         raise UserError(f"the trigger {config.trigger} is not mixed into the image; leave --blend out.")
-    pattern = patterns.draw(config.trigger, seed=seed, patch_size=config.patch_size, image=config.image,
-                            text=config.text, pattern=config.pattern, points=config.wanet_k,
-                            grid=config.grid)  # fmt: skip
+    pattern = patterns.draw(
+        config.trigger,
+        seed=seed,
+        patch_size=config.patch_size,
+        image=config.image,
+        text=config.text,
+        pattern=config.pattern,
+        points=config.wanet_k,
+        grid=config.grid,
+    )
     return TriggerSpec(config.trigger, config.patch_size, config.location, config.blend, config.wanet_s, pattern)
 
 

@@ -39,9 +39,14 @@ def run(config: PreviewConfig) -> int:
     )
     text_view = config.epoch % beton.num_text_views if beton.num_text_views else None
     picture = sheet.samples(
-        pairs, np.arange(len(beton)), RECIPES[config.views],
-        seed=config.seed, text_view=text_view, epoch=config.epoch, count=config.count,
-    )  # fmt: skip
+        pairs,
+        np.arange(len(beton)),
+        RECIPES[config.views],
+        seed=config.seed,
+        text_view=text_view,
+        epoch=config.epoch,
+        count=config.count,
+    )
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(config.out) as temporary:
         picture.save(temporary, "PNG")

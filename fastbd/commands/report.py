@@ -97,7 +97,9 @@ def table_1(table: Sequence[tables.Row]) -> Table:
         numbers = [row.top1, row.asr, strict.top1, loose.top1, strict.kept if strict.reached else None]
         place = place_of(row.group, [other.group for other in table])
         shown.add_row(
-            row.group.model + (f" ({place})" if place else ""), row.group.method or "not cleaned", str(row.replicates),
+            row.group.model + (f" ({place})" if place else ""),
+            row.group.method or "not cleaned",
+            str(row.replicates),
             *(MISSING if value is None else f"{100 * value.mean:.1f}" for value in numbers),
-        )  # fmt: skip
+        )
     return shown

@@ -136,10 +136,18 @@ def changed(study: Study, config: SweepConfig) -> Study:
     if config.pretrained:
         study = replace(study, pretrain=(), attacks=(), pretrained=config.pretrained)
     return with_overrides(
-        study, seeds=config.seeds or None, pretrain_epochs=config.pretrain_epochs, clean_epochs=config.clean_epochs,
-        data=config.data, plan=config.plan, eval_data=config.eval_data, classes=config.classes,
-        templates=config.templates, model=config.model, precision=config.precision,
-    )  # fmt: skip
+        study,
+        seeds=config.seeds or None,
+        pretrain_epochs=config.pretrain_epochs,
+        clean_epochs=config.clean_epochs,
+        data=config.data,
+        plan=config.plan,
+        eval_data=config.eval_data,
+        classes=config.classes,
+        templates=config.templates,
+        model=config.model,
+        precision=config.precision,
+    )
 
 
 def _work_in(folder: Path, config: SweepConfig, device: str) -> None:
@@ -253,10 +261,15 @@ def _train(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world:
             raise Lost
 
     training = Run(
-        settings, TASKS[planned.verb](settings, world), world, kept,
+        settings,
+        TASKS[planned.verb](settings, world),
+        world,
+        kept,
         extra={"id": planned.id, "command": command(replace(planned.config, out=None))},
-        enough=partial(_enough, _rules(planned, ledger, config)), guard=guard, quiet=True,
-    )  # fmt: skip
+        enough=partial(_enough, _rules(planned, ledger, config)),
+        guard=guard,
+        quiet=True,
+    )
     return training.train()
 
 
