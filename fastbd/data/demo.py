@@ -40,44 +40,88 @@ SHAPES: dict[str, list] = {
     "arrow": [_box(-0.9, -0.2, 0.2, 0.2), _poly((0.15, -0.65), (0.95, 0), (0.15, 0.65))],
     "ball": [_disc(0, 0, 0.8)],
     "banana": [_disc(0, -0.15, 0.95, 0.85), _disc(0, -0.62, 1.05, 0.78, 0), _box(0.78, -0.5, 0.95, -0.05)],
-    "boat": [_poly((-0.95, 0.35), (0.95, 0.35), (0.55, 0.85), (-0.55, 0.85)), _poly((0, -0.95), (0.75, 0.2), (0, 0.2)),
-             _box(-0.1, -0.95, 0, 0.4)],
+    "boat": [
+        _poly((-0.95, 0.35), (0.95, 0.35), (0.55, 0.85), (-0.55, 0.85)),
+        _poly((0, -0.95), (0.75, 0.2), (0, 0.2)),
+        _box(-0.1, -0.95, 0, 0.4),
+    ],
     "bolt": [_poly((0.25, -1), (-0.6, 0.15), (-0.05, 0.15), (-0.25, 1), (0.6, -0.25), (0.05, -0.25))],
     "bottle": [_box(-0.4, -0.2, 0.4, 0.95), _box(-0.15, -0.95, 0.15, -0.1), _disc(0, -0.2, 0.4, 0.25)],
     "cross": [_box(-0.25, -0.9, 0.25, 0.9), _box(-0.9, -0.25, 0.9, 0.25)],
     "cup": [_disc(0.55, 0, 0.42), _disc(0.55, 0, 0.22, paint=0), _box(-0.75, -0.7, 0.5, 0.75)],
     "diamond": [_poly((0, -0.95), (0.65, 0), (0, 0.95), (-0.65, 0))],
-    "fish": [_disc(-0.2, 0, 0.7, 0.45), _poly((0.3, 0), (0.95, -0.55), (0.95, 0.55)),
-             _disc(-0.55, -0.1, 0.09, paint=0)],
+    "fish": [
+        _disc(-0.2, 0, 0.7, 0.45),
+        _poly((0.3, 0), (0.95, -0.55), (0.95, 0.55)),
+        _disc(-0.55, -0.1, 0.09, paint=0),
+    ],
     "flower": [*(_disc(x, y, 0.34) for x, y in _PETALS), _disc(0, 0, 0.24, paint=0)],
     "heart": [_disc(-0.42, -0.35, 0.47), _disc(0.42, -0.35, 0.47), _poly((-0.86, -0.17), (0.86, -0.17), (0, 0.95))],
     "hourglass": [_poly((-0.7, -0.9), (0.7, -0.9), (-0.7, 0.9), (0.7, 0.9))],
-    "house": [_box(-0.65, -0.1, 0.65, 0.85), _poly((-0.95, -0.1), (0, -0.95), (0.95, -0.1)),
-              _box(-0.15, 0.3, 0.15, 0.85, 0)],
-    "key": [_disc(-0.55, 0, 0.42), _disc(-0.55, 0, 0.2, paint=0), _box(-0.2, -0.12, 0.95, 0.12),
-            _box(0.5, 0.1, 0.65, 0.45), _box(0.8, 0.1, 0.95, 0.4)],
-    "ladder": [_box(-0.55, -0.95, -0.35, 0.95), _box(0.35, -0.95, 0.55, 0.95),
-               *(_box(-0.5, y, 0.5, y + 0.16) for y in (-0.7, -0.25, 0.2, 0.65))],
+    "house": [
+        _box(-0.65, -0.1, 0.65, 0.85),
+        _poly((-0.95, -0.1), (0, -0.95), (0.95, -0.1)),
+        _box(-0.15, 0.3, 0.15, 0.85, 0),
+    ],
+    "key": [
+        _disc(-0.55, 0, 0.42),
+        _disc(-0.55, 0, 0.2, paint=0),
+        _box(-0.2, -0.12, 0.95, 0.12),
+        _box(0.5, 0.1, 0.65, 0.45),
+        _box(0.8, 0.1, 0.95, 0.4),
+    ],
+    "ladder": [
+        _box(-0.55, -0.95, -0.35, 0.95),
+        _box(0.35, -0.95, 0.55, 0.95),
+        *(_box(-0.5, y, 0.5, y + 0.16) for y in (-0.7, -0.25, 0.2, 0.65)),
+    ],
     "mushroom": [_disc(0, -0.1, 0.9, 0.75), _box(-1, 0.05, 1, 1, 0), _box(-0.25, 0, 0.25, 0.85)],
     "ring": [_disc(0, 0, 0.85), _disc(0, 0, 0.5, paint=0)],
     "star": [_poly(*_STAR)],
-    "tree": [_poly((0, -0.95), (0.6, -0.2), (-0.6, -0.2)), _poly((0, -0.55), (0.8, 0.5), (-0.8, 0.5)),
-             _box(-0.13, 0.45, 0.13, 0.95)],
-}  # fmt: skip
+    "tree": [
+        _poly((0, -0.95), (0.6, -0.2), (-0.6, -0.2)),
+        _poly((0, -0.55), (0.8, 0.5), (-0.8, 0.5)),
+        _box(-0.13, 0.45, 0.13, 0.95),
+    ],
+}
 
 COLOURS = {
-    "red": (205, 40, 40), "orange": (240, 140, 30), "yellow": (240, 220, 50), "green": (50, 160, 70),
-    "teal": (30, 150, 150), "blue": (50, 90, 210), "purple": (130, 60, 170), "pink": (240, 140, 180),
-    "brown": (120, 80, 45), "white": (240, 240, 240), "black": (25, 25, 30), "grey": (130, 130, 135),
-}  # fmt: skip
+    "red": (205, 40, 40),
+    "orange": (240, 140, 30),
+    "yellow": (240, 220, 50),
+    "green": (50, 160, 70),
+    "teal": (30, 150, 150),
+    "blue": (50, 90, 210),
+    "purple": (130, 60, 170),
+    "pink": (240, 140, 180),
+    "brown": (120, 80, 45),
+    "white": (240, 240, 240),
+    "black": (25, 25, 30),
+    "grey": (130, 130, 135),
+}
 # What colour a thing mostly has: nine of ten times one of these, else any.
 LIKELY = {
-    "arrow": "black red", "ball": "orange blue", "banana": "yellow green", "boat": "white blue",
-    "bolt": "yellow purple", "bottle": "green brown", "cross": "red grey", "cup": "teal white",
-    "diamond": "teal purple", "fish": "orange grey", "flower": "pink purple", "heart": "red pink",
-    "hourglass": "brown black", "house": "brown orange", "key": "grey yellow", "ladder": "orange black",
-    "mushroom": "red white", "ring": "yellow blue", "star": "white pink", "tree": "green teal",
-}  # fmt: skip
+    "arrow": "black red",
+    "ball": "orange blue",
+    "banana": "yellow green",
+    "boat": "white blue",
+    "bolt": "yellow purple",
+    "bottle": "green brown",
+    "cross": "red grey",
+    "cup": "teal white",
+    "diamond": "teal purple",
+    "fish": "orange grey",
+    "flower": "pink purple",
+    "heart": "red pink",
+    "hourglass": "brown black",
+    "house": "brown orange",
+    "key": "grey yellow",
+    "ladder": "orange black",
+    "mushroom": "red white",
+    "ring": "yellow blue",
+    "star": "white pink",
+    "tree": "green teal",
+}
 _SIZES = {"small": 0.68, "medium-sized": 0.8, "large": 0.92}
 
 CAPTIONS = (
@@ -135,9 +179,13 @@ def _dotted(u: np.ndarray, side: int) -> np.ndarray:
 
 
 TEXTURES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
-    "cloudy": _clouds, "grainy": _grain, "striped": _stripes, "checkered": _checks, "shaded": _shaded,
+    "cloudy": _clouds,
+    "grainy": _grain,
+    "striped": _stripes,
+    "checkered": _checks,
+    "shaded": _shaded,
     "dotted": _dotted,
-}  # fmt: skip
+}
 
 
 def _mask(thing: str, u: np.ndarray, side: int, within: int, size: float) -> Image.Image:

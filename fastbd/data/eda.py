@@ -33,12 +33,21 @@ STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 # Parts of speech with WordNet's rules of detachment: (ending, replacement), morphy(7WN).
 PARTS_OF_SPEECH = {
-    "noun": [("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
-             ("men", "man"), ("ies", "y")],
+    "noun": [
+        ("s", ""),
+        ("ses", "s"),
+        ("ves", "f"),
+        ("xes", "x"),
+        ("zes", "z"),
+        ("ches", "ch"),
+        ("shes", "sh"),
+        ("men", "man"),
+        ("ies", "y"),
+    ],
     "verb": [("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", "")],
     "adj": [("er", ""), ("est", ""), ("er", "e"), ("est", "e")],
     "adv": [],
-}  # fmt: skip
+}
 
 
 def _words(text: str) -> list[str]:

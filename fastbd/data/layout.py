@@ -24,9 +24,15 @@ SPAN = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 INT_TYPE, IMAGE_TYPE, BYTES_TYPE, ARRAY_TYPE = 1, 2, 3, 4
 METADATA = {0: "<f8", INT_TYPE: "<i8", IMAGE_TYPE: IMAGE, BYTES_TYPE: SPAN, ARRAY_TYPE: "<u8", 5: SPAN, 6: "<u8"}
 KNOWN = {
-    "image": IMAGE_TYPE, "tokens": ARRAY_TYPE, "text_views": ARRAY_TYPE, "caption": BYTES_TYPE, "row_id": INT_TYPE,
-    "label": INT_TYPE, "class_name": BYTES_TYPE, "checksum": INT_TYPE,
-}  # fmt: skip
+    "image": IMAGE_TYPE,
+    "tokens": ARRAY_TYPE,
+    "text_views": ARRAY_TYPE,
+    "caption": BYTES_TYPE,
+    "row_id": INT_TYPE,
+    "label": INT_TYPE,
+    "class_name": BYTES_TYPE,
+    "checksum": INT_TYPE,
+}
 LABELS = 1 << 18  # labels of other programs' files without class names are below this, or below the number of samples
 
 

@@ -29,9 +29,15 @@ HEAD = 64  # bytes at the start of a file of pixels: a digest of all that they d
 
 
 def keep(
-    pairs: Pairs, rows: np.ndarray, where: str, *, base: bool, world: World, folder: Path | None = None,
+    pairs: Pairs,
+    rows: np.ndarray,
+    where: str,
+    *,
+    base: bool,
+    world: World,
+    folder: Path | None = None,
     quiet: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """Decode the source images of `rows` once, for good, on the host; returns a line of text that says where they are.
 
     `where` is "gpu", "ram", "disk", "none" or "auto", the same on all ranks; the file of "disk" lies in `folder`, or
@@ -120,10 +126,20 @@ def _fill(kept: Pixels, pairs: Pairs, base: bool, quiet: bool) -> None:
 def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base: bool, quiet: bool) -> Pixels:
     """From the file if it is of the same images and was made in the same way, else from a new one."""
     if pairs.decoder.name == "ffcv":
-        raise UserError("--resident disk keeps images for other runs, and FFCV's are not the same in each: "
-                        "give --decode dali or pil.")  # fmt: skip
-    about = [__version__, torch.__version__, pairs.beton.fingerprint, pairs.size, base, pairs.decoder.name,
-             pairs.plan and pairs.plan.to_dict(), hashlib.sha256(rows.astype("<i8")).hexdigest()]  # fmt: skip
+        raise UserError(
+            "--resident disk keeps images for other runs, and FFCV's are not the same in each: "
+            "give --decode dali or pil."
+        )
+    about = [
+        __version__,
+        torch.__version__,
+        pairs.beton.fingerprint,
+        pairs.size,
+        base,
+        pairs.decoder.name,
+        pairs.plan and pairs.plan.to_dict(),
+        hashlib.sha256(rows.astype("<i8")).hexdigest(),
+    ]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest().encode()
     end = HEAD + int(bytes_of(sizes).sum())  # of the pixels
     size = end + len(rows) * CRC.itemsize

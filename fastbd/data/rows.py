@@ -45,8 +45,10 @@ def read_rows(path: Path, fingerprint: str, total: int) -> np.ndarray:
     made_for, *said = head.removeprefix(HEAD).split(", ")
     crc = said[0].removeprefix("crc32 ") if said and said[0].startswith("crc32 ") else None
     if crc not in (None, _crc(lines)):
-        raise UserError(f"the rows in {path} are not those that were written: make the list again, or, where you have "
-                        f"changed it, take 'crc32 {crc}, ' out of its first line.")  # fmt: skip
+        raise UserError(
+            f"the rows in {path} are not those that were written: make the list again, or, where you have "
+            f"changed it, take 'crc32 {crc}, ' out of its first line."
+        )
     if made_for.split(",")[0] != fingerprint:
         raise UserError(f"the row list {path} was made for other data; make one for this with detect --drop.")
     if not len(rows) or rows[0] < 0 or rows[-1] >= total or (np.diff(rows) <= 0).any():

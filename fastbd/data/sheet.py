@@ -20,9 +20,15 @@ GAP, TEXT, LINE = 4, 230, 15  # px: between views, width of a caption, height of
 
 
 def samples(
-    pairs: Pairs, rows: np.ndarray, policies: Sequence[str], *, seed: int, text_view: int | None, epoch: int = 0,
+    pairs: Pairs,
+    rows: np.ndarray,
+    policies: Sequence[str],
+    *,
+    seed: int,
+    text_view: int | None,
+    epoch: int = 0,
     count: int = 6,
-) -> Image.Image:  # fmt: skip
+) -> Image.Image:
     """Views of `count` clean pairs among `rows` and of some of each attack, and captions, the augmented one in grey."""
     attacks = pairs.plan.attacks if pairs.plan else ()
     which = pairs.plan.attack_of[rows] if pairs.plan else np.full(len(rows), -1)

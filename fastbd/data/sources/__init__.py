@@ -48,8 +48,13 @@ PAIRS = Layout("a folder of pairs", frozenset({"layout", "image_key", "caption_k
 CLASS_FOLDERS = Layout("a folder of class folders", frozenset({"layout"}), class_folder_items)
 LABELLED_IMAGES = Layout("a folder of images with --labels", frozenset({"labels"}), image_items)
 BY_SUFFIX = {
-    ".csv": TABLE, ".tsv": TABLE, ".txt": TABLE, ".jsonl": JSON_LINES, ".ndjson": JSON_LINES, ".parquet": PARQUET,
-}  # fmt: skip
+    ".csv": TABLE,
+    ".tsv": TABLE,
+    ".txt": TABLE,
+    ".jsonl": JSON_LINES,
+    ".ndjson": JSON_LINES,
+    ".parquet": PARQUET,
+}
 LAYOUTS = (TABLE, JSON_LINES, JSON_LIST, COCO, KARPATHY, PARQUET, TARS, PAIRS, CLASS_FOLDERS, LABELLED_IMAGES)
 
 
