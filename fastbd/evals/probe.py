@@ -19,9 +19,16 @@ from fastbd.evals.towers import Towers
 
 @torch.enable_grad()
 def linear_probe(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, classes: int, *,
-    epochs: int = 10, batch: int = 80, lr: float = 0.005, seed: int = 0,
-) -> Tensor:  # fmt: skip
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    classes: int,
+    *,
+    epochs: int = 10,
+    batch: int = 80,
+    lr: float = 0.005,
+    seed: int = 0,
+) -> Tensor:
     """Multinomial regression as in CleanCLIP's code: AdamW with decay 0.01, but for the bias, and a cosine to 0.
 
     The features are not normalised, and a last incomplete batch is kept. CleanCLIP's options are 10 epochs and batch
