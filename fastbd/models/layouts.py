@@ -17,24 +17,27 @@ DEPTH = 8  # of such keys within one another; a pickle can hold itself
 _WRAPPERS = {"module", "model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _DERIVED = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids", "n_averaged"}
 
-_HUGGING_FACE = [(re.compile(pattern), name) for pattern, name in (
-    (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
-    (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
-    (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
-    (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),
-    (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
-    (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
-    (r"^visual_projection\.weight$", "visual.proj"),
-    (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
-    (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
-    (r"^text_model\.final_layer_norm\.", "ln_final."),
-    (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
-    (r"^text_projection\.weight$", "text_projection"),
-    (r"\.self_attn\.", ".attn."),
-    (r"\.layer_norm([12])\.", r".ln_\1."),
-    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-)]  # fmt: skip
+_HUGGING_FACE = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
+        (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
+        (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
+        (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),
+        (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
+        (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
+        (r"^visual_projection\.weight$", "visual.proj"),
+        (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
+        (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
+        (r"^text_model\.final_layer_norm\.", "ln_final."),
+        (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
+        (r"^text_projection\.weight$", "text_projection"),
+        (r"\.self_attn\.", ".attn."),
+        (r"\.layer_norm([12])\.", r".ln_\1."),
+        (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+        (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    )
+]
 
 
 class Found(NamedTuple):
