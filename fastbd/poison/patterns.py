@@ -115,11 +115,15 @@ def read_pattern(path: Path) -> np.ndarray:
     if values.ndim == 3 and len(values) == 3:
         values = np.moveaxis(values, 0, -1)
     if values.ndim != 3 or values.shape[2] != 3 or max(values.shape) > LARGEST:
-        raise UserError(f"the pattern {path} has the shape {values.shape}, not [3, h, w] or [h, w, 3] of at most "
-                        f"{LARGEST} px a side; name another file with --pattern.")  # fmt: skip
+        raise UserError(
+            f"the pattern {path} has the shape {values.shape}, not [3, h, w] or [h, w, 3] of at most "
+            f"{LARGEST} px a side; name another file with --pattern."
+        )
     if values.min() < 0 or values.max() > 1 or not values.any():
-        raise UserError(f"the pattern {path} has values from {values.min():g} to {values.max():g}, not from 0 up to 1; "
-                        "name another file with --pattern.")  # fmt: skip
+        raise UserError(
+            f"the pattern {path} has values from {values.min():g} to {values.max():g}, not from 0 up to 1; "
+            "name another file with --pattern."
+        )
     return np.maximum(np.rint(255 * values.astype(np.float64)), values > 0).astype(np.uint8)
 
 
@@ -131,8 +135,10 @@ def read_grid(path: Path) -> np.ndarray:
     values = _read_tensor(path, "grid")
     sides = values.shape[1:3]
     if values.ndim != 4 or values.shape[::3] != (1, 2) or not 2 <= min(sides) <= max(sides) <= LARGEST:
-        raise UserError(f"the grid {path} has the shape {values.shape}, not [1, h, w, 2] of 2 to {LARGEST} points a "
-                        "side; name another file with --grid.")  # fmt: skip
+        raise UserError(
+            f"the grid {path} has the shape {values.shape}, not [1, h, w, 2] of 2 to {LARGEST} points a "
+            "side; name another file with --grid."
+        )
     if not values.any():
         raise UserError(f"the grid {path} is 0 everywhere and moves nothing; name another file with --grid.")
     return np.ascontiguousarray(values[0, :, :, ::-1])
@@ -198,5 +204,7 @@ def check(name: str, text: str, patch_size: int) -> None:
     kept = (pattern.dtype.type, pattern.shape[2:]) in KEPT[name] and pattern.shape[:2] == size
     still = name == "wanet" and not pattern.any()  # a field that moves nothing has no scale
     if not kept or not pattern.size or still or not np.isfinite(pattern).all():
-        raise UserError(f"the pattern of the trigger {name} has a wrong shape, {pattern.dtype} {pattern.shape}; "
-                        "make the plan again.")  # fmt: skip
+        raise UserError(
+            f"the pattern of the trigger {name} has a wrong shape, {pattern.dtype} {pattern.shape}; "
+            "make the plan again."
+        )

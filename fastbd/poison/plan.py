@@ -44,8 +44,10 @@ class Attack:
 
     def __post_init__(self) -> None:
         if not self.rows or len(self.rows) != len(self.captions):
-            raise UserError(f"a plan needs a caption for each row, at least one; it has {len(self.rows)} rows, "
-                            f"{len(self.captions)} captions.")  # fmt: skip
+            raise UserError(
+                f"a plan needs a caption for each row, at least one; it has {len(self.rows)} rows, "
+                f"{len(self.captions)} captions."
+            )
         if not self.target.strip():
             raise UserError("the target word is empty; name one of the evaluation classes with --target.")
         if self.geometry not in GEOMETRIES:
@@ -72,8 +74,10 @@ class Plan:
             raise UserError("two attacks of the plan poison the same row; make the plan again.")
         looks = [(attack.trigger, attack.geometry) for attack in self.attacks]
         if len(set(looks)) < len(looks):
-            raise UserError("two attacks of the plan have the same trigger, so nobody could tell them apart; "
-                            "give another --trigger, or other parameters.")  # fmt: skip
+            raise UserError(
+                "two attacks of the plan have the same trigger, so nobody could tell them apart; "
+                "give another --trigger, or other parameters."
+            )
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -117,12 +121,15 @@ class Plan:
         try:
             value = read_json(Path(path), "name a plan, which python -m fastbd poison makes")
             if isinstance(value, dict) and value.pop("crc32", None) not in (None, crc_of(value)):
-                raise UserError("the plan is not as it was written: make it again, or, where you have changed it, take "
-                                "its entry crc32 out.")  # fmt: skip
+                raise UserError(
+                    "the plan is not as it was written: make it again, or, where you have changed it, take "
+                    "its entry crc32 out."
+                )
             return cls.from_dict(value)
         except OSError as error:
-            raise UserError(f"the plan {path} cannot be read ({error.strerror}); make one with: "
-                            "python -m fastbd poison.") from None  # fmt: skip
+            raise UserError(
+                f"the plan {path} cannot be read ({error.strerror}); make one with: python -m fastbd poison."
+            ) from None
         except UserError as error:
             said = str(error)
             raise UserError(said if str(path) in said else f"{path}: {said}") from None
@@ -148,8 +155,10 @@ class Plan:
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise UserError("this is not a poison plan; make one with: python -m fastbd poison.")
         if value.get("version") not in (1, VERSION):
-            raise UserError(f"this plan has version {value.get('version')}, but this fastbd reads up to {VERSION}; "
-                            "make the plan again.")  # fmt: skip
+            raise UserError(
+                f"this plan has version {value.get('version')}, but this fastbd reads up to {VERSION}; "
+                "make the plan again."
+            )
         try:
             attacks = [value] if value["version"] == 1 else value["attacks"]
             return cls(**_typed(value, _PLAN), attacks=tuple(map(_attack, attacks)))
@@ -159,8 +168,10 @@ class Plan:
     def check(self, fingerprint: str, total: int, path: Path | str) -> None:
         """UserError unless the plan is of the data of `total` pairs with this fingerprint; `path` names the data."""
         if (fingerprint, total) != (self.data, self.total):
-            raise UserError(f"the poison plan was made for other data than {path}; make one for it with: "
-                            f"python -m fastbd poison --data {path}.")  # fmt: skip
+            raise UserError(
+                f"the poison plan was made for other data than {path}; make one for it with: "
+                f"python -m fastbd poison --data {path}."
+            )
 
 
 def _attack(value: dict) -> Attack:
@@ -205,8 +216,10 @@ def make_plan(
     if captions is not None:
         rows = np.array([row for row in rows.tolist() if target.lower() in captions(row).lower()], np.int64)
         if len(rows) < count:
-            raise UserError(f"{len(rows)} captions hold the target {target!r}, fewer than the {count} to poison; "
-                            "lower --count, choose another --target, or leave --label-consistent out.")  # fmt: skip
+            raise UserError(
+                f"{len(rows)} captions hold the target {target!r}, fewer than the {count} to poison; "
+                "lower --count, choose another --target, or leave --label-consistent out."
+            )
     stream = f"poison-rows-{len(earlier)}" if earlier else "poison-rows"
     rows = np.sort(random.generator(seed, stream).choice(rows, count, replace=False))
     if captions is not None:

@@ -28,8 +28,14 @@ from fastbd.poison import patterns
 
 LOCATIONS = ("random", "four_corners", "corner", "centre")
 PATCHES = ("badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch")
-BLENDS = {"blended": 0.2, "blended_stripes": 0.03, "blended_triangles": 0.15, "blended_text": 0.5,
-          "blended_image": 0.2, "sig": 0.2}  # fmt: skip
+BLENDS = {
+    "blended": 0.2,
+    "blended_stripes": 0.03,
+    "blended_triangles": 0.15,
+    "blended_text": 0.5,
+    "blended_image": 0.2,
+    "sig": 0.2,
+}
 """Triggers that are mixed in, with their published shares."""
 LARGEST_STRENGTH = 100.0
 TILE, GREYS = 14, (0.4, 0.8)  # of the triangles
@@ -65,8 +71,10 @@ class TriggerSpec:
         if self.blend is not None and not 0 <= self.blend <= 1:
             raise UserError(f"a blend of {self.blend} is not a share; give a number from 0 to 1.")
         if not 0 <= self.strength <= LARGEST_STRENGTH:
-            raise UserError(f"a warp of strength {self.strength} tears the image apart; "
-                            f"give a number from 0 to {LARGEST_STRENGTH:g}.")  # fmt: skip
+            raise UserError(
+                f"a warp of strength {self.strength} tears the image apart; "
+                f"give a number from 0 to {LARGEST_STRENGTH:g}."
+            )
         patterns.check(self.name, self.pattern, self.patch_size)
         if self.blend is None or self.name not in BLENDS:
             object.__setattr__(self, "blend", BLENDS.get(self.name, 0.0))
