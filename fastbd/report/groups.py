@@ -190,10 +190,30 @@ ORDER = ("mmcl", "mmcl_ssl", "ssl", "siglip", "siglip_ssl", "cyclip")
 # Settings that make no other kind of model: seeds, files (architecture, data and attack are compared by themselves),
 # and how a run is carried out and watched.
 HARMLESS = IMMATERIAL | {
-    "activation", "classes", "data", "decode", "eval_data", "eval_every", "eval_between", "eval_subset", "model",
-    "objective", "plan", "seed", "templates",
-}  # fmt: skip
+    "activation",
+    "classes",
+    "data",
+    "decode",
+    "eval_data",
+    "eval_every",
+    "eval_between",
+    "eval_subset",
+    "model",
+    "objective",
+    "plan",
+    "seed",
+    "templates",
+}
 # Settings of a cleaning that are searched over, or told elsewhere.
 SEARCHED = {
-    "lr", "warmup", "epochs", "rows", "poison_left", "checkpoint", "method", "rebound", "flagged_by", "rows_file",
-}  # fmt: skip
+    "lr",
+    "warmup",
+    "epochs",
+    "rows",
+    "poison_left",
+    "checkpoint",
+    "method",
+    "rebound",
+    "flagged_by",
+    "rows_file",
+}

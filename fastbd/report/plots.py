@@ -161,9 +161,14 @@ def _cloud(axes: Axes, runs: Sequence[Run]) -> bool:
         axes.step(*_percent(corners, "asr", "top1"), where="post", color=_colour(objective), lw=1, alpha=0.5, zorder=2)
     for run, evaluation in stars.values():
         axes.scatter(
-            *_percent([evaluation], "asr", "top1"), s=260, marker="*", color=_colour(run), edgecolor="black",
-            linewidth=0.8, zorder=4,
-        )  # fmt: skip
+            *_percent([evaluation], "asr", "top1"),
+            s=260,
+            marker="*",
+            color=_colour(run),
+            edgecolor="black",
+            linewidth=0.8,
+            zorder=4,
+        )
     for ceiling in CEILINGS:
         axes.axvline(100 * ceiling, color="0.35", lw=1, ls=":", zorder=1)
     text = dict(transform=axes.get_xaxis_transform(), color="0.35", fontsize=9)
@@ -255,9 +260,14 @@ def _same_height(panels: Sequence[Axes]) -> None:
 
 
 def _legend(
-    figure: Figure, runs: Sequence[Run], *, marks: bool = True, lines: bool = True, hollow: bool = False,
+    figure: Figure,
+    runs: Sequence[Run],
+    *,
+    marks: bool = True,
+    lines: bool = True,
+    hollow: bool = False,
     named: bool = True,
-) -> None:  # fmt: skip
+) -> None:
     """Above the panels: colours of the objectives, the star where no lines are, marks and lines of the methods."""
     from matplotlib.lines import Line2D
 
@@ -334,13 +344,35 @@ LOSSES = {
     "ssl_text": "SSL (text)",
 }
 NO_LOSSES = {  # of log.jsonl
-    "step", "steps", "epoch", "pairs_per_s", "of_limit", "data_wait", "scale", "bad_images", "lr", "uncaptured",
-}  # fmt: skip
+    "step",
+    "steps",
+    "epoch",
+    "pairs_per_s",
+    "of_limit",
+    "data_wait",
+    "scale",
+    "bad_images",
+    "lr",
+    "uncaptured",
+}
 # Okabe and Ito's colours, safe for the colour-blind.
-COLOURS = {"mmcl": "#0072B2", "mmcl_ssl": "#D55E00", "ssl": "#009E73", "siglip": "#CC79A7", "siglip_ssl": "#E69F00",
-           "cyclip": "#56B4E9"}  # fmt: skip
-MARKERS = {"cleanclip": "o", "finetune": "^", "par": "s", "shrink_perturb": "v", "deep_cluster": "P", "unlearn": "X",
-           "supervised": "p"}  # fmt: skip
+COLOURS = {
+    "mmcl": "#0072B2",
+    "mmcl_ssl": "#D55E00",
+    "ssl": "#009E73",
+    "siglip": "#CC79A7",
+    "siglip_ssl": "#E69F00",
+    "cyclip": "#56B4E9",
+}
+MARKERS = {
+    "cleanclip": "o",
+    "finetune": "^",
+    "par": "s",
+    "shrink_perturb": "v",
+    "deep_cluster": "P",
+    "unlearn": "X",
+    "supervised": "p",
+}
 DASHES = {"cleanclip": "-", "finetune": "--", "par": "-."}
 STYLE = {
     "font.family": "DejaVu Sans",

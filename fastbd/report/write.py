@@ -56,13 +56,25 @@ def table_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for row in tables.table(runs):
         group = row.group
-        line = {**_place(group.place), "pretrain_objective": group.objective, "variant": group.variant,
-                "cleaning": group.method, "runs": len(group.runs), "seeds": row.replicates, "models": row.models,
-                **_ends("top1_before", row.top1), **_ends("asr_before", row.asr)}  # fmt: skip
+        line = {
+            **_place(group.place),
+            "pretrain_objective": group.objective,
+            "variant": group.variant,
+            "cleaning": group.method,
+            "runs": len(group.runs),
+            "seeds": row.replicates,
+            "models": row.models,
+            **_ends("top1_before", row.top1),
+            **_ends("asr_before", row.asr),
+        }
         for ceiling, best in zip(tables.CEILINGS, row.best, strict=True):
             name = f"at_asr_{100 * ceiling:g}"
-            line |= {**_ends(f"top1_{name}", best.top1), **_ends(f"asr_{name}", best.asr),
-                     **_ends(f"kept_{name}", best.kept), f"seeds_{name}": best.reached}  # fmt: skip
+            line |= {
+                **_ends(f"top1_{name}", best.top1),
+                **_ends(f"asr_{name}", best.asr),
+                **_ends(f"kept_{name}", best.kept),
+                f"seeds_{name}": best.reached,
+            }
             line[f"points_{name}"] = " ".join(
                 f"{run.id or run.name}@{e['step']}" for run, e in filter(None, best.points)
             )
@@ -72,20 +84,28 @@ def table_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A row a run: how it ended, its cost, its instability."""
-    rows = []
-    for run in runs:
-        training, evaluating = tables.seconds(run)
-        fell, rise = tables.instability(run) or (None, None)
-        back = next(iter(tables.rebounds(run)), {})
-        rows.append({
-            **_about(run), "reason": run.result.get("reason"), "device": tables.device(run),
-            "seconds": round(training + evaluating, 3), "train_seconds": round(training, 3),
-            "evaluate_seconds": round(evaluating, 3), "estimated": "seconds" not in run.result,
-            "pairs_per_s": tables.speed(run, "pairs_per_s"), "of_limit": tables.speed(run, "of_limit"),
-            "fell_while_asr_rose": fell, "largest_asr_rise": rise,
-            **{f"rebound_{k}": v for k, v in back.items()}, "command": run.recorded.get("command"),
-        })  # fmt: skip
-    return rows
+    return [_run_row(run) for run in runs]
+
+
+def _run_row(run: Run) -> dict[str, Any]:
+    training, evaluating = tables.seconds(run)
+    fell, rise = tables.instability(run) or (None, None)
+    back = next(iter(tables.rebounds(run)), {})
+    return {
+        **_about(run),
+        "reason": run.result.get("reason"),
+        "device": tables.device(run),
+        "seconds": round(training + evaluating, 3),
+        "train_seconds": round(training, 3),
+        "evaluate_seconds": round(evaluating, 3),
+        "estimated": "seconds" not in run.result,
+        "pairs_per_s": tables.speed(run, "pairs_per_s"),
+        "of_limit": tables.speed(run, "of_limit"),
+        "fell_while_asr_rose": fell,
+        "largest_asr_rise": rise,
+        **{f"rebound_{k}": v for k, v in back.items()},
+        "command": run.recorded.get("command"),
+    }
 
 
 def evaluation_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -104,19 +124,31 @@ def stopping_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         about = {"pretrain_objective": group.objective, "model": group.place[0], "method": group.method}
         chosen += [("sweep", about, name, choice) for choice in choices]
     return [
-        {"over": over, **about, "rule": name, **{key: c.chosen[key] for key in ("step", "top1", "asr")},
-         "top1_given_away": c.cost}
+        {
+            "over": over,
+            **about,
+            "rule": name,
+            **{key: c.chosen[key] for key in ("step", "top1", "asr")},
+            "top1_given_away": c.cost,
+        }
         for over, about, name, c in chosen
-    ]  # fmt: skip
+    ]
 
 
 def _about(run: Run) -> dict[str, Any]:
     flags = {key: run.config.get(key) for key in FLAGS}
     return {
-        "run": run.name, "id": run.id, "verb": run.verb, "pretrain_objective": run.pretrain_objective,
-        "method": method_name(run), "model": run.architecture, "data": run.recorded.get("data"), "attack": run.attack,
-        "start": str(run.start or ""), **flags,
-    }  # fmt: skip
+        "run": run.name,
+        "id": run.id,
+        "verb": run.verb,
+        "pretrain_objective": run.pretrain_objective,
+        "method": method_name(run),
+        "model": run.architecture,
+        "data": run.recorded.get("data"),
+        "attack": run.attack,
+        "start": str(run.start or ""),
+        **flags,
+    }
 
 
 def _environment(run: Run) -> dict[str, Any]:
