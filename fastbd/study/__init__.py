@@ -1,1 +1,1 @@
-"""Tables, plots and the report: pure functions of run folders."""
+"""Plans a study and runs it: its grid of runs, the ledger that processes share, and what ends a run early."""

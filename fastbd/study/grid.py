@@ -216,8 +216,8 @@ def _pretraining(study: Study, folder: Path, known: Mapping[str, str]) -> tuple[
     given = [{"objective": base.objective, **values} for values in given]
     attacks = settings(study, "attacks")
     several = len({values.get("data", base.data) for values in given}) > 1
-    grid = list(product(zip(attacks or [None], _names(attacks) or [""], strict=True),
-                        zip(given, _names(given), strict=True)))  # fmt: skip
+    attacked = zip(attacks or [None], _names(attacks) or [""], strict=True)
+    grid = list(product(attacked, zip(given, _names(given), strict=True)))
     plans: dict[str, Planned] = {}
     runs, models = [], []
     for seed, (place, ((attack, attack_name), (values, name))) in product(study.seeds, enumerate(grid)):
