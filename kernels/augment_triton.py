@@ -136,9 +136,7 @@ def _weight(low, count, centre, k, scale, CUBIC: tl.constexpr):
 
 
 @triton.jit
-def columns_kernel(
-    resizes, params, weights, first, shape, scratch, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def columns_kernel(resizes, params, weights, first, shape, scratch, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums over the columns of the rows that are looked at, rounded to levels uint8 [rows, S, 3], flipped.
 
     A thread has several rows of a column, so that it loads a weight once for all of them.
@@ -178,9 +176,21 @@ def columns_kernel(
 
 @triton.jit
 def finish_kernel(
-    resizes, params, weights, first, shape, scratch, levels, scale_shift, out,
-    size, SUMS: tl.constexpr, NORMALISE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    resizes,
+    params,
+    weights,
+    first,
+    shape,
+    scratch,
+    levels,
+    scale_shift,
+    out,
+    size,
+    SUMS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """A view [B, S, S, 3]: with SUMS, of the sums over the columns in `scratch`, else of pixels of the view's size.
 
     Channels side by side are one long row, so that a thread loads and stores neighbouring bytes at once.
@@ -424,8 +434,11 @@ def _hue(red, green, blue, shift):
     r = tl.div_rn((value - red).to(tl.float32), spread32)
     g = tl.div_rn((value - green).to(tl.float32), spread32)
     b = tl.div_rn((value - blue).to(tl.float32), spread32)
-    h = tl.where(green == value, (2 + r.to(tl.float64) - b.to(tl.float64)).to(tl.float32),
-                 (4 + g.to(tl.float64) - r.to(tl.float64)).to(tl.float32))  # fmt: skip
+    h = tl.where(
+        green == value,
+        (2 + r.to(tl.float64) - b.to(tl.float64)).to(tl.float32),
+        (4 + g.to(tl.float64) - r.to(tl.float64)).to(tl.float32),
+    )
     h = tl.where(red == value, b - g, h)
     turn = h.to(tl.float64) / 6 + 1
     turn = (turn - tl.floor(turn)).to(tl.float32).to(tl.float64)
@@ -666,9 +679,20 @@ def _finish(jobs: Tensor, words: Tensor, sums: tuple[Tensor, ...] | None, out: T
     batch, size, device = len(out), out.shape[1], out.device
     programs = triton.cdiv(size, ROWS) * triton.cdiv(3 * size, BYTES)
     finish_kernel[(programs, batch)](
-        jobs, words, *(sums or [None] * 4), noise_levels(device), normalisation(device, size), out,
-        size, SUMS=sums is not None, NORMALISE=out.dtype != torch.uint8, ROWS=ROWS, BLOCK=BYTES, num_warps=2, **FUSION,
-    )  # fmt: skip
+        jobs,
+        words,
+        *(sums or [None] * 4),
+        noise_levels(device),
+        normalisation(device, size),
+        out,
+        size,
+        SUMS=sums is not None,
+        NORMALISE=out.dtype != torch.uint8,
+        ROWS=ROWS,
+        BLOCK=BYTES,
+        num_warps=2,
+        **FUSION,
+    )
 
 
 def _programs(lengths: np.ndarray, length: int, times: int = 1) -> int:

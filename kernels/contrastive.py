@@ -62,17 +62,28 @@ def contrastive_loss(
     given = {"image": image, "text": text, "image_aug": image_aug, "text_aug": text_aug}
     used = [name for name in given if any(name in term[1:3] for term in terms)]
     loss, parts = _loss(
-        [given[name] for name in used], [(used.index(q), used.index(k), both) for _, q, k, _, both in terms],
+        [given[name] for name in used],
+        [(used.index(q), used.index(k), both) for _, q, k, _, both in terms],
         [(weight / 2, weight / 2) if both else (weight, 0.0) for *_, weight, both in terms],
-        log_scale, None, gather, group, way,
-    )  # fmt: skip
+        log_scale,
+        None,
+        gather,
+        group,
+        way,
+    )
     return loss, {name: parts[t].sum() / (1 + both) for t, (name, *_, both) in enumerate(terms)}
 
 
 def sigmoid_loss(
-    image: Tensor, text: Tensor, *, log_scale: Tensor, bias: Tensor, gather: str = "exact",
-    group: td.ProcessGroup | None = None, way: str = "auto",
-) -> Tensor:  # fmt: skip
+    image: Tensor,
+    text: Tensor,
+    *,
+    log_scale: Tensor,
+    bias: Tensor,
+    gather: str = "exact",
+    group: td.ProcessGroup | None = None,
+    way: str = "auto",
+) -> Tensor:
     """SigLIP's loss (Zhai et al., arXiv 2303.15343, eq. 1): sum over all pairs / B. Arguments as above."""
     return _loss([image, text], [(0, 1, False)], [(1.0, 0.0)], log_scale, bias, gather, group, way)[0]
 
@@ -138,9 +149,15 @@ def _triples(terms: list[int]) -> list[contrastive_reference.Term]:
 
 @torch.library.custom_op("fastbd::contrastive", mutates_args=())
 def contrastive(
-    towers: list[Tensor], log_scale: Tensor, bias: Tensor | None, weights: Tensor, terms: list[int], group: str,
-    exact: bool, way: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    towers: list[Tensor],
+    log_scale: Tensor,
+    bias: Tensor | None,
+    weights: Tensor,
+    terms: list[int],
+    group: str,
+    exact: bool,
+    way: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """-> loss [], parts [n, 2], and what the backward needs."""
     with torch.autocast(log_scale.device.type, enabled=False):
         backend, processes = _backend(way), _Processes(group)
@@ -188,9 +205,16 @@ def _(towers, log_scale, bias, weights, terms, group, exact, way):
 
 @torch.library.custom_op("fastbd::contrastive_backward", mutates_args=())
 def contrastive_backward(
-    gradient: Tensor, towers: list[Tensor], log_scale: Tensor, bias: Tensor | None, saved: list[Tensor],
-    terms: list[int], group: str, exact: bool, way: str,
-) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    gradient: Tensor,
+    towers: list[Tensor],
+    log_scale: Tensor,
+    bias: Tensor | None,
+    saved: list[Tensor],
+    terms: list[int],
+    group: str,
+    exact: bool,
+    way: str,
+) -> tuple[list[Tensor], Tensor]:
     """-> gradients of the towers and of log_scale."""
     with torch.autocast(log_scale.device.type, enabled=False):
         backend, processes, scale = _backend(way), _Processes(group), log_scale.float().exp()

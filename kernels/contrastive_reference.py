@@ -21,9 +21,15 @@ def inverse_norms(towers: list[Tensor]) -> Tensor:
 
 
 def sums(
-    towers: list[Tensor], keys: list[Tensor], rn: Tensor, key_rn: Tensor, scale: Tensor, bias: Tensor | None,
-    terms: list[Term], offset: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    towers: list[Tensor],
+    keys: list[Tensor],
+    rn: Tensor,
+    key_rn: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    terms: list[Term],
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> positive [n, b], rows [n, b], columns [n, N], for each term.
 
     Softmax (no bias): rows and columns are log sum exp of the logits of the negatives; columns over these b rows only.
@@ -54,9 +60,20 @@ def sums(
 
 
 def products(
-    towers: list[Tensor], keys: list[Tensor], rn: Tensor, key_rn: Tensor, scale: Tensor, bias: Tensor | None,
-    row_log: Tensor, column_log: Tensor, diagonal: Tensor, terms: list[Term], offset: int, v: Tensor, key_v: Tensor,
-) -> Tensor | None:  # fmt: skip
+    towers: list[Tensor],
+    keys: list[Tensor],
+    rn: Tensor,
+    key_rn: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    row_log: Tensor,
+    column_log: Tensor,
+    diagonal: Tensor,
+    terms: list[Term],
+    offset: int,
+    v: Tensor,
+    key_v: Tensor,
+) -> Tensor | None:
     """Add to v [T, b, D] and key_v [K, N, D] the sums over j of r_i G_ij r_j y_j; returns the sum of G L, or None.
 
     G is the gradient of the logits L: exp(L - row_log) + exp(L - column_log), for the sigmoid exp(-row_log) sigmoid(L

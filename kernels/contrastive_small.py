@@ -18,8 +18,27 @@ STRIP = 16  # rows of a program
 
 
 @triton.jit
-def losses_kernel(X0, X1, X2, X3, DIRECTIONS, WEIGHTS, P, RN, ROW_DOTS, COLUMN_DOTS, LOSSES, LOG_SCALE, N, D, strips,
-                  BM: tl.constexpr, NP: tl.constexpr, BK: tl.constexpr, IP: tl.constexpr):  # fmt: skip
+def losses_kernel(
+    X0,
+    X1,
+    X2,
+    X3,
+    DIRECTIONS,
+    WEIGHTS,
+    P,
+    RN,
+    ROW_DOTS,
+    COLUMN_DOTS,
+    LOSSES,
+    LOG_SCALE,
+    N,
+    D,
+    strips,
+    BM: tl.constexpr,
+    NP: tl.constexpr,
+    BK: tl.constexpr,
+    IP: tl.constexpr,
+):
     """Direction d = DIRECTIONS[d] = (query, key, write the query's norms, write the key's).
 
     P[d, N, NP]: weighted gradient of the logits (p - onehot); ROW_DOTS[d, N], COLUMN_DOTS[d, strip, N]: its sums
@@ -106,9 +125,39 @@ def _add_dots(dots, by_row, by_column, ROW_DOTS, COLUMN_DOTS, i, N, strips):
 
 
 @triton.jit
-def gradients_kernel(X0, X1, X2, X3, G0, G1, G2, G3, TERMS, WEIGHTS, P, RN, ROW_DOTS, COLUMN_DOTS, LOSSES, LOG_SCALE,
-                     LOSS, PARTS, SCALE_GRADIENT, N, D, start, stop, strips, NP, n_terms, BM: tl.constexpr,
-                     BJ: tl.constexpr, BD: tl.constexpr, NB: tl.constexpr, IP: tl.constexpr):  # fmt: skip
+def gradients_kernel(
+    X0,
+    X1,
+    X2,
+    X3,
+    G0,
+    G1,
+    G2,
+    G3,
+    TERMS,
+    WEIGHTS,
+    P,
+    RN,
+    ROW_DOTS,
+    COLUMN_DOTS,
+    LOSSES,
+    LOG_SCALE,
+    LOSS,
+    PARTS,
+    SCALE_GRADIENT,
+    N,
+    D,
+    start,
+    stop,
+    strips,
+    NP,
+    n_terms,
+    BM: tl.constexpr,
+    BJ: tl.constexpr,
+    BD: tl.constexpr,
+    NB: tl.constexpr,
+    IP: tl.constexpr,
+):
     """Gradients of rows [start, stop) of tower program_id(1); TERMS[t] = query, key, direction of rows, of columns.
 
     The first program also adds up LOSS, PARTS[t, 2] and SCALE_GRADIENT, always in the same order.
@@ -170,18 +219,57 @@ def losses_and_gradients(
     w, ip = weights.take(table(places, torch.int64, device)), input_precision()
     low = towers[0].dtype == torch.bfloat16
     losses_kernel[(strips, n)](
-        *four(towers), table(directions, torch.int32, device), w, p, rn, row_dots, column_dots, losses, log_scale,
-        count, dim, strips, BM=STRIP, NP=padded, BK=64 if low else 32, IP=ip, num_warps=8 if padded > 128 else 4,
+        *four(towers),
+        table(directions, torch.int32, device),
+        w,
+        p,
+        rn,
+        row_dots,
+        column_dots,
+        losses,
+        log_scale,
+        count,
+        dim,
+        strips,
+        BM=STRIP,
+        NP=padded,
+        BK=64 if low else 32,
+        IP=ip,
+        num_warps=8 if padded > 128 else 4,
         num_stages=2 if padded > 256 else 3,
-    )  # fmt: skip
+    )
     gradients = [torch.empty(stop - start, dim, dtype=x.dtype, device=device) for x in towers]
     loss, parts, of_scale = new(()), new(len(term_table), 2), new(())
     wide = 32 if INTERPRETED else 128
     gradients_kernel[(triton.cdiv(stop - start, STRIP), len(towers), triton.cdiv(dim, wide))](
-        *four(towers), *four(gradients), table(term_table, torch.int32, device), w, p, rn, row_dots, column_dots,
-        losses, log_scale, loss, parts, of_scale, count, dim, start, stop, strips, padded, len(term_table), BM=STRIP,
-        BJ=32 if INTERPRETED or not low else 64, BD=wide, NB=padded, IP=ip, num_warps=8, num_stages=3,
-    )  # fmt: skip
+        *four(towers),
+        *four(gradients),
+        table(term_table, torch.int32, device),
+        w,
+        p,
+        rn,
+        row_dots,
+        column_dots,
+        losses,
+        log_scale,
+        loss,
+        parts,
+        of_scale,
+        count,
+        dim,
+        start,
+        stop,
+        strips,
+        padded,
+        len(term_table),
+        BM=STRIP,
+        BJ=32 if INTERPRETED or not low else 64,
+        BD=wide,
+        NB=padded,
+        IP=ip,
+        num_warps=8,
+        num_stages=3,
+    )
     return loss, parts, gradients, of_scale
 
 

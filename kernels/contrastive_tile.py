@@ -61,8 +61,26 @@ def _place(rest, blocks_m, blocks_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _logits(q, k, rq, rk, i0, j0, M, N, s2, S, l0, rows, D: tl.constexpr,
-            BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, IP: tl.constexpr, STORED: tl.constexpr):  # fmt: skip
+def _logits(
+    q,
+    k,
+    rq,
+    rk,
+    i0,
+    j0,
+    M,
+    N,
+    s2,
+    S,
+    l0,
+    rows,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    IP: tl.constexpr,
+    STORED: tl.constexpr,
+):
     """s2 rq_i rk_j <q_i, k_j> of a tile. Rows past the end are clamped, for the caller to mask.
 
     Offsets are 32 bits beside a base that moves along D: registers are scarce. STORED: the products are rows of S
@@ -91,10 +109,42 @@ def _logits(q, k, rq, rk, i0, j0, M, N, s2, S, l0, rows, D: tl.constexpr,
 
 
 @triton.jit
-def sums_kernel(Q0, Q1, Q2, Q3, K0, K1, K2, RQ, RK, TERMS, ROWS, COLUMNS, SHIFTS, POSITIVE, SCALE, BIAS, S,
-                M, N, offset, m0, rows, pm0, all_blocks_m, blocks_m, blocks_n, D: tl.constexpr, BM: tl.constexpr,
-                BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, IP: tl.constexpr, STORED: tl.constexpr,
-                SIGMOID: tl.constexpr):  # fmt: skip
+def sums_kernel(
+    Q0,
+    Q1,
+    Q2,
+    Q3,
+    K0,
+    K1,
+    K2,
+    RQ,
+    RK,
+    TERMS,
+    ROWS,
+    COLUMNS,
+    SHIFTS,
+    POSITIVE,
+    SCALE,
+    BIAS,
+    S,
+    M,
+    N,
+    offset,
+    m0,
+    rows,
+    pm0,
+    all_blocks_m,
+    blocks_m,
+    blocks_n,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    IP: tl.constexpr,
+    STORED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+):
     """Sums of the tiles of rows [m0, m0 + rows) of every term; TERMS[t] = query, key, both directions.
 
     Softmax: ROWS[t, pn, M], COLUMNS[t, pm, N] of exp2(logit - SHIFTS[t, pm, pn]) without the positives. Sigmoid: ROWS
@@ -149,8 +199,21 @@ def sums_kernel(Q0, Q1, Q2, Q3, K0, K1, K2, RQ, RK, TERMS, ROWS, COLUMNS, SHIFTS
 
 
 @triton.jit
-def merge_kernel(PARTS, SHIFTS, OUT, TERMS, L, parts, blocks, stride_own, stride_part, BLOCK: tl.constexpr,
-                 B: tl.constexpr, PB: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def merge_kernel(
+    PARTS,
+    SHIFTS,
+    OUT,
+    TERMS,
+    L,
+    parts,
+    blocks,
+    stride_own,
+    stride_part,
+    BLOCK: tl.constexpr,
+    B: tl.constexpr,
+    PB: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """OUT[t, L] = ln of the sum over parts p of PARTS[t, p, L] 2^shift; -inf where nothing was summed.
 
     The shift of element o in part p is SHIFTS[t * blocks + (o // BLOCK) * stride_own + p * stride_part].
@@ -175,10 +238,43 @@ def merge_kernel(PARTS, SHIFTS, OUT, TERMS, L, parts, blocks, stride_own, stride
 
 
 @triton.jit
-def gradient_kernel(Q0, Q1, Q2, Q3, K0, K1, K2, RQ, RK, TERMS, ROW_LOG, COLUMN_LOG, DIAGONAL, G, TOTALS, SCALE, BIAS, S,
-                    M, N, offset, m0, rows, blocks_m, blocks_n, pitch, D: tl.constexpr, BM: tl.constexpr,
-                    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, IP: tl.constexpr, STORED: tl.constexpr,
-                    SIGMOID: tl.constexpr, WITH_TOTAL: tl.constexpr):  # fmt: skip
+def gradient_kernel(
+    Q0,
+    Q1,
+    Q2,
+    Q3,
+    K0,
+    K1,
+    K2,
+    RQ,
+    RK,
+    TERMS,
+    ROW_LOG,
+    COLUMN_LOG,
+    DIAGONAL,
+    G,
+    TOTALS,
+    SCALE,
+    BIAS,
+    S,
+    M,
+    N,
+    offset,
+    m0,
+    rows,
+    blocks_m,
+    blocks_n,
+    pitch,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    IP: tl.constexpr,
+    STORED: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    WITH_TOTAL: tl.constexpr,
+):
     """G[t, rows, pitch] = rq_i G_ij rk_j of rows [m0, m0 + rows); TOTALS[pid]: the tile's sum of G_ij L_ij."""
     pid = tl.program_id(0)
     t = pid // (blocks_m * blocks_n)
@@ -229,8 +325,9 @@ def _weighted_probabilities(l2, row_log, column_log):
 
 
 @triton.jit
-def normalise_backward_kernel(V, X0, X1, X2, X3, G0, G1, G2, G3, RN, ROW_DOTS, FACTOR, M, D,
-                              BR: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+def normalise_backward_kernel(
+    V, X0, X1, X2, X3, G0, G1, G2, G3, RN, ROW_DOTS, FACTOR, M, D, BR: tl.constexpr, DP: tl.constexpr
+):
     """g = factor (v - (xh . v) xh), xh = x / |x|, V [t, M, D]; ROW_DOTS[t, M] = |x| xh . v."""
     t = tl.program_id(1)
     x = pick(t, X0, X1, X2, X3)
@@ -263,8 +360,18 @@ class Tile:
 
     def arguments(self, x: Tensor, stored: bool, sigmoid: bool) -> dict:
         """The compile-time arguments that both tile kernels share."""
-        return dict(D=x.shape[1], BM=self.m, BN=self.n, BK=self.k, GROUP=self.group, IP=input_precision(),
-                    STORED=stored, SIGMOID=sigmoid, num_warps=self.warps, num_stages=self.stages)  # fmt: skip
+        return dict(
+            D=x.shape[1],
+            BM=self.m,
+            BN=self.n,
+            BK=self.k,
+            GROUP=self.group,
+            IP=input_precision(),
+            STORED=stored,
+            SIGMOID=sigmoid,
+            num_warps=self.warps,
+            num_stages=self.stages,
+        )
 
 
 HOPPER = {torch.bfloat16: Tile(128, 128, 64, 8, 4, 3), torch.float32: Tile(64, 64, 32, 8, 4, 3)}
@@ -331,10 +438,26 @@ class Way:
         def launch(first: int, last: int, start: int, count: int, products: Tensor) -> None:
             here, _ = tile.grid(count, length)
             sums_kernel[((last - first) * here * blocks_n,)](
-                *pointers, table_of(terms, rn)[first:], of_rows[first:], of_columns[first:], shifts[first:],
-                positive[first:], scale, scale if bias is None else bias, products, rows, length, offset, start, count,
-                start // tile.m, blocks_m, here, blocks_n, **tile.arguments(towers[0], self.stored, sigmoid),
-            )  # fmt: skip
+                *pointers,
+                table_of(terms, rn)[first:],
+                of_rows[first:],
+                of_columns[first:],
+                shifts[first:],
+                positive[first:],
+                scale,
+                scale if bias is None else bias,
+                products,
+                rows,
+                length,
+                offset,
+                start,
+                count,
+                start // tile.m,
+                blocks_m,
+                here,
+                blocks_n,
+                **tile.arguments(towers[0], self.stored, sigmoid),
+            )
 
         if self.stored:
             for start, count in self._blocks(rows, length, 1, 4, tile):
@@ -351,9 +474,21 @@ class Way:
         )
 
     def products(
-        self, towers, keys, rn, key_rn, scale, bias, row_log, column_log, diagonal, terms: list[Term], offset: int,
-        v: Tensor, key_v: Tensor,
-    ) -> Tensor | None:  # fmt: skip
+        self,
+        towers,
+        keys,
+        rn,
+        key_rn,
+        scale,
+        bias,
+        row_log,
+        column_log,
+        diagonal,
+        terms: list[Term],
+        offset: int,
+        v: Tensor,
+        key_v: Tensor,
+    ) -> Tensor | None:
         """See contrastive_reference."""
         towers, keys = [x.contiguous() for x in towers], [x.contiguous() for x in keys]
         (rows, _), length, low, sigmoid = towers[0].shape, len(keys[0]), towers[0].dtype, bias is not None
@@ -372,11 +507,30 @@ class Way:
                 q, k, _ = group[0]
                 stored = product(towers[q][here], keys[k].T) if self.stored else rn
                 gradient_kernel[(len(totals),)](
-                    *four(towers), *three(keys), rn, key_rn, table_of(group, rn), row_log[first:last],
-                    column_log[first:last], diagonal[first:last], g, totals, scale, scale if bias is None else bias,
-                    stored, rows, length, offset, start, count, blocks_m, blocks_n, pitch, WITH_TOTAL=exact,
+                    *four(towers),
+                    *three(keys),
+                    rn,
+                    key_rn,
+                    table_of(group, rn),
+                    row_log[first:last],
+                    column_log[first:last],
+                    diagonal[first:last],
+                    g,
+                    totals,
+                    scale,
+                    scale if bias is None else bias,
+                    stored,
+                    rows,
+                    length,
+                    offset,
+                    start,
+                    count,
+                    blocks_m,
+                    blocks_n,
+                    pitch,
+                    WITH_TOTAL=exact,
                     **tile.arguments(towers[0], self.stored, sigmoid),
-                )  # fmt: skip
+                )
                 if exact:
                     total += totals.sum()
                 for t, (q, k, _) in enumerate(group):
@@ -392,8 +546,9 @@ class Way:
         towers = [x.contiguous() for x in towers]
         gradients, dots = [torch.empty_like(x) for x in towers], torch.empty_like(rn)
         grid = (triton.cdiv(rows, 4), len(towers))
-        normalise_backward_kernel[grid](v, *four(towers), *four(gradients), rn, dots, factor, rows, dim,
-                                        BR=4, DP=triton.next_power_of_2(dim))  # fmt: skip
+        normalise_backward_kernel[grid](
+            v, *four(towers), *four(gradients), rn, dots, factor, rows, dim, BR=4, DP=triton.next_power_of_2(dim)
+        )
         return gradients, dots.sum()
 
 
@@ -420,9 +575,19 @@ def merge(
     n, count, length = parts.shape
     out = parts.new_empty(n, length)
     merge_kernel[(triton.cdiv(length, 128), n)](
-        parts, shifts, out, table_of(terms, parts), length, count, shifts[0].numel(), *strides, BLOCK=block, B=128,
-        PB=16, COLUMNS=columns,
-    )  # fmt: skip
+        parts,
+        shifts,
+        out,
+        table_of(terms, parts),
+        length,
+        count,
+        shifts[0].numel(),
+        *strides,
+        BLOCK=block,
+        B=128,
+        PB=16,
+        COLUMNS=columns,
+    )
     return out
 
 

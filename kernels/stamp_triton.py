@@ -22,9 +22,31 @@ def _sample(image, y, x, c, H, W, weight, mask):
 
 
 @triton.jit(do_not_specialize=VARIED)
-def stamp_kernel(IMAGES, STAMPED, KEEP, ADD, PLACES, LEVELS, FIELD, H, W, h, w, keep_b, keep_y, keep_x, keep_c, add_b,
-                 add_y, add_x, add_c, N: tl.constexpr, HAS_LEVELS: tl.constexpr, HAS_FIELD: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
+def stamp_kernel(
+    IMAGES,
+    STAMPED,
+    KEEP,
+    ADD,
+    PLACES,
+    LEVELS,
+    FIELD,
+    H,
+    W,
+    h,
+    w,
+    keep_b,
+    keep_y,
+    keep_x,
+    keep_c,
+    add_b,
+    add_y,
+    add_x,
+    add_c,
+    N: tl.constexpr,
+    HAS_LEVELS: tl.constexpr,
+    HAS_FIELD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """BLOCK values of image program_id(0); KEEP and ADD [B, h, w, 3] by their strides, PLACES [B, N, 2]."""
     b = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -68,8 +90,21 @@ def stamp_triton(images: Tensor, overlay: Overlay) -> Tensor:
     if count:
         with torch.cuda.device_of(images):  # Triton starts a kernel on the thread's device, wherever the tensors are
             stamp_kernel[(count, triton.cdiv(height * width * 3, BLOCK))](
-                images, out, keep, add, overlay.places.contiguous(), overlay.levels, overlay.field, height, width,
-                *keep.shape[1:3], *keep.stride(), *add.stride(), N=overlay.places.shape[1],
-                HAS_LEVELS=overlay.levels is not None, HAS_FIELD=overlay.field is not None, BLOCK=BLOCK,
-            )  # fmt: skip
+                images,
+                out,
+                keep,
+                add,
+                overlay.places.contiguous(),
+                overlay.levels,
+                overlay.field,
+                height,
+                width,
+                *keep.shape[1:3],
+                *keep.stride(),
+                *add.stride(),
+                N=overlay.places.shape[1],
+                HAS_LEVELS=overlay.levels is not None,
+                HAS_FIELD=overlay.field is not None,
+                BLOCK=BLOCK,
+            )
     return out

@@ -40,8 +40,19 @@ def _clear_room(X, STARTS, captions, T, stride: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit(do_not_specialize=["captions", "T"])
-def attention_kernel(QKV, STARTS, OUT, LSE, captions, T, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-                     B: tl.constexpr, IP: tl.constexpr):  # fmt: skip
+def attention_kernel(
+    QKV,
+    STARTS,
+    OUT,
+    LSE,
+    captions,
+    T,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    B: tl.constexpr,
+    IP: tl.constexpr,
+):
     """OUT[T, HEADS D] and LSE[T, HEADS], log2 of the sum of the scores' powers."""
     b = tl.program_id(0) // HEADS
     h = tl.program_id(0) % HEADS
@@ -92,8 +103,21 @@ def _queries(x, gradient, out, lse, i, length, HEADS: tl.constexpr, D: tl.conste
 
 
 @triton.jit(do_not_specialize=["captions", "T"])
-def attention_backward_kernel(GRADIENT, QKV, OUT, LSE, STARTS, OF_QKV, captions, T, HEADS: tl.constexpr,
-                              D: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, IP: tl.constexpr):  # fmt: skip
+def attention_backward_kernel(
+    GRADIENT,
+    QKV,
+    OUT,
+    LSE,
+    STARTS,
+    OF_QKV,
+    captions,
+    T,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    B: tl.constexpr,
+    IP: tl.constexpr,
+):
     """OF_QKV[T, 3 HEADS D]: of each tile first what it asked of those up to it, then what those from it on asked of it.
 
     Probabilities are computed for both: keeping them takes more registers than there are.
@@ -150,9 +174,16 @@ def attention_backward(gradient: Tensor, qkv: Tensor, starts: Tensor, out: Tenso
     of_qkv, captions = qkv.new_empty(qkv.shape), len(starts) - 1
     with torch.cuda.device_of(qkv):
         attention_backward_kernel[(captions * heads,)](
-            gradient.contiguous(), qkv.contiguous(), out, lse, starts, of_qkv, captions, len(qkv),
+            gradient.contiguous(),
+            qkv.contiguous(),
+            out,
+            lse,
+            starts,
+            of_qkv,
+            captions,
+            len(qkv),
             **arguments(out, heads),
-        )  # fmt: skip
+        )
     return of_qkv
 
 
