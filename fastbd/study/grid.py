@@ -43,7 +43,7 @@ class Study:
 
     name: str
     about: str
-    """A sentence for the report."""
+    """A sentence that says what it asks; a sweep prints it before its runs."""
     preset: str = "demo"
     """What the entries change."""
     seeds: tuple[int, ...] = (0,)
