@@ -516,7 +516,7 @@ class Run:
             console.print(line, markup=False)
 
 
-def result_line(row: dict) -> str:
+def result_line(row: Evaluation) -> str:
     """One evaluation as a line of text."""
     line = f"epoch {row['epoch']:5.1f}  top-1 {row['top1']:6.1%}"
     if row.get("asr") is not None:
