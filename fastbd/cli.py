@@ -257,9 +257,6 @@ def _restarted(settings):
             "torchrun --max-restarts would hand the addresses of the dead to those started again (PyTorch issue "
             "135712): set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, and --rdzv-backend c10d on several machines."
         )
-    if (folder / "config.json").is_file():
-        recorded = read_config(folder)["config"]
-        found = {"batch_size": recorded.get("batch_size")} if settings.batch_size == "auto" else {}
-        if recorded == to_dict(settings) | found:
-            return dataclasses.replace(settings, resume=folder, **found)
+    if (folder / "config.json").is_file() and read_config(folder)["config"] == to_dict(settings):
+        return dataclasses.replace(settings, resume=folder)
     return settings

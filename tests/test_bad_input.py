@@ -215,7 +215,6 @@ def test_a_checkpoint_that_is_not_there(refused, place, study, fastbd):
         ),
         (("--accumulate", 2, "--bn-group", "sync"), "--accumulate 2 needs a number for --bn-group"),
         (("--bn-group", 1), "--bn-group 1 is out of range: give 2 to"),
-        (("--batch-size", "auto"), "--batch-size auto finds what fits in a GPU's memory; without a GPU give a number"),
         (("--graph", "on"), "--graph on captures the step of one process on a GPU, with Triton; give --graph off here"),
     ],
 )

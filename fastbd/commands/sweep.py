@@ -21,7 +21,7 @@ from fastbd.base.console import console
 from fastbd.base.dist import World
 from fastbd.base.errors import Diverged, UserError, lacks_memory, machine_fault
 from fastbd.base.evaluation import Evaluation
-from fastbd.base.run_folder import find, on_common_set, read_config
+from fastbd.base.run_folder import find, on_common_set
 from fastbd.base.signals import Stopped, stop_behind, stoppable
 from fastbd.commands import clean, demo, poison, pretrain, report
 from fastbd.config.flags import CleanConfig, ReportConfig, SweepConfig
@@ -253,8 +253,7 @@ def _train(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world:
     planned = claim.run
     settings, folder = planned.config, planned.config.out
     if (folder / "config.json").is_file():
-        batch_size = read_config(folder)["config"]["batch_size"]  # what was found to fit, if it was auto
-        settings = replace(settings, resume=folder, batch_size=batch_size)
+        settings = replace(settings, resume=folder)
 
     def guard() -> None:
         if claim.lost or not claim.held():

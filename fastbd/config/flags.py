@@ -268,8 +268,8 @@ class TrainConfig:
 
     epochs: int = 64
     """Passes over the data."""
-    batch_size: int | Literal["auto"] = 128
-    """Pairs in a step, over all GPUs together; auto is the most that the GPUs' memory holds."""
+    batch_size: int = 128
+    """Pairs in a step, over all GPUs together."""
     accumulate: int = 1
     """Parts that a step's batch is embedded in, one after the other, to save memory; its gradient stays that of the
     whole (GradCache). Batch norm then needs a number for --bn-group."""

@@ -16,9 +16,9 @@ from fastbd.models import CLIP
 from fastbd.models.batchnorm import batch_norms, share_statistics
 from fastbd.models.blocks import recompute
 from fastbd.models.precision import is_captured, is_compiled, set_precision
-from fastbd.training.fit import Shares
 from fastbd.training.kept import Kept
 from fastbd.training.optim import make_optimizer, restore
+from fastbd.training.shares import Shares
 from fastbd.training.step import Step
 from fastbd.training.task import Config, Task
 from fastbd.training.watch import LOOKING

@@ -290,16 +290,6 @@ def test_a_run_that_never_finds_memory_fails_and_the_others_end(here, monkeypatc
     assert len(pauses) == sweep_command.TRIES - 1 and sum(pauses) < 3600
 
 
-def test_a_batch_that_was_found_to_fit_is_not_looked_for_again(here, tmp_path):
-    """Here nothing could be found: without a GPU."""
-    auto = of_models("auto", "start", clean=({**CLEAN, "epochs": 1, "force": True, "batch_size": "auto"},))
-    ((planned,), world) = Ledger(tmp_path / "auto", auto).runs, dist.join("cpu")
-    config = replace(planned.config, batch_size=24)
-    Run(config, clean.task(config, world), world, quiet=True)
-    _, result = here(auto, code=0)
-    assert result["finished"] == 1
-
-
 def test_nothing_is_written_for_a_run_that_is_anothers(here, tmp_path):
     ledger = Ledger(tmp_path / "lost", of_models("lost", "start", clean=({**CLEAN, "epochs": 1, "force": True},)))
     claim = ledger.take()

@@ -130,7 +130,7 @@ def test_names_are_made_of_what_varies():
         ({"clean": ({"lr": "fast"},)}, "lr = 'fast'; it must be a number"),
         ({"clean": ({"rows": 1.5},)}, "rows = 1.5; it must be a whole number"),
         ({"clean": ({"rows": True},)}, "rows = True; it must be a whole number"),
-        ({"clean": ({"batch_size": "all"},)}, "batch_size = 'all'; it must be a whole number or one of auto"),
+        ({"clean": ({"batch_size": "all"},)}, "batch_size = 'all'; it must be a whole number"),
         ({"clean": ({"method": "scrub"},)}, "method = 'scrub'; it must be one of finetune, cleanclip"),
         ({"clean": ({"epochs": -1},)}, "epochs = -1; give 0 to 2147483647."),
         ({"clean": ({"force": 1},)}, "force = 1; it must be true or false"),
@@ -196,7 +196,7 @@ def test_a_study_survives_json(tmp_path):
     "config",
     [
         PRESETS["demo"]().pretrain,
-        replace(PRESETS["paper-cc6m"]().pretrain, classes=None, poison=False, batch_size="auto", eps=1e-9),
+        replace(PRESETS["paper-cc6m"]().pretrain, classes=None, poison=False, batch_size=96, eps=1e-9),
         replace(PRESETS["demo"]().pretrain, robust="progressive", remove_epochs=(2, 4)),
         replace(PRESETS["demo"]().pretrain, remove_epochs=()),
         replace(PRESETS["demo"]().clean, run=Path("a folder/mmcl"), force=True, ssl_text=False, lr=3e-05),

@@ -13,12 +13,10 @@ from steps import BATCH, BOTH, EVERY, MMCL, RATES, batch_of, make_step
 from fastbd.base.dist import World
 from fastbd.data.loader import Batch
 from fastbd.kernels.text_pack import PackedText
-from fastbd.methods.method import Method
 from fastbd.models import CLIP, create
 from fastbd.models.batchnorm import batch_norms, share_statistics
 from fastbd.models.blocks import recompute
 from fastbd.models.precision import set_precision
-from fastbd.training.fit import Shares, batch_that_fits
 from fastbd.training.readback import Readback
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -176,37 +174,6 @@ def test_recomputing_saves_memory():
         del step, model
         torch.cuda.empty_cache()
     assert peaks[1] < peaks[0]
-
-
-def fitting(model: CLIP, world: World, most: int) -> int:
-    """The largest batch size, as a run of one process asks for it."""
-    shares = Shares(processes=1, parts=1, group=0, views=1, norms=True)
-    return batch_that_fits(
-        model, Method(MMCL), shares, texts=1, tokens=12.6, most=most, precision="bf16", world=world
-    )  # fmt: skip
-
-
-def test_a_batch_fits_where_memory_is_not_full():
-    """And the model is as it was."""
-    model = create("tiny-rn", 0)
-    before = deepcopy(model.state_dict())
-    assert fitting(model, CPU, 96) == 96
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-
-
-@needs_gpu
-def test_the_largest_batch_fits_and_a_larger_one_does_not():
-    """With memory cut to 4 GB: a batch of twice the size is not found, and the model is as it was."""
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (4 << 30) / torch.cuda.get_device_properties(0).total_memory))
-    model = create("small-rn10", 0).cuda()
-    before = deepcopy(model.state_dict())
-    try:
-        largest = fitting(model, GPU, 1 << 20)
-        assert largest > 64 and 0.9 * largest < fitting(model, GPU, 2 * largest) < 1.2 * largest
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_run_as_the_device_allows_is_near_the_plain_one(study, fastbd):
