@@ -1,0 +1,108 @@
+"""The package as others install it: what is in the sdist and in the wheel, and that the wheel works by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNELS = "fastbd/kernels"  # a link to ../kernels in the repository, a folder for those who install it
+
+
+class Built(NamedTuple):
+    sdist: Path
+    wheel: Path
+    wheel_of_sdist: Path
+
+
+def _run(*command, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=os.environ | environment
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def _build(kind: str, source: Path, out: Path) -> Path:
+    """The path of what setuptools, which needs no network for it, makes of a source tree: a "wheel" or an "sdist"."""
+    code = f"import sys; from setuptools import build_meta as made; print(made.build_{kind}(sys.argv[1]))"
+    return out / _run(sys.executable, "-c", code, out, cwd=source).splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Built:
+    """Built from a copy of the sources, as setuptools puts its own files beside them."""
+    folder = tmp_path_factory.mktemp("built")
+    tree = folder / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("fastbd", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    sdist = _build("sdist", tree, folder)
+    with tarfile.open(sdist) as tar:
+        tar.extractall(folder, filter="data")
+    (folder / "again").mkdir()
+    unpacked = folder / sdist.name.removesuffix(".tar.gz")
+    return Built(sdist, _build("wheel", tree, folder), _build("wheel", unpacked, folder / "again"))
+
+
+def _sources() -> set[str]:
+    """All files below fastbd/, those of the kernels included."""
+    folders = {"fastbd": ROOT / "fastbd", KERNELS: ROOT / "kernels"}
+    return {
+        f"{name}/{path.relative_to(folder).as_posix()}"
+        for name, folder in folders.items()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def _files(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def test_a_wheel_holds_all_sources_and_nothing_else(built):
+    sources = _sources()
+    assert {f"{KERNELS}/augment.py", "fastbd/evals/classes/demo.txt", "fastbd/report/published.csv"} <= sources
+    assert _files(built.wheel) == {name: (ROOT / name).read_bytes() for name in sources}
+
+
+def test_an_sdist_holds_all_sources_and_makes_the_same_wheel(built):
+    with tarfile.open(built.sdist) as tar:
+        members = {member.name.split("/", 1)[-1]: member for member in tar.getmembers()}
+    assert _sources() <= {name for name, member in members.items() if member.isfile()}  # the kernels, too: no link
+    assert _files(built.wheel_of_sdist) == _files(built.wheel)
+
+
+FIRST_STEPS = """
+import fastbd
+from fastbd import cli
+from fastbd.commands import demo
+
+demo.PAIRS, demo.HELD_OUT = 240, 60
+assert cli.main("pretrain --model tiny-rn --epochs 1 --batch-size 48 --out runs/start".split()) == 0
+assert cli.main("report --runs runs --out report.html".split()) == 0
+print(fastbd.__file__)
+"""
+
+
+def test_an_installed_wheel_works_without_the_repository(built, tmp_path):
+    site = tmp_path / "site"
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps")
+    _run(*pip, "--target", site, built.wheel, cwd=tmp_path)
+    place = tmp_path / "place"
+    place.mkdir()
+    assert "python -m fastbd demo" in _run(site / "bin/fastbd", "--help", cwd=place, PYTHONPATH=str(site))
+    said = _run(sys.executable, "-P", "-c", FIRST_STEPS, cwd=place, PYTHONPATH=str(site))
+    assert Path(said.splitlines()[-1]) == site / "fastbd/__init__.py"
+    assert (place / "runs/start/result.json").is_file() and "<html" in (place / "report.html").read_text()
