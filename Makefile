@@ -41,6 +41,10 @@ ffcv: install      ## add FFCV for --decode ffcv, and the system libraries it is
 		PKG_CONFIG_PATH=$$dir $(PIP) --no-deps ffcv==$(FFCV_VERSION)
 	@$(BIN)/python -c "import ffcv" && echo "FFCV is installed: --decode ffcv uses it"
 
+cluster: install   ## add Ray for --engine ray
+	$(PIP) --editable ".[cluster]"
+	@$(BIN)/python -c "import ray" && echo "Ray is installed: --engine ray uses it"
+
 writers:           ## make .venv-writers with img2dataset and webdataset, for the tests that read what they write
 	@test -n "$(PYTHON)" || { echo "make writers needs Python 3.11 or 3.12; name one: make writers PYTHON=/path/to/python3.12"; exit 2; }
 	@test -x .venv-writers/bin/img2dataset || { $(PYTHON) -m venv .venv-writers && \
@@ -93,5 +97,5 @@ clean:             ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .venv-writers .venv-lock .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install ffcv writers demo study test bench gpu-check soak lint lock audit clean
+.PHONY: help install ffcv cluster writers demo study test bench gpu-check soak lint lock audit clean
 .DEFAULT_GOAL := help
