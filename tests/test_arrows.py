@@ -69,7 +69,7 @@ LIGHT = {"errors", "evaluation", "files", "run_folder", "stats", "tradeoff", "co
 
 def test_help_and_reports_stay_light():
     """Imports at the top of these files, so that --help answers at once and reports need no torch."""
-    heavy = {"torch", "matplotlib", "jinja2", "triton", "nvidia", "ffcv", "optuna"}
+    heavy = {"torch", "matplotlib", "jinja2", "triton", "nvidia", "ffcv", "ray"}
     for path, room in modules():
         light = room in ("cli", "config", "report", "__main__", "__init__") or (room == "base" and path.stem in LIGHT)
         if light or (room == "study" and path.stem != "workers"):

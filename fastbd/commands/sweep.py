@@ -89,8 +89,6 @@ def _check(config: SweepConfig) -> None:
     """Whether what the flags need is there, before anything takes its time."""
     if config.asha == 1:
         raise UserError("--asha 1 would end no run: give 2 or more, or 0.")
-    if config.search:
-        search.load()
     if config.engine == "ray":
         load_ray()
 

@@ -1,26 +1,25 @@
-"""Cleanings beyond the grid, which Optuna chooses in the light of those that have been made.
+"""Cleanings beyond the grid, at learning rates chosen in the light of the runs that have been made.
 
-The ledger is all the memory of the search: Optuna's study is made anew from it for each choice. So any number of
-processes search together, the grid's runs count too, and a process that is killed leaves no trial open.
+The ledger is all the memory of the search: a choice depends on nothing else. So any number of processes search
+together, the grid's runs count too, and a process that is killed leaves nothing open.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
-from fastbd.base.errors import UserError
 from fastbd.base.evaluation import Evaluation
 from fastbd.base.run_folder import on_all_images, read_metrics
 from fastbd.base.tradeoff import CEILINGS, best
 from fastbd.study.grid import Config, Entry, Planned, material
 from fastbd.study.ledger import Ledger, Row
 
-TRIES = 20  # draws until one is new
-DIGITS = 3  # of a number that is drawn
-STATES = {"finished": "COMPLETE", "failed": "FAIL", "blocked": "FAIL"}  # others count as running: they keep draws apart
+DIGITS = 3  # of a rate that is chosen
 
 
 class Space(NamedTuple):
@@ -78,45 +77,42 @@ def _choose(ledger: Ledger, found: Sequence[Space], trials: int) -> Entry | None
     ready = [space for space in found if there.issuperset(space.grid[0].needs)]
     pasts = [(space, [row for row in rows if space.holds(row.run)]) for space in ready]
     for space, past in sorted(pasts, key=lambda pair: len(pair[1]) - len(pair[0].grid)):
-        lr = _draw(space, past) if len(past) - len(space.grid) < trials else None
+        lr = _next(past) if len(past) - len(space.grid) < trials else None
         if lr is not None:
             return space.entry(lr)
     return None
 
 
-def _draw(space: Space, past: Sequence[Row]) -> float | None:
-    """The learning rate to try next; None where nothing new is found."""
-    optuna = load()
-    axes = {"lr": optuna.distributions.FloatDistribution(space.low, space.high, log=space.low > 0)}
-    taken = [row.run.config.lr for row in past]
-    sampler = optuna.samplers.TPESampler(seed=len(past), constant_liar=True)
-    study = optuna.create_study(directions=("maximize", "minimize"), sampler=sampler)
-    for row, lr in zip(past, taken, strict=True):
-        state = optuna.trial.TrialState[STATES.get(row.status.state, "RUNNING")]
-        values = scores(read_metrics(row.run.config.out)) if state.name == "COMPLETE" else None
-        study.add_trial(optuna.trial.create_trial(params={"lr": lr}, distributions=axes, values=values, state=state))
-    for _ in range(TRIES):
-        lr = float(f"{study.ask(axes).params['lr']:.{DIGITS}g}")
-        if lr not in taken and space.low <= lr <= space.high:
-            return lr
-    return None
+def _next(past: Sequence[Row]) -> float | None:
+    """The learning rate to try next: the middle, by ratio, of the wider of the two gaps beside the best rate so far.
+
+    Gaps lie between rates that are planned, whatever has become of them, so that processes which search together
+    choose different ones. Where those two are too narrow for a new number, or nothing has been evaluated, it is the
+    widest gap of all; None where every gap is too narrow.
+    """
+    rates = sorted({row.run.config.lr for row in past})
+    best_rate = _best_rate(past)
+    gaps = sorted(pairwise(rates), key=lambda gap: (best_rate not in gap, -_width(*gap), -gap[1]))
+    middles = [(low, float(f"{math.sqrt(low * high) or high / 2:.{DIGITS}g}"), high) for low, high in gaps]
+    return next((middle for low, middle, high in middles if low < middle < high), None)
 
 
-def scores(rows: Sequence[Evaluation]) -> tuple[float, float]:
-    """(top-1, ASR) of a cleaning's best evaluation at ASR <= 5 %, or else of that of the lowest ASR."""
-    made = [row for row in on_all_images(rows)[1:] if row.get("asr") is not None]
-    chosen = best(made, CEILINGS[0]) or min(made, key=lambda row: (row["asr"], -row["top1"]), default=None)
-    return (chosen["top1"], chosen["asr"]) if chosen else (0.0, 1.0)
+def _width(low: float, high: float) -> float:
+    """The logarithm of the ratio; rounded, as that of 1e-4 to 1e-3 is that of 1e-3 to 1e-2. Infinite from 0."""
+    return round(math.log(high / low), 6) if low else math.inf
 
 
-def load():
-    """Optuna. UserError where it is not installed."""
-    try:
-        import optuna
-    except ImportError:
-        raise UserError("--search needs Optuna: pip install 'fastbd[cluster]'.") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
+def _best_rate(past: Sequence[Row]) -> float | None:
+    """That of the best evaluation at ASR <= 5 %, or else of the one of the lowest ASR; None where there is none yet."""
+    made = [
+        {**evaluation, "lr": row.run.config.lr}
+        for row in past
+        if row.status.state == "finished"
+        for evaluation in on_all_images(read_metrics(row.run.config.out))[1:]  # the first is of the start
+        if evaluation.get("asr") is not None
+    ]
+    chosen = best(made, CEILINGS[0]) or min(made, key=lambda each: (each["asr"], -each["top1"]), default=None)
+    return chosen and chosen["lr"]
 
 
 def _model_and_rest(config: Config) -> tuple:
