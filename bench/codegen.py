@@ -143,12 +143,12 @@ def count(case: Towers, name: str, code: str) -> dict:
 
 
 def roofline_bytes(case: Towers) -> float:
-    """Bytes of a step by the compiled roofline, with the room that compiled captions take."""
+    """Bytes of a step by the roofline, with the room that compiled captions take."""
     with torch.device("meta"):
         model = create(case.model, None)
     texts = case.views * case.pairs
     ops = [*image_ops(model.visual, model.image_size), *text_ops(model, room_for(lengths(), texts) / texts)]
-    return 2 * texts * sum(op.compiled for op in ops)
+    return 2 * texts * sum(op.elements for op in ops)
 
 
 def keep(path: Path, rows: list[dict]) -> None:
@@ -174,5 +174,5 @@ def table(case: Towers, rows: list[dict]) -> Table:
             name, values = name.replace("bytes", "MB"), [f"{value / 1e6:,.1f}" for value in values]
         found.add_row(name.replace("_", " "), *map(str, values))
     counted = sum(row["triton_bytes"] + row["library_bytes"] for row in rows)
-    found.caption = f"{counted / roofline_bytes(case):.2f} times the bytes of the compiled roofline"
+    found.caption = f"{counted / roofline_bytes(case):.2f} times the bytes of the roofline"
     return found

@@ -111,9 +111,9 @@ def made(size: Size, side: int, device: str) -> Data:
 
 
 def least(model: CLIP, size: Size, tokens: float, rates: Rates, precision: str) -> float:
-    """Seconds by the compiled roofline, without padding."""
+    """Seconds by the roofline, without padding."""
     about = {"batch": size.batch, "views": size.views, "texts": size.views, "tokens": tokens, "precision": precision}
-    return step_seconds(model, rates, **about)["compiled"]
+    return step_seconds(model, rates, **about)
 
 
 def providers(size: Size, device: str, model: CLIP, data: Data) -> dict[str, Provider]:

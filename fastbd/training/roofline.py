@@ -1,12 +1,8 @@
 """The least time that a training step can take on a machine: an op-by-op roofline (Williams et al. 2009).
 
 An op takes the longer of FLOPs / matmul rate and bytes / bandwidth, and a step the sum over its ops. An op reads its
-inputs from memory once and writes its outputs once. Three ways to cut a network into ops:
-
-  eager     every layer is one
-  compiled  elementwise layers merge with the norm beside them, as in torch.compile
-  fused     batch norm has no forward pass: the convolution before it takes the statistics, the one behind it
-            normalises, and its gradient takes the sums (Jung et al. 2019, arXiv 1807.01702)
+inputs from memory once and writes its outputs once. A network is cut into ops as torch.compile does it: every layer is
+one, but for elementwise layers, which merge with the norm beside them.
 
 Left out: reading weights and writing their gradients (8 bytes a parameter in bf16: 1 % of RN50's step of 128 pairs);
 looking up tokens, adding positions and the loss (below 1 %).
@@ -24,7 +20,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-WAYS = ("eager", "compiled", "fused")
 ADAMW_BYTES = 28  # a parameter, in float32: reads it, its gradient and two moments, writes all but the gradient
 FORMATS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 SIDE = {"cpu": 1536, "cuda": 8192}  # of the matrices
@@ -41,18 +36,16 @@ class Rates:
 
 
 class Op(NamedTuple):
-    """FLOPs of an op, and the elements that it reads and writes in each of the WAYS."""
+    """The elements that an op reads and writes, and its FLOPs."""
 
-    flops: float
-    eager: float
-    compiled: float
-    fused: float
+    elements: float
+    flops: float = 0
 
 
 def step_seconds(
     model: nn.Module, rates: Rates, *, batch: int, views: int, texts: int, tokens: float, precision: str
-) -> dict[str, float]:
-    """The least seconds of a training step in each of the WAYS; under "flops", if memory cost nothing.
+) -> float:
+    """The least seconds of a training step.
 
     `model` is a CLIP; a pair is `views` images and `texts` captions of `tokens` tokens on average, without padding;
     `precision`: fp32, tf32 or bf16.
@@ -60,16 +53,12 @@ def step_seconds(
     towers = [(views, list(image_ops(model.visual, model.image_size))), (texts, list(text_ops(model, tokens)))]
     size = 2 if precision == "bf16" else 4
     update = ADAMW_BYTES * sum(p.numel() for p in model.parameters()) / rates.bandwidth
-
-    def pair(way: str) -> float:
-        return sum(
-            count * max(op.flops / rates.matmul, size * getattr(op, way) / rates.bandwidth)
-            for count, ops in towers
-            for op in ops
-        )
-
-    flops = sum(count * op.flops for count, ops in towers for op in ops)
-    return {"flops": batch * flops / rates.matmul, **{way: batch * pair(way) + update for way in WAYS}}
+    pair = sum(
+        count * max(op.flops / rates.matmul, size * op.elements / rates.bandwidth)
+        for count, ops in towers
+        for op in ops
+    )
+    return batch * pair + update
 
 
 def image_ops(visual: nn.Module, image_size: int) -> Iterator[Op]:
@@ -100,18 +89,16 @@ def _convolutional(module: nn.Module, channels: int, side: int) -> Iterator[Op]:
         case nn.Conv2d(kernel_size=(kernel, _), stride=(stride, _), padding=(padding, _)):
             side = (side + 2 * padding - kernel) // stride + 1
             y = module.out_channels * side**2
-            flops = 2 * y * channels * kernel**2
-            yield from 2 * [_op(x + y, flops)]  # forward, gradient of the weight
-            if channels != 3:  # pixels need no gradient; fused, it reads the input for the sums of the norm before
-                yield Op(flops, x + y, x + y, 2 * x + y)
+            passes = 2 if channels == 3 else 3  # forward, gradient of the weight, and of inputs that are not pixels
+            yield from passes * [Op(x + y, 2 * y * channels * kernel**2)]
             return module.out_channels, side
         case _BatchNorm():  # statistics 1, normalise 2; backward: sums 2, gradient 3
-            yield Op(0, 8 * x, 8 * x, 3 * x)
+            yield Op(8 * x)
         case nn.AvgPool2d(kernel_size=stride):
             side //= stride
-            yield _op(2 * (x + channels * side**2))
+            yield Op(2 * (x + channels * side**2))
         case nn.Linear():  # of the mean over all positions
-            yield _op(2 * x)
+            yield Op(2 * x)
             yield from _linear(1, channels, module.out_features)
         case nn.Module(q_proj=_):
             yield from _attention_pool(module)
@@ -128,17 +115,14 @@ def _in_turn(module: nn.Module, channels: int, side: int) -> Iterator[Op]:
     if not children:
         raise TypeError(f"the work of a {type(module).__name__} is unknown here")
     shortcut = children.pop("downsample", None)
-    for name, child in children.items():
+    for child in children.values():
         channels, side = yield from _convolutional(child, channels, side)
-        if name.startswith("bn"):  # ReLU: 2 forward, 3 backward
-            yield Op(0, 5 * channels * side**2, 0, 0)
     if shortcut is not None:
         yield from _convolutional(shortcut, *inputs)
     if hasattr(module, "downsample"):
-        # The sum with the shortcut and that of two gradients, 3 each. Merged, the norm reads the shortcut forward, and
-        # in both passes backward the second gradient and the output, whose sign is the ReLU's mask.
-        y = channels * side**2
-        yield Op(0, 6 * y, 5 * y, 6 * y)
+        # For the sum with the shortcut the norm before reads that too, forward, and in both passes backward the second
+        # gradient and the output, whose sign is the ReLU's mask.
+        yield Op(5 * channels * side**2)
     return channels, side
 
 
@@ -158,31 +142,25 @@ def _blocks(transformer: nn.Module, width: int, tokens: float, attended: float) 
         for inputs, outputs in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)):
             yield from _linear(tokens, inputs, outputs)
         yield from _attention(width, tokens, tokens, attended)
-        yield _op(5 * 4 * x)  # GELU: 2 forward, 3 backward
-        # Sums as in a ResNet's block. Merged, the norm behind reads the other summand and writes the sum, and reads the
-        # second gradient.
-        yield from 2 * [_layer_norm(x), Op(0, 6 * x, 3 * x, 3 * x)]
+        yield Op(5 * 4 * x)  # GELU: 2 forward, 3 backward
+        # For each sum the norm behind reads the other summand and writes the sum, and reads the second gradient.
+        yield from 2 * [_layer_norm(x), Op(3 * x)]
 
 
 def _linear(rows: float, inputs: int, outputs: int) -> list[Op]:
     """Forward, gradient of the input, gradient of the weight."""
-    return 3 * [_op(rows * (inputs + outputs), 2 * rows * inputs * outputs)]
+    return 3 * [Op(rows * (inputs + outputs), 2 * rows * inputs * outputs)]
 
 
 def _attention(width: int, queries: float, keys: float, attended: float) -> list[Op]:
     """Scores stay on the chip (FlashAttention, arXiv 2205.14135); that they are computed twice is not counted."""
     x = (queries + keys) * width
-    return [_op(2 * x, 4 * attended * width), _op(4 * x, 8 * attended * width)]
+    return [Op(2 * x, 4 * attended * width), Op(4 * x, 8 * attended * width)]
 
 
 def _layer_norm(x: float) -> Op:
     """A row stays on the chip: 2 forward, 3 backward."""
-    return _op(5 * x)
-
-
-def _op(elements: float, flops: float = 0) -> Op:
-    """An op that is the same in all WAYS."""
-    return Op(flops, elements, elements, elements)
+    return Op(5 * x)
 
 
 def measure_rates(device: torch.device, precision: str) -> Rates:

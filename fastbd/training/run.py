@@ -420,21 +420,21 @@ class Run:
             )
 
     def pairs_limit(self) -> float:
-        """Pairs a second of all GPUs by the compiled roofline."""
+        """Pairs a second of all GPUs by the roofline."""
         rates = self.kept.get(
             "rates", self.numerics.precision, lambda: measure_rates(self.world.device, self.numerics.precision)
         )
         batch = self.config.batch_size // self.world.size
-        least = step_seconds(
+        seconds = step_seconds(
             self.model, rates, batch=batch, views=len(self.policies), texts=self.texts, tokens=self.tokens,
             precision=self.numerics.precision,
         )  # fmt: skip
-        limits = {way: batch * self.world.size / seconds for way, seconds in least.items()}
+        limit = batch * self.world.size / seconds
         self._say(
-            f"{rates.matmul / 1e12:.3g} TFLOP/s and {rates.bandwidth / 1e9:.3g} GB/s allow {limits['compiled']:,.0f} "
-            f"pairs/s with compiled ops (eager {limits['eager']:,.0f}, fused {limits['fused']:,.0f})"
+            f"{rates.matmul / 1e12:.3g} TFLOP/s and {rates.bandwidth / 1e9:.3g} GB/s allow {limit:,.0f} pairs/s with "
+            "compiled ops"
         )
-        return limits["compiled"]
+        return limit
 
     def batches(self, epoch: int, offset: int) -> Iterator[Batch]:
         """This rank's batches of an epoch, from its step `offset` on."""

@@ -382,12 +382,10 @@ def test_the_limit_of_work_of_many_parts_is_in_each_providers_own_arithmetic():
 def test_limits_of_the_step_and_of_the_text_tower():
     rates, size = Rates(1e11, 2e10), step.Size("tiny-rn", 8, "mmcl_ssl", "fp32")
     model, tokens = create("tiny-rn", 0), np.concatenate([captions(8, seed) for seed in (0, 1)])
-    want = step_seconds(
-        model, rates, batch=8, views=2, texts=2, tokens=lengths_of(tokens).mean(), precision="fp32"
-    )["compiled"]  # fmt: skip
+    want = step_seconds(model, rates, batch=8, views=2, texts=2, tokens=lengths_of(tokens).mean(), precision="fp32")
     assert step.step_case(size, "cpu").least(rates, "fp32") == pytest.approx(want)
     ops = list(text_ops(model, lengths_of(tokens[:8]).mean()))
-    want = 8 * sum(max(op.flops / 1e11, 2 * op.compiled / 2e10) for op in ops)
+    want = 8 * sum(max(op.flops / 1e11, 2 * op.elements / 2e10) for op in ops)
     assert text_case("tiny", "tiny-rn", 8, "fp32", "cpu").least(rates, "bf16") == pytest.approx(want)
 
 
