@@ -13,7 +13,6 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
-from fastbd.base.evaluation import Evaluation
 from fastbd.base.run_folder import on_all_images, read_metrics
 from fastbd.base.tradeoff import CEILINGS, best
 from fastbd.study.grid import Config, Entry, Planned, material
