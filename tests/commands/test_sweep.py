@@ -312,7 +312,7 @@ def test_asha_compares_what_differs_in_its_rates_alone():
 def test_a_run_killed_before_its_first_line_has_it_all_the_same(undisturbed, tmp_path):
     world, settings = dist.join("cpu"), {**ALIKE, "lr": 1e-3, "epochs": 1}
     config = CleanConfig(run=undisturbed / "runs/mmcl-s0", out=tmp_path / "run", **settings)
-    Run(config, clean.task(config, world), world, quiet=True).release()  # the folder is made, and no more
+    Run(config, clean.task(config, world), world, quiet=True).folder.release()  # the folder is made, and no more
     config = replace(config, resume=config.out)
     Run(config, clean.task(config, world), world, quiet=True).train()
     assert [row["step"] for row in numbers(config.out)] == [0, 2, 5]
