@@ -1,4 +1,4 @@
-"""A small study that several tests share: the demo's pictures, few of them."""
+"""What several tests share: a small study of the demo's pictures, the command line, processes that know one another."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # of which there is one a core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; read when torch is loaded
 
 import torch
@@ -19,7 +23,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when a kernel is defined
 
-from fastbd.data.demo import write_demo_set
+import command_line
+from soak.small import write_data
+
+from fastbd.training import roofline
 
 pytest_plugins = ["fake_runs"]
 
@@ -42,17 +49,37 @@ def pytest_configure() -> None:
         )
 
 
-def _fastbd(*arguments, cwd: Path, code: int = 0, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """Run the real command line in a process of its own and check its exit code."""
-    command = [sys.executable, *launcher, "-m", "fastbd", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
-    assert done.returncode == code, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each file to one worker, so that it makes its fixtures once, and first all tests of processes to another.
+
+    Those time leases, and wait for signals and for processes that die: they get on with one another one by one.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    items.sort(key=lambda item: item.get_closest_marker("process") is None)
+    for item in items:
+        group = "process" if item.get_closest_marker("process") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_rates() -> Iterator[None]:
+    """Each training measures the machine, for half a second: how fast it is does not matter here."""
+    with patch.dict(roofline.SIDE, cpu=64), patch.dict(roofline.COPIED, cpu=1 << 16):
+        yield
 
 
 @pytest.fixture(scope="session")
 def fastbd():
-    return _fastbd
+    """fastbd(*words, cwd=, code=0) runs a command line within this process; see tests/command_line.py."""
+    return command_line.fastbd
+
+
+@pytest.fixture(scope="session")
+def fastbd_process():
+    """fastbd_process(*words, cwd=, code=0, launcher=()) runs one in a process of its own."""
+    return command_line.fastbd_process
 
 
 READ_ONLY = """
@@ -81,10 +108,7 @@ def read_only():
 def study(tmp_path_factory) -> Path:
     """A folder with train.beton (240 pairs), train.poison.json (24 of them), val.beton (60 labelled images)."""
     folder = tmp_path_factory.mktemp("study")
-    list(write_demo_set(folder, 240, 60, seed=1))
-    _fastbd("build", "--source", "train.csv", "--out", "train.beton", cwd=folder)
-    _fastbd("build", "--source", "val.csv", "--out", "val.beton", "--class-key", "class", "--text-views", 0, cwd=folder)
-    _fastbd("poison", "--data", "train.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo", cwd=folder)
+    write_data(folder)
     return folder
 
 

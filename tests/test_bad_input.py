@@ -176,17 +176,18 @@ FULL = ("-c", "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_F
 """Starts the program as a process that may write 100 bytes to a file, which stands for a full disk."""
 
 
-def test_a_plan_is_not_half_written(fastbd, place):
-    done = fastbd("poison", "--data", "train.beton", "--out", "new.json", "--count", 9, cwd=place, code=2,
-                  launcher=FULL)  # fmt: skip
+def test_a_plan_is_not_half_written(fastbd_process, place):
+    done = fastbd_process(
+        "poison", "--data", "train.beton", "--out", "new.json", "--count", 9, cwd=place, code=2, launcher=FULL
+    )
     assert done.stderr == "error: the disk is full: new.json could not be written; free some space.\n"
     assert list(place.glob("new*")) == []
 
 
-def test_an_evaluation_on_a_full_disk_is_printed_and_said_to_be_lost(fastbd, place):
+def test_an_evaluation_on_a_full_disk_is_printed_and_said_to_be_lost(fastbd, fastbd_process, place):
     fastbd(*TRAIN, cwd=place)
     before = (place / "run/metrics.jsonl").read_bytes()
-    done = fastbd("evaluate", "--run", "run", "--device", "cpu", cwd=place, code=2, launcher=FULL)
+    done = fastbd_process("evaluate", "--run", "run", "--device", "cpu", cwd=place, code=2, launcher=FULL)
     assert "top-1" in done.stdout
     assert done.stderr == "error: the disk is full: run/metrics.jsonl could not be written; free some space.\n"
     assert (place / "run/metrics.jsonl").read_bytes() == before

@@ -37,9 +37,10 @@ def main_rank(launcher: int) -> int:
     return next(int(pid) for pid in children if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes())
 
 
-def test_a_killed_process_costs_nothing_but_time(study, fastbd, monkeypatch):
+@pytest.mark.process
+def test_a_killed_process_costs_nothing_but_time(study, fastbd_process, monkeypatch):
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    fastbd("pretrain", *TRAIN, "--out", "runs/undisturbed", cwd=study, launcher=LAUNCHER)
+    fastbd_process("pretrain", *TRAIN, "--out", "runs/undisturbed", cwd=study, launcher=LAUNCHER)
     killed, log = study / "runs/killed", study / "runs/killed/log.jsonl"
     command = [sys.executable, *LAUNCHER, "-m", "fastbd", "pretrain", *map(str, TRAIN), "--out", "runs/killed"]
     process = subprocess.Popen(command, cwd=study, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

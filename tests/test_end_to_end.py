@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -28,28 +29,22 @@ def weights(run):
     return torch.load(run / "ckpt_last.pt", weights_only=True)["model"]
 
 
-def test_build_poison_pretrain_clean_evaluate_report(study, fastbd):
-    fastbd(
-        "pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 3, "--save-every", 2, "--out", "runs/a", cwd=study
-    )
-    clean = (
-        "clean",
-        "--run",
-        "runs/a",
-        "--epochs",
-        2,
-        "--batch-size",
-        24,
-        "--eval-every",
-        "1/2epoch",
-        "--out",
-        "runs/b",
-    )
-    refused = fastbd(*clean, "--landed", 1, cwd=study, code=2)
+def test_build_poison_pretrain_clean_evaluate_report(study, fastbd_process):
+    """Each as a process of its own, as a user runs it; the study's own files were made within this one."""
+    fastbd = partial(fastbd_process, cwd=study)
+    fastbd("build", "--source", "train.csv", "--out", "built.beton", "--workers", 2)
+    assert (study / "built.beton").read_bytes() == (study / "train.beton").read_bytes()
+    fastbd("poison", "--data", "built.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo")
+    assert (study / "built.poison.json").read_bytes() == (study / "train.poison.json").read_bytes()
+    out = ("--save-every", 2, "--out", "runs/a")
+    fastbd("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 3, *out)
+    clean = ("clean", "--run", "runs/a", "--epochs", 2, "--batch-size", 24, "--eval-every", "1/2epoch",
+             "--out", "runs/b")  # fmt: skip
+    refused = fastbd(*clean, "--landed", 1, code=2)
     assert "the attack on runs/a has not landed: ASR" in refused.stderr and not (study / "runs/b").exists()
-    fastbd(*clean, "--landed", 1, "--force", cwd=study)
-    shown = fastbd("evaluate", "--run", "runs/b", "--asr-seed", 5, cwd=study).stdout
-    fastbd("report", "--runs", "runs", "--out", "report.html", cwd=study)
+    fastbd(*clean, "--landed", 1, "--force")
+    shown = fastbd("evaluate", "--run", "runs/b", "--asr-seed", 5).stdout
+    fastbd("report", "--runs", "runs/a", "runs/b", "--out", "report.html")
 
     losses = rows(study / "runs/a/log.jsonl")
     assert losses[-1]["step"] == 30 and {"mmcl", "ssl_image", "ssl_text", "pairs_per_s"} <= set(losses[0])
@@ -67,40 +62,29 @@ def test_build_poison_pretrain_clean_evaluate_report(study, fastbd):
     assert sorted(p.name for p in (study / "runs/a").glob("*.pt")) == ["ckpt_epoch_002.pt", "ckpt_last.pt"]
 
 
+@pytest.mark.process
 def test_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_the_same(study, fastbd):
-    arguments = (
-        "pretrain",
-        "--objective",
-        "mmcl_ssl",
-        *SMALL,
-        "--epochs",
-        40,
-        "--eval-every",
-        0,
-        "--save-every",
-        0,
-        "--log-every",
-        1,
-    )
+    arguments = ("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 10, "--eval-every", 0, "--save-every", 0,
+                 "--log-every", 1)  # fmt: skip
     fastbd(*arguments, "--out", "runs/whole", cwd=study)
     command = [sys.executable, "-m", "fastbd", *map(str, arguments), "--out", "runs/halves"]
     process = subprocess.Popen(command, cwd=study, stdout=subprocess.PIPE, text=True)
     log = study / "runs/halves/log.jsonl"
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 25):
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 15):
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
     said = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM and "--resume runs/halves" in said
     stopped_at = rows(log)[-1]["step"]
-    assert stopped_at < 400
+    assert stopped_at < 100
     fastbd("pretrain", "--resume", "runs/halves", cwd=study)
     whole, halves = weights(study / "runs/whole"), weights(study / "runs/halves")
     assert all(torch.equal(whole[k], halves[k]) for k in whole)
-    assert [r["step"] for r in rows(log)] == list(range(1, 401))
+    assert [r["step"] for r in rows(log)] == list(range(1, 101))
     assert [r["loss"] for r in rows(log)] == [r["loss"] for r in rows(study / "runs/whole/log.jsonl")]
 
 
-def test_two_processes_train_like_one(study, fastbd):
+def test_two_processes_train_like_one(study, fastbd, fastbd_process):
     """tiny-vit has no batch norm, so the only difference left is the order of sums.
 
     Plain Adam would hide a wrong gradient scale and blow up rounding; a large eps makes its steps follow the gradient.
@@ -122,7 +106,7 @@ def test_two_processes_train_like_one(study, fastbd):
     fastbd(*arguments, "--resident", "none", "--out", "runs/one", cwd=study)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     # One process decodes in each epoch, of two the second reads what the first has left on the disk.
-    fastbd(*arguments, "--resident", "disk", "--out", "runs/two", cwd=study, launcher=launcher)
+    fastbd_process(*arguments, "--resident", "disk", "--out", "runs/two", cwd=study, launcher=launcher)
     assert [path.name for path in study.glob("*.pixels*")] == ["train.whole.pixels"]
     one, two = weights(study / "runs/one"), weights(study / "runs/two")
     start = create("tiny-vit", 0).state_dict()

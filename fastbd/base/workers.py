@@ -32,13 +32,18 @@ class WorkerDied(UserError):
 
 
 def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[R]:
-    """work(task) for each task, in their order, done by `workers` processes (0: one a core) that take turns.
+    """Yield work(task) for each task, in their order, done by `workers` processes (0: one a core) that take turns.
 
     Each worker sends through a pipe of its own and waits while the pipe is full: that bounds the memory, and a worker
     that is killed, even while it sends, ends its pipe. A shared queue, as concurrent.futures has it, would hang.
     Close the iterator to end the processes early; they end with this one, too. Raises WorkerDied, and what work raises.
+    Where one worker is enough this process is that worker, and does a task when its result is asked for: starting
+    another takes seconds.
     """
     workers = min(workers or os.cpu_count() or 1, len(tasks))
+    if workers < 2:
+        yield from map(work, tasks)
+        return
     context = multiprocessing.get_context("forkserver")  # not forked from this process, which may have threads
     _start_server()
     processes, pipes = [], []

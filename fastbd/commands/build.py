@@ -254,16 +254,28 @@ def _pack_in_order(
             yield from zip(chunk, rows, strict=True)
 
 
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Let Pillow open images of any size, whole ones alone, and say nothing; its settings are put back at the end."""
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    Image.MAX_IMAGE_PIXELS = None  # --max-pixels is checked before the pixels are read
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow warns of is either accepted or rejected with a reason
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+@_strict_pillow()
 def _pack_chunk(
     items: Sequence[Item], *, templates: list[str], names: dict[str, str], config: BuildConfig
 ) -> list[Row | str]:
-    """Read, check and convert the items, in a worker process; a string says why an item is rejected.
+    """Read, check and convert the items; a string says why an item is rejected.
 
     `names`: what templates are to call a class, where that is not its own name.
     """
-    warnings.simplefilter("ignore")  # what PIL warns of is either accepted or rejected with a reason
-    Image.MAX_IMAGE_PIXELS = None  # --max-pixels is checked before the pixels are read
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
     ids = [item.row_id for item in items]
     choices = random.uniform(config.seed, "template", ids, 1)[:, 0]
     captions = [clean(item.caption) for item in items]

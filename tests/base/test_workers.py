@@ -25,7 +25,7 @@ def die_at_five(task: int) -> int:
     return task
 
 
-@pytest.mark.parametrize(("tasks", "workers"), [(0, 2), (1, 4), (7, 1), (7, 3)])
+@pytest.mark.parametrize(("tasks", "workers"), [(0, 2), (7, 2), (7, 3), (2, 9)])
 def test_results_come_in_order(tasks, workers):
     assert list(map_in_order(square, range(tasks), workers)) == [i * i for i in range(tasks)]
 
@@ -60,7 +60,7 @@ def test_a_dead_worker_is_told():
 @pytest.mark.parametrize(("work", "how"), [(crash, "of SIGSEGV"), (leave, "with exit code 3")])
 def test_memory_is_blamed_for_nothing_else(work, how):
     with pytest.raises(WorkerDied, match=f"^a worker process died {how}: run the same command again$"):
-        list(map_in_order(work, [0], 1))
+        list(map_in_order(work, [0, 1], 2))
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,26 @@ def test_memory_is_blamed_for_nothing_else(work, how):
 )
 def test_what_a_worker_raises_is_raised(task, kind, text):
     with pytest.raises(kind) as raised:
-        list(map_in_order(fail, [task], 1))
+        list(map_in_order(fail, [task, task], 2))
     assert str(raised.value) == text and "in fail" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize(("tasks", "workers"), [([3, 1, 2], 1), ([7], 4), ([], 0)])
+def test_where_one_worker_is_enough_this_process_is_it(tasks, workers):
+    done = []
+
+    def work(task: int) -> int:  # which no other process could be sent
+        done.append(task)
+        return os.getpid()
+
+    for count, pid in enumerate(map_in_order(work, tasks, workers), 1):
+        assert pid == os.getpid() and done == tasks[:count]  # each when it is asked for
+    assert done == tasks
+
+
+def test_what_this_process_raises_is_as_it_was():
+    with pytest.raises(Unsendable, match="this and that"):
+        list(map_in_order(fail, [2], 1))
 
 
 def test_ctrl_c_while_the_server_of_the_workers_starts_shows_no_traceback(study):

@@ -43,14 +43,18 @@ SMALL = Study(name="small", about="Two rates of two methods.", pretrain=(PRETRAI
               clean=({"method": "finetune", **ALIKE}, {"method": "cleanclip", **ALIKE}))  # fmt: skip
 CLEANINGS = [f"{method}-lr{lr}" for method in ("finetune", "cleanclip") for lr in (0.001, 0.003)]
 KILLS = 3  # enough; then the study may end
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """For all processes: sums that more of them share out are rounded otherwise."""
+    """For all processes, this one too: sums that more of them share out are rounded otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_train_like_one(name, study, fastbd):
+def test_two_processes_train_like_one(name, study, fastbd, fastbd_process):
     """tiny-vit has no batch norm; a large eps makes Adam's steps follow the gradient."""
     arguments = (*SMALL, "--robust", name, *CASES[name])
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     fastbd(*arguments, "--out", f"{name}/one", cwd=study)
-    fastbd(*arguments, "--out", f"{name}/two", cwd=study, launcher=launcher)
+    fastbd_process(*arguments, "--out", f"{name}/two", cwd=study, launcher=launcher)
     one, two = (torch.load(study / name / x / "ckpt_last.pt", weights_only=True) for x in ("one", "two"))
     assert max(float((one["model"][k] - two["model"][k]).abs().max()) for k in one["model"]) < 1e-5
     assert all(torch.allclose(one["method"][k], two["method"][k], atol=1e-4) for k in one["method"])
