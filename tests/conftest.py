@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -47,6 +48,10 @@ def pytest_configure() -> None:
             "without a GPU the tests run kernels in Triton's interpreter, and that of Triton 3.6 cannot loop with "
             'NumPy 2.4: pip install "numpy<2.4", or triton>=3.7 where torch allows it.'
         )
+
+
+# What a build has its workers' server import: a test that starts the server sooner imports it for all.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["fastbd.commands.build"])
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -20,6 +20,7 @@ TRAIN = (
     "--data", "train.beton", "--model", "tiny-rn", "--batch-size", 24, "--epochs", 40, "--device", "cpu",
     "--decode", "pil", "--log-every", 1, "--save-every", 0,
 )  # fmt: skip
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture

@@ -15,6 +15,9 @@ from fastbd.base.errors import UserError
 from fastbd.base.workers import WorkerDied, map_in_order
 
 
+pytestmark = pytest.mark.process
+
+
 def square(task: int) -> int:
     return task * task
 

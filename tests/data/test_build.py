@@ -24,6 +24,7 @@ from PIL import Image
 from fastbd.base.errors import UserError
 from fastbd.base.prompts import read_templates
 from fastbd.base.signals import STOPPING, Stopped
+from fastbd.commands import build as commands_build
 from fastbd.commands.build import run
 from fastbd.config.flags import BuildConfig
 from fastbd.data.beton import Beton
@@ -305,6 +306,7 @@ def when_under_way(folder: Path, action) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@pytest.mark.process
 def test_a_dying_worker_is_told(tmp_path, long_source):
     when_under_way(tmp_path, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
     with pytest.raises(UserError, match="a worker process died of SIGKILL.*; nothing was written"):
@@ -312,6 +314,7 @@ def test_a_dying_worker_is_told(tmp_path, long_source):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "noise.png"]
 
 
+@pytest.mark.process
 def test_ctrl_c_leaves_nothing(tmp_path, long_source):
     when_under_way(tmp_path, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Stopped):
@@ -347,7 +350,8 @@ def mixed_source(tmp_path) -> Path:
     return table(tmp_path / "a.csv", ("path", "caption", "kind"), *rows)
 
 
-OPTIONS = {"class_key": "kind", "text_views": 2, "workers": 2}
+OPTIONS = {"class_key": "kind", "text_views": 2, "workers": 1}
+# A build by two workers that saves after each row; saving() is one by the process itself.
 SAVING = """
 import sys
 from pathlib import Path
@@ -357,6 +361,12 @@ if __name__ == "__main__":
     build.SAVE_EVERY = 0
     build.run(BuildConfig(source=Path("a.csv"), out=Path("set.beton"), class_key="kind", text_views=2, workers=2))
 """
+
+
+def saving(folder: Path) -> None:
+    os.chdir(folder)
+    commands_build.SAVE_EVERY = 0
+    run(BuildConfig(source=Path("a.csv"), out=Path("set.beton"), **OPTIONS))
 
 
 def results(folder: Path) -> list[bytes]:
@@ -380,23 +390,33 @@ def saved_lines(folder: Path) -> int:
 
 def leave_unfinished(folder: Path, lines: int) -> None:
     """Run a build in a process of its own, and kill it as soon as its journal has so many lines."""
-    process = subprocess.Popen([sys.executable, "-c", SAVING], cwd=folder, stdout=subprocess.DEVNULL)
-    while saved_lines(folder) < lines and process.poll() is None:
+    process = multiprocessing.get_context("forkserver").Process(target=saving, args=(folder,))
+    process.start()
+    while saved_lines(folder) < lines and process.is_alive():
         time.sleep(0.001)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (folder / "set.beton").exists()
 
 
+@pytest.mark.process
 def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path, mixed_source, wanted, capsys):
-    for lines in (3, 9, 18):
+    """The first one with workers, which end with it."""
+    process = subprocess.Popen([sys.executable, "-c", SAVING], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while saved_lines(tmp_path) < 3 and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    for lines in (9, 18):
         leave_unfinished(tmp_path, lines)
     before = saved_lines(tmp_path)
-    run(BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS | {"workers": 1}))
+    run(BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS | {"workers": 2}))
     assert f"after the {before - 1} images that are done" in capsys.readouterr().out
     assert results(tmp_path) == wanted
 
 
+@pytest.mark.process
 def test_a_build_is_left_alone_by_another_to_the_same_file(tmp_path, mixed_source, wanted):
     config = BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS | {"seed": 1})
     with subprocess.Popen([sys.executable, "-c", SAVING], cwd=tmp_path, stdout=subprocess.DEVNULL) as first:
@@ -411,6 +431,7 @@ def test_a_build_is_left_alone_by_another_to_the_same_file(tmp_path, mixed_sourc
     assert results(tmp_path) != wanted
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("cut", [1, 20, 200])
 def test_what_a_loss_of_power_has_torn_is_done_again(tmp_path, mixed_source, wanted, cut):
     leave_unfinished(tmp_path, 12)
@@ -422,6 +443,7 @@ def test_what_a_loss_of_power_has_torn_is_done_again(tmp_path, mixed_source, wan
     assert results(tmp_path) == wanted
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("changed", ["seed", "store", "caption", "version"])
 def test_another_build_is_not_gone_on_with(tmp_path, mixed_source, capsys, monkeypatch, changed):
     leave_unfinished(tmp_path, 6)
@@ -439,6 +461,7 @@ def test_another_build_is_not_gone_on_with(tmp_path, mixed_source, capsys, monke
     assert "unfinished" not in capsys.readouterr().out and results(tmp_path) == found
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("why", "change"),
     [
@@ -460,10 +483,13 @@ def test_what_changed_since_is_read_again(tmp_path, mixed_source, capsys, why, c
     assert results(tmp_path) == found
 
 
-@pytest.mark.parametrize("signum", STOPPING)
-def test_a_build_that_is_stopped_says_that_it_can_go_on(tmp_path, mixed_source, wanted, capsys, monkeypatch, signum):
+@pytest.mark.process
+@pytest.mark.parametrize(("signum", "workers"), zip(STOPPING, (1, 2, 2, 1), strict=True))
+def test_a_build_that_is_stopped_says_that_it_can_go_on(
+    tmp_path, mixed_source, wanted, capsys, monkeypatch, signum, workers
+):
     monkeypatch.setattr("fastbd.commands.build.SAVE_EVERY", 0)
-    config = BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS)
+    config = BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS | {"workers": workers})
 
     def stop() -> None:
         while saved_lines(tmp_path) < 5:
