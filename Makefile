@@ -56,8 +56,8 @@ demo: install      ## the study in small on the built-in demo set
 study: install     ## the demo study: two pre-trainings, four ways of cleaning, several rates, a report
 	$(BIN)/python -m fastbd sweep --study demo
 
-test: install      ## run all tests
-	$(BIN)/python -m pytest
+test: install      ## run the tests, in a process a core; FULL=1 runs the whole tables of cases too, as CI does
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(if $(FULL),,-m "not full")
 
 bench: install     ## measure, and add the rows to bench/results
 	$(BIN)/python -m bench

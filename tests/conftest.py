@@ -68,6 +68,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked gpu("why", count=1) where there are not so many."""
+    mark = item.get_closest_marker("gpu")
+    if mark and torch.cuda.device_count() < (count := mark.kwargs.get("count", 1)):
+        pytest.skip(": ".join((f"needs {count} GPU{'s' * (count > 1)}", *mark.args)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cheap_rates() -> Iterator[None]:
     """Each training measures the machine, for half a second: how fast it is does not matter here."""

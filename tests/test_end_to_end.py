@@ -29,9 +29,9 @@ def weights(run):
     return torch.load(run / "ckpt_last.pt", weights_only=True)["model"]
 
 
-def test_build_poison_pretrain_clean_evaluate_report(study, fastbd_process):
-    """Each as a process of its own, as a user runs it; the study's own files were made within this one."""
-    fastbd = partial(fastbd_process, cwd=study)
+def test_build_poison_pretrain_clean_evaluate_report(study, fastbd, fastbd_process):
+    """Each in a process of its own, as a user runs it; the study's own files were made within this one."""
+    fastbd, here = partial(fastbd_process, cwd=study), partial(fastbd, cwd=study)
     fastbd("build", "--source", "train.csv", "--out", "built.beton", "--workers", 2)
     assert (study / "built.beton").read_bytes() == (study / "train.beton").read_bytes()
     fastbd("poison", "--data", "built.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo")
@@ -40,11 +40,11 @@ def test_build_poison_pretrain_clean_evaluate_report(study, fastbd_process):
     fastbd("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 3, *out)
     clean = ("clean", "--run", "runs/a", "--epochs", 2, "--batch-size", 24, "--eval-every", "1/2epoch",
              "--out", "runs/b")  # fmt: skip
-    refused = fastbd(*clean, "--landed", 1, code=2)
+    refused = here(*clean, "--landed", 1, code=2)
     assert "the attack on runs/a has not landed: ASR" in refused.stderr and not (study / "runs/b").exists()
     fastbd(*clean, "--landed", 1, "--force")
     shown = fastbd("evaluate", "--run", "runs/b", "--asr-seed", 5).stdout
-    fastbd("report", "--runs", "runs/a", "runs/b", "--out", "report.html")
+    fastbd("report", "--runs", "runs", "--out", "report.html")
 
     losses = rows(study / "runs/a/log.jsonl")
     assert losses[-1]["step"] == 30 and {"mmcl", "ssl_image", "ssl_text", "pairs_per_s"} <= set(losses[0])

@@ -14,7 +14,6 @@ import pytest
 from fastbd.base.errors import UserError
 from fastbd.base.workers import WorkerDied, map_in_order
 
-
 pytestmark = pytest.mark.process
 
 

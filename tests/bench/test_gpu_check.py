@@ -23,6 +23,7 @@ from bench import __main__ as bench
 from bench import gpu_check, parity
 from bench.gpu_check import CALLS, GRACE, Stage, check
 
+pytestmark = pytest.mark.process
 ROOT = Path(__file__).parents[2]
 LIMITS = {"1": 300, "2": 420}  # seconds of a call
 

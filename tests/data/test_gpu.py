@@ -27,7 +27,7 @@ from fastbd.kernels.views import plain
 from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
 ROWS, SIZE, BATCH = 48, 64, 8

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tables import table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbd.base import random
@@ -113,7 +114,10 @@ def test_noise_and_erasing() -> None:
     assert_same(pictures(SIZES), View(params), 16, (torch.float32, torch.bfloat16))
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+USUAL = ("posterize", "color", "contrast", "sharper", "equalize", "autocontrast", "hue", "blur", "rotate")
+
+
+@pytest.mark.parametrize("name", table(OPERATIONS, *USUAL))
 def test_operations(name: str) -> None:
     """Before the resize on images of all kinds and sizes, and after it, where the images are square."""
     params = views.plain(np.array(SIZES), 9).params

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tables import table
 from torch.library import opcheck
 
 from fastbd.kernels import contrastive_reference, contrastive_tile
@@ -93,8 +94,8 @@ def check(towers, scale, way, loss=2e-5, gradient=None, **options):
     assert found.pop("loss") < loss and max(found.values()) < gradient, found
 
 
-@pytest.mark.parametrize("scale", [1.0, 100 / 7, 100.0])
-@pytest.mark.parametrize("rows, dim, count", [(2, 32, 2), (33, 48, 4), (70, 40, 2)])
+@pytest.mark.parametrize("scale", table([1.0, 100 / 7, 100.0], 100.0))
+@pytest.mark.parametrize("rows, dim, count", table([(2, 32, 2), (33, 48, 4), (70, 40, 2)], (33, 48, 4)))
 @pytest.mark.parametrize("way", WAYS)
 def test_equals_the_formula(way, rows, dim, count, scale):
     check(embeddings(rows, dim, count), scale, way, mmcl=0.7, ssl=1.3)
@@ -134,7 +135,7 @@ def test_one_row_has_loss_and_gradients_of_zero(way):
 
 
 @pytest.mark.parametrize("way", ["reference", "tile", "hybrid"])
-@pytest.mark.parametrize("rows", [16, 48])
+@pytest.mark.parametrize("rows", table([16, 48], 48))
 def test_blocks_that_do_not_divide(way, rows, monkeypatch):
     """Rows are worked off in blocks: here in several, the last one short."""
     monkeypatch.setattr(contrastive_reference, "ROWS", rows)
@@ -156,8 +157,8 @@ def test_a_tiny_loss_is_right_relative_to_itself(way):
     assert gradients["scale"].item() == pytest.approx(true["scale"].item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("scale", [50.0, 79.0, 100.0])
-@pytest.mark.parametrize("spread", [0.05, 0.8])
+@pytest.mark.parametrize("scale", table([50.0, 79.0, 100.0], 100.0))
+@pytest.mark.parametrize("spread", table([0.05, 0.8], 0.05))
 @pytest.mark.parametrize("way", WAYS)
 def test_towers_that_point_apart(way, spread, scale):
     """Every cosine far below 0: a shift of the exponent that suits the largest possible logit would lose whole rows."""
@@ -226,8 +227,8 @@ def geometry(kind: str, rows: int, dim: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("scale", [100 / 7, 100.0])
-@pytest.mark.parametrize("kind", ["untrained", "trained", "views"])
+@pytest.mark.parametrize("scale", table([100 / 7, 100.0], 100.0))
+@pytest.mark.parametrize("kind", table(["untrained", "trained", "views"], "trained"))
 @pytest.mark.parametrize("way", WAYS)
 def test_bf16_is_never_worse_than_autocast(way, kind, scale):
     towers = geometry(kind, 64, 128)
@@ -249,7 +250,9 @@ def test_the_same_bits_each_time(way):
 
 
 @pytest.mark.parametrize("way", ["reference", "tile", "hybrid"])
-@pytest.mark.parametrize("rows, dtype", [(41, torch.float32), (1, torch.float32), (48, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "rows, dtype", table([(41, torch.float32), (1, torch.float32), (48, torch.bfloat16)], (41, torch.float32))
+)
 def test_sigmoid_loss(way, rows, dtype):
     towers = embeddings(rows, 24, 2, dtype)
 
@@ -271,7 +274,7 @@ def test_sigmoid_loss(way, rows, dtype):
         assert (a - b).norm() <= (1e-5 if dtype == torch.float32 else 5e-3) * b.norm()
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large for the interpreter")
+@pytest.mark.gpu("too large for the interpreter")
 @pytest.mark.parametrize("dim", [384, 512, 768, 1024])
 @pytest.mark.parametrize("rows", [512, 1000, 4096])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -283,7 +286,7 @@ def test_real_sizes(rows, dim, dtype):
             check(embeddings(rows, dim, dtype=dtype), scale, way, dtype=dtype, **limit)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: graphs are CUDA's")
+@pytest.mark.gpu("graphs are CUDA's")
 @pytest.mark.parametrize("rows, way", [(256, "small"), (1000, "tile"), (1000, "hybrid")])
 def test_a_graph_replays_it(rows, way):
     towers = {name: x.requires_grad_() for name, x in embeddings(rows, 512, dtype=torch.bfloat16).items()}

@@ -39,7 +39,7 @@ def test_images_are_gathered_from_any_address(count: int) -> None:
         assert np.array_equal(there(found, k), image), k
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_reads_locked_memory() -> None:
     rng = np.random.default_rng(0)
     pixels = torch.from_numpy(rng.integers(0, 256, 3_000_000, np.uint8)).pin_memory()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tables import table
 
 from fastbd.kernels.stamp import ONE, STEPS, Overlay, stamp, stamp_reference
 from fastbd.kernels.stamp_triton import stamp_triton
@@ -102,10 +103,11 @@ def spec_of(name: str, location: str = "random") -> TriggerSpec:
     return TriggerSpec(name, patch_size=size, location=location, strength=20.0, pattern=packed)
 
 
+SHAPES = [((1, 7, 7),), ((3, 17, 23),), ((2, 33, 16),), ((0, 8, 8),)]
 CASES = [(name, "random") for name in TRIGGERS] + [(name, place) for name in PATCHES for place in LOCATIONS[1:]]
 
 
-@pytest.mark.parametrize("shape", [(1, 7, 7), (3, 17, 23), (2, 33, 16), (0, 8, 8)], ids=str)
+@pytest.mark.parametrize("shape", table(SHAPES, ((3, 17, 23),)), ids=str)
 @pytest.mark.parametrize(("name", "location"), CASES, ids="-".join)
 def test_the_kernel_gives_the_bytes_of_the_reference(name: str, location: str, shape: tuple) -> None:
     images, spec, ids = noisy(*shape), spec_of(name, location), np.arange(shape[0])
@@ -123,7 +125,7 @@ def test_images_that_are_not_contiguous() -> None:
     assert torch.equal(stamp_triton(images, overlay), stamp_reference(images, overlay))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large for the interpreter")
+@pytest.mark.gpu("too large for the interpreter")
 @pytest.mark.parametrize("name", TRIGGERS)
 def test_real_sizes(name: str) -> None:
     """Batches past 2^31 values need 64-bit offsets."""
@@ -137,7 +139,7 @@ def test_real_sizes(name: str) -> None:
             assert torch.equal(out[part].cpu(), expected)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(count=2)
 def test_images_may_lie_on_another_gpu_than_the_threads():
     images, ids, yellow = noisy(3, 32, 32), np.arange(3), TriggerSpec("yellow")
     here, there = (triggers.stamp(images.to(device), yellow, seed=0, ids=ids).cpu() for device in ("cpu", "cuda:1"))

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from tables import table
 from torch.library import opcheck
 
 from fastbd.kernels.text_pack import END, pack, packed_attention
@@ -64,14 +65,16 @@ def check(qkv, starts, gradient, heads: int) -> None:
         limits = [2 * error + 5e-7 for error in errors]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("heads, dim", [(1, 64), (2, 16), (1, 24)])
+@pytest.mark.parametrize("dtype", table([torch.float32, torch.bfloat16], torch.bfloat16))
+@pytest.mark.parametrize("heads, dim", table([(1, 64), (2, 16), (1, 24)], (2, 16)))
 def test_every_length_equals_the_formula(heads, dim, dtype):
     check(*captions(LENGTHS, heads, dim, dtype, room=5), heads)
 
 
-@pytest.mark.parametrize("heads, dim", [(8, 16), (3, 128)])
-@pytest.mark.parametrize("lengths, room", [([19], 0), ([0, 5, 0, 0, 18, 0], 0), ([4], 50)])
+@pytest.mark.parametrize("heads, dim", table([(8, 16), (3, 128)], (8, 16)))
+@pytest.mark.parametrize(
+    "lengths, room", table([([19], 0), ([0, 5, 0, 0, 18, 0], 0), ([4], 50)], ([0, 5, 0, 0, 18, 0], 0))
+)
 def test_few_captions_and_much_room(lengths, room, heads, dim):
     check(*captions(lengths, heads, dim, room=room), heads)
 
@@ -186,7 +189,7 @@ def test_a_gpu_takes_the_kernels_and_a_cpu_the_reference():
     assert torch.equal(packed_attention(qkv, starts, 2), usual)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: too large for the interpreter")
+@pytest.mark.gpu("too large for the interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads, dim", [(8, 64), (12, 64), (3, 128), (4, 80)])
 def test_real_sizes(heads, dim, dtype):
@@ -194,7 +197,7 @@ def test_real_sizes(heads, dim, dtype):
     check(*captions(lengths, heads, dim, dtype, room=1000), heads)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: gigabytes of rows")
+@pytest.mark.gpu("gigabytes of rows")
 def test_offsets_beyond_32_bits():
     if torch.cuda.mem_get_info()[0] < 24e9:
         pytest.skip("needs 24 GB")
@@ -206,7 +209,7 @@ def test_offsets_beyond_32_bits():
         assert torch.equal(x, y[far:])
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: graphs are CUDA's")
+@pytest.mark.gpu("graphs are CUDA's")
 def test_a_graph_replays_it_for_other_lengths():
     qkv, starts, gradient = captions([5, 40, 3, 77], 8, 64, torch.bfloat16, room=11)
     qkv.requires_grad_()
@@ -251,7 +254,7 @@ def test_pack_leaves_room_behind_the_last_caption(room, expected):
     assert tokens[:5].tolist() == [1, 5, END, 1, END] and not tokens[5:].any() and not positions[5:].any()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(count=2)
 def test_captions_may_lie_on_another_gpu_than_the_threads():
     qkv, starts, gradient = captions(LENGTHS, 2, 16)
     here, there = (

@@ -53,7 +53,7 @@ def test_no_pair_is_no_loss():
     assert not any(x.any() for x in with_gradients(lambda *x: masked_mmcl(*x, none), inputs, torch.float32))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: graphs are CUDA's")
+@pytest.mark.gpu("graphs are CUDA's")
 def test_a_graph_serves_any_mask():
     towers = [x.cuda().requires_grad_() for x in embeddings(64)]
     scale, mask = torch.tensor(2.5, device="cuda"), torch.ones(64, dtype=torch.bool, device="cuda")

@@ -83,6 +83,7 @@ def test_two_studies_side_by_side(fake_runs, large, tmp_path):
     assert f"{100 * (b.best[0].top1.mean - a.best[0].top1.mean):+.1f} points" in out.read_text()
 
 
+@pytest.mark.process
 def test_watch_waits_draws_again_and_ends_with_ctrl_c(fake_runs, write_run, evaluation, tmp_path):
     empty, out = tmp_path / "later", tmp_path / "page.html"
     code = "from fastbd.commands import report; report.SECONDS = 0.1; from fastbd.cli import main; import sys; "

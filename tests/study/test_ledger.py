@@ -20,6 +20,7 @@ from fastbd.study import live
 from fastbd.study.grid import Study
 from fastbd.study.ledger import Ledger, seconds_left
 
+pytestmark = pytest.mark.process
 WORKER = Path(__file__).with_name("ledger_worker.py")
 SMALL = Study(
     name="small",

@@ -19,6 +19,8 @@ from fastbd.base.signals import Stopped, stoppable
 from fastbd.study import workers
 from fastbd.study.workers import ENGINES
 
+pytestmark = pytest.mark.process
+
 
 def fails_once(folder: Path, device: str) -> None:
     """The first to come ends with an error at once; the others say later that they have come to their end."""

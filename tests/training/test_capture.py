@@ -140,7 +140,7 @@ def test_no_garbage_is_collected_in_a_capture(collects, device):
     assert not [about for about in collected if about[2]]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_is_as_before_after_a_capture_that_broke_off():
     """Memory that two streams have used is freed, the cache emptied, numbers are drawn, another step is captured."""
     gpu = torch.device("cuda", 0)

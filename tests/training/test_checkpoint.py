@@ -45,7 +45,7 @@ def test_training_leaves_a_snapshot_alone():
     assert not copy["model"]["w"].requires_grad and copy["steps"] == [3.0, 3] and copy["plan"] is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_snapshot_of_a_gpu_waits_for_nothing_and_takes_its_memory_again():
     weight = torch.randn(64, 32, 3, 3, device="cuda").to(memory_format=torch.channels_last)
     Snapshot({"w": weight, "steps": [torch.ones((), device="cuda"), 3]}).wait()  # a first locking may take long

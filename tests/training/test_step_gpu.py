@@ -19,7 +19,7 @@ from fastbd.models.blocks import recompute
 from fastbd.models.precision import set_precision
 from fastbd.training.readback import Readback
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.gpu
 CPU, GPU = World(0, 1, torch.device("cpu")), World(0, 1, torch.device("cuda", 0))
 WORLDS = [pytest.param(CPU, id="cpu"), pytest.param(GPU, id="gpu", marks=needs_gpu)]
 ROOM = 512  # tokens in each part
