@@ -17,6 +17,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # of which there is one a core
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else it starts as many processes, which load torch
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does; read when torch is loaded
 
 import torch
