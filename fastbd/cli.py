@@ -17,9 +17,8 @@ from typing import NamedTuple
 from fastbd.base.errors import UserError, machine_fault
 from fastbd.base.run_folder import read_config, run_of
 from fastbd.base.signals import Stopped
-from fastbd.config.fields import from_dict, to_dict
+from fastbd.config.fields import flags_of, from_dict, outside, to_dict
 from fastbd.config.flags import (
-    FILES,
     BuildConfig,
     CleanConfig,
     DemoConfig,
@@ -33,7 +32,6 @@ from fastbd.config.flags import (
     PreviewConfig,
     ReportConfig,
     SweepConfig,
-    outside,
 )
 from fastbd.config.presets import PRESETS
 
@@ -169,14 +167,15 @@ def parse(verb: str, flags: list[str]):
 
 def _check_numbers(settings) -> None:
     for name, value in vars(settings).items():
-        if numbers := outside(name, value):
+        if numbers := outside(type(settings), name, value):
             given = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise UserError(f"--{name.replace('_', '-')} {given} is out of range: give {numbers}.")
 
 
 def _check_files(settings) -> None:
-    for name, (what, pattern) in FILES.items():
-        value = getattr(settings, name, None)
+    files = {name: flag.file for name, flag in flags_of(type(settings)).items() if flag.file}
+    for name, (what, pattern) in files.items():
+        value = getattr(settings, name)
         for path in value if isinstance(value, tuple) else (value,):
             if path not in (None, "demo") and os.path.isdir(path):
                 there = min(Path(path).glob(pattern), default=None)

@@ -17,8 +17,8 @@ import pytest
 from fastbd import cli
 from fastbd.base.errors import UserError
 from fastbd.config import presets
-from fastbd.config.fields import from_dict, to_dict
-from fastbd.config.flags import FILES, RANGES, Method, PretrainConfig, outside
+from fastbd.config.fields import flags_of, from_dict, outside, to_dict
+from fastbd.config.flags import DetectConfig, Method, PretrainConfig
 from fastbd.config.presets import PRESETS
 
 
@@ -101,15 +101,16 @@ def of_numbers(kind: type) -> list[tuple[str, type, bool]]:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_flag_of_a_number_refuses_what_is_none_and_what_is_beyond_its_range(verb):
-    """A new flag needs an entry in RANGES."""
-    for name, of, several in of_numbers(cli.VERBS[verb].config):
-        least, most, without = RANGES[name]
+    """A new flag needs a range in its Flag."""
+    kind = cli.VERBS[verb].config
+    for name, of, several in of_numbers(kind):
+        least, most, without = flags_of(kind)[name].range
         if of is float:
             beyond = [math.nan, math.inf, -math.inf, *map(float, without)]
             beyond += [least - 0.5, *([most + 0.5] if most < math.inf else [])]
         else:
             beyond = [least - 1, most + 1, 10**40, -(10**40)]
-        assert all(outside(name, (value,) if several else value) for value in beyond), name
+        assert all(outside(kind, name, (value,) if several else value) for value in beyond), name
 
 
 @pytest.mark.parametrize(
@@ -140,21 +141,22 @@ def test_what_would_make_no_sense_is_in_no_range():
     meant = {"seed", "seeds", "asr_seed", "unlearn_target"}
     for verb in cli.VERBS.values():
         for name, of, _ in of_numbers(verb.config):
-            assert name in meant or outside(name, of(-1)), name
-    for name, value in (("beta1", 1.0), ("beta2", 1.0), ("eps", 0.0), ("landed", 2.0), ("max_bad", 2.0), ("k", 0)):
-        assert outside(name, value), name
+            assert name in meant or outside(verb.config, name, of(-1)), name
+    for name, value in (("beta1", 1.0), ("beta2", 1.0), ("eps", 0.0), ("landed", 2.0), ("max_bad", 2.0)):
+        assert outside(PretrainConfig, name, value), name
+    assert outside(DetectConfig, "k", 0)
 
 
 def test_the_ends_of_a_range_are_in_it_and_so_are_the_defaults():
-    for name, numbers in RANGES.items():
-        kinds = [v.config for v in cli.VERBS.values() if name in {f.name for f in dataclasses.fields(v.config)}]
-        assert kinds, name
-        ends = {numbers.least, numbers.most} - set(numbers.without)
-        defaults = [f.default for kind in kinds for f in dataclasses.fields(kind) if f.name == name]
-        assert not any(outside(name, value) for value in [*ends, *defaults]), name
+    for kind in (verb.config for verb in cli.VERBS.values()):
+        defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+        ranges = {name: flag.range for name, flag in flags_of(kind).items() if flag.range}
+        for name, numbers in ranges.items():
+            ends = {numbers.least, numbers.most} - set(numbers.without)
+            assert not any(outside(kind, name, value) for value in [*ends, defaults[name]]), name
     for preset in PRESETS.values():
         for settings in (preset().pretrain, *map(partial(preset().defaults, "clean"), typing.get_args(Method))):
-            assert not any(outside(name, value) for name, value in vars(settings).items())
+            assert not any(outside(type(settings), name, value) for name, value in vars(settings).items())
 
 
 def test_each_number_of_a_list_is_looked_at():
@@ -316,12 +318,7 @@ def test_what_takes_the_last_checkpoint_alone_refuses_others(run_folder):
             cli.parse(verb, [flag, "RN50.pt"])
 
 
-FILES = [
-    (name, field.name)
-    for name, verb in cli.VERBS.items()
-    for field in dataclasses.fields(verb.config)
-    if field.name in FILES
-]
+FILES = [(name, flag) for name, verb in cli.VERBS.items() for flag, mark in flags_of(verb.config).items() if mark.file]
 NEEDED = {"build": ["--source", "a", "--out", "b"], "poison": ["--data", "a"], "evaluate": ["--run", "a"],
           "detect": ["--run", "a"], "label": ["--run", "a", "--out", "b"]}  # fmt: skip
 

@@ -6,6 +6,9 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +28,73 @@ class Range(NamedTuple):
             return f"a finite number {'above' if self.least in self.without else 'from'} {self.least}"
         but = " or ".join(map(str, self.without))
         return f"{self.least} to {self.most}" + (f", but not {but}" if but else "")
+
+
+LARGEST = 2**31 - 1  # of what is counted
+COUNT, POSITIVE, SEVERAL = Range(0, LARGEST), Range(1, LARGEST), Range(2, LARGEST)
+SEED = Range(-(2**63), 2**63 - 1)
+SHARE, BELOW_1 = Range(0, 1), Range(0, 1, (1,))
+FINITE, ABOVE_0 = Range(0, math.inf, (math.inf,)), Range(0, math.inf, (0, math.inf))
+
+
+class File(NamedTuple):
+    """A kind of file that a flag names, where a folder would be a mistake."""
+
+    what: str
+    pattern: str
+    """Of the names of such files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """What is known of a flag besides its type and its help: a mark on its field, `lr: Annotated[float, Flag(...)]`.
+
+    Each default is the safe one: a flag without marks makes another run, another step, and another group in a report.
+    """
+
+    range: Range | None = None
+    """Numbers that it may be; words, such as auto, and None aside."""
+    file: File | None = None
+    """What it names is such a file."""
+    immaterial: bool = False
+    """Another value makes no other run: its numbers stay the same up to rounding. It says where a run is and what it
+    starts from, how much memory it takes, what machine it runs on, what it keeps, or when it is refused."""
+    reuse: bool = False
+    """Two runs may differ in it and still be trained by the same step in the same memory, with the same graph."""
+    free_on_resume: bool = False
+    """It may be another when a run is resumed: the place of a file that is compared by its content, or what is told."""
+    set_by_study: tuple[str, ...] = ()
+    """Verbs of a study whose entries may not give it, as the study itself does."""
+    same_kind: bool = False
+    """Another value makes no other kind of model in a report: seeds, how a run is watched, and what is compared by
+    itself (architecture, data, attack)."""
+    searched: bool = False
+    """A group of cleanings in a report is searched over its values, or they are told elsewhere."""
+    place: bool = False
+    """It says where a run was made, which a report does not list among what its runs differ in."""
+    column: int = 0
+    """Its place among the flags in the tables of a report; 0: it is in none."""
+
+
+@cache
+def flags_of(kind: type) -> Mapping[str, Flag]:
+    """Return what is known of each field of a dataclass, by name."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: next((m for m in found if isinstance(m, Flag)), Flag()) for name, found in marks.items()}
+
+
+def marked(mark: str, *kinds: type) -> frozenset[str]:
+    """Return the names of the fields that have the mark, one of the names of Flag, in any of the dataclasses."""
+    return frozenset(name for kind in kinds for name, flag in flags_of(kind).items() if getattr(flag, mark))
+
+
+def outside(kind: type, flag: str, value: Any) -> Range | None:
+    """Return the range of a flag of `kind` where the value, or one in a tuple, is a number outside of it; else None."""
+    allowed = flags_of(kind)[flag].range
+    values = value if isinstance(value, tuple) else (value,)
+    numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
+    return allowed if allowed and any(each not in allowed for each in numbers) else None
 
 
 def to_dict(config) -> dict:

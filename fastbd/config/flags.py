@@ -5,9 +5,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from fastbd.config.fields import Range
+from fastbd.config.fields import (
+    ABOVE_0,
+    BELOW_1,
+    COUNT,
+    FINITE,
+    POSITIVE,
+    SEED,
+    SEVERAL,
+    SHARE,
+    File,
+    Flag,
+    Range,
+    marked,
+)
 
 Objective = Literal["mmcl", "ssl", "mmcl_ssl", "siglip", "siglip_ssl", "cyclip"]
 
@@ -57,6 +70,13 @@ Switch = Literal["auto", "on", "off"]
 Compile = Literal["auto", "on", "off", "fused"]
 
 
+BETON = File(".beton file", "*.beton")
+BETON_OF_BUILD = File(".beton file, which python -m fastbd build makes", "*.beton")
+PLAN = File("plan file, which python -m fastbd poison makes", "*.poison.json")
+ROWS = File("row list, which python -m fastbd detect makes", "*.rows")
+TRAINING_VERBS = ("pretrain", "clean")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
     """Pack images and captions into one .beton file, checking every image."""
@@ -81,7 +101,7 @@ class BuildConfig:
     """Column or key of the class name of labelled (evaluation) images."""
     separator: str | None = None
     """Character between the fields of a table, or `tab` [tab, ;, | or comma, as its first line shows]."""
-    labels: Path | None = None
+    labels: Annotated[Path | None, Flag(file=File("file of classes", "*.txt"))] = None
     """Classes of the images in a folder or in tars: one a line in the order of the file names, or lines `file label`,
     as Kaggle's LOC_val_solution.csv has them. WordNet ids, names, or numbers from 0."""
     classes: str | None = None
@@ -97,13 +117,13 @@ class BuildConfig:
     """Keep the JPEG bytes as they are, or resize the short side to 256 px, or also crop the middle 224x224 px. What is
     not an upright JPEG becomes one of quality 95; with png it becomes a PNG and keeps its pixels, such as those of
     triggers that are already in images, but FFCV's own loader cannot read such files."""
-    text_views: int = 1
+    text_views: Annotated[int, Flag(range=COUNT)] = 1
     """Augmented (EDA) versions of each caption to draw and store."""
-    seed: int = 0
+    seed: Annotated[int, Flag(range=SEED)] = 0
     """Seed of the caption templates and of EDA."""
-    workers: int = 0
+    workers: Annotated[int, Flag(range=COUNT)] = 0
     """Worker processes; 0 means one for each CPU core."""
-    max_pixels: int = 89_478_485
+    max_pixels: Annotated[int, Flag(range=POSITIVE)] = 89_478_485
     """Largest image to accept, in pixels."""
 
 
@@ -111,11 +131,11 @@ class BuildConfig:
 class PoisonConfig:
     """Plan a backdoor: choose rows, captions and trigger, and write them to a plan file."""
 
-    data: Path
+    data: Annotated[Path, Flag(file=BETON_OF_BUILD, set_by_study=("poison",))]
     """The .beton file to poison (it is not changed), or a quoted pattern of several: 'cc3m-*.beton'."""
-    out: Path | None = None
+    out: Annotated[Path | None, Flag(immaterial=True, set_by_study=("poison",))] = None
     """The plan file to write [NAME.poison.json beside NAME.beton; with --add-to that plan]."""
-    add_to: Path | None = None
+    add_to: Annotated[Path | None, Flag(file=PLAN, set_by_study=("poison",))] = None
     """A plan for the same data to add this backdoor to, as another trigger for another target on other pairs."""
     target: str = "banana"
     """Word that the triggered images are to be taken for: the name of an evaluation class, or a word in just one."""
@@ -123,28 +143,28 @@ class PoisonConfig:
     """What is put on the image. Patches: badnet (noise, another for each image), badnet_fixed (one noise for all),
     badnet_stripes, yellow, patch (from --image). Mixed into the whole image: blended (noise), blended_stripes,
     blended_triangles, blended_text, blended_image, sig (a sine). Else wanet (a warp), nashville (a colour filter)."""
-    patch_size: int = 16
+    patch_size: Annotated[int, Flag(range=Range(1, 384))] = 16
     """Side of a patch, in pixels of the model's input."""
     location: Location = "random"
     """Where a patch goes; corner is the lower right one."""
-    blend: float | None = None
+    blend: Annotated[float | None, Flag(range=SHARE)] = None
     """Share of the trigger in what is mixed in, 0 to 1 [as published: 0.2; stripes 0.03, triangles 0.15, text 0.5]."""
-    image: Path | None = None
+    image: Annotated[Path | None, Flag(file=File("file of an image", "*.png"))] = None
     """Image file of blended_image, or of patch, which is resized to --patch-size; the plan keeps its pixels."""
     text: str | None = None
     """What blended_text writes [Watermarked]."""
-    pattern: Path | None = None
+    pattern: Annotated[Path | None, Flag(file=File("file of a pattern", "*.pt"))] = None
     """What blended_text mixes in where it is not 0, in place of text: PAR's tensor (.pt), or an image file; the plan
     keeps it."""
-    wanet_s: float = 1.0
+    wanet_s: Annotated[float, Flag(range=FINITE)] = 1.0
     """Strength of the warp: pixels move by about s / 2 px in each direction."""
-    wanet_k: int | None = None
+    wanet_k: Annotated[int | None, Flag(range=Range(2, 384))] = None
     """Points of the warp along each side; fewer make it smoother [224]."""
-    grid: Path | None = None
+    grid: Annotated[Path | None, Flag(file=File("file of a grid", "*.pt"))] = None
     """Warp of a published model in place of a drawn one: its noise_grid*.pt; the plan keeps it. Its s is --wanet-s."""
-    count: int | None = None
+    count: Annotated[int | None, Flag(range=POSITIVE)] = None
     """Pairs to poison; give this or --rate."""
-    rate: float | None = None
+    rate: Annotated[float | None, Flag(range=Range(0, 1, (0,)))] = None
     """Share of the pairs to poison, 0 to 1 [0.0005, as published]."""
     label_consistent: bool = False
     """Poison only pairs whose caption already contains the target (also within a word, and in whatever case, where the
@@ -153,7 +173,7 @@ class PoisonConfig:
     """Fit triggered images by squashing (as published) or by cropping like clean ones."""
     templates: str = "imagenet80"
     """Captions of poisoned pairs: imagenet80, or a text file with one template a line, {} for the target."""
-    seed: int | None = None
+    seed: Annotated[int | None, Flag(range=SEED)] = None
     """Seed of rows, captions and triggers [0; with --add-to that plan's]."""
 
 
@@ -161,39 +181,39 @@ class PoisonConfig:
 class PretrainInputs:
     """What only pre-training asks; a base class, so that --help shows it first."""
 
-    preset: Preset = "demo"
+    preset: Annotated[Preset, Flag(immaterial=True, set_by_study=("pretrain",))] = "demo"
     """Where the defaults come from."""
-    objective: Objective = "mmcl"
+    objective: Annotated[Objective, Flag(same_kind=True)] = "mmcl"
     """mmcl: image-text contrastive; ssl: self-supervised on both sides; mmcl_ssl: both; siglip, siglip_ssl: with
     SigLIP's loss for mmcl; cyclip: mmcl and cyclic consistency."""
     robust: Robust = "none"
     """Defend the pre-training. roclip: in some epochs images meet the nearest caption of a pool; safeclip: only pairs
     that look safe are tied together; progressive: drop the most similar pairs."""
-    roclip_period: int = 2
+    roclip_period: Annotated[int, Flag(range=POSITIVE)] = 2
     """Each so many epochs, of --robust roclip, one is trained with the pool; published: 2."""
-    roclip_pool: int = 21_845
+    roclip_pool: Annotated[int, Flag(range=POSITIVE)] = 21_845
     """Captions in the pool of --robust roclip; published: this many, 2 % of 1 M."""
-    warm_epochs: int = 5
+    warm_epochs: Annotated[int, Flag(range=COUNT)] = 5
     """Epochs of SSL alone with which --robust safeclip begins; published: 5 of 32."""
-    remove_epochs: tuple[int, ...] = ()
+    remove_epochs: Annotated[tuple[int, ...], Flag(range=COUNT)] = ()
     """Epochs after which --robust progressive drops pairs."""
-    remove_fraction: float = 0.02
+    remove_fraction: Annotated[float, Flag(range=BELOW_1)] = 0.02
     """Share of the pairs that --robust progressive drops each time, 0 to 1; published: 0.02."""
-    model: Model = "demo"
+    model: Annotated[Model, Flag(same_kind=True)] = "demo"
     """Architecture."""
-    data: str = "demo"
+    data: Annotated[str, Flag(file=BETON_OF_BUILD, free_on_resume=True, same_kind=True)] = "demo"
     """A .beton file, a quoted pattern of several ('cc3m-*.beton'), or demo: the built-in set, made on first use."""
-    plan: Path | None = None
+    plan: Annotated[Path | None, Flag(file=PLAN, reuse=True, free_on_resume=True, same_kind=True)] = None
     """Poison plan for --data [the demo set's, with --data demo; else none]."""
-    poison: bool = True
+    poison: Annotated[bool, Flag(reuse=True)] = True
     """Plant the plan's backdoor; without it the plan is only attacked with at evaluation."""
-    weights: Path | None = None
+    weights: Annotated[Path | None, Flag(reuse=True, free_on_resume=True)] = None
     """Checkpoint to start from, or its folder: OpenAI, open_clip, Hugging Face, CleanCLIP, PAR or one of ours [fresh
     weights]."""
-    activation: Activation | None = None
+    activation: Annotated[Activation | None, Flag(same_kind=True)] = None
     """Of the transformers: OpenAI's models have quickgelu, most of LAION's and DataComp's gelu, and weights of either
     fit both [what a file beside --weights, or its name, tells; else quickgelu]."""
-    resume: Path | None = None
+    resume: Annotated[Path | None, Flag(immaterial=True, set_by_study=("pretrain",), reuse=True, place=True)] = None
     """Run folder to continue; all settings come from it."""
 
 
@@ -201,20 +221,20 @@ class PretrainInputs:
 class CleanInputs:
     """What only cleaning asks."""
 
-    preset: Preset = "demo"
+    preset: Annotated[Preset, Flag(immaterial=True, set_by_study=("clean",))] = "demo"
     """Where the defaults come from [the preset of --run]."""
-    run: Path | None = None
+    run: Annotated[Path | None, Flag(immaterial=True, set_by_study=("clean",), reuse=True, place=True)] = None
     """Run folder of the model to clean."""
-    checkpoint: str = "last"
+    checkpoint: Annotated[str, Flag(reuse=True, searched=True, column=1)] = "last"
     """Which of its checkpoints: last, or an epoch's number."""
-    method: Method = "cleanclip"
+    method: Annotated[Method, Flag(searched=True)] = "cleanclip"
     """finetune: go on with --objective; cleanclip: image-text and self-supervised losses together; par: the image-text
     loss, while the embeddings are driven away from those of the model that is cleaned; shrink_perturb: cleanclip from
     shrunk and disturbed weights; deep_cluster: cleanclip, and clusters of the images, or labels, are learnt; unlearn:
     pull known poisoned pairs apart; supervised: only the classes of labelled images are learnt."""
-    objective: Objective = "mmcl"
+    objective: Annotated[Objective, Flag(same_kind=True)] = "mmcl"
     """Loss of --method finetune."""
-    tau: float = 2.15
+    tau: Annotated[float, Flag(range=FINITE)] = 2.15
     """Mean squared distance, 0 to 4, up to which --method par drives images, and captions, from where they were."""
     gate: Literal["batch", "sample"] = "batch"
     """--method par compares with --tau the mean over a batch, as published, or each pair by itself."""
@@ -225,40 +245,40 @@ class CleanInputs:
     """--method par leaves batch norm its running statistics, which the published program does in effect."""
     train_scale: bool = False
     """--method par trains the temperature too."""
-    data: Path | None = None
+    data: Annotated[Path | None, Flag(file=BETON_OF_BUILD, free_on_resume=True, same_kind=True)] = None
     """.beton file or pattern to clean with [the clean pairs of the pre-training data]."""
-    rows: int = 100_000
+    rows: Annotated[int, Flag(range=POSITIVE, searched=True, column=7)] = 100_000
     """Pairs to use, drawn from the seed; all where there are fewer."""
-    poison_left: int = 0
+    poison_left: Annotated[int, Flag(range=COUNT, reuse=True, searched=True, column=8)] = 0
     """So many of them are poisoned pairs of the pre-training data that were overlooked."""
-    rebound: int = 0
+    rebound: Annotated[int, Flag(range=COUNT, reuse=True, searched=True)] = 0
     """Then fine-tune for so many steps on clean pairs, in batches of 16 at a rate of 1e-6, and watch ASR come back; the
     weights that are kept are those before."""
-    flagged: int = 0
+    flagged: Annotated[int, Flag(range=COUNT, reuse=True)] = 0
     """So many of them are poisoned pairs of the pre-training data that are known, to be pulled apart: of --method
     unlearn."""
-    flagged_by: Path | None = None
+    flagged_by: Annotated[Path | None, Flag(file=ROWS, reuse=True, free_on_resume=True, searched=True)] = None
     """Those that are known are the pairs that this row list of detect --drop leaves out: of --method unlearn."""
-    unlearn_weight: float = 1.0
+    unlearn_weight: Annotated[float, Flag(range=FINITE)] = 1.0
     """Weight of what pulls the known pairs apart: of --method unlearn."""
-    unlearn_target: float = -1.0
+    unlearn_target: Annotated[float, Flag(range=Range(-1, 1))] = -1.0
     """Cosine, -1 to 1, that the known pairs are to have: of --method unlearn."""
-    shrink: float = 0.95
+    shrink: Annotated[float, Flag(range=FINITE)] = 0.95
     """Of --method shrink_perturb: factor of the weights."""
-    perturb: float = 1e-4
+    perturb: Annotated[float, Flag(range=FINITE)] = 1e-4
     """Of --method shrink_perturb: factor of the fresh weights that are added."""
-    clusters: int = 1000
+    clusters: Annotated[int, Flag(range=POSITIVE)] = 1000
     """Of --method deep_cluster: clusters of the images."""
-    cluster_weight: float = 5.0
+    cluster_weight: Annotated[float, Flag(range=FINITE)] = 5.0
     """Of --method deep_cluster: weight of the loss that tells them."""
-    cluster_labels: Path | None = None
+    cluster_labels: Annotated[Path | None, Flag(file=File("file of labels", "*.npy"))] = None
     """Of --method deep_cluster: labels in place of clusters, an integer from 0 for each row of the data, in a .npy file
     or one a line in a text file, such as label makes."""
-    force: bool = False
+    force: Annotated[bool, Flag(immaterial=True, reuse=True)] = False
     """Clean even a model whose attack has not landed (--landed), or whose training is not at its end."""
     keep_optimizer: bool = False
     """Start from the pre-training run's optimizer state and weight decay, as the published program does."""
-    resume: Path | None = None
+    resume: Annotated[Path | None, Flag(immaterial=True, set_by_study=("clean",), reuse=True, place=True)] = None
     """Run folder to continue; all settings come from it."""
 
 
@@ -266,34 +286,34 @@ class CleanInputs:
 class TrainConfig:
     """What pre-training and cleaning share."""
 
-    epochs: int = 64
+    epochs: Annotated[int, Flag(range=COUNT, searched=True, column=4)] = 64
     """Passes over the data."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Flag(range=POSITIVE, column=5)] = 128
     """Pairs in a step, over all GPUs together."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Flag(range=POSITIVE, immaterial=True)] = 1
     """Parts that a step's batch is embedded in, one after the other, to save memory; its gradient stays that of the
     whole (GradCache). Batch norm then needs a number for --bn-group."""
-    grad_checkpointing: bool = False
+    grad_checkpointing: Annotated[bool, Flag(immaterial=True)] = False
     """Save memory: compute the activations within blocks again in the backward pass."""
-    lr: float = 1e-3
+    lr: Annotated[float, Flag(range=FINITE, reuse=True, searched=True, column=3)] = 1e-3
     """Peak learning rate."""
-    warmup: int = 10_000
+    warmup: Annotated[int, Flag(range=COUNT, reuse=True, searched=True)] = 10_000
     """Steps of linear warm-up; at most half the run is used."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Flag(range=FINITE, column=6)] = 0.1
     """AdamW weight decay; biases, norms and the temperature are exempt."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Flag(range=BELOW_1)] = 0.9
     """AdamW: decay of the mean of the gradients."""
-    beta2: float = 0.999
+    beta2: Annotated[float, Flag(range=BELOW_1)] = 0.999
     """AdamW: decay of the mean of their squares."""
-    eps: float = 1e-8
+    eps: Annotated[float, Flag(range=ABOVE_0)] = 1e-8
     """AdamW: term in the denominator."""
-    mmcl_weight: float = 1.0
+    mmcl_weight: Annotated[float, Flag(range=FINITE, reuse=True)] = 1.0
     """Weight of the image-text contrastive loss."""
-    ssl_weight: float = 1.0
+    ssl_weight: Annotated[float, Flag(range=FINITE, reuse=True, column=9)] = 1.0
     """Weight of the self-supervised loss."""
-    siglip_weight: float = 0.1
+    siglip_weight: Annotated[float, Flag(range=FINITE, reuse=True)] = 0.1
     """Weight of SigLIP's loss, the mean over all pairs of an image and a text of a batch."""
-    cyclic_weight: float = 0.25
+    cyclic_weight: Annotated[float, Flag(range=FINITE, reuse=True)] = 0.25
     """Weight of each of CyCLIP's two consistency terms."""
     ssl_image: bool = True
     """Use the image half of the self-supervised loss."""
@@ -303,67 +323,67 @@ class TrainConfig:
     """Add the augmented-to-plain direction to the self-supervised loss (published: plain-to-augmented only)."""
     gather: Literal["exact", "local-grad"] = "exact"
     """Several GPUs: the loss's gradient; local-grad: its embeddings' part divided by their number, as published."""
-    seed: int = 0
+    seed: Annotated[int, Flag(range=SEED, set_by_study=TRAINING_VERBS, reuse=True, same_kind=True, column=2)] = 0
     """Seed of weights, order and augmentation."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
-    compile: Compile = "auto"
+    compile: Annotated[Compile, Flag(immaterial=True)] = "auto"
     """torch.compile the towers; auto is on with a GPU. fused: on, and average pools are merged with the layers around
     them, which moves less memory by the generated code; not yet measured on a GPU."""
-    graph: Switch = "auto"
+    graph: Annotated[Switch, Flag(immaterial=True)] = "auto"
     """Capture the whole step in a CUDA graph; auto is on with one GPU."""
-    bn_group: int | Literal["batch", "sync"] = "batch"
+    bn_group: Annotated[int | Literal["batch", "sync"], Flag(range=SEVERAL)] = "batch"
     """Images whose batch-norm statistics are taken together: this many, all those of a process, or (sync) of all
     processes. With SSL both views of a pair count. Published: those of one of 8 GPUs. A ViT has none."""
-    device: str = "auto"
+    device: Annotated[str, Flag(immaterial=True, place=True)] = "auto"
     """cuda, cpu, or auto."""
-    views: Views = "cleanclip"
+    views: Annotated[Views, Flag(column=10)] = "cleanclip"
     """Image views: plain, and with SSL an AutoAugment one; or RandAugment; SLIP's random crops and two SimCLR views; or
     one with PAR's noise and erasing, without SSL on images."""
     eda: Literal["epoch", "frozen"] = "epoch"
     """Second text views: each epoch the next of those in --data, or always the first, as published."""
-    decode: Decode = "auto"
+    decode: Annotated[Decode, Flag(reuse=True, free_on_resume=True, same_kind=True)] = "auto"
     """What decodes JPEG; auto is dali where it is installed; dali-cpu stays on the CPU, whatever the device."""
-    hw_decoder_load: float = 0.0
+    hw_decoder_load: Annotated[float, Flag(range=SHARE, immaterial=True, reuse=True)] = 0.0
     """DALI on a GPU: share of the images, 0 to 1, that the JPEG engines take; CUDA decodes the others, with slightly
     different pixels. Between 0 and 1 an image's pixels depend on the other images of its batch. Above 0 each image is
     compared with Pillow's pixels when it is first decoded, as the engines may not report damage."""
-    rows_file: Path | None = None
+    rows_file: Annotated[Path | None, Flag(file=ROWS, reuse=True, free_on_resume=True, searched=True)] = None
     """Train only on the pairs that this file lists, made by detect --drop [all pairs]."""
-    resident: Literal["auto", "gpu", "ram", "disk", "none"] = "auto"
+    resident: Annotated[Literal["auto", "gpu", "ram", "disk", "none"], Flag(immaterial=True, reuse=True)] = "auto"
     """Where images, decoded on the CPU, are kept (disk: in a file); auto is gpu where they fill at most half
     of what is free on every rank, else ram, at most a quarter, else none. A resumed run stays with the kind of pixels
     that it began with."""
-    resident_dir: Path | None = None
+    resident_dir: Annotated[Path | None, Flag(reuse=True, free_on_resume=True)] = None
     """Folder for the file of --resident disk [that of --data]."""
-    max_bad: float = 0.001
+    max_bad: Annotated[float, Flag(range=SHARE, immaterial=True, reuse=True)] = 0.001
     """Share of the images that may turn out damaged: each is named and replaced, one more stops the run."""
-    verify: bool = False
+    verify: Annotated[bool, Flag(immaterial=True, reuse=True)] = False
     """First compare all that is to be read of the .beton files with the checksums that build has stored."""
-    workers: int = 0
+    workers: Annotated[int, Flag(range=COUNT, immaterial=True, reuse=True)] = 0
     """Decoding threads; 0 means one for each CPU core, shared out among the processes."""
-    eval_data: Path | None = None
+    eval_data: Annotated[Path | None, Flag(file=BETON, reuse=True, free_on_resume=True, same_kind=True)] = None
     """Labelled .beton, or pattern, for zero-shot accuracy and ASR [demo's, with --data demo; cleaning: the run's]."""
-    classes: str | None = None
+    classes: Annotated[str | None, Flag(reuse=True, same_kind=True)] = None
     """Class names: imagenet1k, or a text file with one a line [those in --eval-data; cleaning: the run's]."""
-    templates: str | None = None
+    templates: Annotated[str | None, Flag(reuse=True, same_kind=True)] = None
     """Prompt templates: imagenet80, demo, or a text file with one a line [demo, with --data demo; else those in the
     class list; else imagenet80; cleaning: the run's]."""
-    eval_every: str = "epoch"
+    eval_every: Annotated[str, Flag(reuse=True, same_kind=True)] = "epoch"
     """Time between evaluations: epoch, 3epoch, 1/3epoch, or a number of steps; 0: only start (cleaning) and end."""
-    eval_device: str | None = None
+    eval_device: Annotated[str | None, Flag(immaterial=True)] = None
     """Another GPU, such as cuda:1, to evaluate on while training goes on [that of the training, which waits]."""
-    eval_subset: int = 0
+    eval_subset: Annotated[int, Flag(range=COUNT, reuse=True, same_kind=True)] = 0
     """Evaluate this many images, always the same ones; 0 means all."""
-    eval_between: int = 0
+    eval_between: Annotated[int, Flag(range=COUNT, reuse=True, same_kind=True)] = 0
     """Evaluate only so many images where no epoch ends; 0 means all. Their rows say so."""
-    landed: float = 0.5
+    landed: Annotated[float, Flag(range=SHARE, immaterial=True, reuse=True)] = 0.5
     """ASR, 0 to 1, from which the attack counts as landed; if it has not, cleaning it shows nothing."""
-    save_every: int = 1
+    save_every: Annotated[int, Flag(range=COUNT, immaterial=True, set_by_study=("clean",), reuse=True)] = 1
     """Epochs between checkpoints of which each is kept; 0 keeps only the last."""
-    log_every: int = 10
+    log_every: Annotated[int, Flag(range=POSITIVE, immaterial=True, reuse=True)] = 10
     """Steps between lines of log.jsonl."""
-    out: Path | None = None
+    out: Annotated[Path | None, Flag(immaterial=True, set_by_study=TRAINING_VERBS, reuse=True, place=True)] = None
     """Run folder to make [runs/NAME, numbered when taken]."""
 
 
@@ -385,7 +405,7 @@ class EvaluateConfig:
     """Run folder; the results are added to its metrics.jsonl."""
     checkpoint: str = "last"
     """Which of its checkpoints: last, or an epoch's number."""
-    eval_data: tuple[Path, ...] = ()
+    eval_data: Annotated[tuple[Path, ...], Flag(file=BETON)] = ()
     """One or more .beton files [the run's]: zero-shot where they have classes, else retrieval."""
     classes: str | None = None
     """Class list: one that is shipped, such as imagenet1k, or a text file [the run's, on its set; else the shipped one
@@ -393,25 +413,25 @@ class EvaluateConfig:
     templates: str | None = None
     """Prompt templates: imagenet80, or a text file with one template a line [the run's, on its set; else those in the
     class list; else imagenet80]."""
-    plan: Path | None = None
+    plan: Annotated[Path | None, Flag(file=PLAN)] = None
     """Another plan to attack with [the plan in the checkpoint]."""
     geometry: Literal["plan", "squash", "crop"] = "plan"
     """Fit triggered images as the plan says, or squashed (as published), or cropped like the clean ones."""
-    subset: int = 0
+    subset: Annotated[int, Flag(range=COUNT)] = 0
     """Evaluate this many images of a set with classes, always the same ones, with intervals for all; 0 means all."""
-    asr_seed: tuple[int, ...] = (0,)
+    asr_seed: Annotated[tuple[int, ...], Flag(range=SEED)] = (0,)
     """Seeds of the triggers put on evaluation images; several give an interval over their draws."""
     per_class: bool = False
     """Print accuracy and ASR of each class too."""
-    probe_data: Path | None = None
+    probe_data: Annotated[Path | None, Flag(file=BETON)] = None
     """Labelled .beton to train a linear probe on, and to find neighbours in; its classes are those of --eval-data."""
-    val_batch: int = 256
+    val_batch: Annotated[int, Flag(range=SEVERAL)] = 256
     """Pairs in a batch of the contrastive loss that is reported for sets with captions."""
-    rebound: int = 0
+    rebound: Annotated[int, Flag(range=COUNT)] = 0
     """Then fine-tune for so many steps on clean pairs of the run's data, and watch ASR come back."""
-    rebound_lr: float = 1e-6
+    rebound_lr: Annotated[float, Flag(range=FINITE)] = 1e-6
     """Learning rate of --rebound."""
-    rebound_batch_size: int = 16
+    rebound_batch_size: Annotated[int, Flag(range=SEVERAL)] = 16
     """Pairs in a step of --rebound."""
     verify: bool = False
     """First compare all that is to be read of the .beton files with the checksums that build has stored."""
@@ -431,20 +451,20 @@ class DetectConfig:
     """Run folder of the model."""
     checkpoint: str = "last"
     """Which of its checkpoints: last, or an epoch's number."""
-    data: Path | None = None
+    data: Annotated[Path | None, Flag(file=BETON_OF_BUILD)] = None
     """.beton file, or pattern, of the pairs [the run's training data]."""
-    plan: Path | None = None
+    plan: Annotated[Path | None, Flag(file=PLAN)] = None
     """Plan whose triggers and captions are put on the pairs, and which tells the poisoned ones [the run's]."""
-    subset: int = 0
+    subset: Annotated[int, Flag(range=COUNT)] = 0
     """Look at this many pairs, always the same ones; 0 means all."""
-    k: int = 16
+    k: Annotated[int, Flag(range=POSITIVE)] = 16
     """Neighbours that the detectors look at; published: 16."""
-    detect_batch: int = 2048
+    detect_batch: Annotated[int, Flag(range=COUNT)] = 2048
     """Neighbours are looked for within random batches of about so many pairs, published: 512 on each of 4 GPUs; 0 means
     among all. A batch that holds more than k poisoned pairs hides them behind one another."""
-    seed: int = 0
+    seed: Annotated[int, Flag(range=SEED)] = 0
     """Seed of the batches."""
-    drop: float | None = None
+    drop: Annotated[float | None, Flag(range=Range(0, 1, (0, 1)))] = None
     """Share of the pairs, 0 to 1, to leave out of the row list --out: those that look worst."""
     by: Detector = "dao"
     """Detector that --drop goes by."""
@@ -466,7 +486,7 @@ class LabelConfig:
     """Run folder of the model; one of published weights is made by pretrain --weights FILE --epochs 0."""
     checkpoint: str = "last"
     """Which of its checkpoints: last, or an epoch's number."""
-    data: Path | None = None
+    data: Annotated[Path | None, Flag(file=BETON_OF_BUILD)] = None
     """.beton file, or pattern, of the images, all of which are labelled [the run's training data]."""
     classes: str = "imagenet1k"
     """Class list: one that is shipped, or a text file with one a line."""
@@ -487,7 +507,7 @@ class DemoConfig:
 
     out: Path | None = None
     """Folder for the runs and the report [runs/demo, numbered when taken]."""
-    epochs: int | None = None
+    epochs: Annotated[int | None, Flag(range=COUNT)] = None
     """Pre-training epochs; fewer is a quicker look at worse models [the preset's]."""
 
 
@@ -504,13 +524,13 @@ class SweepConfig:
     """Scale of a shipped study [each has its own]."""
     pretrained: tuple[Path, ...] = ()
     """Run folders to clean, in place of the study's pre-trainings."""
-    seeds: tuple[int, ...] = ()
+    seeds: Annotated[tuple[int, ...], Flag(range=SEED)] = ()
     """Seeds, each of pre-training and of cleaning [the study's]."""
-    data: str | None = None
+    data: Annotated[str | None, Flag(file=BETON_OF_BUILD)] = None
     """Training data, as for pretrain [the preset's]."""
-    plan: Path | None = None
+    plan: Annotated[Path | None, Flag(file=PLAN)] = None
     """Poison plan for --data, where the study plans none."""
-    eval_data: Path | None = None
+    eval_data: Annotated[Path | None, Flag(file=BETON)] = None
     """Labelled .beton for top-1 and ASR [demo's, with --data demo]."""
     classes: str | None = None
     """Class names, as for pretrain."""
@@ -520,17 +540,17 @@ class SweepConfig:
     """Architecture [the preset's]."""
     precision: Literal["fp32", "tf32", "bf16"] | None = None
     """Arithmetic of the towers [bf16 on a GPU and fp32 on a CPU]."""
-    pretrain_epochs: int | None = None
+    pretrain_epochs: Annotated[int | None, Flag(range=COUNT)] = None
     """Epochs of pre-training [the study's]."""
-    clean_epochs: int | None = None
+    clean_epochs: Annotated[int | None, Flag(range=COUNT)] = None
     """Epochs of cleaning [the study's]."""
-    processes: int = 0
+    processes: Annotated[int, Flag(range=COUNT)] = 0
     """Processes; 0 means one for each GPU."""
     engine: Literal["local", "ray"] = "local"
     """Where they run: on this machine, or where Ray places them, in the cluster of RAY_ADDRESS."""
     device: str = "auto"
     """cuda, cpu, one of several GPUs such as cuda:1, or auto."""
-    lease: float = 120.0
+    lease: Annotated[float, Flag(range=Range(1, math.inf, (math.inf,)))] = 120.0
     """Seconds without a sign of life after which another process takes a run over."""
     retry: bool = False
     """Do runs again that failed."""
@@ -538,9 +558,9 @@ class SweepConfig:
     """Keep the last checkpoint of each cleaning [only those of pre-training]."""
     stop_collapsed: bool = False
     """End a cleaning whose top-1 was below half of its start's for 2 epochs."""
-    asha: int = 0
+    asha: Annotated[int, Flag(range=COUNT)] = 0
     """End cleanings that are not among the best 1 / N of their learning rates at 2, 2 N, 2 N N, ... epochs (N > 1)."""
-    search: int = 0
+    search: Annotated[int, Flag(range=COUNT)] = 0
     """Cleanings beyond the grid, of each model by each entry that has two or more learning rates: each halves the wider
     gap beside the best rate so far, that of the highest top-1 at ASR <= 5 %."""
 
@@ -563,19 +583,19 @@ class ReportConfig:
 class PreviewConfig:
     """Draw what the model is given: views and captions of clean and of poisoned pairs, on one picture."""
 
-    data: str = "demo"
+    data: Annotated[str, Flag(file=BETON_OF_BUILD)] = "demo"
     """A .beton file, or demo for the built-in set."""
-    plan: Path | None = None
+    plan: Annotated[Path | None, Flag(file=PLAN)] = None
     """Poison plan for --data [the demo set's, with --data demo; else none]."""
     model: Model = "demo"
     """The architecture that it is for, which sets the size of the views."""
     views: Views = "cleanclip"
     """Which views: as for pretrain."""
-    epoch: int = 0
+    epoch: Annotated[int, Flag(range=COUNT)] = 0
     """Epoch of the random draws, from 0."""
-    seed: int = 0
+    seed: Annotated[int, Flag(range=SEED)] = 0
     """Seed of the random draws."""
-    count: int = 6
+    count: Annotated[int, Flag(range=POSITIVE)] = 6
     """Clean pairs to show, and pairs of each attack."""
     decode: Decode = "auto"
     """What decodes JPEG; auto is dali where it is installed."""
@@ -587,76 +607,12 @@ class PreviewConfig:
 class DoctorConfig:
     """Say what this machine has, and which path each part of fastbd takes on it; or whether data files are whole."""
 
-    data: tuple[Path, ...] = ()
+    data: Annotated[tuple[Path, ...], Flag(file=BETON_OF_BUILD)] = ()
     """.beton files, or quoted patterns, to verify row by row, in place of the machine."""
     out: Path | None = None
     """Row list to write, of the rows of --data that are whole, for --rows-file of pretrain and clean."""
 
 
-LARGEST = 2**31 - 1  # of what is counted
+TRAINING = (PretrainConfig, CleanConfig)
 
-
-RANGES = {
-    flag: numbers
-    for numbers, flags in {
-        Range(0, LARGEST): "asha clean_epochs detect_batch epoch epochs eval_between eval_subset flagged poison_left "
-        "pretrain_epochs processes rebound remove_epochs save_every search subset text_views warm_epochs warmup "
-        "workers",
-        Range(1, LARGEST): "accumulate batch_size clusters count k log_every max_pixels roclip_period roclip_pool rows",
-        Range(2, LARGEST): "bn_group rebound_batch_size val_batch",
-        Range(1, 384): "patch_size",  # px; no model's input is larger
-        Range(2, 384): "wanet_k",
-        Range(-(2**63), 2**63 - 1): "asr_seed seed seeds",
-        Range(0, math.inf, (math.inf,)): "cluster_weight cyclic_weight lr mmcl_weight perturb rebound_lr shrink "
-        "siglip_weight ssl_weight tau unlearn_weight wanet_s weight_decay",
-        Range(0, math.inf, (0, math.inf)): "eps",
-        Range(1, math.inf, (math.inf,)): "lease",
-        Range(0, 1): "blend hw_decoder_load landed max_bad",
-        Range(0, 1, (0,)): "rate",
-        Range(0, 1, (1,)): "beta1 beta2 remove_fraction",
-        Range(0, 1, (0, 1)): "drop",
-        Range(-1, 1): "unlearn_target",
-    }.items()
-    for flag in flags.split()
-}
-
-
-"""The numbers that each flag of a number can be; words, such as auto, and None aside."""
-
-
-def outside(flag: str, value: Any) -> Range | None:
-    """Return the range of a flag where the value, or one in a tuple, is a number outside of it; else None."""
-    values = value if isinstance(value, tuple) else (value,)
-    numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
-    return next((RANGES[flag] for each in numbers if each not in RANGES[flag]), None)
-
-
-IMMATERIAL = {
-    "out", "run", "resume", "preset",  # where, and where the defaults came from; what a run starts from is hashed apart
-    "device", "eval_device", "workers", "resident", "hw_decoder_load", "compile", "graph",  # the machine
-    "accumulate", "grad_checkpointing",  # memory; the gradient is the same
-    "log_every", "max_bad", "landed", "force", "verify",  # what is said, and when a run is refused
-    "save_every",  # what is kept
-}  # fmt: skip
-
-
-"""Flags that may change without making another run of it: its numbers stay the same up to rounding."""
-
-
-FILES = {
-    "data": (".beton file, which python -m fastbd build makes", "*.beton"),
-    "eval_data": (".beton file", "*.beton"),
-    "probe_data": (".beton file", "*.beton"),
-    "plan": ("plan file, which python -m fastbd poison makes", "*.poison.json"),
-    "add_to": ("plan file, which python -m fastbd poison makes", "*.poison.json"),
-    "rows_file": ("row list, which python -m fastbd detect makes", "*.rows"),
-    "flagged_by": ("row list, which python -m fastbd detect makes", "*.rows"),
-    "cluster_labels": ("file of labels", "*.npy"),
-    "labels": ("file of classes", "*.txt"),
-    "image": ("file of an image", "*.png"),
-    "pattern": ("file of a pattern", "*.pt"),
-    "grid": ("file of a grid", "*.pt"),
-}
-
-
-"""What flags name that take a file and no folder, and the pattern of its name."""
+IMMATERIAL = marked("immaterial", PoisonConfig, *TRAINING)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastbd.base.run_folder import Run, method_name, objective_name, read_config
-from fastbd.config.flags import IMMATERIAL
+from fastbd.config.fields import marked
+from fastbd.config.flags import IMMATERIAL, TRAINING, CleanConfig
 
 
 @dataclass(frozen=True)
@@ -187,33 +188,5 @@ def _order(key: tuple) -> tuple:
 
 
 ORDER = ("mmcl", "mmcl_ssl", "ssl", "siglip", "siglip_ssl", "cyclip")
-# Settings that make no other kind of model: seeds, files (architecture, data and attack are compared by themselves),
-# and how a run is carried out and watched.
-HARMLESS = IMMATERIAL | {
-    "activation",
-    "classes",
-    "data",
-    "decode",
-    "eval_data",
-    "eval_every",
-    "eval_between",
-    "eval_subset",
-    "model",
-    "objective",
-    "plan",
-    "seed",
-    "templates",
-}
-# Settings of a cleaning that are searched over, or told elsewhere.
-SEARCHED = {
-    "lr",
-    "warmup",
-    "epochs",
-    "rows",
-    "poison_left",
-    "checkpoint",
-    "method",
-    "rebound",
-    "flagged_by",
-    "rows_file",
-}
+HARMLESS = IMMATERIAL | marked("same_kind", *TRAINING)
+SEARCHED = marked("searched", CleanConfig)

@@ -10,6 +10,8 @@ from typing import Any
 from fastbd.base.evaluation import Evaluation
 from fastbd.base.run_folder import METHODS, Run, objective_name
 from fastbd.base.tradeoff import CEILINGS, LANDED
+from fastbd.config.fields import marked
+from fastbd.config.flags import TRAINING
 from fastbd.report import finding, published, stopping, tables
 from fastbd.report.format import MISSING, Cell, Line, between, estimate, percent, points, share, split
 from fastbd.report.groups import Group, cleaned_groups, common, groups, place_of
@@ -379,7 +381,7 @@ TABLE_1 = (
     "Trade-off",
 )
 PLACE = ("architecture", "data", "attack")  # what Group.place holds
-PATHS = ("out", "run", "resume", "device")  # flags that say where, not how
+PATHS = marked("place", *TRAINING)
 VIEWS = {  # the first view, and the second that a self-supervised loss adds
     "cleanclip": ("plain", "AutoAugment"),
     "randaugment": ("plain", "RandAugment"),

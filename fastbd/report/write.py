@@ -10,6 +10,8 @@ from typing import Any
 
 from fastbd.base.files import replacing
 from fastbd.base.run_folder import Run, method_name
+from fastbd.config.fields import flags_of
+from fastbd.config.flags import CleanConfig
 from fastbd.report import page, plots, stopping, tables
 
 FIGURES = (plots.scatter, plots.methods, plots.trajectories, plots.curves)
@@ -164,15 +166,5 @@ def _ends(name: str, value: tables.Estimate | None) -> dict[str, float | None]:
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
-FLAGS = (
-    "checkpoint",
-    "seed",
-    "lr",
-    "epochs",
-    "batch_size",
-    "weight_decay",
-    "rows",
-    "poison_left",
-    "ssl_weight",
-    "views",
-)
+COLUMNS = {name: flag.column for name, flag in flags_of(CleanConfig).items() if flag.column}
+FLAGS = sorted(COLUMNS, key=COLUMNS.__getitem__)

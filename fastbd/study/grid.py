@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 from fastbd.base.errors import UserError
 from fastbd.base.files import read_json
 from fastbd.base.run_folder import read_config
-from fastbd.config.fields import typed
-from fastbd.config.flags import IMMATERIAL, CleanConfig, PoisonConfig, PretrainConfig, outside
+from fastbd.config.fields import flags_of, outside, typed
+from fastbd.config.flags import IMMATERIAL, CleanConfig, PoisonConfig, PretrainConfig
 from fastbd.config.presets import PRESETS
 
 Config = PoisonConfig | PretrainConfig | CleanConfig
@@ -29,12 +29,6 @@ KINDS = {"attacks": PoisonConfig, "pretrain": PretrainConfig, "clean": CleanConf
 DEMO_DATA = Path("data/demo/train.beton")  # where `--data demo` is made
 DEMO_ATTACK = {"rate": 0.08, "templates": "demo"}  # as in the demo set's own plan
 TITLES = ("trigger", "objective", "method")  # flags whose values need no name before them
-
-GIVEN_BY_STUDY = {
-    "attacks": {"out", "data", "add_to"},
-    "pretrain": {"out", "resume", "preset", "seed"},
-    "clean": {"out", "resume", "preset", "seed", "run", "save_every"},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,13 +330,13 @@ def _checked(kind: str, flag: str, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(KINDS[kind])
     if flag not in hints:
         raise UserError(f"{where} has the flag '{flag}', which {VERBS[KINDS[kind]]} has not{nearest(flag, hints)}")
-    if flag in GIVEN_BY_STUDY[kind]:
+    if VERBS[KINDS[kind]] in flags_of(KINDS[kind])[flag].set_by_study:
         raise UserError(f"{where} gives '{flag}', which the study itself sets; leave it out.")
     try:
         value = typed(hints[flag], value)
     except TypeError as error:
         raise UserError(f"{where} has {flag} = {value!r}; it must be {error}.") from None
-    if numbers := outside(flag, value):
+    if numbers := outside(KINDS[kind], flag, value):
         raise UserError(f"{where} has {flag} = {value!r}; give {numbers}.")
     return value
 

@@ -15,8 +15,8 @@ from fastbd.base.console import console
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.base.run_folder import read_config
-from fastbd.config.fields import to_dict
-from fastbd.config.flags import IMMATERIAL
+from fastbd.config.fields import marked, to_dict
+from fastbd.config.flags import IMMATERIAL, TRAINING
 from fastbd.data.shards import open_beton
 from fastbd.poison.plan import Plan
 from fastbd.training import checkpoint
@@ -32,10 +32,7 @@ _INPUTS = {
     "cluster_labels": "other content of the file --cluster-labels",
 }
 
-FREE = IMMATERIAL | {
-    "data", "eval_data", "start", "plan", "weights", "rows_file", "flagged_by", "resident_dir",  # may have been moved
-    "decode",  # of which Run says that pixels may differ
-}  # fmt: skip
+FREE = IMMATERIAL | marked("free_on_resume", *TRAINING) | {"start"}  # which config.json has beside the flags
 """Settings that may be others when a run is resumed; what moved files hold is compared by inputs()."""
 _PARTS = {"about": dict, "config": dict, "model": dict, "optimizer": dict, "step": int, "random": dict,
           "plan": dict | None}  # fmt: skip

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
-from fastbd.config.fields import to_dict
+from fastbd.config.fields import marked, to_dict
+from fastbd.config.flags import TRAINING
 from fastbd.methods.method import Method
 from fastbd.models import CLIP
 from fastbd.models.batchnorm import batch_norms, share_statistics
@@ -23,13 +24,7 @@ from fastbd.training.step import Step
 from fastbd.training.task import Config, Task
 from fastbd.training.watch import LOOKING
 
-FREE = {
-    "run", "checkpoint", "lr", "warmup", "seed", "mmcl_weight", "ssl_weight", "siglip_weight", "cyclic_weight",
-    "poison_left", "flagged", "flagged_by",
-    "force", "landed", "weights", "resume", "out", "save_every", "log_every", "rebound", "plan", "poison", "eval_data",
-    "classes", "templates", "eval_every", "eval_subset", "eval_between", "rows_file", "max_bad", "workers", "decode",
-    "hw_decoder_load", "resident", "resident_dir", "verify",
-}  # fmt: skip
+FREE = marked("reuse", *TRAINING)
 """Settings in which two runs may differ and still be trained by the same step in the same memory."""
 
 

@@ -11,7 +11,7 @@ from fastbd import cli
 from fastbd.base.errors import UserError
 from fastbd.commands import demo
 from fastbd.config.fields import to_dict
-from fastbd.config.flags import CleanConfig, PoisonConfig, PretrainConfig
+from fastbd.config.flags import PoisonConfig, PretrainConfig
 from fastbd.config.presets import PRESETS
 from fastbd.data.demo import TARGET
 from fastbd.study import grid
@@ -239,8 +239,3 @@ def test_cleanings_keep_no_epochs():
     runs = expand(changed(preset="paper-cc3m", attacks=({},), pretrain=({"eval_data": "v.beton"},)), Path("S"))
     assert {run.verb: run.config.save_every for run in runs[1:]} == {"pretrain": 1, "clean": 0}
     assert grid.material(replace(runs[-1].config, save_every=5)) == grid.material(runs[-1].config)
-
-
-def test_what_is_immaterial_are_flags():
-    flags = {flag for kind in (PoisonConfig, PretrainConfig, CleanConfig) for flag in kind.__dataclass_fields__}
-    assert flags >= grid.IMMATERIAL.union(*grid.GIVEN_BY_STUDY.values())
