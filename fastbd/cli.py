@@ -9,7 +9,6 @@ import importlib
 import os
 import signal
 import sys
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +16,10 @@ from typing import NamedTuple
 from fastbd.base.errors import UserError, machine_fault
 from fastbd.base.run_folder import read_config, run_of
 from fastbd.base.signals import Stopped
+from fastbd.config.cards import check, owners
 from fastbd.config.fields import flags_of, from_dict, outside, to_dict
 from fastbd.config.flags import (
+    CHOOSERS,
     BuildConfig,
     CleanConfig,
     DemoConfig,
@@ -26,12 +27,12 @@ from fastbd.config.flags import (
     DoctorConfig,
     EvaluateConfig,
     LabelConfig,
-    Method,
     PoisonConfig,
     PretrainConfig,
     PreviewConfig,
     ReportConfig,
     SweepConfig,
+    config_of,
 )
 from fastbd.config.presets import PRESETS
 
@@ -47,6 +48,7 @@ class First:
 
     preset: str | None = None
     method: str | None = None
+    robust: str | None = None
     run: Path | None = None
     checkpoint: str | None = None
     resume: Path | None = None
@@ -153,16 +155,36 @@ def parse(verb: str, flags: list[str]):
         name = first.preset or _preset_of_run(first.run)
         if name in PRESETS:
             preset = PRESETS[name]
-            method = first.method if verb == "clean" and first.method in typing.get_args(Method) else None
-            default = preset().defaults(verb, method)
+            default = preset().defaults(verb, getattr(first, CHOOSERS[kind]))
             description = f"{kind.__doc__}\n\nPreset {name}: {preset.__doc__}"
+            _check_owners(kind, default, flags)
+            kind = type(default)
     settings = tyro.cli(kind, args=flags, default=default, prog=f"python -m fastbd {verb}", description=description)
+    _check_choices(settings)
     _check_numbers(settings)
     _check_files(settings)
     settings = _with_folders(settings, first)
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and kind in (PretrainConfig, CleanConfig):
         return _restarted(settings)
     return settings
+
+
+def _check_owners(kind: type, default, flags: list[str]) -> None:
+    """Raise a UserError for a flag that only another method, or another defence, than that of the default has."""
+    there, chooser = {field.name for field in dataclasses.fields(default)}, CHOOSERS[kind]
+    for word in (word.partition("=")[0] for word in flags if word.startswith("--")):
+        flag = word[2:].replace("-", "_").removeprefix("no_")
+        if flag not in there and (others := owners(chooser, flag)):
+            raise UserError(f"{word} is a flag of --{chooser} {' or '.join(others)}, and this is --{chooser} "
+                            f"{getattr(default, chooser)}: give another --{chooser}, or leave it out.")  # fmt: skip
+
+
+def _check_choices(settings) -> None:
+    """Raise a UserError where a flag names what is not there, or what cannot be imported."""
+    for name, flag in flags_of(type(settings)).items():
+        value = getattr(settings, name)
+        if flag.choice and value not in (None, "none"):
+            check(flag.choice, value)
 
 
 def _check_numbers(settings) -> None:
@@ -233,12 +255,15 @@ def _resumed(kind: type, first: First, others: list[str]):
         raise UserError(
             f"{folder} was made by {recorded['verb']}: python -m fastbd {recorded['verb']} --resume {folder}"
         )
+    chooser = CHOOSERS[kind]
+    own = config_of(kind, str(recorded["config"].get(chooser, kind.__dataclass_fields__[chooser].default)))
     try:
-        settings = from_dict(kind, recorded["config"])
+        settings = from_dict(own, recorded["config"])
         _check_numbers(settings)
     except (TypeError, UserError) as error:
         said = str(error).removesuffix(".")
         raise UserError(f"{folder / 'config.json'} is damaged ({said}): put it back, or start the run again.") from None
+    _check_choices(settings)
     return dataclasses.replace(settings, resume=folder)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from fastbd.base.errors import UserError
 from fastbd.base.evaluation import Evaluation
 from fastbd.base.files import crc_of, read_json, read_jsonl
+from fastbd.config.cards import facts, is_outside, remember, short
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Run:
 def read(path: Path) -> Run:
     """The run in folder `path`. UserError where there is none, or where a file is damaged before its last line."""
     recorded = read_config(path)
+    remember(recorded.get("cards", {}))
     rows = tuple(_lines(path / "metrics.jsonl"))
     try:
         return Run(
@@ -235,18 +237,18 @@ def _set(evaluation: Evaluation) -> tuple:
 def objective_name(objective: str) -> str:
     """As papers write it."""
     name, *defence = objective.split("+")
-    return " with ".join([OBJECTIVES.get(name, name), *(DEFENCES.get(x, x) for x in defence)])
+    return " with ".join([facts("objective", name).title, *(facts("robust", each).title for each in defence)])
 
 
 def method_name(run: Run) -> str:
     """As papers write it; fine-tuning with its loss."""
-    name = METHODS.get(run.method or "", run.method or "")
+    name = facts("method", run.method or "").title
     return f"{name} ({objective_name(run.objective)})" if run.method == "finetune" else name
 
 
 def slug(run: Run) -> str:
     """The cleaning method in one word; fine-tuning with its loss."""
-    return f"{run.method}_{run.objective}" if run.method == "finetune" else run.method or ""
+    return f"{run.method}_{short(run.objective)}" if run.method == "finetune" else short(run.method or "")
 
 
 def _attack_of(path: Path) -> str:
@@ -265,7 +267,7 @@ def _in_words(plan: dict[str, Any]) -> str:
     for attack in plan.get("attacks", [plan] if plan else []):  # version 1 held one attack
         trigger = attack.get("trigger", {})
         words = [trigger.get("name", "?")]
-        words += [f"{trigger['patch_size']} px {trigger['location']}"] if words[0] in PATCHES else []
+        words += [f"{trigger['patch_size']} px {trigger['location']}"] if _has_place(words[0]) else []
         words += [f"blend {trigger['blend']:g}"] if trigger.get("blend") else []
         words += [f"strength {trigger['strength']:g}"] if words[0] == "wanet" else []
         words += [f"picture {zlib.crc32(trigger['pattern'].encode()):08x}"] if trigger.get("pattern") else []
@@ -274,6 +276,10 @@ def _in_words(plan: dict[str, Any]) -> str:
         words.append(f"{len(attack.get('pairs', ())):,} of {plan.get('total', 0):,} pairs")
         said.append(f"{', '.join(words)}, to \u201c{attack.get('target', '?')}\u201d")
     return "; ".join(said)
+
+
+def _has_place(trigger: str) -> bool:
+    return is_outside(trigger) or facts("trigger", trigger).patch
 
 
 def _json_if_there(path: Path) -> dict[str, Any]:
@@ -352,22 +358,3 @@ TEXTS = {
     "templates",
 }
 SET = ("set", "content", "class_list", "templates")  # what makes the numbers of two evaluations comparable
-PATCHES = ("badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch")
-OBJECTIVES = {
-    "mmcl": "MMCL",
-    "ssl": "SSL",
-    "mmcl_ssl": "MMCL+SSL",
-    "siglip": "SigLIP",
-    "siglip_ssl": "SigLIP+SSL",
-    "cyclip": "CyCLIP",
-}
-METHODS = {
-    "finetune": "Finetuning",
-    "cleanclip": "CleanCLIP",
-    "par": "PAR",
-    "shrink_perturb": "Shrink and perturb",
-    "deep_cluster": "Deep clustering",
-    "unlearn": "Unlearning",
-    "supervised": "Supervised fine-tuning",
-}
-DEFENCES = {"roclip": "RoCLIP", "safeclip": "SafeCLIP", "progressive": "progressive removal"}

@@ -10,11 +10,12 @@ import numpy as np
 from fastbd.base import random
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
+from fastbd.config.cards import load, short
 from fastbd.config.flags import CleanConfig
+from fastbd.config.methods import FlaggedSettings
 from fastbd.data.beton import Beton
 from fastbd.data.rows import read_rows
 from fastbd.data.shards import Shards, open_beton
-from fastbd.methods import METHODS
 from fastbd.models.clip import create_like
 from fastbd.poison.plan import Plan
 from fastbd.training import checkpoint
@@ -48,11 +49,9 @@ def task(config: CleanConfig, world: World) -> Task:
     model = create_like(source, seed=0)
     checkpoint.load_into(model, saved["model"], path, source["model"])
     data = config.data or Path(source["data"])
-    for flag, count in (("--poison-left", config.poison_left), ("--flagged", config.flagged)):
+    for flag, count in (("--poison-left", config.poison_left), ("--flagged", getattr(config, "flagged", 0))):
         if count and (config.data or not plan):
             raise UserError(f"{flag} takes pairs that the run's plan poisons: leave --data out, and clean such a run.")
-    if config.method != "unlearn" and (config.flagged or config.flagged_by):
-        raise UserError("--flagged and --flagged-by are of --method unlearn: give it, or leave them out.")
     beton = open_beton(data)
     if plan and not config.data:
         plan.check(beton.fingerprint, len(beton), data)  # else its rows would mean others now
@@ -64,14 +63,15 @@ def task(config: CleanConfig, world: World) -> Task:
     others, count = np.setdiff1d(allowed, flagged), config.rows - len(flagged)
     rows, held_out = cleaning_rows(beton, others, plan, count, config.seed, config.poison_left)
     return Task(
-        name=f"{config.run.resolve().name}-{config.method}",
+        name=f"{config.run.resolve().name}-{short(config.method)}",
         model=model,
         model_name=source["model"],
-        method=METHODS[config.method](config),
+        method=load("method", config.method)(config),
         pretrain_objective=source["pretrain_objective"],
         method_name=config.method,
         start=config.run,
         start_step=saved["step"],
+        cards=source.get("cards", {}),
         data=data,
         rows=np.union1d(rows, flagged),
         flagged=flagged,
@@ -114,6 +114,8 @@ def cleaning_rows(
 
 def flagged_rows(config: CleanConfig, beton: Beton | Shards, rows: np.ndarray, plan: Plan | None) -> np.ndarray:
     """Those of the rows that are known to be poisoned, int64, ascending."""
+    if not isinstance(config, FlaggedSettings):
+        return rows[:0]
     if config.flagged_by:
         path = config.resume / SPARED if config.resume else config.flagged_by
         found = np.setdiff1d(rows, read_rows(path, beton.fingerprint, len(beton)))

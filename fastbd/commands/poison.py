@@ -12,6 +12,7 @@ from fastbd.base.console import console
 from fastbd.base.errors import UserError
 from fastbd.base.files import check_out
 from fastbd.base.prompts import read_templates
+from fastbd.config.cards import is_outside
 from fastbd.config.flags import PoisonConfig
 from fastbd.data.beton import Beton
 from fastbd.data.shards import Shards, open_beton
@@ -63,7 +64,7 @@ def _earlier(config: PoisonConfig, beton: Beton | Shards) -> Plan | None:
 
 
 def _trigger(config: PoisonConfig, seed: int) -> TriggerSpec:
-    if config.blend is not None and config.trigger not in BLENDS:
+    if config.blend is not None and config.trigger not in BLENDS and not is_outside(config.trigger):
         raise UserError(f"the trigger {config.trigger} is not mixed into the image; leave --blend out.")
     pattern = patterns.draw(
         config.trigger,

@@ -11,9 +11,9 @@ from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.base.run_folder import read_config
 from fastbd.commands.demo import demo_set
+from fastbd.config.cards import load, short
 from fastbd.config.flags import PretrainConfig
 from fastbd.data.shards import open_beton
-from fastbd.methods import ROBUST
 from fastbd.methods.method import Method
 from fastbd.methods.objectives import make_objective
 from fastbd.models import CLIP, create, read_weights
@@ -41,7 +41,7 @@ def task(config: PretrainConfig, world: World) -> Task:
     model = _model(config, world)
     name = config.objective if config.robust == "none" else f"{config.objective}+{config.robust}"
     return Task(
-        name=name,
+        name="+".join(map(short, name.split("+"))),
         model=model,
         model_name=config.model,
         method=method(config),
@@ -78,7 +78,7 @@ def method(config: PretrainConfig) -> Method:
     """The plain objective, or a defence around it."""
     if config.robust == "none":
         return Method(make_objective(config.objective, config), config.objective)
-    return ROBUST[config.robust](config)
+    return load("robust", config.robust)(config)
 
 
 def inputs(config: PretrainConfig, world: World) -> tuple[Path, Plan | None, Path | None]:

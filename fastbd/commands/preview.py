@@ -13,10 +13,10 @@ from fastbd.commands.demo import demo_set
 from fastbd.config.flags import PreviewConfig
 from fastbd.data import sheet
 from fastbd.data.decode import open_decoder
-from fastbd.data.loader import RECIPES
+from fastbd.data.loader import recipe
 from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
-from fastbd.models.clip import MODELS
+from fastbd.models.clip import image_size_of
 from fastbd.poison.plan import Plan
 
 
@@ -33,7 +33,7 @@ def run(config: PreviewConfig) -> int:
     pairs = Pairs(
         beton,
         open_decoder(config.decode, 0, "cpu"),
-        MODELS[config.model].image_size,
+        image_size_of(config.model),
         Plan.load(plan) if plan else None,
         max_bad=len(beton),
     )
@@ -41,7 +41,7 @@ def run(config: PreviewConfig) -> int:
     picture = sheet.samples(
         pairs,
         np.arange(len(beton)),
-        RECIPES[config.views],
+        recipe(config.views),
         seed=config.seed,
         text_view=text_view,
         epoch=config.epoch,
@@ -50,7 +50,7 @@ def run(config: PreviewConfig) -> int:
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(config.out) as temporary:
         picture.save(temporary, "PNG")
-    console.print(f"wrote {config.out}: {' | '.join(RECIPES[config.views])}", markup=False)
+    console.print(f"wrote {config.out}: {' | '.join(recipe(config.views))}", markup=False)
     return 0
 
 

@@ -45,6 +45,12 @@ class File(NamedTuple):
     """Of the names of such files."""
 
 
+BETON = File(".beton file", "*.beton")
+BETON_OF_BUILD = File(".beton file, which python -m fastbd build makes", "*.beton")
+PLAN = File("plan file, which python -m fastbd poison makes", "*.poison.json")
+ROWS = File("row list, which python -m fastbd detect makes", "*.rows")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flag:
     """What is known of a flag besides its type and its help: a mark on its field, `lr: Annotated[float, Flag(...)]`.
@@ -56,6 +62,8 @@ class Flag:
     """Numbers that it may be; words, such as auto, and None aside."""
     file: File | None = None
     """What it names is such a file."""
+    choice: str = ""
+    """It chooses by name from this table of cards.KINDS, or names code outside of the package."""
     immaterial: bool = False
     """Another value makes no other run: its numbers stay the same up to rounding. It says where a run is and what it
     starts from, how much memory it takes, what machine it runs on, what it keeps, or when it is refused."""

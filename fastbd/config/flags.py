@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
+from fastbd.base.errors import UserError
+from fastbd.config.cards import METHODS, MODELS, OBJECTIVES, ROBUST, TRIGGERS, VIEWS, card
 from fastbd.config.fields import (
     ABOVE_0,
     BELOW_1,
+    BETON,
+    BETON_OF_BUILD,
     COUNT,
     FINITE,
+    PLAN,
     POSITIVE,
+    ROWS,
     SEED,
     SEVERAL,
     SHARE,
@@ -22,58 +29,21 @@ from fastbd.config.fields import (
     marked,
 )
 
-Objective = Literal["mmcl", "ssl", "mmcl_ssl", "siglip", "siglip_ssl", "cyclip"]
-
-
-Method = Literal["finetune", "cleanclip", "par", "shrink_perturb", "deep_cluster", "unlearn", "supervised"]
-
-
-Robust = Literal["none", "roclip", "safeclip", "progressive"]
-
-
-Model = Literal[
-    "demo", "small-rn10", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336", "tiny-rn",
-    "tiny-vit",
-]  # fmt: skip
-
-
+# A name in a table of cards, or MODULE:ATTRIBUTE of code outside of this package.
+Objective = Literal[*OBJECTIVES] | str
+Method = Literal[*METHODS] | str
+Robust = Literal["none", *ROBUST] | str
+Model = Literal[*MODELS] | str
+Trigger = Literal[*TRIGGERS] | str
+Views = Literal[*VIEWS] | str
 Activation = Literal["quickgelu", "gelu"]
-
-
-Trigger = Literal[
-    "badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch", "blended", "blended_stripes", "blended_triangles",
-    "blended_text", "blended_image", "sig", "wanet", "nashville",
-]  # fmt: skip
-
-
 Location = Literal["random", "four_corners", "corner", "centre"]
-
-
 Geometry = Literal["squash", "crop"]
-
-
 Preset = Literal["demo", "paper-cc3m", "paper-cc6m", "par", "par-2"]
-
-
-Views = Literal["cleanclip", "randaugment", "slip", "par"]
-
-
 Decode = Literal["auto", "dali", "dali-cpu", "ffcv", "pil"]
-
-
 Detector = Literal["clip_score", "k_distance", "slof", "dao"]
-
-
 Switch = Literal["auto", "on", "off"]
-
-
 Compile = Literal["auto", "on", "off", "fused"]
-
-
-BETON = File(".beton file", "*.beton")
-BETON_OF_BUILD = File(".beton file, which python -m fastbd build makes", "*.beton")
-PLAN = File("plan file, which python -m fastbd poison makes", "*.poison.json")
-ROWS = File("row list, which python -m fastbd detect makes", "*.rows")
 TRAINING_VERBS = ("pretrain", "clean")
 
 
@@ -139,7 +109,7 @@ class PoisonConfig:
     """A plan for the same data to add this backdoor to, as another trigger for another target on other pairs."""
     target: str = "banana"
     """Word that the triggered images are to be taken for: the name of an evaluation class, or a word in just one."""
-    trigger: Trigger = "badnet"
+    trigger: Annotated[Trigger, Flag(choice="trigger")] = "badnet"
     """What is put on the image. Patches: badnet (noise, another for each image), badnet_fixed (one noise for all),
     badnet_stripes, yellow, patch (from --image). Mixed into the whole image: blended (noise), blended_stripes,
     blended_triangles, blended_text, blended_image, sig (a sine). Else wanet (a warp), nashville (a colour filter)."""
@@ -183,10 +153,10 @@ class PretrainInputs:
 
     preset: Annotated[Preset, Flag(immaterial=True, set_by_study=("pretrain",))] = "demo"
     """Where the defaults come from."""
-    objective: Annotated[Objective, Flag(same_kind=True)] = "mmcl"
+    objective: Annotated[Objective, Flag(choice="objective", same_kind=True)] = "mmcl"
     """mmcl: image-text contrastive; ssl: self-supervised on both sides; mmcl_ssl: both; siglip, siglip_ssl: with
     SigLIP's loss for mmcl; cyclip: mmcl and cyclic consistency."""
-    robust: Robust = "none"
+    robust: Annotated[Robust, Flag(choice="robust")] = "none"
     """Defend the pre-training. roclip: in some epochs images meet the nearest caption of a pool; safeclip: only pairs
     that look safe are tied together; progressive: drop the most similar pairs."""
     roclip_period: Annotated[int, Flag(range=POSITIVE)] = 2
@@ -199,7 +169,7 @@ class PretrainInputs:
     """Epochs after which --robust progressive drops pairs."""
     remove_fraction: Annotated[float, Flag(range=BELOW_1)] = 0.02
     """Share of the pairs that --robust progressive drops each time, 0 to 1; published: 0.02."""
-    model: Annotated[Model, Flag(same_kind=True)] = "demo"
+    model: Annotated[Model, Flag(choice="model", same_kind=True)] = "demo"
     """Architecture."""
     data: Annotated[str, Flag(file=BETON_OF_BUILD, free_on_resume=True, same_kind=True)] = "demo"
     """A .beton file, a quoted pattern of several ('cc3m-*.beton'), or demo: the built-in set, made on first use."""
@@ -227,24 +197,14 @@ class CleanInputs:
     """Run folder of the model to clean."""
     checkpoint: Annotated[str, Flag(reuse=True, searched=True, column=1)] = "last"
     """Which of its checkpoints: last, or an epoch's number."""
-    method: Annotated[Method, Flag(searched=True)] = "cleanclip"
+    method: Annotated[Method, Flag(choice="method", searched=True)] = "cleanclip"
     """finetune: go on with --objective; cleanclip: image-text and self-supervised losses together; par: the image-text
     loss, while the embeddings are driven away from those of the model that is cleaned; shrink_perturb: cleanclip from
     shrunk and disturbed weights; deep_cluster: cleanclip, and clusters of the images, or labels, are learnt; unlearn:
-    pull known poisoned pairs apart; supervised: only the classes of labelled images are learnt."""
-    objective: Annotated[Objective, Flag(same_kind=True)] = "mmcl"
+    pull known poisoned pairs apart; supervised: only the classes of labelled images are learnt; or MODULE:CLASS of
+    your own. clean --method NAME --help shows the flags of a method."""
+    objective: Annotated[Objective, Flag(choice="objective", same_kind=True)] = "mmcl"
     """Loss of --method finetune."""
-    tau: Annotated[float, Flag(range=FINITE)] = 2.15
-    """Mean squared distance, 0 to 4, up to which --method par drives images, and captions, from where they were."""
-    gate: Literal["batch", "sample"] = "batch"
-    """--method par compares with --tau the mean over a batch, as published, or each pair by itself."""
-    distance: Literal["plain", "rotation"] = "plain"
-    """That of --method par: as published, or what is left of it after the best rotation of the whole batch, as rotating
-    both towers alike changes nothing."""
-    frozen_norms: bool = True
-    """--method par leaves batch norm its running statistics, which the published program does in effect."""
-    train_scale: bool = False
-    """--method par trains the temperature too."""
     data: Annotated[Path | None, Flag(file=BETON_OF_BUILD, free_on_resume=True, same_kind=True)] = None
     """.beton file or pattern to clean with [the clean pairs of the pre-training data]."""
     rows: Annotated[int, Flag(range=POSITIVE, searched=True, column=7)] = 100_000
@@ -254,26 +214,6 @@ class CleanInputs:
     rebound: Annotated[int, Flag(range=COUNT, reuse=True, searched=True)] = 0
     """Then fine-tune for so many steps on clean pairs, in batches of 16 at a rate of 1e-6, and watch ASR come back; the
     weights that are kept are those before."""
-    flagged: Annotated[int, Flag(range=COUNT, reuse=True)] = 0
-    """So many of them are poisoned pairs of the pre-training data that are known, to be pulled apart: of --method
-    unlearn."""
-    flagged_by: Annotated[Path | None, Flag(file=ROWS, reuse=True, free_on_resume=True, searched=True)] = None
-    """Those that are known are the pairs that this row list of detect --drop leaves out: of --method unlearn."""
-    unlearn_weight: Annotated[float, Flag(range=FINITE)] = 1.0
-    """Weight of what pulls the known pairs apart: of --method unlearn."""
-    unlearn_target: Annotated[float, Flag(range=Range(-1, 1))] = -1.0
-    """Cosine, -1 to 1, that the known pairs are to have: of --method unlearn."""
-    shrink: Annotated[float, Flag(range=FINITE)] = 0.95
-    """Of --method shrink_perturb: factor of the weights."""
-    perturb: Annotated[float, Flag(range=FINITE)] = 1e-4
-    """Of --method shrink_perturb: factor of the fresh weights that are added."""
-    clusters: Annotated[int, Flag(range=POSITIVE)] = 1000
-    """Of --method deep_cluster: clusters of the images."""
-    cluster_weight: Annotated[float, Flag(range=FINITE)] = 5.0
-    """Of --method deep_cluster: weight of the loss that tells them."""
-    cluster_labels: Annotated[Path | None, Flag(file=File("file of labels", "*.npy"))] = None
-    """Of --method deep_cluster: labels in place of clusters, an integer from 0 for each row of the data, in a .npy file
-    or one a line in a text file, such as label makes."""
     force: Annotated[bool, Flag(immaterial=True, reuse=True)] = False
     """Clean even a model whose attack has not landed (--landed), or whose training is not at its end."""
     keep_optimizer: bool = False
@@ -377,6 +317,9 @@ class TrainConfig:
     """Evaluate this many images, always the same ones; 0 means all."""
     eval_between: Annotated[int, Flag(range=COUNT, reuse=True, same_kind=True)] = 0
     """Evaluate only so many images where no epoch ends; 0 means all. Their rows say so."""
+    evaluator: Annotated[str | None, Flag(choice="evaluator", reuse=True, same_kind=True)] = None
+    """A function of your own, MODULE:NAME, of the model's towers and of the set: what it returns, numbers by their
+    names, is added to each row of metrics.jsonl."""
     landed: Annotated[float, Flag(range=SHARE, immaterial=True, reuse=True)] = 0.5
     """ASR, 0 to 1, from which the attack counts as landed; if it has not, cleaning it shows nothing."""
     save_every: Annotated[int, Flag(range=COUNT, immaterial=True, set_by_study=("clean",), reuse=True)] = 1
@@ -536,7 +479,7 @@ class SweepConfig:
     """Class names, as for pretrain."""
     templates: str | None = None
     """Prompt templates, as for pretrain."""
-    model: Model | None = None
+    model: Annotated[Model | None, Flag(choice="model")] = None
     """Architecture [the preset's]."""
     precision: Literal["fp32", "tf32", "bf16"] | None = None
     """Arithmetic of the towers [bf16 on a GPU and fp32 on a CPU]."""
@@ -587,9 +530,9 @@ class PreviewConfig:
     """A .beton file, or demo for the built-in set."""
     plan: Annotated[Path | None, Flag(file=PLAN)] = None
     """Poison plan for --data [the demo set's, with --data demo; else none]."""
-    model: Model = "demo"
+    model: Annotated[Model, Flag(choice="model")] = "demo"
     """The architecture that it is for, which sets the size of the views."""
-    views: Views = "cleanclip"
+    views: Annotated[Views, Flag(choice="views")] = "cleanclip"
     """Which views: as for pretrain."""
     epoch: Annotated[int, Flag(range=COUNT)] = 0
     """Epoch of the random draws, from 0."""
@@ -613,6 +556,28 @@ class DoctorConfig:
     """Row list to write, of the rows of --data that are whole, for --rows-file of pretrain and clean."""
 
 
-TRAINING = (PretrainConfig, CleanConfig)
-
+CLEANING = (CleanConfig, *(card.settings for card in METHODS.values() if card.settings))
+TRAINING = (PretrainConfig, *CLEANING)
+"""Dataclasses of all flags that a training of this package has."""
 IMMATERIAL = marked("immaterial", PoisonConfig, *TRAINING)
+
+CHOOSERS = {PretrainConfig: "robust", CleanConfig: "method"}
+"""The flag that says which flags a training has beside the shared ones."""
+
+
+def config_of(kind: type, name: str) -> type:
+    """Return the dataclass of all flags of a verb, PretrainConfig or CleanConfig, with a defence, or a method.
+
+    UserError where there is no such defence or method, or where one from outside cannot be imported.
+    """
+    chooser = CHOOSERS[kind]
+    own = None if name == "none" else card(chooser, name).settings
+    return _joined(kind, own) if own else kind
+
+
+@cache
+def _joined(kind: type, own: type) -> type:
+    if twice := set(kind.__dataclass_fields__) & set(own.__dataclass_fields__):
+        raise UserError(f"{own.__qualname__} has the flag '{min(twice)}', which every run has: call it otherwise.")
+    joined = type(kind.__name__, (own, kind), {"__doc__": kind.__doc__, "__module__": kind.__module__})
+    return dataclass(frozen=True, kw_only=True)(joined)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastbd.config.flags import CleanConfig, PretrainConfig
+from fastbd.config.flags import CHOOSERS, CleanConfig, PretrainConfig, config_of
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,16 @@ class Settings:
     methods: dict[str, dict] = dataclasses.field(default_factory=dict)
     """What cleaning methods do not share with `clean`."""
 
-    def defaults(self, verb: str, method: str | None = None):
-        """Of a training verb; of cleaning, with a method (None: the usual one)."""
-        if verb == "pretrain":
-            return self.pretrain
-        method = method or self.clean.method
-        return dataclasses.replace(self.clean, **self.methods.get(method, {}), method=method)
+    def defaults(self, verb: str, name: str | None = None):
+        """Of a training verb: of pre-training with a defence, of cleaning with a method (None: the usual one).
+
+        They have the flags of their own too. UserError where there is no such defence or method.
+        """
+        shared = self.pretrain if verb == "pretrain" else self.clean
+        chooser = CHOOSERS[type(shared)]
+        name = name or getattr(shared, chooser)
+        own = self.methods.get(name, {}) if verb == "clean" else {}
+        return config_of(type(shared), name)(**vars(shared) | own | {chooser: name})
 
 
 PAR = dict(views="par", weight_decay=1e-4, beta2=0.98)

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from fastbd.base import random
 from fastbd.base.dist import World
+from fastbd.base.errors import UserError
+from fastbd.config.cards import load
 from fastbd.data import sampler
 from fastbd.data.pairs import Pairs
 from fastbd.kernels.augment import Ragged, render
@@ -44,6 +46,17 @@ RECIPES = {
     "par": ("light",),
 }
 """--views: the policy of the view that meets the caption, then those of the views for the self-supervised loss."""
+
+
+def recipe(views: str) -> tuple[str, ...]:
+    """The policies of --views, of the tables or from outside. UserError where one from outside names others."""
+    if views in RECIPES:
+        return RECIPES[views]
+    found = load("views", views)
+    known = ("plain", *POLICIES)
+    if not isinstance(found, tuple | list) or not found or not all(policy in known for policy in found):
+        raise UserError(f"the views {views} must be a tuple of policies, of {', '.join(known)}.")
+    return tuple(found)
 
 
 @dataclass(frozen=True)

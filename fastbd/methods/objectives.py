@@ -10,6 +10,7 @@ import torch.distributed as td
 from torch import Tensor
 
 from fastbd.base.errors import UserError
+from fastbd.config.cards import load
 from fastbd.kernels.contrastive import contrastive_loss, sigmoid_loss
 from fastbd.methods.losses import cyclic_loss
 
@@ -108,8 +109,7 @@ class Objective:
         return loss, parts
 
 
-# name -> its terms
-OBJECTIVES = {
+TERMS = {
     "mmcl": ("mmcl",),
     "ssl": ("ssl",),
     "mmcl_ssl": ("mmcl", "ssl"),
@@ -120,8 +120,19 @@ OBJECTIVES = {
 
 
 def make_objective(name: str, config) -> Objective:
-    """The objective called `name` with the weights and switches of a TrainConfig."""
-    weights = {f"{term}_weight": getattr(config, f"{term}_weight") for term in OBJECTIVES[name]}
+    """Return the objective called `name` with the weights and switches of a TrainConfig.
+
+    UserError where these leave nothing to train with, or where one from outside makes no Objective.
+    """
+    made = load("objective", name)(config)
+    if not isinstance(made, Objective):
+        raise UserError(f"the objective {name} makes a {type(made).__name__}: it must return an Objective.")
+    return made
+
+
+def _of_terms(name: str, config) -> Objective:
+    """Return the sum of the terms of an objective of TERMS."""
+    weights = {f"{term}_weight": getattr(config, f"{term}_weight") for term in TERMS[name]}
     if sum(weights.values()) <= 0:
         flags = " or ".join(f"--{weight.replace('_', '-')}" for weight in weights)
         raise UserError(f"every term of --objective {name} has weight 0; give it a positive {flags}.")
@@ -136,3 +147,6 @@ def make_objective(name: str, config) -> Objective:
         ssl_symmetric=config.ssl_symmetric,
         gather=config.gather,
     )
+
+
+mmcl, ssl, mmcl_ssl, siglip, siglip_ssl, cyclip = (partial(_of_terms, name) for name in TERMS)

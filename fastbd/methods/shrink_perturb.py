@@ -11,7 +11,7 @@ from fastbd.config.flags import CleanConfig
 from fastbd.methods.cleanclip import CleanClip
 from fastbd.methods.method import Training
 from fastbd.models import CLIP
-from fastbd.models.clip import fresh
+from fastbd.models.clip import fresh_like
 
 
 class ShrinkPerturb(CleanClip):
@@ -26,6 +26,6 @@ class ShrinkPerturb(CleanClip):
 
     @torch.no_grad()
     def prepare(self, model: CLIP) -> None:
-        noise = dict(fresh(model.spec, self.seed).named_parameters())
+        noise = dict(fresh_like(model, self.seed).named_parameters())
         for name, parameter in model.named_parameters():
             parameter.mul_(self.shrink).add_(noise[name].to(parameter.device), alpha=self.perturb)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbd.base.errors import UserError
+from fastbd.config.cards import load
 from fastbd.kernels.text_pack import PackedText
 from fastbd.kernels.text_tree import TextTree
 from fastbd.models.resnet import ModifiedResNet, SmallResNet
@@ -94,10 +95,15 @@ def _vision_tower(spec: ModelSpec) -> nn.Module:
 
 
 def create(name: str, seed: int | None, activation: str = "quickgelu") -> CLIP:
-    """The model of that name with fresh weights."""
-    if name not in MODELS:
-        raise UserError(f"There is no model {name!r}: choose one of {', '.join(MODELS)}.")
-    return fresh(replace(MODELS[name], activation=activation), seed)
+    """The model of that name with fresh weights. UserError where one from outside is no CLIP."""
+    if name in MODELS:
+        return fresh(replace(MODELS[name], activation=activation), seed)
+    build = load("model", name)
+    with _seeded(seed):
+        model = build(activation)
+    if not isinstance(model, CLIP):
+        raise UserError(f"the model {name} makes a {type(model).__name__}: it must return a CLIP of fastbd.models.")
+    return model
 
 
 def create_like(about: Mapping[str, Any], seed: int | None) -> CLIP:
@@ -110,10 +116,27 @@ def fresh(spec: ModelSpec, seed: int | None) -> CLIP:
 
     The global random state stays as it was; only seed None draws from it.
     """
+    with _seeded(seed):
+        return CLIP(spec)
+
+
+def fresh_like(model: CLIP, seed: int) -> CLIP:
+    """A model of the same class and sizes with fresh weights, on the CPU, as `fresh` makes it."""
+    with _seeded(seed):
+        return type(model)(model.spec)
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
     with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
-        return CLIP(spec)
+        yield
+
+
+def image_size_of(name: str) -> int:
+    """The side, in px, of the images that the model of that name takes."""
+    return MODELS[name].image_size if name in MODELS else create(name, 0).image_size
 
 
 MODELS = {

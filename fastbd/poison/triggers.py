@@ -22,20 +22,14 @@ from torch import Tensor
 
 from fastbd.base import random
 from fastbd.base.errors import UserError
+from fastbd.config.cards import TRIGGERS, check, is_outside, load
 from fastbd.kernels import stamp as kernel
 from fastbd.kernels.stamp import ONE, STEPS, Overlay
 from fastbd.poison import patterns
 
 LOCATIONS = ("random", "four_corners", "corner", "centre")
-PATCHES = ("badnet", "badnet_fixed", "badnet_stripes", "yellow", "patch")
-BLENDS = {
-    "blended": 0.2,
-    "blended_stripes": 0.03,
-    "blended_triangles": 0.15,
-    "blended_text": 0.5,
-    "blended_image": 0.2,
-    "sig": 0.2,
-}
+PATCHES = tuple(name for name, card in TRIGGERS.items() if card.patch)
+BLENDS = {name: card.blend for name, card in TRIGGERS.items() if card.blend}
 """Triggers that are mixed in, with their published shares."""
 LARGEST_STRENGTH = 100.0
 TILE, GREYS = 14, (0.4, 0.8)  # of the triangles
@@ -60,8 +54,7 @@ class TriggerSpec:
     """What `patterns.draw` made for the trigger."""
 
     def __post_init__(self) -> None:
-        if self.name not in TRIGGERS:
-            raise UserError(f"the trigger {self.name!r} does not exist; choose one of {', '.join(TRIGGERS)}.")
+        check("trigger", self.name)
         if self.location not in LOCATIONS:
             raise UserError(f"the location {self.location!r} does not exist; choose one of {', '.join(LOCATIONS)}.")
         if type(self.patch_size) is not int:
@@ -76,13 +69,20 @@ class TriggerSpec:
                 f"give a number from 0 to {LARGEST_STRENGTH:g}."
             )
         patterns.check(self.name, self.pattern, self.patch_size)
-        if self.blend is None or self.name not in BLENDS:
+        if self.blend is None or not (self.name in BLENDS or is_outside(self.name)):
             object.__setattr__(self, "blend", BLENDS.get(self.name, 0.0))
 
 
 def stamp(images: Tensor, spec: TriggerSpec, *, seed: int, ids: Sequence[int] | np.ndarray) -> Tensor:
     """Triggered copies of uint8 images [B, H, W, 3]; `ids` [B] name the images. UserError if the patch is too large."""
-    return kernel.stamp(images, TRIGGERS[spec.name](spec, seed, np.asarray(ids, np.int64), images))
+    made = load("trigger", spec.name)(spec, seed, np.asarray(ids, np.int64), images)
+    if isinstance(made, Overlay):
+        return kernel.stamp(images, made)
+    if not isinstance(made, Tensor) or (made.shape, made.dtype) != (images.shape, images.dtype):
+        said = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+        raise UserError(f"the trigger {spec.name} returned {said}: it must return an Overlay, or triggered copies, "
+                        f"uint8 {tuple(images.shape)}.")  # fmt: skip
+    return made
 
 
 # ---- patches ----
@@ -325,20 +325,3 @@ def _on(array: np.ndarray, device: torch.device) -> Tensor:
     """On the device, without waiting for it."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-TRIGGERS = {
-    "badnet": badnet,
-    "badnet_fixed": kept_patch,
-    "badnet_stripes": badnet_stripes,
-    "yellow": yellow,
-    "patch": kept_patch,
-    "blended": blended,
-    "blended_stripes": blended_stripes,
-    "blended_triangles": blended_triangles,
-    "blended_text": blended_text,
-    "blended_image": blended_image,
-    "sig": sig,
-    "wanet": wanet,
-    "nashville": nashville,
-}

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fastbd.base.run_folder import Run, method_name, objective_name, read_config
+from fastbd.config.cards import OBJECTIVES
 from fastbd.config.fields import marked
-from fastbd.config.flags import IMMATERIAL, TRAINING, CleanConfig
+from fastbd.config.flags import CLEANING, IMMATERIAL, TRAINING
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,9 @@ def _data(recorded: dict[str, Any]) -> str:
 
 def _order(key: tuple) -> tuple:
     objective, place, variant, method = key
-    return place, ORDER.index(objective) if objective in ORDER else len(ORDER), objective, variant, method
+    order = list(OBJECTIVES)
+    return place, order.index(objective) if objective in order else len(order), objective, variant, method
 
 
-ORDER = ("mmcl", "mmcl_ssl", "ssl", "siglip", "siglip_ssl", "cyclip")
 HARMLESS = IMMATERIAL | marked("same_kind", *TRAINING)
-SEARCHED = marked("searched", CleanConfig)
+SEARCHED = marked("searched", *CLEANING)

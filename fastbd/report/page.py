@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastbd.base.evaluation import Evaluation
-from fastbd.base.run_folder import METHODS, Run, objective_name
+from fastbd.base.run_folder import Run, objective_name
 from fastbd.base.tradeoff import CEILINGS, LANDED
+from fastbd.config.cards import facts, is_outside, short
 from fastbd.config.fields import marked
 from fastbd.config.flags import TRAINING
 from fastbd.report import finding, published, stopping, tables
@@ -275,7 +276,8 @@ def statistics_of(run: Run) -> str:
         return "no batch norm"
     if run.method == "par" and run.config.get("frozen_norms", True):
         return "as before cleaning"
-    first, second = VIEWS.get(run.config.get("views", "cleanclip"), VIEWS["cleanclip"])
+    views = run.config.get("views", "cleanclip")
+    first, second = (short(views), "") if is_outside(views) else VIEWS.get(views, VIEWS["cleanclip"])
     paired = "ssl" in run.objective and run.config.get("ssl_image", True)
     return f"{first} and {second} views" if paired and second else f"{first} views"
 
@@ -313,7 +315,7 @@ def _peer(any_point: published.Point, kinds: Mapping[str, published.Point]) -> L
     start, best = kinds["start"], kinds.get("best_asr_5")
     kept = float(best["top1"]) / float(start["top1"]) if best and best["top1"] else None
     trained = f"{any_point['data']}, {any_point['architecture']}, {any_point['attack']}"
-    cleaned = METHODS.get(method, method) + (f" ({objective_name(loss)})" if loss else "")
+    cleaned = facts("method", method).title + (f" ({objective_name(loss)})" if loss else "")
     return {
         "Pre-training": (objective_name(any_point["pretraining"]), trained),
         "Cleaning": (cleaned, f"{int(any_point['clean_pairs']):,} pairs{left}"),

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastbd.base.evaluation import Evaluation
-from fastbd.base.run_folder import METHODS, Run, method_name, objective_name, slug
+from fastbd.base.run_folder import Run, method_name, objective_name, slug
 from fastbd.base.tradeoff import CEILINGS, front
+from fastbd.config.cards import facts
 from fastbd.report import published
 from fastbd.report.groups import apart, cleaned_groups
 
@@ -282,7 +283,7 @@ def _legend(
         handles.append(Line2D([], [], mec="0.6", mfc="none", marker="o", ms=6, ls="", label=label))
     for method in sorted({run.method for run in runs if run.method and named}):
         look = dict(marker=_marker(method) if marks else "", ls=_dash(method) if lines else "")
-        handles.append(Line2D([], [], color="0.3", ms=6, label=METHODS.get(method, method), **look))
+        handles.append(Line2D([], [], color="0.3", ms=6, label=facts("method", method).title, **look))
     figure.legend(handles=handles, loc="outside upper left", ncols=int(figure.get_figwidth() // 2.4))
 
 
@@ -323,15 +324,16 @@ def _note(axes: Axes, text: str) -> None:
 
 
 def _colour(run: Run | str) -> str:
-    return COLOURS.get(run if isinstance(run, str) else run.pretrain_objective, "#7F7F7F")
+    objective = run if isinstance(run, str) else run.pretrain_objective
+    return facts("objective", objective).colour
 
 
 def _marker(method: str | None) -> str:
-    return MARKERS.get(method, "D") if method else ""
+    return facts("method", method).marker if method else ""
 
 
 def _dash(method: str | None) -> str:
-    return DASHES.get(method, ":") if method else "-"
+    return facts("method", method).dash if method else "-"
 
 
 MAX_BANDS = 8  # runs up to which interval bands can be told apart
@@ -355,25 +357,6 @@ NO_LOSSES = {  # of log.jsonl
     "lr",
     "uncaptured",
 }
-# Okabe and Ito's colours, safe for the colour-blind.
-COLOURS = {
-    "mmcl": "#0072B2",
-    "mmcl_ssl": "#D55E00",
-    "ssl": "#009E73",
-    "siglip": "#CC79A7",
-    "siglip_ssl": "#E69F00",
-    "cyclip": "#56B4E9",
-}
-MARKERS = {
-    "cleanclip": "o",
-    "finetune": "^",
-    "par": "s",
-    "shrink_perturb": "v",
-    "deep_cluster": "P",
-    "unlearn": "X",
-    "supervised": "p",
-}
-DASHES = {"cleanclip": "-", "finetune": "--", "par": "-."}
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 11,

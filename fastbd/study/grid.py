@@ -18,8 +18,9 @@ from typing import Any, Literal, NamedTuple
 from fastbd.base.errors import UserError
 from fastbd.base.files import read_json
 from fastbd.base.run_folder import read_config
+from fastbd.config.cards import check, owners
 from fastbd.config.fields import flags_of, outside, typed
-from fastbd.config.flags import IMMATERIAL, CleanConfig, PoisonConfig, PretrainConfig
+from fastbd.config.flags import CHOOSERS, CleanConfig, PoisonConfig, PretrainConfig, config_of
 from fastbd.config.presets import PRESETS
 
 Config = PoisonConfig | PretrainConfig | CleanConfig
@@ -197,7 +198,8 @@ def _searched(study: Study, models: Sequence[_Model], folder: Path, known: Mappi
         if model := by_key.get((entry["model"], entry["seed"])):  # else of a study that cleaned more models
             where = f"search {number} of the study '{study.name}'"
             given = {flag: value for flag, value in entry.items() if flag not in ("model", "seed")}
-            values = {flag: _checked("clean", flag, value, where) for flag, value in given.items()}
+            kinds = _dataclasses(study.preset, "clean", given, where)
+            values = {flag: _checked(kinds, flag, value, where) for flag, value in given.items()}
             base = preset.defaults("clean", values.get("method", preset.clean.method))
             config = replace(base, **values, seed=model.seed, run=model.folder, save_every=0)
             name = f"{model.name}-{config.method}-search{number}"
@@ -206,7 +208,8 @@ def _searched(study: Study, models: Sequence[_Model], folder: Path, known: Mappi
 
 def _pretraining(study: Study, folder: Path, known: Mapping[str, str]) -> tuple[list[Planned], list[_Model]]:
     """Plans and pre-trainings, seed by seed."""
-    base, given = PRESETS[study.preset]().pretrain, settings(study, "pretrain")
+    preset, given = PRESETS[study.preset](), settings(study, "pretrain")
+    base = preset.pretrain
     given = [{"objective": base.objective, **values} for values in given]
     attacks = settings(study, "attacks")
     several = len({values.get("data", base.data) for values in given}) > 1
@@ -215,7 +218,7 @@ def _pretraining(study: Study, folder: Path, known: Mapping[str, str]) -> tuple[
     plans: dict[str, Planned] = {}
     runs, models = [], []
     for seed, (place, ((attack, attack_name), (values, name))) in product(study.seeds, enumerate(grid)):
-        config, plan = replace(base, **values, seed=seed), ()
+        config, plan = replace(preset.defaults("pretrain", values.get("robust")), **values, seed=seed), ()
         _check_inputs(study, config)
         if attack is not None:
             poison = _poison(config.data, attack)
@@ -257,7 +260,7 @@ def _planned(
     needs: tuple[str, ...] = (),
 ) -> Planned:
     """`start` identifies what the run starts from."""
-    verb = VERBS[type(config)]
+    verb = _verb(type(config))
     told = material(config)
     if verb == "pretrain" and start:
         told.pop("plan")  # known by its id, as its path is the folder's
@@ -270,7 +273,8 @@ def _planned(
 def material(config: Config) -> dict[str, Any]:
     """The flags that make the result what it is; no defaults, so that a flag that is new makes no other run of it."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    return {flag: v for flag, v in vars(config).items() if flag not in IMMATERIAL and v != defaults[flag]}
+    told = {flag: v for flag, v in vars(config).items() if not flags_of(type(config))[flag].immaterial}
+    return {flag: v for flag, v in told.items() if v != defaults[flag]}
 
 
 def _hash(text: str) -> str:
@@ -308,37 +312,69 @@ def settings(study: Study, kind: str) -> list[dict[str, Any]]:
         where = f"entry {number} of {kind} in the study '{study.name}'"
         if not isinstance(entry, Mapping):
             raise UserError(f"{where} is {entry!r}: give flags with their values.")
+        kinds = _dataclasses(study.preset, kind, entry, where)
         axes = {}
         for flag, value in entry.items():
-            values = value if _is_axis(kind, flag, value) else (value,)
+            values = value if _is_axis(kinds, flag, value) else (value,)
             if not values:
                 raise UserError(f"{where} has no value for '{flag}'; give one, or leave the flag out.")
-            axes[flag] = [_checked(kind, flag, value, where) for value in values]
+            axes[flag] = [_checked(kinds, flag, value, where) for value in values]
         found += [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     return found
 
 
-def _is_axis(kind: str, flag: str, value: Any) -> bool:
+def _dataclasses(preset: str, kind: str, entry: Entry, where: str) -> list[type]:
+    """The dataclasses of the flags of an entry, one for each method, or defence, that it names."""
+    shared = KINDS[kind]
+    if (chooser := CHOOSERS.get(shared)) is None:
+        return [shared]
+    names = entry.get(chooser, getattr(getattr(PRESETS[preset](), kind), chooser))
+    try:
+        return [config_of(shared, str(name)) for name in (names if isinstance(names, tuple | list) else [names])]
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _is_axis(kinds: Sequence[type], flag: str, value: Any) -> bool:
     """Whether these are several values of the flag; of one that takes a list they are lists themselves."""
     if not isinstance(value, tuple | list):
         return False
-    takes_list = typing.get_origin(typing.get_type_hints(KINDS[kind]).get(flag)) is tuple
+    takes_list = any(typing.get_origin(typing.get_type_hints(kind).get(flag)) is tuple for kind in kinds)
     return not takes_list or any(isinstance(item, tuple | list) for item in value)
 
 
-def _checked(kind: str, flag: str, value: Any, where: str) -> Any:
-    hints = typing.get_type_hints(KINDS[kind])
+def _checked(kinds: Sequence[type], flag: str, value: Any, where: str) -> Any:
+    """The value of a flag that each of the dataclasses must have, as its type."""
+    for kind in kinds:
+        value = _checked_in(kind, flag, value, where)
+    return value
+
+
+def _checked_in(kind: type, flag: str, value: Any, where: str) -> Any:
+    hints, verb = typing.get_type_hints(kind), _verb(kind)
     if flag not in hints:
-        raise UserError(f"{where} has the flag '{flag}', which {VERBS[KINDS[kind]]} has not{nearest(flag, hints)}")
-    if VERBS[KINDS[kind]] in flags_of(KINDS[kind])[flag].set_by_study:
+        chooser = {"clean": "method", "pretrain": "robust"}.get(verb)
+        if chooser and (others := owners(chooser, flag)):
+            raise UserError(f"{where} has the flag '{flag}', which only {chooser} {' or '.join(others)} has.")
+        raise UserError(f"{where} has the flag '{flag}', which {verb} has not{nearest(flag, hints)}")
+    mark = flags_of(kind)[flag]
+    if verb in mark.set_by_study:
         raise UserError(f"{where} gives '{flag}', which the study itself sets; leave it out.")
     try:
         value = typed(hints[flag], value)
+        if mark.choice and value not in (None, "none"):
+            check(mark.choice, value)
     except TypeError as error:
         raise UserError(f"{where} has {flag} = {value!r}; it must be {error}.") from None
-    if numbers := outside(KINDS[kind], flag, value):
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if numbers := outside(kind, flag, value):
         raise UserError(f"{where} has {flag} = {value!r}; give {numbers}.")
     return value
+
+
+def _verb(kind: type) -> str:
+    return next(verb for shared, verb in VERBS.items() if issubclass(kind, shared))
 
 
 def nearest(word: str, words: Collection[str]) -> str:
@@ -371,12 +407,12 @@ def _word(flag: str, value: Any) -> str:
 
 def command(config: Config) -> str:
     """The command line that gives this config, with only the flags that it needs."""
-    verb, words = VERBS[type(config)], []
+    verb, words = _verb(type(config)), []
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     if verb != "poison":
         preset = PRESETS[config.preset]()
-        method = getattr(config, "method", None)
-        defaults = vars(preset.defaults(verb, method)) | ({"method": preset.clean.method} if method else {})
+        usual, chooser = getattr(preset, verb), CHOOSERS[KINDS[verb]]
+        defaults = vars(preset.defaults(verb, getattr(config, chooser))) | {chooser: getattr(usual, chooser)}
         words = [] if config.preset == _assumed_preset(config) else ["--preset", config.preset]
     for flag, value in vars(config).items():
         if value == defaults[flag]:

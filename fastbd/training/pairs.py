@@ -9,7 +9,7 @@ from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.data import resident
 from fastbd.data.decode import HOSTS, ON_GPU, Decoder, has_dali, open_decoder
-from fastbd.data.loader import RECIPES
+from fastbd.data.loader import recipe
 from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.methods.objectives import Objective
@@ -19,7 +19,7 @@ from fastbd.training.task import Config, Task
 
 def policies_of(views: str, objective: Objective) -> tuple[str, ...]:
     """Return the augmentation policies of a step, one per image view. UserError where --views has too few."""
-    policies = RECIPES[views]
+    policies = recipe(views)
     if not objective.augments_images:
         return policies[:1]
     if len(policies) == 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbd.base.errors import UserError
+from fastbd.config.cards import recorded
 from fastbd.config.fields import portable
 from fastbd.config.flags import CleanConfig, PretrainConfig
 from fastbd.data.beton import Beton
@@ -54,11 +55,17 @@ class Task:
     """The step at which its model was."""
     optimizer: dict | None = None
     """Optimizer state to begin with; its weight decay wins over the config's, as in the published program."""
+    cards: dict = field(default_factory=dict)
+    """What the run that is cleaned has recorded of code outside of this package."""
     resumed: dict | None = None
     """State of the run to resume, which has been compared with the files in its folder."""
 
     def about(self, verb: str) -> dict:
         """What config.json says of the run beside the flags."""
+        objective, *robust = self.pretrain_objective.split("+")
+        named = {self.method.objective_name: "objective", objective: "objective", self.method_name or "": "method"}
+        named |= dict.fromkeys(robust, "robust")
+        outside = self.cards | recorded({name: kind for name, kind in named.items() if name not in self.cards})
         return {
             "verb": verb,
             "method": self.method_name,
@@ -71,6 +78,7 @@ class Task:
             "eval_data": portable(self.eval_data),
             "classes": portable(self.classes),
             "templates": portable(self.templates),
+            **({"cards": outside} if outside else {}),
         }
 
 

@@ -12,6 +12,7 @@ import torch
 from fastbd.base.background import Background
 from fastbd.base.errors import UserError
 from fastbd.base.evaluation import Evaluation
+from fastbd.config.cards import load
 from fastbd.data.decode import Decoder
 from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
@@ -88,11 +89,24 @@ class Watch:
     def start(self) -> Evaluation:
         """The line of the model that is to be cleaned, which runs that begin with the same one share."""
         task = self.task
-        of = (str(task.start), getattr(self.config, "checkpoint", None), self.key, self.precision)
+        evaluator = self.config.evaluator
+        of = (str(task.start), getattr(self.config, "checkpoint", None), self.key, self.precision, evaluator)
         known = self.kept.held("start", of) if task.start else None
-        row = known | {"seconds": 0.0} if known else self.zeroshot()
+        row = known | {"seconds": 0.0} if known else self._measured(self.zeroshot)
         self.kept.put("start", of, row)
         return row | self._monitored()
+
+    def _measured(self, zeroshot: ZeroShot) -> Evaluation:
+        """Return the row of the towers as they are, with the numbers of --evaluator."""
+        row, name = zeroshot(), self.config.evaluator
+        if name is None:
+            return row
+        own = load("evaluator", name)(zeroshot.towers, zeroshot.data)
+        if not isinstance(own, dict) or not all(isinstance(number, int | float) for number in own.values()):
+            raise UserError(f"--evaluator {name} returned {own!r:.80}: it must return a dict of numbers.")
+        if twice := own.keys() & row.keys():
+            raise UserError(f"--evaluator {name} returned '{min(twice)}', which the row has: call it otherwise.")
+        return row | own
 
     def _monitored(self) -> Evaluation:
         return self.monitor() if self.monitor else {}
@@ -105,7 +119,8 @@ class Watch:
 
         def work() -> None:
             began = time.perf_counter()
-            row = self.partly() | {"subset": True} if between and self.partly else self.zeroshot()
+            partly = between and self.partly
+            row = self._measured(self.partly if partly else self.zeroshot) | ({"subset": True} if partly else {})
             row |= self._monitored()
             report(row | {"seconds": round(time.perf_counter() - began, 3)})
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tables import table
 
+from fastbd.config.cards import load
 from fastbd.kernels.stamp import ONE, STEPS, Overlay, stamp, stamp_reference
 from fastbd.kernels.stamp_triton import stamp_triton
 from fastbd.poison import patterns, triggers
@@ -112,16 +113,16 @@ CASES = [(name, "random") for name in TRIGGERS] + [(name, place) for name in PAT
 def test_the_kernel_gives_the_bytes_of_the_reference(name: str, location: str, shape: tuple) -> None:
     images, spec, ids = noisy(*shape), spec_of(name, location), np.arange(shape[0])
     before = images.clone()
-    overlay = TRIGGERS[name](spec, 3, ids, images)
+    overlay = load("trigger", name)(spec, 3, ids, images)
     out = stamp_triton(images, overlay)
     assert torch.equal(out, stamp_reference(images, overlay)) and torch.equal(images, before)
-    on_cpu = stamp_reference(images.cpu(), TRIGGERS[name](spec, 3, ids, images.cpu()))
+    on_cpu = stamp_reference(images.cpu(), load("trigger", name)(spec, 3, ids, images.cpu()))
     assert torch.equal(stamp(images, overlay).cpu(), on_cpu)
 
 
 def test_images_that_are_not_contiguous() -> None:
     images = noisy(4, 9, 24)[::2, :, 3:17]
-    overlay = TRIGGERS["sig"](spec_of("sig"), 0, np.arange(2), images)
+    overlay = load("trigger", "sig")(spec_of("sig"), 0, np.arange(2), images)
     assert torch.equal(stamp_triton(images, overlay), stamp_reference(images, overlay))
 
 
@@ -131,11 +132,11 @@ def test_real_sizes(name: str) -> None:
     """Batches past 2^31 values need 64-bit offsets."""
     for count, size in ((300, 224), (65, 336), (15_000, 224)):
         images, ids = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, device=DEVICE), np.arange(count)
-        out = TRIGGERS[name](spec_of(name), 0, ids, images)
+        out = load("trigger", name)(spec_of(name), 0, ids, images)
         out = stamp_triton(images, out)
         for part in (slice(0, 20), slice(count - 20, count)):
             some = images[part].cpu()
-            expected = stamp_reference(some, TRIGGERS[name](spec_of(name), 0, ids[part], some))
+            expected = stamp_reference(some, load("trigger", name)(spec_of(name), 0, ids[part], some))
             assert torch.equal(out[part].cpu(), expected)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from formulas import assert_near, cyclic, embeddings, mmcl_of, siglip, with_gradients
 from planted import training
 
-from fastbd.config.flags import CleanConfig
+from fastbd.config.flags import CleanConfig, config_of
 from fastbd.methods.losses import masked_mmcl
 from fastbd.methods.method import Embedded
 from fastbd.methods.objectives import Objective
@@ -26,7 +26,7 @@ def main(rank: int, size: int) -> None:
     numbers = torch.arange(ROWS * size)
 
     def unlearn(gather: str) -> Unlearn:
-        method = Unlearn(CleanConfig(method="unlearn", gather=gather))
+        method = Unlearn(config_of(CleanConfig, "unlearn")(method="unlearn", gather=gather))
         method.attach(training(*embeddings(ROWS * size), flagged=numbers[~mask]))
         return method
 

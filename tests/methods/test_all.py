@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-import typing
 from pathlib import Path
 
 import pytest
 from steps import ONE
 
 from fastbd.commands import clean, poison, pretrain
-from fastbd.config.flags import CleanConfig, Method, PoisonConfig, PretrainConfig, Trigger
-from fastbd.methods import METHODS
+from fastbd.config.cards import METHODS, TRIGGERS
+from fastbd.config.flags import CleanConfig, PoisonConfig, PretrainConfig, config_of
 from fastbd.training.kept import Kept
 from fastbd.training.run import Run, execute
 
-TRIGGERS = typing.get_args(Trigger)
 OWN = {
     "par": {"views": "par"},
     "unlearn": {"flagged": 6},
@@ -48,11 +46,7 @@ def starts(study, tmp_path_factory):
     return folder
 
 
-def test_the_table_is_the_command_lines():
-    assert set(METHODS) == set(typing.get_args(Method))
-
-
-CASES = [*((method, TRIGGERS[0]) for method in METHODS), *(("finetune", trigger) for trigger in TRIGGERS[1:])]
+CASES = [*((method, "badnet") for method in METHODS), *(("finetune", name) for name in TRIGGERS if name != "badnet")]
 
 
 def test_each_method_and_each_trigger_is_among_the_cases():
@@ -63,7 +57,7 @@ def test_each_method_and_each_trigger_is_among_the_cases():
 @pytest.mark.parametrize(("method", "trigger"), CASES)
 def test_a_method_goes_its_first_steps(method, trigger, starts, study, tmp_path):
     own = {"data": study / "val.beton", "rows": 60, "batch_size": 20} if method == "supervised" else {"rows": 72}
-    config = CleanConfig(
+    config = config_of(CleanConfig, method)(
         run=starts / trigger, method=method, epochs=1, lr=1e-3, force=True, log_every=1, out=tmp_path / "run",
         **SMALL | own | OWN.get(method, {}),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from cleanings import cleaning, resumed_after, same, start, state
 
 from fastbd.base.errors import UserError
-from fastbd.config.flags import CleanConfig
+from fastbd.config.flags import CleanConfig, config_of
 from fastbd.methods.deep_cluster import DeepCluster, read_labels
 from fastbd.methods.head import Head
 from fastbd.methods.method import Embedded
@@ -44,7 +44,7 @@ def test_loss_and_gradients_are_the_published_ones():
     noise = torch.Generator().manual_seed(0)
     vectors = [torch.randn(6, 8, generator=noise).requires_grad_() for _ in range(4)]
     log_scale = torch.tensor(2.0, requires_grad=True)
-    method = DeepCluster(CleanConfig(clusters=3))
+    method = DeepCluster(config_of(CleanConfig, "deep_cluster")(clusters=3))
     method.head = Head(7, 8, 3, torch.device("cpu"))
     method.know(np.array([2, 3, 5, 7, 11, 13, 17]), torch.device("cpu"))
     method.head.learn(np.array([0, 1, 2, 1, 2, 0, 0]))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from steps import BATCH, Waits, batch_of, captions_of, make_step
 
 from fastbd import cli
-from fastbd.config.flags import CleanConfig
+from fastbd.config.flags import CleanConfig, config_of
 from fastbd.kernels.text_pack import pack
 from fastbd.methods.method import Embedded
 from fastbd.methods.par import Par, nearest_rotation
@@ -54,7 +54,7 @@ def poisoned_model(name: str = "tiny-rn", seed: int = 0) -> CLIP:
 
 
 def method_of(model: CLIP, rows=ROWS, compiled: bool = False, **flags) -> Par:
-    method = Par(CleanConfig(method="par", **flags))
+    method = Par(config_of(CleanConfig, "par")(method="par", **flags))
     method.attach(Around(model, rows, compiled))
     return method
 
@@ -145,10 +145,10 @@ def test_a_model_that_only_turned_both_its_towers(distance):
 
 def test_rates_are_the_published_table():
     """Two epochs of 5 steps: a table of 12. Fallen to the peak in the first 6, then a cosine cut short by 2."""
-    rates = Par(CleanConfig(method="par", epochs=2)).rates(1e-3, warmup=7, total=10).tolist()
+    rates = Par(config_of(CleanConfig, "par")(method="par", epochs=2)).rates(1e-3, warmup=7, total=10).tolist()
     cosine = [1, (2 + 3**0.5) / 4, 0.75, 0.5]
     assert rates == pytest.approx([1e-3 * x for x in (10, 8.2, 6.4, 4.6, 2.8, 1, *cosine)], rel=1e-5)
-    long = Par(CleanConfig(method="par", epochs=10)).rates(3e-6, warmup=0, total=9760)
+    long = Par(config_of(CleanConfig, "par")(method="par", epochs=10)).rates(3e-6, warmup=0, total=9760)
     assert long[0] == pytest.approx(3e-5) and long[4885] == pytest.approx(3e-6) and len(long) == 9760
     assert long[-1] == pytest.approx(1e-9, abs=1e-10)
 
@@ -193,7 +193,7 @@ def test_nothing_in_a_step_waits_for_the_device(flags):
 
 def test_plain_views_are_embedded_once():
     model, embedded = poisoned_model(), embedded_of()
-    method = Par(CleanConfig(method="par"))
+    method = Par(config_of(CleanConfig, "par")(method="par"))
     method.attach(Around(model, ROWS, policies=("plain",)))
     method.poisoned = None
     ordered = embedded._replace(rows=torch.from_numpy(ROWS))

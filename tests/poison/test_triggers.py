@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastbd.base import random
 from fastbd.base.errors import UserError
-from fastbd.config.flags import Location, Trigger
+from fastbd.config.flags import Location
 from fastbd.poison import patterns
 from fastbd.poison.triggers import BLENDS, LOCATIONS, PATCHES, TRIGGERS, TriggerSpec, stamp
 
@@ -407,6 +407,6 @@ def test_black_is_a_pattern_too() -> None:
             TriggerSpec("wanet" if empty.size else "blended_image", pattern=patterns.pack(empty))
 
 
-def test_every_trigger_is_in_the_command_line() -> None:
-    assert get_args(Trigger) == tuple(TRIGGERS) and get_args(Location) == LOCATIONS
+def test_every_trigger_is_of_a_kind() -> None:
+    assert get_args(Location) == LOCATIONS
     assert set(PATCHES) | set(BLENDS) | {"wanet", "nashville"} == set(TRIGGERS)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fastbd.base.run_folder import find
+from fastbd.config.cards import OBJECTIVES
 from fastbd.report import plots
 
 
@@ -41,7 +42,7 @@ def test_one_colour_an_objective_and_one_marker_a_method(fake_runs):
     dots = [c for c in figure.axes[0].collections if c.get_sizes()[0] < 100]
     looks = [(objective, method) for objective in ("mmcl", "mmcl_ssl") for method in ("cleanclip", "finetune")]
     for (objective, _), dot in zip(looks, dots, strict=True):
-        assert tuple(dot.get_facecolor()[0][:3]) == to_rgb(plots.COLOURS[objective])
+        assert tuple(dot.get_facecolor()[0][:3]) == to_rgb(OBJECTIVES[objective].colour)
     shapes = {method: dot.get_paths()[0].vertices.shape for (_, method), dot in zip(looks, dots, strict=True)}
     assert shapes["cleanclip"] != shapes["finetune"]
     assert legend(figure) == [

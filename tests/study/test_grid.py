@@ -131,7 +131,7 @@ def test_names_are_made_of_what_varies():
         ({"clean": ({"rows": 1.5},)}, "rows = 1.5; it must be a whole number"),
         ({"clean": ({"rows": True},)}, "rows = True; it must be a whole number"),
         ({"clean": ({"batch_size": "all"},)}, "batch_size = 'all'; it must be a whole number"),
-        ({"clean": ({"method": "scrub"},)}, "method = 'scrub'; it must be one of finetune, cleanclip"),
+        ({"clean": ({"method": "scrub"},)}, "there is no method 'scrub'. There are 'finetune', 'cleanclip'"),
         ({"clean": ({"epochs": -1},)}, "epochs = -1; give 0 to 2147483647."),
         ({"clean": ({"force": 1},)}, "force = 1; it must be true or false"),
         ({"clean": ({"run": "x"},)}, "gives 'run', which the study itself sets"),
@@ -239,3 +239,12 @@ def test_cleanings_keep_no_epochs():
     runs = expand(changed(preset="paper-cc3m", attacks=({},), pretrain=({"eval_data": "v.beton"},)), Path("S"))
     assert {run.verb: run.config.save_every for run in runs[1:]} == {"pretrain": 1, "clean": 0}
     assert grid.material(replace(runs[-1].config, save_every=5)) == grid.material(runs[-1].config)
+
+
+def test_the_flags_of_an_entry_are_those_of_its_methods():
+    study = changed(clean=({"method": "par", "tau": (0.0, 1.0)}, {"method": ("finetune", "cleanclip"), "lr": 1e-5}))
+    taus = [run.config.tau for run in expand(study, Path("S")) if run.verb == "clean" and run.config.method == "par"]
+    assert set(taus) == {0.0, 1.0}
+    for entry in ({"tau": 1.0}, {"method": ("par", "finetune"), "tau": 1.0}):
+        with pytest.raises(UserError, match="has the flag 'tau', which only method par has"):
+            changed(clean=(entry,))

@@ -1,0 +1,210 @@
+"""What can be chosen by name: where its code is, how reports call and draw it, and which flags it has of its own.
+
+Beside the names in these tables a name may be MODULE:ATTRIBUTE, of code outside of this package. Such code says of
+itself what a card says, by attributes: `title`, `marker`, `colour`, and a frozen dataclass `Settings` of its flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from fastbd.base.errors import UserError
+from fastbd.config.methods import DeepClusterSettings, ParSettings, ShrinkPerturbSettings, UnlearnSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What is known of a thing without importing it."""
+
+    code: str = ""
+    """MODULE:ATTRIBUTE; empty where it is only an entry in a table of its module."""
+    title: str = ""
+    """Its name in reports, as papers write it."""
+    marker: str = ""
+    """Of a cleaning method in plots, one of Matplotlib's."""
+    colour: str = ""
+    """Of an objective in plots."""
+    dash: str = ":"
+    """Line of a cleaning method in plots."""
+    settings: type | None = None
+    """Dataclass of the flags that it has of its own."""
+    patch: bool = False
+    """A trigger has a size and a place."""
+    blend: float | None = None
+    """Published share of a trigger that is mixed into the whole image; None for other triggers."""
+
+
+METHODS = {
+    "finetune": Card(code="fastbd.methods.finetune:Finetune", title="Finetuning", marker="^", dash="--"),
+    "cleanclip": Card(code="fastbd.methods.cleanclip:CleanClip", title="CleanCLIP", marker="o", dash="-"),
+    "par": Card(code="fastbd.methods.par:Par", title="PAR", marker="s", dash="-.", settings=ParSettings),
+    "shrink_perturb": Card(
+        code="fastbd.methods.shrink_perturb:ShrinkPerturb",
+        title="Shrink and perturb",
+        marker="v",
+        settings=ShrinkPerturbSettings,
+    ),
+    "deep_cluster": Card(
+        code="fastbd.methods.deep_cluster:DeepCluster",
+        title="Deep clustering",
+        marker="P",
+        settings=DeepClusterSettings,
+    ),
+    "unlearn": Card(code="fastbd.methods.unlearn:Unlearn", title="Unlearning", marker="X", settings=UnlearnSettings),
+    "supervised": Card(code="fastbd.methods.supervised:Supervised", title="Supervised fine-tuning", marker="p"),
+}
+ROBUST = {
+    "roclip": Card(code="fastbd.methods.roclip:RoClip", title="RoCLIP"),
+    "safeclip": Card(code="fastbd.methods.safeclip:SafeClip", title="SafeCLIP"),
+    "progressive": Card(code="fastbd.methods.progressive:Progressive", title="progressive removal"),
+}
+OBJECTIVES = {  # in the order of reports; Okabe and Ito's colours, safe for the colour-blind
+    "mmcl": Card(code="fastbd.methods.objectives:mmcl", title="MMCL", colour="#0072B2"),
+    "mmcl_ssl": Card(code="fastbd.methods.objectives:mmcl_ssl", title="MMCL+SSL", colour="#D55E00"),
+    "ssl": Card(code="fastbd.methods.objectives:ssl", title="SSL", colour="#009E73"),
+    "siglip": Card(code="fastbd.methods.objectives:siglip", title="SigLIP", colour="#CC79A7"),
+    "siglip_ssl": Card(code="fastbd.methods.objectives:siglip_ssl", title="SigLIP+SSL", colour="#E69F00"),
+    "cyclip": Card(code="fastbd.methods.objectives:cyclip", title="CyCLIP", colour="#56B4E9"),
+}
+TRIGGERS = {
+    "badnet": Card(code="fastbd.poison.triggers:badnet", patch=True),
+    "badnet_fixed": Card(code="fastbd.poison.triggers:kept_patch", patch=True),
+    "badnet_stripes": Card(code="fastbd.poison.triggers:badnet_stripes", patch=True),
+    "yellow": Card(code="fastbd.poison.triggers:yellow", patch=True),
+    "patch": Card(code="fastbd.poison.triggers:kept_patch", patch=True),
+    "blended": Card(code="fastbd.poison.triggers:blended", blend=0.2),
+    "blended_stripes": Card(code="fastbd.poison.triggers:blended_stripes", blend=0.03),
+    "blended_triangles": Card(code="fastbd.poison.triggers:blended_triangles", blend=0.15),
+    "blended_text": Card(code="fastbd.poison.triggers:blended_text", blend=0.5),
+    "blended_image": Card(code="fastbd.poison.triggers:blended_image", blend=0.2),
+    "sig": Card(code="fastbd.poison.triggers:sig", blend=0.2),
+    "wanet": Card(code="fastbd.poison.triggers:wanet"),
+    "nashville": Card(code="fastbd.poison.triggers:nashville"),
+}
+MODELS = dict.fromkeys(
+    ("demo", "small-rn10", "rn50", "rn101", "rn50x4", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336", "tiny-rn",
+     "tiny-vit"), Card(),
+)  # fmt: skip
+VIEWS = dict.fromkeys(("cleanclip", "randaugment", "slip", "par"), Card())
+EVALUATORS: dict[str, Card] = {}  # what is measured in any case is no choice
+KINDS = {
+    "method": METHODS, "robust": ROBUST, "objective": OBJECTIVES, "trigger": TRIGGERS, "model": MODELS, "views": VIEWS,
+    "evaluator": EVALUATORS,
+}  # fmt: skip
+"""The tables by the flag that chooses from them."""
+FACTS = ("title", "marker", "colour")  # that outside code may tell of itself
+MARKERS = "*DhH<>8d"
+COLOURS = ("#882255", "#44AA99", "#999933", "#332288", "#AA4499", "#117733")
+_recorded: dict[str, Card] = {}
+
+
+def is_outside(name: str) -> bool:
+    """Whether the name is that of code outside of this package."""
+    return ":" in name
+
+
+def short(name: str) -> str:
+    """Return the attribute in an outside name; another name as it is."""
+    return name.rpartition(":")[2]
+
+
+def load(kind: str, name: str) -> Any:
+    """Return the code that a name stands for. UserError where there is none, or where it cannot be imported."""
+    table = KINDS[kind]
+    if name not in table and not is_outside(name):
+        near = difflib.get_close_matches(name, table, 1)
+        meant = f"; did you mean {near[0]}?" if near else "."
+        known = f"There are {', '.join(map(repr, table))}; one" if table else "One"
+        raise UserError(f"there is no {kind} '{name}'{meant} {known} of your own is named MODULE:NAME.")
+    return _imported(kind, table[name].code if name in table else name)
+
+
+@cache
+def _imported(kind: str, code: str) -> Any:
+    module, _, attribute = code.partition(":")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # python -m has it there already, a script has not
+    importlib.invalidate_caches()  # the file may have been written a moment ago
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
+            said = f"there is no module {error.name} in {here}, nor is one installed"
+        else:
+            said = f"{module} imports {error.name}, which is not installed"
+    except AttributeError as error:
+        said = str(error)
+    except Exception as error:
+        said = f"{module} fails with {type(error).__name__}: {error}"
+    raise UserError(f"the {kind} {code} cannot be imported ({said}): put that right, or name another {kind}.")
+
+
+def check(kind: str, name: str) -> None:
+    """UserError where there is no such thing: the name is not in the table, and cannot be imported."""
+    if name not in KINDS[kind]:
+        load(kind, name)
+
+
+def card(kind: str, name: str) -> Card:
+    """Return the card of a thing that can be imported. UserError where it cannot."""
+    if name in KINDS[kind]:
+        return KINDS[kind][name]
+    found = load(kind, name)
+    told = {fact: getattr(found, fact, None) for fact in FACTS}
+    return _outside(name, told, _checked_settings(name, getattr(found, "Settings", None)))
+
+
+def _outside(name: str, told: Mapping[str, Any], settings: type | None = None) -> Card:
+    """Return the card of an outside thing, with what it does not tell drawn from its name."""
+    number = zlib.crc32(name.encode())
+    usual = {
+        "title": short(name),
+        "marker": MARKERS[number % len(MARKERS)],
+        "colour": COLOURS[number % len(COLOURS)],
+    }
+    said = {fact: told[fact] for fact in FACTS if told.get(fact) and isinstance(told[fact], str)}
+    return Card(code=name, settings=settings, **usual | said)
+
+
+def _checked_settings(name: str, settings: Any) -> type | None:
+    if settings is None:
+        return None
+    if not (dataclasses.is_dataclass(settings) and settings.__dataclass_params__.frozen):
+        raise UserError(f"the Settings of {name} hold its flags: make them a class with @dataclass(frozen=True).")
+    for field in dataclasses.fields(settings):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"the Settings of {name} have no default for '{field.name}': give one.")
+    return settings
+
+
+def recorded(named: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Return what a run folder keeps of the outside ones of {name: kind}, so that reports need not import them."""
+    found = {name: card(kind, name) for name, kind in named.items() if is_outside(name)}
+    return {name: {fact: getattr(c, fact) for fact in FACTS} for name, c in found.items()}
+
+
+def remember(told: Mapping[str, Mapping[str, str]]) -> None:
+    """Take over what a run folder has recorded of outside things."""
+    _recorded.update({name: _outside(name, known) for name, known in told.items()})
+
+
+def facts(kind: str, name: str) -> Card:
+    """Return the card as reports have it, without importing: of the table, of a run folder, or drawn from the name."""
+    if is_outside(name):
+        return _recorded.get(name) or _outside(name, {})
+    return KINDS[kind].get(name) or Card(title=name, marker="D", colour="#7F7F7F")
+
+
+def owners(kind: str, flag: str) -> list[str]:
+    """Return the names in a table that have a flag of their own."""
+    with_flags = ((name, c.settings) for name, c in KINDS[kind].items() if c.settings)
+    return [name for name, settings in with_flags if flag in {f.name for f in dataclasses.fields(settings)}]

@@ -1,0 +1,188 @@
+"""Code outside of the package, by its dotted name: the very files of docs/extending, through the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastbd import cli
+from fastbd.base.errors import UserError
+from fastbd.base.run_folder import find
+from fastbd.data.demo import write_demo_set
+from fastbd.poison.plan import Plan
+from fastbd.training import roofline
+
+DOCS = Path(__file__).parents[1] / "docs"
+MACHINE = "--batch-size 24 --device cpu --decode pil --workers 1 --log-every 1"
+TRAINED = ("pretrain", "clean")
+
+
+def commands() -> list[str]:
+    """The command lines of docs/extending.md."""
+    text = (DOCS / "extending.md").read_text().replace("\\\n", " ")
+    return re.findall(r"^    python -m fastbd (.*)$", text, re.MULTILINE)
+
+
+def lines(verb: str) -> list[str]:
+    return [line for line in commands() if line.startswith(f"{verb} ")]
+
+
+def fastbd(line: str) -> None:
+    extra = f" {MACHINE}" if line.startswith(TRAINED) else " --device cpu" if line.startswith("sweep") else ""
+    assert cli.main(shlex.split(line + extra)) == 0, line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with all that the page's commands make but for the sweep, and its modules, which are forgotten again."""
+    folder = tmp_path_factory.mktemp("extending")
+    shutil.copytree(DOCS / "extending", folder, dirs_exist_ok=True)
+    list(write_demo_set(folder, 240, 60, seed=1))
+    known, path = set(sys.modules), list(sys.path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(roofline.SIDE, "cpu", 64)
+        patch.setitem(roofline.COPIED, "cpu", 1 << 16)
+        for verb in ("build", "poison", "pretrain", "clean", "report"):
+            for line in lines(verb):
+                fastbd(line)
+    yield folder
+    sys.path[:] = path
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def rows(run: str) -> list[dict]:
+    return [json.loads(line) for line in Path("runs", run, "metrics.jsonl").read_text().splitlines()]
+
+
+def config(run: str) -> dict:
+    return json.loads(Path("runs", run, "config.json").read_text())
+
+
+def test_the_page_names_each_file():
+    page = (DOCS / "extending.md").read_text()
+    assert all(f"extending/{path.name}" in page for path in (DOCS / "extending").iterdir() if path.is_file())
+
+
+def test_names_are_recorded_with_what_reports_need():
+    start, cleaned = config("start"), config("spread")
+    assert start["config"]["objective"] == start["objective"] == "one_way:make"
+    assert start["config"]["model"] == start["model"] == "narrow:build"
+    assert cleaned["method"] == "spread:Spread" and cleaned["config"]["strength"] == 0.5
+    assert "tau" not in cleaned["config"]
+    assert cleaned["cards"]["spread:Spread"]["title"] == "Spreading"
+    assert cleaned["cards"]["one_way:make"] == start["cards"]["one_way:make"]
+    assert Plan.load("train.poison.json").attacks[0].trigger.name == "chequers:corner"
+
+
+def test_the_trigger_is_in_the_data_that_are_evaluated():
+    assert all(row["trigger"] == "chequers:corner" and 0 <= row["asr"] <= 1 for row in rows("start"))
+
+
+def test_the_evaluators_numbers_are_in_each_row():
+    assert all(-1 <= row["triggered_cosine"] <= 1 and "clean_cosine" in row for row in rows("start"))
+
+
+def test_the_parts_of_a_loss_are_logged():
+    log = [json.loads(line) for line in Path("runs/spread/log.jsonl").read_text().splitlines()]
+    assert all(row["loss"] == pytest.approx(row["mmcl"] + 0.5 * row["spread"], abs=1e-4) for row in log)
+
+
+def test_a_report_shows_titles_without_the_code(monkeypatch):
+    page = Path("report.html").read_text()
+    assert "Spreading" in page and "One-way MMCL" in page
+    assert {run.method for run in find([Path("runs")])} == {None, "spread:Spread"}
+
+
+def test_a_run_is_resumed_by_the_recorded_name(capsys):
+    settings = cli.parse("clean", ["--resume", "runs/spread"])
+    assert (settings.method, settings.strength) == ("spread:Spread", 0.5)
+    assert cli.main(["clean", "--resume", "runs/spread"]) == 0
+    recorded = config("spread")
+    shutil.copytree("runs/spread", "runs/lost")
+    text = json.dumps(recorded).replace("spread:Spread", "lost:Spread")
+    Path("runs/lost/config.json").write_text(text)
+    assert cli.main(["clean", "--resume", "runs/lost"]) == 2
+    assert "the method lost:Spread cannot be imported (there is no module lost" in capsys.readouterr().err
+    shutil.rmtree("runs/lost")
+
+
+def test_a_plan_with_a_trigger_that_is_not_there_names_its_module(tmp_path, capsys):
+    text = Path("train.poison.json").read_text().replace("chequers:corner", "away:corner")
+    value = json.loads(text)
+    del value["crc32"]
+    Path(tmp_path, "away.json").write_text(json.dumps(value))
+    code = cli.main(["evaluate", "--run", "runs/start", "--device", "cpu", "--plan", str(tmp_path / "away.json")])
+    said = capsys.readouterr().err
+    assert code == 2 and "the trigger away:corner cannot be imported (there is no module away in" in said
+
+
+def test_help_has_the_flags_of_the_method(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse("clean", ["--method", "spread:Spread", "--help"])
+    said = capsys.readouterr().out
+    assert "--strength" in said and "what pushes images apart" in said and "--tau" not in said
+
+
+def test_a_study_of_ones_own():
+    (line,) = lines("sweep")
+    fastbd(line)
+    runs = find([Path("studies/mine/runs")])
+    assert len(runs) == 2 + 4 and {run.result["reason"] for run in runs} == {"finished"}
+    strengths = {run.config["strength"] for run in runs if run.verb == "clean"}
+    assert strengths == {0.0, 0.5} and all("clean_cosine" in run.metrics[-1] for run in runs if run.verb == "pretrain")
+    assert "Spreading" in Path("studies/mine/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("clean --run runs/start --method xyz", "there is no method 'xyz'. There are 'finetune',"),
+        ("clean --run runs/start --method clenclip", "there is no method 'clenclip'; did you mean cleanclip?"),
+        ("clean --run runs/start --method spread:Spred", "spread:Spred cannot be imported (module 'spread' has no"),
+        ("clean --run runs/start --method no_pkg.mine:X", "cannot be imported (there is no module no_pkg in"),
+        ("clean --run runs/start --method broken:X", "cannot be imported (broken fails with ZeroDivisionError:"),
+        ("clean --run runs/start --method needs:X", "(needs imports no_such, which is not installed)"),
+        ("clean --run runs/start --method spread:Spread --tau 1", "--tau is a flag of --method par, and this is"),
+        ("clean --run runs/start --method finetune --strength 1", "--strength"),
+        ("pretrain --objective one_way:OneWa", "the objective one_way:OneWa cannot be imported"),
+        ("pretrain --model narrow:biuld", "the model narrow:biuld cannot be imported"),
+        ("pretrain --views narrow:gone", "the views narrow:gone cannot be imported"),
+        ("pretrain --evaluator similarity", "there is no evaluator 'similarity'. One of your own is named"),
+        ("poison --data train.beton --trigger chequers:circle --out x.json", "the trigger chequers:circle cannot be"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_refused_in_a_sentence(line, said, capsys):
+    Path("broken.py").write_text("1 / 0\n")
+    Path("needs.py").write_text("import no_such\n")
+    try:
+        assert cli.main(shlex.split(line)) == 2
+    except SystemExit as error:  # of the parser
+        assert error.code == 2
+    told = capsys.readouterr()
+    assert said in " ".join((told.out + told.err).split())
+
+
+def test_settings_of_a_method_are_checked():
+    Path("bad.py").write_text(
+        "from dataclasses import dataclass\n"
+        "class Thawed:\n    @dataclass\n    class Settings:\n        x: int = 0\n"
+        "class Asking:\n    @dataclass(frozen=True)\n    class Settings:\n        x: int\n"
+        "class Again:\n    @dataclass(frozen=True)\n    class Settings:\n        lr: float = 0.0\n"
+    )
+    for name, said in (("Thawed", "frozen=True"), ("Asking", "no default for 'x'"), ("Again", "has the flag 'lr'")):
+        with pytest.raises(UserError, match=said):
+            cli.parse("clean", ["--run", "runs/start", "--method", f"bad:{name}"])
