@@ -76,7 +76,7 @@ def test_an_unknown_verb_gets_a_suggestion(tmp_path, fastbd):
 
 def test_a_wrong_value_lists_the_right_ones(tmp_path, fastbd):
     done = fastbd("pretrain", "--objective", "clip", cwd=tmp_path, code=2)
-    assert all(name in done.stdout + done.stderr for name in ("'clip'", "--objective", "'mmcl'", "'ssl'", "'mmcl_ssl'"))
+    assert all(name in done.stdout + done.stderr for name in ("objective 'clip'", "'mmcl'", "'ssl'", "'mmcl_ssl'"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,7 +122,7 @@ def test_every_flag_of_a_number_refuses_what_is_none_and_what_is_beyond_its_rang
         ("clean", "--lr", "inf", "a finite number from 0"),
         ("clean", "--beta2", "1.0", "0 to 1, but not 1"),
         ("clean", "--eps", "0.0", "a finite number above 0"),
-        ("clean", "--tau", "nan", "a finite number from 0"),
+        ("clean", "--ssl-weight", "nan", "a finite number from 0"),
         ("pretrain", "--landed", "2.0", "0 to 1"),
         ("pretrain", "--epochs", "-1", "0 to 2147483647"),
         ("poison", "--rate", "0.0", "0 to 1, but not 0"),

@@ -16,6 +16,7 @@ from fastbd.base.errors import UserError
 from fastbd.base.run_folder import find
 from fastbd.data.demo import write_demo_set
 from fastbd.poison.plan import Plan
+from fastbd.study.grid import Study
 from fastbd.training import roofline
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -186,3 +187,23 @@ def test_settings_of_a_method_are_checked():
     for name, said in (("Thawed", "frozen=True"), ("Asking", "no default for 'x'"), ("Again", "has the flag 'lr'")):
         with pytest.raises(UserError, match=said):
             cli.parse("clean", ["--run", "runs/start", "--method", f"bad:{name}"])
+
+
+def test_views_and_a_defence_of_ones_own(capsys):
+    Path("wild.py").write_text(
+        "from dataclasses import dataclass\n"
+        "views, wrong = ('plain', 'simclr'), ('plain', 'magic')\n"
+        "class Defence:\n"
+        "    @dataclass(frozen=True)\n"
+        "    class Settings:\n"
+        "        patience: int = 3\n"
+    )
+    shown = "preview --data train.beton --model narrow:build --decode pil --count 1 --out sheet.png --views"
+    assert cli.main(f"{shown} wild:views".split()) == 0 and Path("sheet.png").stat().st_size
+    assert "plain | simclr" in capsys.readouterr().out
+    assert cli.main(f"{shown} wild:wrong".split()) == 2
+    assert "the views wild:wrong must be a tuple of policies, of plain, auto_augment" in capsys.readouterr().err
+    settings = cli.parse("pretrain", ["--robust", "wild:Defence", "--patience", "5"])
+    assert (settings.robust, settings.patience) == ("wild:Defence", 5)
+    with pytest.raises(UserError, match="has the flag 'patience', which pretrain has not"):
+        Study(name="x", about="", pretrain=({"patience": 5},), clean=({},))

@@ -112,7 +112,8 @@ class PoisonConfig:
     trigger: Annotated[Trigger, Flag(choice="trigger")] = "badnet"
     """What is put on the image. Patches: badnet (noise, another for each image), badnet_fixed (one noise for all),
     badnet_stripes, yellow, patch (from --image). Mixed into the whole image: blended (noise), blended_stripes,
-    blended_triangles, blended_text, blended_image, sig (a sine). Else wanet (a warp), nashville (a colour filter)."""
+    blended_triangles, blended_text, blended_image, sig (a sine). Else wanet (a warp), nashville (a colour filter);
+    or MODULE:FUNCTION of your own."""
     patch_size: Annotated[int, Flag(range=Range(1, 384))] = 16
     """Side of a patch, in pixels of the model's input."""
     location: Location = "random"
@@ -155,7 +156,7 @@ class PretrainInputs:
     """Where the defaults come from."""
     objective: Annotated[Objective, Flag(choice="objective", same_kind=True)] = "mmcl"
     """mmcl: image-text contrastive; ssl: self-supervised on both sides; mmcl_ssl: both; siglip, siglip_ssl: with
-    SigLIP's loss for mmcl; cyclip: mmcl and cyclic consistency."""
+    SigLIP's loss for mmcl; cyclip: mmcl and cyclic consistency; or MODULE:FUNCTION of your own."""
     robust: Annotated[Robust, Flag(choice="robust")] = "none"
     """Defend the pre-training. roclip: in some epochs images meet the nearest caption of a pool; safeclip: only pairs
     that look safe are tied together; progressive: drop the most similar pairs."""
@@ -170,7 +171,7 @@ class PretrainInputs:
     remove_fraction: Annotated[float, Flag(range=BELOW_1)] = 0.02
     """Share of the pairs that --robust progressive drops each time, 0 to 1; published: 0.02."""
     model: Annotated[Model, Flag(choice="model", same_kind=True)] = "demo"
-    """Architecture."""
+    """Architecture, or MODULE:FUNCTION that builds one of your own."""
     data: Annotated[str, Flag(file=BETON_OF_BUILD, free_on_resume=True, same_kind=True)] = "demo"
     """A .beton file, a quoted pattern of several ('cc3m-*.beton'), or demo: the built-in set, made on first use."""
     plan: Annotated[Path | None, Flag(file=PLAN, reuse=True, free_on_resume=True, same_kind=True)] = None
@@ -279,7 +280,7 @@ class TrainConfig:
     """cuda, cpu, or auto."""
     views: Annotated[Views, Flag(column=10)] = "cleanclip"
     """Image views: plain, and with SSL an AutoAugment one; or RandAugment; SLIP's random crops and two SimCLR views; or
-    one with PAR's noise and erasing, without SSL on images."""
+    one with PAR's noise and erasing, without SSL on images; or MODULE:NAME of a tuple of policies."""
     eda: Literal["epoch", "frozen"] = "epoch"
     """Second text views: each epoch the next of those in --data, or always the first, as published."""
     decode: Annotated[Decode, Flag(reuse=True, free_on_resume=True, same_kind=True)] = "auto"

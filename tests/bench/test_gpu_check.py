@@ -267,7 +267,7 @@ def test_what_is_wrong_or_fails_is_said_and_the_next_one_has_its_turn(capsys):
     lines = capsys.readouterr().out.splitlines()
     about = "views=1 accumulate=2 bn-group=0 fp32"
     assert re.match(rf"eager tiny-rn {about}: WRONG, loss [\d.]+ to [\d.]+, off by ", lines[0])
-    assert lines[1].startswith("Traceback") and "UserError: There is no model 'no-such'" in lines[-4]
+    assert lines[1].startswith("Traceback") and "UserError: there is no model 'no-such'" in lines[-4]
     assert re.match(rf"eager no-such {about}: FAILED, UserError; [\d.]+ s$", lines[-3])
     assert re.match(r"eager tiny-vit .*: right, .*; [\d.]+ s$", lines[-2]) and lines[-1] == "2 of 3 failed"
     assert parity.main(["--device", "cpu", "--modes", "eager", "--done", "2", "--failed", "1"], settings) == 1

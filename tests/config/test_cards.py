@@ -55,6 +55,11 @@ def test_the_flags_of_the_method_that_the_preset_has_are_taken():
     assert not hasattr(cli.parse("clean", ["--run", "x"]), "tau")
 
 
+def test_a_flag_of_a_method_has_a_range():
+    with pytest.raises(UserError, match="^--tau nan is out of range: give a finite number from 0.$"):
+        cli.parse("clean", ["--run", "x", "--method", "par", "--tau", "nan"])
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -86,5 +84,3 @@ def test_of_the_poisoned_pairs_some_are_known_and_others_overlooked(study, tmp_p
     task, poisoned = clean.task(config, ONE), Plan.load(plan).rows
     assert task.poisoned and len(task.rows) == 100 and len(np.intersect1d(task.rows, poisoned)) == 24
     assert len(task.flagged) == 9 and set(task.flagged) <= set(poisoned)
-    with pytest.raises(UserError, match="--flagged-by are of --method unlearn"):
-        clean.task(replace(config, method="cleanclip"), ONE)
