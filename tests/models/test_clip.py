@@ -122,7 +122,7 @@ def test_weights_are_a_function_of_the_seed_alone():
 
 
 def test_unknown_name_lists_the_names():
-    with pytest.raises(UserError, match="'rn18'.*demo, small-rn10, rn50, .*tiny-vit"):
+    with pytest.raises(UserError, match="'rn18'.*'demo', 'small-rn10', 'rn50', .*'tiny-vit'"):
         create("rn18", 0)
 
 
