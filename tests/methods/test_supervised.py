@@ -48,7 +48,7 @@ def test_the_image_tower_learns_the_classes_and_the_rest_stays(here, tmp_path):
     run = cleaning(tmp_path / "run", *FLAGS, "--epochs", 8)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     head = run.method.head
-    assert torch.equal(head.labels, torch.from_numpy(Beton("val.beton").labels[run.rows]))
+    assert torch.equal(head.labels, torch.from_numpy(Beton("val.beton").labels[run.training.rows]))
     assert head.linear.weight.std().item() == pytest.approx((3 * 32) ** -0.5, rel=0.1)  # nn.Linear's own
     run.train()
     after = state(run)
