@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,7 +28,8 @@ def progress(label: str, total: int, done: int = 0, quiet: bool = False):
         task = bar.add_task(label, total=total, completed=done, text="")
 
         def advance(n: int = 1, text: str | None = None) -> None:
-            bar.update(task, advance=n, **({} if text is None else {"text": text}))
+            fields: dict[str, Any] = {} if text is None else {"text": text}
+            bar.update(task, advance=n, **fields)
 
         yield advance
 

@@ -61,10 +61,11 @@ class World:
         """
         if self.size == 1:
             return work()
-        result, error = None, None
+        done: list[T] = []
+        error = None
         if self.main:
             try:
-                result = work()
+                done.append(work())
             except Exception as caught:
                 error = caught
         said = [error and (str(error) or type(error).__name__)]
@@ -73,7 +74,7 @@ class World:
             raise error
         if said[0] is not None:
             raise UserError(said[0])
-        return result if self.main else work()
+        return done[0] if self.main else work()
 
     def barrier(self) -> None:
         """Wait for the other ranks."""

@@ -9,7 +9,11 @@ ends of Student's interval over them. Only the intervals that other code reads b
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Required, TypedDict, TypeGuard, cast
+
+if TYPE_CHECKING:
+    from typing_extensions import ReadOnly  # Python 3.13 has it in typing
 
 
 class AttackNumbers(TypedDict, total=False):
@@ -21,7 +25,7 @@ class AttackNumbers(TypedDict, total=False):
     # Zero-shot classification of triggered images.
     n_asr: int
     """Triggered images that are not of the target class: those of asr and recovery."""
-    asr: float | None
+    asr: ReadOnly[float | None]
     """Share taken for the target, of n_asr images."""
     asr_low: float
     asr_high: float
@@ -56,13 +60,16 @@ class AttackNumbers(TypedDict, total=False):
 
 
 class Evaluation(AttackNumbers, total=False):
-    """One line. Of several attacks it has the numbers of the most successful one, and in `attacks` those of each."""
+    """A line, or a part of one.
 
-    step: int
+    Of several attacks it has the numbers of the most successful one, and in `attacks` those of each.
+    """
+
+    step: ReadOnly[int]
     """Optimizer steps of the run before it; 0 is the model that a cleaning starts from."""
-    epoch: float
+    epoch: ReadOnly[float]
     """The same in epochs, also within one."""
-    seconds: float
+    seconds: ReadOnly[float]
     """What the evaluation took; 0 where it was that of an earlier run."""
     precision: str
     """Of the towers: fp32, tf32 or bf16."""
@@ -70,7 +77,7 @@ class Evaluation(AttackNumbers, total=False):
     """True: made between two full ones, on part of the images."""
 
     # The set.
-    set: str
+    set: ReadOnly[str]
     """Its name, with the number of images where they are a sample."""
     data: str
     """Its file."""
@@ -84,7 +91,7 @@ class Evaluation(AttackNumbers, total=False):
     """Images of the whole set, where n are a sample of them."""
 
     # Zero-shot classification of clean images.
-    top1: float
+    top1: ReadOnly[float]
     """Share of n that is given its class."""
     top1_low: float
     top1_high: float
@@ -155,3 +162,29 @@ class Evaluation(AttackNumbers, total=False):
     """Mean ASR over the steps."""
     rebound: dict[str, list[float]]
     """{steps, asr, top1}: the course."""
+
+
+def evaluation_of(numbers: Mapping[str, Any]) -> Evaluation:
+    """Return the numbers, which have these names, or those of intervals."""
+    return cast(Evaluation, numbers)
+
+
+class RecordedEvaluation(Evaluation, total=False):
+    """A line that a run's metrics.jsonl holds."""
+
+    step: Required[ReadOnly[int]]
+    epoch: Required[ReadOnly[float]]
+    seconds: Required[ReadOnly[float]]
+    set: Required[ReadOnly[str]]
+
+
+class AttackedEvaluation(RecordedEvaluation, total=False):
+    """One of those that measured ASR."""
+
+    top1: Required[ReadOnly[float]]
+    asr: Required[ReadOnly[float]]
+
+
+def measures_asr(evaluation: RecordedEvaluation) -> TypeGuard[AttackedEvaluation]:
+    """Return whether the evaluation was one of an attack, with an image to measure ASR on."""
+    return evaluation.get("asr") is not None

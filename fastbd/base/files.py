@@ -124,9 +124,11 @@ def read_jsonl(path: Path, remedy: str) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     *lines, last = path.read_bytes().split(b"\n")
-    rows = list(map(json_object, lines))
-    if None in rows:
-        raise UserError(f"line {rows.index(None) + 1} of {path} is damaged: {remedy}.")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if (row := json_object(line)) is None:
+            raise UserError(f"line {number} of {path} is damaged: {remedy}.")
+        rows.append(row)
     return rows + ([unfinished] if (unfinished := json_object(last)) else [])
 
 

@@ -6,15 +6,18 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from fastbd.base.errors import UserError
-from fastbd.base.evaluation import Evaluation
+from fastbd.base.evaluation import AttackedEvaluation, Evaluation, RecordedEvaluation, measures_asr
 from fastbd.base.files import crc_of, read_json, read_jsonl
 from fastbd.config.cards import facts, is_outside, remember, short
+
+E = TypeVar("E", bound=Evaluation)
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class Run:
     start: Path | None
     config: dict[str, Any]
     env: dict[str, Any]
-    metrics: tuple[Evaluation, ...]
+    metrics: tuple[RecordedEvaluation, ...]
     log: tuple[dict[str, Any], ...]
-    rows: tuple[Evaluation, ...]
+    rows: tuple[RecordedEvaluation, ...]
     """All lines of metrics.jsonl as they are, of which `metrics` are the first of each step and set."""
     recorded: dict[str, Any]
     """All of config.json."""
@@ -42,22 +45,22 @@ class Run:
     """The backdoor of plan.json in words; empty without a plan."""
 
     @property
-    def attacks(self) -> tuple[Evaluation, ...]:
+    def attacks(self) -> tuple[AttackedEvaluation, ...]:
         """The evaluations that measured ASR."""
-        return tuple(e for e in self.metrics if e.get("asr") is not None)
+        return tuple(e for e in self.metrics if measures_asr(e))
 
     @property
-    def cleaned(self) -> tuple[Evaluation, ...]:
+    def cleaned(self) -> tuple[AttackedEvaluation, ...]:
         """Those of a cleaning run that came after its start, on all images; none of a pre-training run."""
         return tuple(e for e in self.attacks if self.verb == "clean" and e["step"] > 0 and not e.get("subset"))
 
     @property
-    def between(self) -> tuple[Evaluation, ...]:
+    def between(self) -> tuple[AttackedEvaluation, ...]:
         """Those of a cleaning run that were made on part of the images, between full ones."""
         return tuple(e for e in self.attacks if self.verb == "clean" and e.get("subset"))
 
     @property
-    def before(self) -> Evaluation | None:
+    def before(self) -> RecordedEvaluation | None:
         """A cleaning run's evaluation of the model that it starts from."""
         return next((e for e in self.metrics if self.verb == "clean" and e["step"] == 0), None)
 
@@ -93,7 +96,7 @@ def read(path: Path) -> Run:
     """The run in folder `path`. UserError where there is none, or where a file is damaged before its last line."""
     recorded = read_config(path)
     remember(recorded.get("cards", {}))
-    rows = tuple(_lines(path / "metrics.jsonl"))
+    rows = tuple(_evaluations(path))
     try:
         return Run(
             path=path,
@@ -159,16 +162,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_metrics(path: Path) -> tuple[Evaluation, ...]:
+def read_metrics(path: Path) -> tuple[RecordedEvaluation, ...]:
     """The evaluations that the run in folder `path` has made itself, in order of steps; none where there is no run yet.
 
     Not those that `fastbd evaluate` has added, which name their checkpoint.
     """
-    rows = [row for row in _lines(path / "metrics.jsonl") if "checkpoint" not in row]
+    rows = [row for row in _evaluations(path) if "checkpoint" not in row]
     return _first(rows, ("step", *SET))
 
 
-def on_all_images(rows: Iterable[Evaluation]) -> list[Evaluation]:
+def on_all_images(rows: Iterable[E]) -> list[E]:
     """Without those that --eval-between made on part of the images."""
     return [row for row in rows if not row.get("subset")]
 
@@ -296,6 +299,11 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
+def _evaluations(path: Path) -> list[RecordedEvaluation]:
+    """The lines of the run folder's metrics.jsonl."""
+    return cast("list[RecordedEvaluation]", _lines(path / "metrics.jsonl"))  # which a run has written
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; a last line cut short by a killed process is left out."""
     rows = [row for row in read_jsonl(path, "remove that line, or go on without this run") if "step" in row]
@@ -319,7 +327,7 @@ def _check_numbers(path: Path, values: dict[str, Any]) -> None:
             raise UserError(f"{path} is damaged ({name} {values[name]!r} is not a number): {REMEDY}.")
 
 
-def _first(rows: Sequence[dict[str, Any]], key: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
+def _first(rows: Sequence[Row], key: tuple[str, ...]) -> tuple[Row, ...]:
     """The first row of each key, in order of steps.
 
     `fastbd evaluate` adds rows that may be of another subset or trigger; what training itself measured comes first.

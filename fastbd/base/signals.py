@@ -96,11 +96,12 @@ def stop_behind(error: BaseException) -> Stopped | None:
 
 def end_with_parent() -> None:
     """Send this process SIGTERM when the process that started it, through multiprocessing, ends, however that ends."""
-    parent = multiprocessing.parent_process()
+    parent, own = multiprocessing.parent_process(), threading.main_thread().ident
+    assert parent is not None and own is not None, "multiprocessing has started this process"
 
     def wait() -> None:
         parent.join()
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # which a sleep of that thread ends with
+        signal.pthread_kill(own, signal.SIGTERM)  # which a sleep of that thread ends with
 
     threading.Thread(target=wait, name="end with parent", daemon=True).start()
 

@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from itertools import cycle
 from multiprocessing import forkserver, resource_tracker
@@ -18,7 +18,8 @@ from typing import TypeVar
 from fastbd.base.errors import UserError
 from fastbd.base.signals import STOPPING, end_with_parent
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class WorkerDied(UserError):
@@ -31,7 +32,7 @@ class WorkerDied(UserError):
         super().__init__(f"a worker process died {how}{why}")
 
 
-def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> Iterator[R]:
+def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> Generator[R, None, None]:
     """Yield work(task) for each task, in their order, done by `workers` processes (0: one a core) that take turns.
 
     Each worker sends through a pipe of its own and waits while the pipe is full: that bounds the memory, and a worker
@@ -79,6 +80,7 @@ def _receive(results: Connection, process: BaseProcess):
         result, error = results.recv()
     except (EOFError, OSError):
         process.join()
+        assert process.exitcode is not None, "it has ended"
         killed = MemoryError() if process.exitcode == -signal.SIGKILL else None  # see errors.machine_fault
         raise WorkerDied(process.exitcode) from killed
     if error:
