@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class Ragged:
     sizes: np.ndarray
     """int32 [B, 2], height and width"""
     device: torch.device
-    owner: object
+    owner: Any
     """What keeps the memory."""
 
     @classmethod
@@ -34,7 +35,8 @@ class Ragged:
         if isinstance(images, Tensor):
             images = images.contiguous()
             addresses = images.data_ptr() + images.stride(0) * np.arange(len(images))
-            return cls(addresses, np.tile(np.int32(images.shape[1:3]), (len(images), 1)), images.device, images)
+            sizes = np.tile(np.array(images.shape[1:3], np.int32), (len(images), 1))
+            return cls(addresses, sizes, images.device, images)
         images = [image.contiguous() for image in images]
         addresses = np.array([image.data_ptr() for image in images], np.int64)
         sizes = np.array([image.shape[:2] for image in images], np.int32).reshape(-1, 2)

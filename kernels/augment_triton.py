@@ -14,6 +14,9 @@ Nothing that differs from batch to batch is a compile-time constant, and memory 
 image far larger than the others costs no compilation, and the others nothing.
 """
 
+# Triton's hints fit the inside of a kernel, not its launch, and let nobody loop over a range.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from torch import Tensor
 from fastbd.kernels import views
 from fastbd.kernels.augment import Ragged
 from fastbd.kernels.constants import noise_levels, normalisation
-from fastbd.kernels.views import OPERATION, PARAMS, View
+from fastbd.kernels.views import OFFSETS, OPERATION, PARAMS, View
 
 PIXELS = 256  # that a program operates on at a time
 COUNTED_PIXELS, COUNTED_TILES = 512, 16  # that a program counts at a time, and how often
@@ -47,7 +50,7 @@ GATHERED = (views.AFFINE, views.SHARPNESS)  # look at other pixels
 # Where a field begins in a sample's words of the packed parameters.
 WORDS, OPERATION_WORDS = tl.constexpr(PARAMS.itemsize // 4), tl.constexpr(OPERATION.itemsize // 4)
 BOX, RESIZED, WINDOW, NOISE, ERASE = (
-    tl.constexpr(PARAMS.fields[name][1] // 4) for name in ("box", "resized", "window", "noise", "erase")
+    tl.constexpr(OFFSETS[name] // 4) for name in ("box", "resized", "window", "noise", "erase")
 )
 # A pass over an image, int64: address of the source, of the result, height, width, word of the first operation in the
 # parameters, number of operations before the counted one, number of operations, place in the tables; of a blur, the
@@ -586,7 +589,7 @@ def _passes(
         scratch = torch.empty((1 + blur) * int(room.sum()), dtype=torch.uint8, device=device)
         jobs = np.zeros((len(rows), JOB.value), np.int64)
         jobs[:, 0], jobs[:, 1], jobs[:, 2:4] = addresses[rows], scratch.data_ptr() + _starts(room), sizes[rows]
-        jobs[:, 4] = (rows * PARAMS.itemsize + PARAMS.fields[field][1] + first * OPERATION.itemsize) // 4
+        jobs[:, 4] = (rows * PARAMS.itemsize + OFFSETS[field] + first * OPERATION.itemsize) // 4
         jobs[:, 5], jobs[:, 6] = counts[rows].argmax(1) - first, stop - first
         jobs[:counted, 7] = slot + np.arange(counted)
         if blur:

@@ -14,6 +14,7 @@ is tiny.
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -166,16 +167,16 @@ def contrastive(
         keys, key_rn = processes.keys(towers[1:], rn[1:])
         offset, own = processes.rows(rows)
         sums = backend.sums(towers, keys, rn, key_rn, scale, bias, _triples(terms), offset)
-        finish = _softmax if bias is None else _sigmoid
-        joined = processes.join(*sums, bias is None)
-        parts, row_log, column_log, diagonal, *rest = finish(*joined, weights.T[..., None], bias)
+        joined, w = processes.join(*sums, bias is None), weights.T[..., None]
+        finished = _softmax(*joined, w) if bias is None else _sigmoid(*joined, w, bias)
+        parts, row_log, column_log, diagonal, *rest = finished
         saved = [row_log[:, own].contiguous(), column_log, diagonal[:, own].contiguous(), rn, *rest]
         if processes.size > 1:
             saved += [keys, key_rn]
         return (weights * parts).sum(), parts, saved
 
 
-def _softmax(positive: Tensor, rows: Tensor, columns: Tensor, w: Tensor, _) -> tuple[Tensor, ...]:
+def _softmax(positive: Tensor, rows: Tensor, columns: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     """Sums of the whole batch [n, N], weights [2, n, 1] -> parts [n, 2]; row_log, column_log, diagonal [n, N]."""
     of_rows, of_columns, w = rows - positive, columns - positive, w / rows.shape[1]
     parts = torch.stack([F.softplus(of_rows).mean(1), F.softplus(of_columns).mean(1)], 1)
@@ -219,9 +220,12 @@ def contrastive_backward(
     with torch.autocast(log_scale.device.type, enabled=False):
         backend, processes, scale = _backend(way), _Processes(group), log_scale.float().exp()
         row_log, column_log, diagonal, rn, *rest = saved
-        keys, key_rn = rest[-2:] if processes.size > 1 else (towers[1:], rn[1:])
         v = rn.new_zeros(len(towers), *towers[0].shape)
-        key_v = v.new_zeros(keys.shape) if processes.size > 1 else v[1:]
+        if processes.size > 1:
+            keys, key_rn = rest[-2:]
+            key_v = v.new_zeros(keys.shape)
+        else:
+            keys, key_rn, key_v = towers[1:], rn[1:], v[1:]
         offset, _ = processes.rows(len(towers[0]))
         sum_gl = backend.products(
             towers, keys, rn, key_rn, scale, bias, row_log, column_log, diagonal, _triples(terms), offset, v, key_v
@@ -252,7 +256,7 @@ def _backward(ctx, gradient, *_):
     towers, log_scale, bias = saved[:count], saved[count], saved[count + 1] if biased else None
     saved = saved[count + 1 + biased :]
     of_towers, of_scale = torch.ops.fastbd.contrastive_backward(gradient, towers, log_scale, bias, saved, *ctx.settings)
-    of_bias = (saved[4] * gradient).to(bias.dtype).view_as(bias) if biased else None
+    of_bias = None if bias is None else (saved[4] * gradient).to(bias.dtype).view_as(bias)
     return of_towers, of_scale.to(log_scale.dtype).view_as(log_scale), of_bias, *[None] * 5
 
 
@@ -276,7 +280,7 @@ def contrastive_small(
         every, log_scale, weights, terms, own.start, own.stop
     )
     if processes.size > 1 and exact:
-        torch._foreach_mul_(gradients, processes.size)
+        torch._foreach_mul_(gradients, processes.size)  # pyright: ignore[reportPrivateImportUsage]
     return loss, parts, gradients, of_scale
 
 
@@ -306,8 +310,9 @@ class _Processes:
     """The process group of a name; "" is this process alone."""
 
     def __init__(self, group: str):
-        self._group = td.distributed_c10d._resolve_process_group(group) if group else None
-        self.size = self._group.size() if group else 1
+        resolve: Any = td.distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
+        self._group: td.ProcessGroup | None = resolve(group) if group else None
+        self.size = self._group.size() if self._group else 1
 
     def rows(self, count: int) -> tuple[int, slice]:
         """First column and columns of this process's `count` rows."""

@@ -22,7 +22,7 @@ def inverse_norms(towers: list[Tensor]) -> Tensor:
 
 def sums(
     towers: list[Tensor],
-    keys: list[Tensor],
+    keys: list[Tensor] | Tensor,
     rn: Tensor,
     key_rn: Tensor,
     scale: Tensor,
@@ -61,7 +61,7 @@ def sums(
 
 def products(
     towers: list[Tensor],
-    keys: list[Tensor],
+    keys: list[Tensor] | Tensor,
     rn: Tensor,
     key_rn: Tensor,
     scale: Tensor,

@@ -5,6 +5,9 @@ started for each image is work for the host that grows with their number; to gat
 first is a second pass over every byte, by cores that the decoding needs.
 """
 
+# Triton's hints fit the inside of a kernel, not its launch.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import numpy as np

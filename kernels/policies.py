@@ -18,9 +18,11 @@ from fastbd.kernels.views import View
 HEIGHT, WIDTH = 0, 1  # columns of sizes
 _ONE = int(np.float32(1).view(np.int32))
 IDENTITY = {  # arguments with which an operation returns every byte as it is
-    views.AFFINE: np.int32([65536, 0, 32768, 0, 65536, 32768]),
-    views.POSTERIZE: np.int32([255, 0, 0, 0, 0, 0]),
-    **dict.fromkeys((views.BRIGHTNESS, views.COLOR, views.CONTRAST, views.SHARPNESS), np.int32([_ONE, 0, 0, 0, 0, 0])),
+    views.AFFINE: np.array([65536, 0, 32768, 0, 65536, 32768], np.int32),
+    views.POSTERIZE: np.array([255, 0, 0, 0, 0, 0], np.int32),
+    **dict.fromkeys(
+        (views.BRIGHTNESS, views.COLOR, views.CONTRAST, views.SHARPNESS), np.array([_ONE, 0, 0, 0, 0, 0], np.int32)
+    ),
 }
 
 

@@ -87,7 +87,8 @@ def _attention(qkv: Tensor, starts: Tensor, heads: int, way: str) -> tuple[Tenso
         return text_pack_triton.attention(qkv, starts, heads)
     padded, inside = _by_caption(qkv, starts, heads)
     with torch.autocast(qkv.device.type, enabled=False):
-        y = F.scaled_dot_product_attention(*padded.permute(2, 0, 3, 1, 4).unbind(0), is_causal=True)
+        query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     out = qkv.new_zeros(len(qkv), qkv.shape[1] // 3)
     out[: starts[-1]] = y.transpose(1, 2).flatten(2)[inside]
     return out, qkv.new_empty(0)

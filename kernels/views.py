@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # Codes of the operations, and what their arguments (int32 [6]) are.
 NONE = 0
@@ -38,6 +39,8 @@ PARAMS = np.dtype(
         ("erase", "i4", 4),  # top, left, height, width of a square of the mean colour
     ]
 )
+OFFSETS: dict[str, int] = {name: place for name, (_, place, *_) in (PARAMS.fields or {}).items()}
+"""Bytes before each field of PARAMS."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class View:
         return View(self.params[picked], self.cubic)
 
 
-def plain(sizes: np.ndarray, size: int, squash: np.ndarray | bool = False) -> View:
+def plain(sizes: ArrayLike, size: int, squash: np.ndarray | bool = False) -> View:
     """The base view of images of `sizes` int [B, 2] (height, width): no operations.
 
     Short side to `size` (the long one rounded down, as torchvision's Resize does) and the middle cut out (its
