@@ -32,6 +32,7 @@ from fastbd.data.layout import (
     check_ranges,
     checksum,
     count_text_views,
+    names_of,
     read_tables,
     record_of,
     spans,
@@ -70,7 +71,7 @@ class Beton:
     def _read_tables(self) -> None:
         tables = read_tables(self._bytes)
         self._fields, self._metadata, self._allocations, *_ = tables
-        image, names = self._metadata["image"], self._metadata.dtype.names
+        image, names = self._metadata["image"], names_of(self._metadata.dtype)
         if image["mode"].any():
             raise ValueError("its images are not JPEG")
         self._jpeg_ptr, self._jpeg_size = image["ptr"], self._sizes(image["ptr"])
@@ -100,7 +101,7 @@ class Beton:
         return table["size"][order[found]]
 
     def _column(self, name: str) -> np.ndarray:
-        if name not in self._metadata.dtype.names:
+        if name not in names_of(self._metadata.dtype):
             raise UserError(f"{self.path} holds no {name}: build it with `fastbd build`.")
         return self._metadata[name]
 
@@ -110,7 +111,7 @@ class Beton:
         first = self._column(name)[ids] + np.uint64(2 * skip)
         tokens = sliding_window_view(self._bytes, 2 * width)[first].view("<u2")
         if tokens.max(initial=0) >= VOCABULARY:
-            row = ids[tokens.max(1).argmax()]
+            row = int(ids[tokens.max(1).argmax()])
             raise UserError(
                 f"the {name} of {self.whereabouts(row)} are not CLIP's: the file is damaged; build it again."
             )
@@ -146,7 +147,7 @@ class Beton:
         descriptors, records, before = zlib.crc32(self._fields.tobytes()), bytes_of(self._metadata), None
         for k, (image, others_of_row) in enumerate(zip(images, others, strict=True)):
             if image != before:  # else rows share it
-                before, crc = image, zlib.crc32(self._stored(*image))
+                before, crc = image, zlib.crc32(self._stored(*image).data)
             parts = [records[rows[k], :-8], *itertools.starmap(self._stored, others_of_row)]
             found = checksum(descriptors, crc, parts)
             whole[k] &= found == metadata["checksum"][k]
@@ -167,14 +168,14 @@ class Beton:
         head = HEADER.itemsize + self._fields.nbytes + self._metadata.nbytes
         for table in (self._bytes[:head], self._allocations.view(np.uint8)):
             for start in range(0, len(table), BLOCK):
-                digest.update(table[start : start + BLOCK])
+                digest.update(table[start : start + BLOCK].data)
                 self._release()
         return digest.hexdigest()
 
     @cached_property
     def class_names(self) -> list[str] | None:
         """Name of class 0..C-1."""
-        if self.labels is None or "class_name" not in self._metadata.dtype.names:
+        if self.labels is None or "class_name" not in names_of(self._metadata.dtype):
             return None
         labels, first = np.unique(self.labels, return_index=True)
         if labels[-1] >= len(labels):
@@ -346,7 +347,7 @@ class BetonWriter:
         before = self._metadata[self._count - 1]
         image_ptr = before["image"]["ptr"] if jpeg is None else ptr[0]
         record |= {"image": (0, width, height, image_ptr), "row_id": row_id, "label": label, "checksum": 0}
-        self._metadata[self._count] = tuple(record[name] for name in self._metadata.dtype.names)
+        self._metadata[self._count] = tuple(record[name] for name in names_of(self._metadata.dtype))
         if jpeg is None:
             jpeg_crc = int(before["checksum"]) >> 32 & 0xFFFFFFFF
         elif jpeg_crc is None:

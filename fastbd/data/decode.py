@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the packing of data needs no torch
 
     from fastbd.data.beton import Beton
     from fastbd.data.decode_dali import Dali
+    from fastbd.data.shards import Shards
     from fastbd.kernels.augment import Ragged
 
 QUALITY = 95
@@ -58,7 +59,7 @@ class BadImage(Exception):
 def read(jpeg: np.ndarray) -> np.ndarray:
     """An image file, uint8 [bytes], to uint8 [H, W, 3], by Pillow. Raises BadImage."""
     try:
-        image = Image.open(io.BytesIO(jpeg), formats=FORMATS)
+        image = Image.open(io.BytesIO(jpeg.data), formats=FORMATS)
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except Exception as error:  # PIL raises nearly anything for a damaged file
         raise BadImage(_reason(error)) from None
@@ -116,7 +117,7 @@ class Decoder:
         return f"{ON_GPU}, hw_decoder_load {self.hw_decoder_load:g}{shared}"
 
     def stream(
-        self, beton: Beton, batches: Sequence[np.ndarray], one: Callable[[int], Tensor], host: bool = True
+        self, beton: Beton | Shards, batches: Sequence[np.ndarray], one: Callable[[int], Tensor], host: bool = True
     ) -> Iterator[Sequence[Tensor] | Ragged]:
         """Images uint8 [H, W, 3] of each of the batches (row ids, int64 [B]), in order; valid until the next is taken.
 

@@ -24,6 +24,7 @@ from fastbd.base.console import console
 from fastbd.data.beton import Beton
 from fastbd.data.decode import BadImage, OnDemand, read
 from fastbd.data.jpeg import is_whole
+from fastbd.data.shards import Shards
 from fastbd.kernels.augment import Ragged
 
 AHEAD = 2  # batches that are decoded in advance
@@ -48,7 +49,7 @@ class Dali:
     def __init__(self, threads: int, hw_decoder_load: float, pool: ThreadPoolExecutor):
         self.threads, self.hw_decoder_load, self.pool = threads, hw_decoder_load, pool
         self._pipelines: dict[str, Pipeline] = {}  # by device
-        self._files: WeakKeyDictionary[Beton, Known] = WeakKeyDictionary()
+        self._files: WeakKeyDictionary[Beton | Shards, Known] = WeakKeyDictionary()
 
     @property
     def left(self) -> int:
@@ -56,7 +57,7 @@ class Dali:
         return sum(int(files.left.sum()) for files in self._files.values())
 
     def stream(
-        self, beton: Beton, batches: Sequence[np.ndarray], one: Callable[[int], Tensor], device: str
+        self, beton: Beton | Shards, batches: Sequence[np.ndarray], one: Callable[[int], Tensor], device: str
     ) -> Iterator[Sequence[Tensor] | Ragged]:
         """As Decoder.stream, decoded on `device`. RuntimeError where DALI fails on no image in particular."""
         files = self._files.setdefault(beton, Known(len(beton)))
@@ -85,21 +86,21 @@ class Dali:
             pipeline.end()  # a stream that is left before leaves its pipeline in the middle, to be thrown away
             self._pipelines[device] = pipeline
 
-    def _pipeline(self, device: str, beton: Beton, batch_size: int) -> Pipeline:
+    def _pipeline(self, device: str, beton: Beton | Shards, batch_size: int) -> Pipeline:
         where = {"device": "cpu"}
         if device.startswith("cuda"):  # chroma as the CPU has it, in training and in evaluation
             hints = engine_hints(beton.width, beton.height, batch_size, self.hw_decoder_load)
             where = {"device": "mixed", "hw_decoder_load": self.hw_decoder_load, "jpeg_fancy_upsampling": True, **hints}
         return Pipeline(batch_size, self.threads, device, where)
 
-    def _jpegs(self, beton: Beton, files: Known, ids: np.ndarray) -> list[np.ndarray]:
+    def _jpegs(self, beton: Beton | Shards, files: Known, ids: np.ndarray) -> list[np.ndarray]:
         """The files of a batch, with another one in place of those that are left to Pillow."""
         for row in ids[~files.checked[ids]].tolist():
             files.left[row] |= not is_whole(beton.jpeg(row))
         files.checked[ids] = True
         return [placeholder() if files.left[row] else beton.jpeg(row) for row in ids.tolist()]
 
-    def _refused(self, device: str, beton: Beton, ids: np.ndarray) -> list[int]:
+    def _refused(self, device: str, beton: Beton | Shards, ids: np.ndarray) -> list[int]:
         """Those of the rows that DALI cannot decode, found by halving; none where the fault is not an image's."""
 
         def decodes(jpegs: list[np.ndarray]) -> bool:
@@ -119,7 +120,7 @@ class Dali:
 
         return refused(np.unique(ids).tolist()) if len(ids) and decodes([placeholder()]) else []
 
-    def _compare(self, beton: Beton, files: Known, ids: np.ndarray, images: Sequence) -> None:
+    def _compare(self, beton: Beton | Shards, files: Known, ids: np.ndarray, images: Sequence) -> None:
         """Leave to Pillow what is unlike its pixels, of the images uint8 [H, W, 3] that were not compared before."""
         new = np.flatnonzero(~files.compared[ids] & ~files.left[ids])
         same = self.pool.map(lambda k: is_like(np.asarray(images[k]), beton.jpeg(int(ids[k]))), new.tolist())
@@ -128,7 +129,7 @@ class Dali:
         _leave(beton, files, np.unique(ids[unlike]).tolist(), "DALI gives other pixels than Pillow for")
 
 
-def _leave(beton: Beton, files: Known, rows: list[int], why: str) -> None:
+def _leave(beton: Beton | Shards, files: Known, rows: list[int], why: str) -> None:
     files.left[rows] = True
     for row in rows:
         console.print(f"{why} image {row} of {beton.path}: it is left to Pillow.", markup=False)
@@ -188,22 +189,27 @@ class Pipeline:
     """DALI's pipeline from JPEG files to RGB pixels of their own size; `where` are settings of its decoder."""
 
     def __init__(self, batch_size: int, threads: int, device: str, where: dict):
-        from nvidia.dali import fn, pipeline_def, types
+        from nvidia.dali import fn, types
+        from nvidia.dali.pipeline import pipeline_def
 
         self.batch_size, self.gpu = batch_size, device.startswith("cuda")
-        feed = self._feed = [iter(())]  # not self: without a cycle a pipeline ends when it is dropped
+        feed: list[Iterator[list[np.ndarray]]] = [iter(())]
+        self._feed = feed  # not self: without a cycle a pipeline ends when it is dropped
 
         @pipeline_def(
             batch_size=batch_size,
             num_threads=threads,
-            device_id=int(device.partition(":")[2] or 0) if self.gpu else None,
+            # DALI's hint lacks the None of a CPU.
+            device_id=int(device.partition(":")[2] or 0) if self.gpu else None,  # pyright: ignore[reportArgumentType]
             prefetch_queue_depth=AHEAD,
         )
         def pipeline():
             # Not copied: the file stays mapped.
-            jpegs = fn.external_source(source=lambda: next(feed[0]), dtype=types.UINT8, ndim=1, no_copy=True)
+            jpegs = fn.external_source(
+                source=lambda: next(feed[0]), dtype=types.DALIDataType.UINT8, ndim=1, no_copy=True
+            )
             # The build has turned the images upright; an orientation that is still recorded is not to be applied again.
-            return fn.decoders.image(jpegs, output_type=types.RGB, adjust_orientation=False, **where)
+            return fn.decoders.image(jpegs, output_type=types.DALIImageType.RGB, adjust_orientation=False, **where)
 
         self._pipeline = pipeline()
         self._pipeline.build()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import queue
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ import torch
 from fastbd.base.errors import UserError
 from fastbd.data.beton import Beton
 from fastbd.data.layout import FIELD, HEADER
+from fastbd.data.shards import Shards
 
 CHUNK = 64  # images decoded at once
 AHEAD = 1  # chunks that wait; FFCV's ring has two more: one that is read, one that is written
@@ -27,7 +29,9 @@ RING = 2 << 30  # bytes the ring may take
 BUILT = {"image", "tokens", "caption", "row_id"}  # fields of every file that `fastbd build` writes
 
 
-def open_stream(beton: Beton, batches: Sequence[np.ndarray], threads: int) -> Iterator[list[np.ndarray | None]]:
+def open_stream(
+    beton: Beton | Shards, batches: Sequence[np.ndarray], threads: int
+) -> Iterator[list[np.ndarray | None]]:
     """For each batch (int64 [B], row ids) its images, uint8 [H, W, 3], copies that stay valid.
 
     None stands for a PNG, which FFCV's decoder is not given, and for an image in which it found damage; PIL can say
@@ -50,7 +54,7 @@ def open_stream(beton: Beton, batches: Sequence[np.ndarray], threads: int) -> It
     return _stream(loader, beton, batches)
 
 
-def _check(beton: Beton) -> tuple[str, ...]:
+def _check(beton: Beton | Shards) -> tuple[str, ...]:
     """Names of the file's fields. UserError unless it is one file, and one of ours: FFCV's writer checks no image.
 
     The fields tell, which FFCV's users name as they like: a file made to look like ours, or damaged since, passes.
@@ -75,16 +79,16 @@ def _loader(path: str, modified: int, names: tuple[str, ...], largest: int, thre
     try:
         from ffcv.loader import Loader, OrderOption
         from ffcv.pipeline import PipelineSpec
-        from numba import config
+        from numba.core.config import NUMBA_NUM_THREADS as MOST_THREADS  # pyright: ignore[reportAttributeAccessIssue]
     except (ImportError, OSError) as error:
         raise UserError(f"--decode ffcv cannot load FFCV ({error}): run `make ffcv`, or give --decode pil.") from None
-    pipelines = dict.fromkeys(names) | {"image": PipelineSpec("image", _whole_images(largest))}
+    pipelines: dict[str, Any] = dict.fromkeys(names) | {"image": PipelineSpec("image", _whole_images(largest))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of uint16 in PyTorch; FFCV does not read the tokens here
         return Loader(
             path,
             CHUNK,
-            num_workers=min(threads or config.NUMBA_NUM_THREADS, config.NUMBA_NUM_THREADS),  # numba refuses more
+            num_workers=min(threads or MOST_THREADS, MOST_THREADS),  # numba refuses more
             os_cache=True,
             order=OrderOption.SEQUENTIAL,
             pipelines=pipelines,
@@ -108,7 +112,8 @@ def _whole_images(largest: int):
             return state, (AllocationQuery((largest,), np.dtype(np.uint8)), AllocationQuery((), np.dtype(np.int32)))
 
         def generate_code(self):
-            read, each = self.memory_read, Compiler.get_iterator()
+            each = Compiler.get_iterator()
+            read: Any = self.memory_read  # its hint lacks the storage
 
             def decode(rows, memory, metadata, storage):
                 pixels, verdict = memory
@@ -131,14 +136,14 @@ def _whole_images(largest: int):
     return WholeImages()
 
 
-def _stream(loader, beton: Beton, batches: Sequence[np.ndarray]) -> Iterator[list[np.ndarray | None]]:
+def _stream(loader, beton: Beton | Shards, batches: Sequence[np.ndarray]) -> Iterator[list[np.ndarray | None]]:
     ids = np.concatenate([np.empty(0, np.int64), *batches])
     with closing(_images(loader, beton, ids)) as images:
         for batch in batches:
             yield list(islice(images, len(batch)))
 
 
-def _images(loader, beton: Beton, ids: np.ndarray) -> Iterator[np.ndarray | None]:
+def _images(loader, beton: Beton | Shards, ids: np.ndarray) -> Generator[np.ndarray | None, None, None]:
     """The images one by one. Each is copied while its chunk is the last one taken: then nothing writes over it."""
     # FFCV takes an order of the user's only when a loader is made; these three are what it makes of it.
     loader.indices = loader.traversal_order.indices = loader.first_traversal_order = ids.astype(np.uint64)

@@ -143,7 +143,7 @@ CAPTIONS = (
 def _noise(u: np.ndarray, side: int, cells: int) -> np.ndarray:
     """Smooth noise float [side, side] in 0..1 from the first cells^2 draws."""
     small = Image.fromarray((u[: cells * cells].reshape(cells, cells) * 255).astype(np.uint8))
-    return np.asarray(small.resize((side, side), Image.BICUBIC), np.float64) / 255
+    return np.asarray(small.resize((side, side), Image.Resampling.BICUBIC), np.float64) / 255
 
 
 def _clouds(u: np.ndarray, side: int) -> np.ndarray:
@@ -219,7 +219,7 @@ def _mask(thing: str, u: np.ndarray, side: int, within: int, size: float) -> Ima
             turns = [k * math.tau / 48 for k in range(48)]
             points = [(x + rx * math.cos(t), y + ry * math.sin(t)) for t in turns]
         pen.polygon([place(x, y) for x, y in points], fill=255 * paint)
-    return mask.resize((side, side), Image.BOX)
+    return mask.resize((side, side), Image.Resampling.BOX)
 
 
 def picture(seed: int, i: int, thing: str) -> tuple[Image.Image, str]:

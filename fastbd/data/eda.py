@@ -94,7 +94,7 @@ class WordNet:
 
 def _find_wordnet() -> tuple[str, Path | zipfile.Path | None]:
     try:
-        from nltk.data import path as folders
+        from nltk.data import path as folders  # pyright: ignore[reportMissingImports] - of an extra
     except ImportError:
         folders = []
     for folder in folders:
@@ -122,7 +122,8 @@ def synonyms_source() -> str:
 @lru_cache(maxsize=1 << 16)
 def wordnet_synonyms(word: str) -> list[str]:
     """Synonyms from whichever WordNet is installed; an empty list without one."""
-    return _wordnet().synonyms(word) if _wordnet() else []
+    wordnet = _wordnet()
+    return wordnet.synonyms(word) if wordnet else []
 
 
 Pick = Callable[[int], int]  # pick(n): the next draw as an integer in 0..n-1
@@ -182,9 +183,9 @@ def eda(caption: str, u: np.ndarray, synonyms: Callable[[str], Sequence[str]] | 
 
     n = max(1, int(STRENGTH * len(words)))
     operation = pick(4) if synonyms else 2 + pick(2)
-    if operation == 0:
+    if synonyms and operation == 0:
         words = _replace(words, n, pick, synonyms)
-    elif operation == 1:
+    elif synonyms and operation == 1:
         words = _insert(words, n, pick, synonyms)
     elif operation == 2:
         words = _swap(words, n, pick)

@@ -59,7 +59,7 @@ def read_tables(data: np.ndarray) -> Tables:
     known = n * int((fields["type"] > INT_TYPE).sum()) * ALLOCATION.itemsize  # values a sample, each with a row
     if len(fields) < header["fields"] or end > table or len(data) - table < known:
         raise ValueError("its end is missing")
-    if "checksum" in record.names and (header["page"] != PAGE or len(data) - table > known):
+    if "checksum" in names_of(record) and (header["page"] != PAGE or len(data) - table > known):
         raise ValueError("its header does not fit its size")
     if not n:
         raise ValueError("it holds no samples")
@@ -75,6 +75,11 @@ def record_of(fields: np.ndarray) -> np.dtype:
     if "image" not in names or "" in names or len(set(names)) < len(names):
         raise ValueError("its fields lack the image, or have no names of their own")
     return np.dtype([(name, METADATA[kind]) for name, kind in zip(names, kinds, strict=True)], align=True)
+
+
+def names_of(record: np.dtype) -> tuple[str, ...]:
+    """Return the names of the record's fields."""
+    return record.names or ()
 
 
 def count_text_views(fields: np.ndarray) -> int:
@@ -105,8 +110,9 @@ def check_ranges(tables: Tables, jpeg_size: np.ndarray, text_views: int) -> None
     for name, (ptr, size) in spans(metadata, jpeg_size, text_views).items():
         if ptr.min() < start or ptr.max() > end or np.max(size) > end - start or (ptr + size).max() > end:
             raise ValueError(f"a {name} lies outside of its pages")
-    if "label" in metadata.dtype.names:
-        most = len(metadata) if "class_name" in metadata.dtype.names else max(LABELS, len(metadata))
+    names = names_of(metadata.dtype)
+    if "label" in names:
+        most = len(metadata) if "class_name" in names else max(LABELS, len(metadata))
         if metadata["label"].min() < 0 or metadata["label"].max() >= most:
             raise ValueError("its labels are not those of classes")
 
@@ -118,7 +124,7 @@ def spans(metadata: np.ndarray, jpeg_size: np.ndarray, text_views: int) -> dict[
     """
     fixed = {"image": jpeg_size, "tokens": np.uint64(2 * CONTEXT), "text_views": np.uint64(2 * CONTEXT * text_views)}
     found = {}
-    for name in metadata.dtype.names:
+    for name in names_of(metadata.dtype):
         column = metadata[name]
         if name in fixed:
             found[name] = (column["ptr"] if name == "image" else column), fixed[name]

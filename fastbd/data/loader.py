@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,10 +30,7 @@ from fastbd.kernels.policies import POLICIES
 from fastbd.kernels.text_pack import PackedText, lengths_of, pack
 from fastbd.kernels.views import View, plain
 
-if TYPE_CHECKING:
-    pass
-
-Images = Sequence[Tensor] | Ragged
+T = TypeVar("T")
 Draw = Callable[[np.ndarray, np.ndarray], list[View]]  # (row ids, sizes of their source images)
 Texts = Callable[[np.ndarray], tuple[PackedText, ...]]  # of row ids
 
@@ -125,7 +122,9 @@ def text_lengths(pairs: Pairs, rows: np.ndarray, text_view: int | None) -> np.nd
     return lengths_of(pairs.captions(some, text_view)).reshape(-1, len(some)).T
 
 
-def _made_on_cpu(pairs: Pairs, order: Sequence[np.ndarray], draw: Draw, texts: Texts, dtype) -> Iterator[Batch]:
+def _made_on_cpu(
+    pairs: Pairs, order: Sequence[np.ndarray], draw: Draw, texts: Texts, dtype
+) -> Generator[Batch, None, None]:
     rooms = _Rooms()
     for ids, sources in zip(order, pairs.sources(order), strict=True):
         views = _views(pairs, ids, sources, draw, partial(rooms.empty, dtype=dtype))
@@ -180,7 +179,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 def _made_on_gpu(
     pairs: Pairs, order: Sequence[np.ndarray], draw: Draw, texts: Texts, dtype, device: torch.device
-) -> Iterator[tuple[Batch, torch.cuda.Event]]:
+) -> Generator[tuple[Batch, torch.cuda.Event], None, None]:
     """Batches, and when they are ready."""
     held = deque()
     with torch.cuda.stream(_stream(device)):
@@ -232,7 +231,7 @@ def _received(made: Iterator[tuple[Batch, torch.cuda.Event]]) -> Iterator[Batch]
         del batch, tensor  # not to be kept while the next one is waited for
 
 
-def _ahead(items: Generator, depth: int) -> Iterator:
+def _ahead(items: Generator[T, None, None], depth: int) -> Iterator[T]:
     """The same items, made by a thread up to `depth` ahead, which also closes their maker."""
     done, ready, abandoned = object(), queue.Queue(depth), threading.Event()
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from fastbd.data.beton import Beton
 from fastbd.data.decode import BadImage, Decoder, OnDemand, read
 from fastbd.data.eda import N_DRAWS, eda
 from fastbd.data.pixels import Pixels
+from fastbd.data.shards import Shards
 from fastbd.data.tokenizer import tokenize
 from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.views import plain
@@ -38,7 +40,7 @@ class Pairs:
     place that resident.keep() has found for them, "none" where they are decoded in each epoch.
     """
 
-    def __init__(self, beton: Beton, decoder: Decoder, size: int, plan: Plan | None = None, max_bad: int = 0):
+    def __init__(self, beton: Beton | Shards, decoder: Decoder, size: int, plan: Plan | None = None, max_bad: int = 0):
         self.beton, self.decoder, self.size, self.plan, self.max_bad = beton, decoder, size, plan, max_bad
         self.bad: dict[int, str] = {}
         self.resident: Pixels | None = None
@@ -50,11 +52,11 @@ class Pairs:
             plan.check(beton.fingerprint, len(beton), beton.path)
             self.planned[list(plan.rows)] = np.arange(len(plan.rows))
             self._captions = tokenize(plan.captions)
-            self._captions_aug = [self._plan_eda(view) for view in range(beton.num_text_views)]
+            self._captions_aug = [self._plan_eda(plan, view) for view in range(beton.num_text_views)]
 
-    def _plan_eda(self, view: int) -> np.ndarray:
-        u = random.uniform(self.plan.seed, "plan-eda", self.plan.rows, N_DRAWS, view=view)
-        return tokenize([eda(caption, u[k]) for k, caption in enumerate(self.plan.captions)])
+    def _plan_eda(self, plan: Plan, view: int) -> np.ndarray:
+        u = random.uniform(plan.seed, "plan-eda", plan.rows, N_DRAWS, view=view)
+        return tokenize([eda(caption, u[k]) for k, caption in enumerate(plan.captions)])
 
     def stored(self, row: int) -> Tensor:
         """The stored image uint8 [H, W, 3], decoded by Pillow, or a damaged one's substitute."""
@@ -90,6 +92,12 @@ class Pairs:
         sizes[self.planned[ids] >= 0] = self.size
         return sizes
 
+    @overload
+    def sources(self, batches: Sequence[np.ndarray], host: Literal[True] = True) -> Iterator[Sequence[Tensor]]: ...
+
+    @overload
+    def sources(self, batches: Sequence[np.ndarray], host: bool) -> Iterator[Images]: ...
+
     def sources(self, batches: Sequence[np.ndarray], host: bool = True) -> Iterator[Images]:
         """The source images of batches of rows, in order: made on demand, to be used before the next batch is taken.
 
@@ -119,6 +127,7 @@ class Pairs:
 
     def _triggered(self, ids: np.ndarray, images: Images) -> Tensor:
         """Stored images of poisoned rows, fitted and stamped: uint8 [B, S, S, 3]."""
+        assert self.plan is not None, "no other rows are poisoned"
         sizes = images.sizes if isinstance(images, Ragged) else [image.shape[:2] for image in images]
         fitted = render(images, plain(sizes, self.size, self.plan.squashed(ids)), self.size, torch.uint8)
         self.plan.stamp(fitted, ids)

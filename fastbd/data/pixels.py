@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,13 +41,13 @@ class Pixels:
         if np.array_equal(image.shape[:2], self.sizes[place]):
             self._kept(place).copy_(image)
             if self._file:
-                self._file.checksums[place] = zlib.crc32(np.ascontiguousarray(image.numpy()))
+                self._file.checksums[place] = zlib.crc32(np.ascontiguousarray(image.numpy()).data)
                 self._trusted[place] = True
         else:
             image = image.to(self.pixels.device).contiguous()
             self._substitutes[place] = image.pin_memory() if self._locked else image
 
-    def images(self, ids: np.ndarray, host: bool = True) -> list[Tensor] | Ragged:
+    def images(self, ids: np.ndarray, host: bool = True) -> Sequence[Tensor] | Ragged:
         """Images of rows int64 [B]. IndexError for a row that is not kept.
 
         A Ragged on the GPU where the pixels are there, or are locked in main memory and not for the `host`.
@@ -76,7 +77,7 @@ class Pixels:
         if place in self._substitutes:
             return self._substitutes[place]
         image = self._kept(place)
-        if not self._trusted[place]:
+        if self._file and not self._trusted[place]:
             self._file.check(int(self.rows[place]), place, image)
             self._trusted[place] = True
         return image
@@ -96,7 +97,7 @@ class PixelFile(NamedTuple):
 
     def check(self, row: int, place: int, image: Tensor) -> None:
         """Raise a UserError where the image is not the one that was written."""
-        if zlib.crc32(image.numpy()) != self.checksums[place]:
+        if zlib.crc32(image.numpy().data) != self.checksums[place]:
             raise UserError(
                 f"{self.path} is damaged, as the image of row {row} is not the one that was written: remove the file, "
                 "and the next run makes it again."

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ def _memory(where: str, need: int, device: torch.device) -> Tensor:
         return torch.empty(need, dtype=torch.uint8, device=device)
     pixels = torch.empty(need, dtype=torch.uint8)
     if device.type == "cuda":  # locked in place, for the GPU to read; pin_memory() would round up to a power of two
-        runtime = torch.cuda.cudart()
+        runtime: Any = torch.cuda.cudart()
         if (code := runtime.cudaHostRegister(pixels.data_ptr(), need, 0)) != runtime.cudaError.success:
             why = runtime.cudaGetErrorString(runtime.cudaError(code))
             raise UserError(
@@ -138,7 +139,7 @@ def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base
         base,
         pairs.decoder.name,
         pairs.plan and pairs.plan.to_dict(),
-        hashlib.sha256(rows.astype("<i8")).hexdigest(),
+        hashlib.sha256(rows.astype("<i8").data).hexdigest(),
     ]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest().encode()
     end = HEAD + int(bytes_of(sizes).sum())  # of the pixels
@@ -173,7 +174,7 @@ def _on_disk(path: Path, pairs: Pairs, rows: np.ndarray, sizes: np.ndarray, base
         discard(temporary)
 
 
-def _mapped(path: Path, mode: str, end: int) -> Tensor:
+def _mapped(path: Path, mode: Literal["r", "r+"], end: int) -> Tensor:
     """The pixels in the file, which end there."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")

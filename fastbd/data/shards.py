@@ -50,7 +50,7 @@ class Shards:
         named = self._same("kind (with labels, or without)", lambda shard: shard.labels is not None)
         named = named and self._same("kind (with class names, or without)", lambda shard: shard.class_names is not None)
         # As build numbers the classes of a single file.
-        self.class_names = sorted({name for s in shards for name in s.class_names}) if named else None
+        self.class_names = sorted({name for s in shards for name in s.class_names or ()}) if named else None
         self.has_checksums = all(shard.has_checksums for shard in shards)
 
     def _same(self, what: str, of: Callable[[Beton], int]) -> int:
@@ -93,7 +93,7 @@ class Shards:
         if self.class_names is None:
             return None if self._shards[0].labels is None else self._column("labels")
         place = {name: label for label, name in enumerate(self.class_names)}
-        return np.concatenate([np.array([place[n] for n in s.class_names])[s.labels] for s in self._shards])
+        return np.concatenate([np.array([place[n] for n in s.class_names or ()])[s.labels] for s in self._shards])
 
     @cached_property
     def fingerprint(self) -> str:

@@ -105,5 +105,5 @@ def _arrange(groups: dict[str, list[Image.Image]]) -> Image.Image:
 
 
 @cache
-def _font(size: int = 12) -> ImageFont.FreeTypeFont:
+def _font(size: int = 12) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)

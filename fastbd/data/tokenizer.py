@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from functools import cache
 
 import ftfy
-import instant_clip_tokenizer
 import numpy as np
+from instant_clip_tokenizer import Tokenizer  # pyright: ignore[reportAttributeAccessIssue] - it has no hints
 
 from fastbd.kernels.text_pack import lengths_of
 
@@ -19,8 +19,8 @@ LONGEST_TOKEN = 32  # bytes; eight emoji
 
 
 @cache
-def _tokenizer() -> instant_clip_tokenizer.Tokenizer:
-    return instant_clip_tokenizer.Tokenizer()
+def _tokenizer() -> Tokenizer:
+    return Tokenizer()
 
 
 def clean(text: str) -> str:

@@ -32,7 +32,7 @@ class Layout:
 
     name: str  # as in "the source x is NAME"
     flags: frozenset[str]  # those of FLAGS that it uses
-    read: Callable[[BuildConfig], Iterable[Item]]
+    read: Callable[..., Iterable[Item]]  # of the BuildConfig; a JSON file's also of its `content`
     repeats: bool = False  # may hold a pair twice, as published retrieval sets do
 
 
@@ -77,9 +77,9 @@ def read_items(config: BuildConfig) -> list[Item]:
     if not items:
         raise UserError(f"the source {source} holds no rows: there is nothing to build.")
     if config.labels:
-        items = labelled(items, config)
+        items = labelled(items, config, config.labels)
     if config.classes:
-        items = _in_list(items, config)
+        items = _in_list(items, config.classes, source)
     return items if layout.repeats else _repeats_marked(items)
 
 
@@ -162,11 +162,11 @@ def _check_flags(config: BuildConfig, layout: Layout) -> None:
         )
 
 
-def _in_list(items: list[Item], config: BuildConfig) -> list[Item]:
-    """The items with their classes by the codes of the list config.classes; others are marked as not in it."""
+def _in_list(items: list[Item], name: str, source: Path) -> list[Item]:
+    """The items with their classes by the codes of the list of classes `name`; others are marked as not in it."""
     if all(item.class_name is None for item in items):
-        raise UserError(f"--classes is for labelled images, and {config.source} names no classes: leave it out.")
-    classes, reason = read_classes(config.classes), f"class not in {config.classes}"
+        raise UserError(f"--classes is for labelled images, and {source} names no classes: leave it out.")
+    classes, reason = read_classes(name), f"class not in {name}"
     labels = labels_of(classes, {item.class_name for item in items if item.class_name})
 
     def marked(item: Item) -> Item:

@@ -16,9 +16,9 @@ from fastbd.data.sources.samples import NO_IMAGE
 NAMES_IMAGE = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})\b", re.IGNORECASE)
 
 
-def labelled(items: list[Item], config: BuildConfig) -> list[Item]:
-    """The images in the order of their file names, each with its class from config.labels."""
-    source, file = config.source, config.labels
+def labelled(items: list[Item], config: BuildConfig, file: Path) -> list[Item]:
+    """The images in the order of their file names, each with its class from the file of labels."""
+    source = config.source
     if damaged := next((item for item in items if item.problem not in (None, NO_IMAGE)), None):
         raise UserError(
             f"{damaged.name} cannot be read ({damaged.problem}), and every image needs its label: repair it."

@@ -34,7 +34,7 @@ def parquet_items(config: BuildConfig) -> Iterator[Item]:
             for item in _items_in(path, config):
                 yield item._replace(row_id=row_id)
                 row_id += 1
-        except (OSError, ValueError, _pyarrow().lib.ArrowException) as error:
+        except (OSError, ValueError, _pyarrow().ArrowException) as error:
             raise UserError(f"{path} cannot be read ({_first_line(error)}): repair it, or take it out.") from None
 
 
@@ -42,7 +42,7 @@ def read_image(item: Item) -> bytes:
     """The encoded image in the column and row of the item; raises BadImage where there is none."""
     try:
         value = _rows(item.file, item.column)[item.offset]
-    except (OSError, ValueError, _pyarrow().lib.ArrowException) as error:
+    except (OSError, ValueError, _pyarrow().ArrowException) as error:
         raise BadImage(f"damaged parquet file: {_first_line(error)}") from None
     value = value.get("bytes") if isinstance(value, dict) else value
     if not value:
@@ -106,7 +106,7 @@ class _Rows:
             self.values = ()
             try:
                 self.values = next(self.batches).column(0)
-            except (OSError, ValueError, StopIteration, _pyarrow().lib.ArrowException) as error:
+            except (OSError, ValueError, StopIteration, _pyarrow().ArrowException) as error:
                 self.damaged[group] = self.begin, ValueError(_first_line(error) or "it ends before its last row")
                 raise self.damaged[group][1] from None
         return self.values[row - self.begin].as_py()

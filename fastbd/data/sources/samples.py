@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fastbd.base.console import progress
 from fastbd.base.workers import map_in_order
@@ -19,6 +19,8 @@ from fastbd.data.sources.record import parse
 NO_IMAGE = "no image in the sample"
 NO_CAPTION = "no caption in the sample"
 JSON_LIMIT = 1 << 24  # bytes; img2dataset puts an image's whole EXIF into it
+
+P = TypeVar("P")
 
 
 class Member(NamedTuple):
@@ -63,9 +65,7 @@ def _item(image: Member, caption: str, class_name: str | None, problem: str | No
     return Item(-1, image.name, image.file, caption, class_name, image.offset, image.size, problem)
 
 
-def items_of(
-    parts: Sequence[tuple[str, ...]], read: Callable[[tuple], list[Item]], doing: str, workers: int
-) -> Iterator[Item]:
+def items_of(parts: Sequence[P], read: Callable[[P], list[Item]], doing: str, workers: int) -> Iterator[Item]:
     """The items that `workers` processes read from the parts, numbered; `doing` is said with the progress.
 
     Where some have captions, those with only a class are marked as having none.

@@ -83,7 +83,7 @@ class _Table:
             return fields
         for place, field in enumerate(fields):
             if field.startswith('"'):
-                end = IN_QUOTES.match(field, 1).end()
+                end = _in_quotes(field, 1).end()
                 if end == len(field):
                     return "a quote that is not closed"
                 if end == len(field) - 1 and '""' in field:
@@ -119,13 +119,13 @@ class _Table:
     def _enclosed(self, number: int, text: str, place: int, lines: Iterator) -> tuple[str, int, str, int]:
         """(field, number and text of the line where it ends, place after its closing quote) of one in quotes."""
         begin, parts, size = number, [], 0
-        while (match := IN_QUOTES.match(text, place)).end() == len(text):
+        while (match := _in_quotes(text, place)).end() == len(text):
             parts.append(match[0])
             size += len(match[0])
-            number, text = next(lines, (number, None))
-            place = 0
-            if text is None or size > LINE_LIMIT:
+            number, line = next(lines, (number, None))
+            if line is None or size > LINE_LIMIT:
                 raise self._astray(begin, "is not closed")
+            text, place = line, 0
         return "".join([*parts, match[0]]).replace('""', '"'), number, text, match.end() + 1
 
     def _in_doubt(self, fields: list[str]) -> str | None:
@@ -152,6 +152,13 @@ class _Table:
         )
 
 
+def _in_quotes(text: str, place: int) -> re.Match[str]:
+    """From `place` up to the closing quote, or to the end of the text."""
+    match = IN_QUOTES.match(text, place)
+    assert match is not None, "it may be empty"
+    return match
+
+
 def _open(config: BuildConfig) -> _Table:
     """The table with its separator: the one under which the first line names all columns that are needed."""
     source = config.source
@@ -168,8 +175,8 @@ def _open(config: BuildConfig) -> _Table:
         raise UserError(f"the first line of {source} names the columns with several separators: give --separator.")
     separator = fits[0] if fits else max(read, key=lambda separator: len(read[separator]))
     columns = read[separator]
-    if not fits:
-        flag, key = _missing(columns, config)
+    if missing := _missing(columns, config):
+        flag, key = missing
         raise UserError(
             f"{source} has no column '{key}'; its columns are: {', '.join(columns)[:300] or 'none'}: "
             f"name one of them with {flag}, or add a first line with names if it has none."
@@ -177,9 +184,9 @@ def _open(config: BuildConfig) -> _Table:
     if twice := next((column for column in columns if column and columns.count(column) > 1), None):
         raise UserError(f"{source} has two columns '{twice}': rename one.")
     image, caption = image_key(columns, config), config.caption_key or "caption"
-    places = [columns.index(key) if key in columns else None for key in (image, caption, config.class_key)]
+    caption_at, class_at = (columns.index(key) if key in columns else None for key in (caption, config.class_key))
     quoted = separator != "\t" or any(name.startswith('"') for name in header.split("\t"))
-    return _Table(source, separator, quoted, columns, tuple(places))
+    return _Table(source, separator, quoted, columns, (columns.index(image), caption_at, class_at))
 
 
 def _columns(header: str, separator: str) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import BinaryIO
 
 from fastbd.base.errors import UserError
 from fastbd.config.flags import BuildConfig
@@ -98,7 +99,7 @@ def _items_in(tar: tuple[str, str], config: BuildConfig) -> list[Item]:
 
 
 def _items_between(
-    file: io.BufferedReader, path: str, name: str, start: int, end: int, config: BuildConfig, outer: bool = True
+    file: BinaryIO, path: str, name: str, start: int, end: int, config: BuildConfig, outer: bool = True
 ) -> list[Item]:
     """The samples of the tar that is the bytes from start to end of a file.
 
@@ -144,7 +145,7 @@ def _is_cut(info: tarfile.TarInfo, end: int) -> bool:
 class _Headers(io.BufferedIOBase):
     """The bytes of a file up to `end`, for the headers in them: nobody may read much at once."""
 
-    def __init__(self, file: io.BufferedReader, end: int):
+    def __init__(self, file: BinaryIO, end: int):
         self.file, self.end = file, end
 
     def read(self, size: int = -1) -> bytes:
@@ -159,7 +160,7 @@ class _Headers(io.BufferedIOBase):
         return self.file.tell()
 
 
-def _headers(file: io.BufferedReader, start: int, end: int) -> Iterator[tarfile.TarInfo]:
+def _headers(file: BinaryIO, start: int, end: int) -> Iterator[tarfile.TarInfo]:
     """The members of the tar from start to end, and of those that were put behind it; TarError where it is damaged.
 
     tarfile's own iteration takes a damaged header in the middle, and a tar cut short, for the end.
@@ -174,7 +175,7 @@ def _headers(file: io.BufferedReader, start: int, end: int) -> Iterator[tarfile.
         file.seek(at)
         try:
             info = tarfile.TarInfo.fromtarfile(tar)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # pyright: ignore[reportAttributeAccessIssue] - not in its hints
             at = _after_zeros(file, at, end)
             if at is None:
                 return
@@ -192,7 +193,7 @@ def _headers(file: io.BufferedReader, start: int, end: int) -> Iterator[tarfile.
     raise tarfile.ReadError("its end is missing")
 
 
-def _after_zeros(file: io.BufferedReader, at: int, end: int) -> int | None:
+def _after_zeros(file: BinaryIO, at: int, end: int) -> int | None:
     """Where data follows the zeros that end a tar, as when tars were put together with cat; None where none does."""
     file.seek(at)
     tail = file.read(min(PADDING_LIMIT, end - at))
