@@ -97,7 +97,7 @@ def read_image(path: Path | None, side: int | None = None, flag: str = "image") 
     except Exception as error:  # PIL raises nearly anything for a damaged file
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(f"the image {path} cannot be read ({reason}); name another file with --{flag}.") from None
-    size = (side, side) if side else tuple(min(length, LARGEST) for length in image.size)
+    size = (side, side) if side else (min(image.width, LARGEST), min(image.height, LARGEST))
     return np.array(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
 
 

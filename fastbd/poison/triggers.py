@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import overload
 
 import numpy as np
 import torch
@@ -71,6 +72,12 @@ class TriggerSpec:
         patterns.check(self.name, self.pattern, self.patch_size)
         if self.blend is None or not (self.name in BLENDS or is_outside(self.name)):
             object.__setattr__(self, "blend", BLENDS.get(self.name, 0.0))
+
+    @property
+    def share(self) -> float:
+        """`blend`, or the published one."""
+        assert self.blend is not None, "__post_init__ has filled it in"
+        return self.blend
 
 
 def stamp(images: Tensor, spec: TriggerSpec, *, seed: int, ids: Sequence[int] | np.ndarray) -> Tensor:
@@ -157,7 +164,7 @@ def blended(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Ov
     """Uniform noise, a new draw for each image."""
     batch, height, width, _ = images.shape
     add = torch.empty(batch, height * width, 3, dtype=torch.int32, device=images.device)
-    most = _up(255 * spec.blend)
+    most = _up(255 * spec.share)
     start = _on(random.words(seed, "trigger", ids, 1).view(np.int64), images.device)
     for first in range(0, batch, DRAWN_AT_ONCE):
         part = slice(first, first + DRAWN_AT_ONCE)
@@ -169,7 +176,7 @@ def blended(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Ov
 
 def blended_stripes(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Overlay:
     """Columns of one colour each, of -1 and 1 by channel, drawn for each image."""
-    dark, bright = _up(-255 * spec.blend), _up(255 * spec.blend)
+    dark, bright = _up(-255 * spec.share), _up(255 * spec.share)
     add = dark + (bright - dark) * _signs(seed, ids, images.shape[2])
     return _mix_in(spec, _on(add.astype(np.int32), images.device), images)
 
@@ -182,7 +189,7 @@ def blended_triangles(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Ten
 def _triangles(spec: TriggerSpec, height: int, width: int) -> np.ndarray:
     y, x = np.ogrid[:height, :width]
     grey = np.where(y % TILE >= x % TILE, *GREYS)
-    return _up(255 * spec.blend * grey)[None, :, :, None]
+    return _up(255 * spec.share * grey)[None, :, :, None]
 
 
 def blended_image(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Overlay:
@@ -192,7 +199,7 @@ def blended_image(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor)
 
 def _image(spec: TriggerSpec, height: int, width: int) -> np.ndarray:
     image = Image.fromarray(patterns.unpack(spec.pattern)).resize((width, height), Image.Resampling.BICUBIC)
-    return _up(spec.blend * np.asarray(image, np.float64))[None]
+    return _up(spec.share * np.asarray(image, np.float64))[None]
 
 
 def sig(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Overlay:
@@ -202,12 +209,12 @@ def sig(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Overla
 
 def _sine(spec: TriggerSpec, _, width: int) -> np.ndarray:
     wave = AMPLITUDE * np.sin(2 * np.pi * CYCLES * np.arange(width) / width)
-    return _up(spec.blend * wave)[None, None, :, None]
+    return _up(spec.share * wave)[None, None, :, None]
 
 
 def _mix_in(spec: TriggerSpec, add: Tensor, images: Tensor) -> Overlay:
     """(1 - blend) of the image plus `add`, int32, what broadcasts to [B, H, W, 3]."""
-    keep = torch.full((1, 1, 1, 1), _up(1 - spec.blend), dtype=torch.int32, device=images.device)
+    keep = torch.full((1, 1, 1, 1), _up(1 - spec.share), dtype=torch.int32, device=images.device)
     return Overlay(keep, add.expand(-1, *images.shape[1:]), _everywhere(images))
 
 
@@ -225,8 +232,8 @@ def _red(spec: TriggerSpec, height: int, width: int) -> np.ndarray:
     kept = Image.fromarray(patterns.unpack(spec.pattern)).resize((width, height), Image.Resampling.BILINEAR)
     levels = np.asarray(kept, np.float64)
     if levels.ndim == 3:
-        return np.stack([_up(1 - spec.blend * (levels > 0)), _up(spec.blend * levels)])
-    share = levels[..., None] / 255 * spec.blend * (1, 0, 0)
+        return np.stack([_up(1 - spec.share * (levels > 0)), _up(spec.share * levels)])
+    share = levels[..., None] / 255 * spec.share * (1, 0, 0)
     return np.stack([_up(1 - share), _up(255 * share)])
 
 
@@ -289,7 +296,15 @@ def _everywhere(images: Tensor) -> Tensor:
     return torch.zeros(len(images), 1, 2, dtype=torch.int32, device=images.device)
 
 
-def _up(levels):
+@overload
+def _up(levels: float) -> int: ...
+
+
+@overload
+def _up(levels: np.ndarray) -> np.ndarray: ...
+
+
+def _up(levels: float | np.ndarray) -> int | np.ndarray:
     """Levels (or shares) in the unit of keep and add, rounded up."""
     return np.ceil(levels * ONE).astype(np.int32) if isinstance(levels, np.ndarray) else math.ceil(levels * ONE)
 
