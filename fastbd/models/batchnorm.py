@@ -26,6 +26,9 @@ class BatchNorm(nn.BatchNorm2d):
     group: int = 0
     processes: td.ProcessGroup | None = None
     rate: Tensor | None = None
+    momentum: float
+    running_mean: Tensor
+    running_var: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not (self.group or self.processes):
@@ -39,9 +42,10 @@ class BatchNorm(nn.BatchNorm2d):
         count = y[0].numel() // y.shape[2]
         if self.processes:
             own, count = mean, count * self.processes.size()
-            mean = self._average(mean)
-            var = self._average(var + (own - mean) ** 2)
+            mean = _average(mean, self.processes)
+            var = _average(var + (own - mean) ** 2, self.processes)
         if _recording:
+            assert self.rate is not None, "share_statistics() sets it with the groups"
             with torch.no_grad():
                 self.running_mean.lerp_(mean.mean(0), self.rate)
                 self.running_var.lerp_(var.mean(0) * (count / max(1, count - 1)), self.rate)
@@ -49,8 +53,9 @@ class BatchNorm(nn.BatchNorm2d):
         y = torch.addcmul((self.bias - mean * scale)[:, None, :, None, None], y, scale[:, None, :, None, None])
         return y.flatten(0, 1).to(x.dtype)
 
-    def _average(self, x: Tensor) -> Tensor:
-        return collectives.all_reduce(x, "sum", self.processes) / self.processes.size()
+
+def _average(x: Tensor, processes: td.ProcessGroup) -> Tensor:
+    return collectives.all_reduce(x, "sum", processes) / processes.size()
 
 
 @contextmanager

@@ -39,6 +39,7 @@ class AvgPool(nn.AvgPool2d):
     """
 
     fused: bool = False
+    kernel_size: int
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused and self.training and torch.compiler.is_compiling():

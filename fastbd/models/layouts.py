@@ -92,7 +92,8 @@ def _plain(state: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 def _is_plain(value: object) -> bool:
     return (
-        type(value) in (Tensor, nn.Parameter)
+        isinstance(value, Tensor)
+        and type(value) in (Tensor, nn.Parameter)
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and not value.is_quantized

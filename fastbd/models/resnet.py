@@ -67,6 +67,11 @@ class AttentionPool(nn.Module):
 class ModifiedResNet(nn.Module):
     """Pixels [B, 3, image_size, image_size] -> embeddings [B, embed_dim]; `layers`: blocks of the four stages."""
 
+    layer1: Blocks
+    layer2: Blocks
+    layer3: Blocks
+    layer4: Blocks
+
     def __init__(self, image_size: int, layers: tuple[int, ...], width: int, embed_dim: int):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)

@@ -85,6 +85,7 @@ class Transformer(nn.Module):
 def init_text_transformer(transformer: Transformer) -> None:
     """OpenAI's initialisation: residual branches shrink with depth, as in GPT-2. Vision keeps PyTorch's defaults."""
     for block in transformer.resblocks:
+        assert isinstance(block, Block), "a Transformer has no others"
         width = block.ln_1.normalized_shape[0]
         residual = (2 * width * len(transformer.resblocks)) ** -0.5
         nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)

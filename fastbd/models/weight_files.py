@@ -8,7 +8,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class _Inert:
 
 # What published programs put beside the weights: CleanCLIP's schedule leaves numbers of numpy 1 or 2 in the optimizer,
 # PAR stores its options. The weights need none of it, so nothing of numpy is called.
-_KNOWN = [
+_KNOWN: list[Callable | tuple[Callable, str]] = [
     (_Inert, "argparse.Namespace"),
     (_Inert, "numpy.dtype"),
     (_Inert, "numpy.core.multiarray.scalar"),
