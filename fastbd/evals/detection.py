@@ -150,4 +150,5 @@ def _above(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """True and false rows at or above each distinct score, from none to all, float64 [T + 1]."""
     place = (-scores.double()).unique(return_inverse=True)[1]
     counts = torch.stack([torch.bincount(place, side.double()) for side in (truth, ~truth)])
-    return tuple(F.pad(counts.cumsum(1), (1, 0)))
+    hits, alarms = F.pad(counts.cumsum(1), (1, 0))
+    return hits, alarms

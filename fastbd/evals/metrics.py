@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbd.base.evaluation import AttackNumbers, Evaluation
 from fastbd.base.stats import interval, over
 
 CELLS = 1 << 26  # numbers of a matrix that exist at a time
@@ -33,10 +33,10 @@ def ranks(scores: Tensor, columns: Tensor | int) -> Tensor:
 # ---- shares and their intervals ----
 
 
-def rate(name: str, hits: int, n: int, population: float | None = None) -> dict[str, float]:
+def rate(name: str, hits: int, n: int, population: float | None = None) -> dict[str, float | None]:
     """{name, name_low, name_high}: the share and its interval; with a population above n, name_full_low and _high."""
     low, high = interval(hits, n)
-    row = {name: _share(hits, n), f"{name}_low": low, f"{name}_high": high}
+    row: dict[str, float | None] = {name: _share(hits, n), f"{name}_low": low, f"{name}_high": high}
     if n and population and population > n:
         low, high = interval(hits, n, population)
         row |= {f"{name}_full_low": low, f"{name}_full_high": high}
@@ -59,16 +59,16 @@ def averaged(rows: list[dict], key: str) -> dict:
 # ---- classification ----
 
 
-def accuracy(label_ranks: Tensor, population: int | None = None) -> Evaluation:
+def accuracy(label_ranks: Tensor, population: int | None = None) -> dict[str, float | None]:
     """Top-1 (with intervals), 3, 5 and 10 from the rank of each image's label [N]; a sample of `population` images."""
     n = len(label_ranks)
-    row = {"n": n, **_top("top1", "top", label_ranks, population)}
+    row: dict[str, float | None] = {"n": n, **_top("top1", "top", label_ranks, population)}
     return row | ({"population": population} if population and population > n else {})
 
 
 def attack(
     label_ranks: Tensor, target_ranks: Tensor, labels: Tensor, target: int, population: int | None = None
-) -> AttackNumbers:
+) -> dict[str, float | None]:
     """Attack success on triggered images: ranks of their labels and of the target [N], labels [N], the target's label.
 
     asr: images of the target class left out, as in the code of Verma et al. (arXiv 2311.14948); asr_all: with them, as
@@ -106,17 +106,17 @@ def per_class(labels: Tensor, right: Tensor, classes: list[str], taken: Tensor |
     return [row for row in rows if row["n"]]
 
 
-def most_successful(attacks: list[AttackNumbers], key: str = "asr") -> Evaluation:
+def most_successful(attacks: Sequence[Mapping[str, Any]], key: str = "asr") -> dict[str, Any]:
     """The row of the attack with the highest `key`; with several, all of them too, under "attacks"."""
     best = max(attacks, key=lambda row: -1.0 if row[key] is None else row[key], default={})
-    return {**best, "attacks": attacks} if len(attacks) > 1 else best
+    return {**best, "attacks": attacks} if len(attacks) > 1 else {**best}
 
 
 def _share(hits: float, n: int) -> float | None:
     return hits / n if n else None
 
 
-def _top(first: str, more: str, ranked: Tensor, population: float | None = None) -> dict[str, float]:
+def _top(first: str, more: str, ranked: Tensor, population: float | None = None) -> dict[str, float | None]:
     """{first (with intervals), more3, more5, more10}: shares of the ranks [N] that are below 1, 3, 5, 10."""
     one, *wider = torch.stack([(ranked < k).sum() for k in (1, 3, 5, 10)]).tolist()
     shares = {f"{more}{k}": _share(hits, len(ranked)) for k, hits in zip((3, 5, 10), wider, strict=True)}
@@ -163,7 +163,7 @@ def uniformity(x: Tensor) -> float:
     return torch.stack(sums).logsumexp(0).item() - math.log(len(x) * (len(x) - 1))
 
 
-def geometry(images: Tensor, texts: Tensor) -> Evaluation:
+def geometry(images: Tensor, texts: Tensor) -> dict[str, float]:
     """Of pairs [N, D]: modality gap, alignment, uniformity of the images; of up to SAMPLE of them, evenly spread."""
     some = slice(None, None, -(-len(images) // SAMPLE))
     images, texts = images[some], texts[some]

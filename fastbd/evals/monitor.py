@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbd.base.evaluation import Evaluation
+from fastbd.base.evaluation import Evaluation, evaluation_of
 from fastbd.data.loader import draw_views
 from fastbd.data.pairs import Pairs
 from fastbd.evals.retrieval import validation_loss
@@ -63,7 +63,7 @@ class Monitor:
             found[f"drift_{name}_aligned"] = _distance(now @ turn, before)
         numbers = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
         loss = validation_loss(images, texts, self.towers.log_scale, min(BATCH, len(images)))
-        return {"val_loss": loss, **numbers}
+        return evaluation_of({"val_loss": loss, **numbers})
 
     def _embed(self, images: Tensor) -> Tensor:
         return F.normalize(self.towers.images(images), dim=1)

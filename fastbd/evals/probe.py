@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbd.base.evaluation import Evaluation
+from fastbd.base.evaluation import Evaluation, evaluation_of
 from fastbd.base.prompts import target_index
 from fastbd.base.schedule import learning_rates
 from fastbd.evals.metrics import averaged, blocks, rate, unit
@@ -78,7 +78,7 @@ def evaluate(towers: Towers, train: Labelled, test: Labelled, attacked: Sequence
     """Top-1 of each of METHODS, trained on one set, on another; and ASR of an attack on that, over its seeds."""
     train_x, images = towers.images(train.clean), [test.clean, *(one.images for one in attacked)]
     test_x, classes = torch.cat([towers.images(x) for x in images]), len(test.classes)
-    row = {"probe_n": len(train.clean)}
+    row: dict[str, float | None] = {"probe_n": len(train.clean)}
     for name, method in METHODS.items():
         clean, *triggered = method(train_x, train.labels, test_x, classes).split(len(test.clean))
         row |= rate(f"{name}_top1", int((clean == test.labels).sum()), len(clean))
@@ -87,7 +87,7 @@ def evaluate(towers: Towers, train: Labelled, test: Labelled, attacked: Sequence
             others = [predicted[test.labels != target] == target for predicted in triggered]
             asr = [rate(f"{name}_asr", int(hits.sum()), len(hits)) for hits in others]
             row |= averaged(asr, f"{name}_asr")
-    return row
+    return evaluation_of(row)
 
 
 METHODS = {"probe": linear_probe, "knn": knn, "prototype": prototypes}

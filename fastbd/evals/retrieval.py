@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastbd.base.errors import UserError
-from fastbd.base.evaluation import AttackNumbers, Evaluation
+from fastbd.base.evaluation import Evaluation, evaluation_of
 from fastbd.base.prompts import read_templates
 from fastbd.data.tokenizer import tokenize
 from fastbd.evals.classifier import Classifier
@@ -22,7 +23,7 @@ from fastbd.kernels.contrastive import contrastive_loss
 KS = (1, 5, 10)
 
 
-def recall(images: Tensor, texts: Tensor, image_of: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]:
+def recall(images: Tensor, texts: Tensor, image_of: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float | None]:
     """R@k both ways: images [I, D], texts [T, D], the image of each text, int64 [T]; R@1 with intervals.
 
     i2t: images with any of their texts among the first k texts; t2i: texts with their image among the first k. Equal
@@ -38,7 +39,7 @@ def recall(images: Tensor, texts: Tensor, image_of: Tensor, ks: tuple[int, ...] 
         i2t.append(ranks(scores, best).masked_fill(strange.all(1), max(ks)))
     for here in blocks(len(texts), len(images)):
         t2i.append(ranks(texts[here] @ images.T, image_of[here]))
-    row = {}
+    row: dict[str, float | None] = {}
     for way, found in (("i2t", torch.cat(i2t)), ("t2i", torch.cat(t2i))):
         hits = torch.stack([(found < k).sum() for k in ks]).tolist()
         row |= {f"{way}_r{k}": count / len(found) for k, count in zip(ks, hits, strict=True)}
@@ -47,7 +48,7 @@ def recall(images: Tensor, texts: Tensor, image_of: Tensor, ks: tuple[int, ...] 
     return row
 
 
-def attack(images: Tensor, texts: Tensor, is_target: Tensor, ks: tuple[int, ...] = KS) -> AttackNumbers:
+def attack(images: Tensor, texts: Tensor, is_target: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float | None]:
     """Attack success of triggered images [I, D] over texts [T, D], of which bool [T] are the target's.
 
     With intervals. By PAR (arXiv 2412.00727): any of the first k texts is the target's. By the code of Verma et al.
@@ -59,7 +60,7 @@ def attack(images: Tensor, texts: Tensor, is_target: Tensor, ks: tuple[int, ...]
     found = is_target[torch.cat(nearest)].cumsum(1)
     rules = {f"asr_par_r{k}": (k, 1) for k in ks} | {f"asr_cleanclip_r{k}": (k, max(1, k // 2)) for k in ks}
     hits = torch.stack([(found[:, min(k, first) - 1] >= needed).sum() for k, needed in rules.values()]).tolist()
-    row = {}
+    row: dict[str, float | None] = {}
     for name, count in zip(rules, hits, strict=True):
         row |= rate(name, count, len(images))
     return row
@@ -109,10 +110,10 @@ def evaluate(towers: Towers, data: Captioned, batch: int) -> Evaluation:
     row |= {"val_loss": validation_loss(images, first, towers.log_scale, batch), "val_batch": batch}
     attacks = [_attack(towers, data, texts, group) for group in data.by_attack()]
     row |= most_successful(attacks, "asr_par_r1")
-    return {**row, "seconds": round(time.perf_counter() - began, 3)}
+    return evaluation_of({**row, "seconds": round(time.perf_counter() - began, 3)})
 
 
-def _attack(towers: Towers, data: Captioned, texts: Tensor, group: Sequence[Attacked]) -> AttackNumbers:
+def _attack(towers: Towers, data: Captioned, texts: Tensor, group: Sequence[Attacked]) -> dict[str, Any]:
     """PAR's rule with the captions that hold the target, the other with those near it too; the mean over the seeds."""
     target = group[0].attack.target
     prompts = tokenize([form.replace("{}", target) for form in read_templates("imagenet80")])

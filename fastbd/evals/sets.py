@@ -163,6 +163,7 @@ def _classified(
     beton: Beton | Shards, ids: np.ndarray, classes: str | None, templates: str | None, device: torch.device
 ) -> dict:
     """What a labelled set has beside its images."""
+    assert beton.class_names is not None and beton.labels is not None, "a labelled set has them"
     chosen = classes or set_of(beton.class_names)
     if not chosen and numbered(beton.class_names):
         raise UserError(f"the classes of {beton.path} are named by numbers: say with --classes what they are called.")
@@ -186,7 +187,7 @@ def _captioned(beton: Beton | Shards, ids: np.ndarray, device: torch.device) -> 
     place[beton.image_of[ids]] = np.arange(len(ids))
     image_of = place[beton.image_of]
     rows = np.flatnonzero(image_of >= 0)
-    captions = [beton.caption(row) for row in rows]
+    captions = [beton.caption(row) for row in rows.tolist()]
     places = torch.from_numpy(image_of[rows]).to(device)
     return dict(about=_about(beton), tokens=beton.tokens(rows), captions=captions, image_of=places)
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbd.base.errors import Diverged, is_short_of_memory
 from fastbd.kernels.constants import normalisation
 from fastbd.kernels.text_pack import PackedText, pack
 from fastbd.kernels.text_tree import TextTree
-from fastbd.models.clip import tower_of
+from fastbd.models.clip import CLIP, tower_of
 from fastbd.models.folded import Folded
 from fastbd.models.precision import autocast
 
@@ -29,7 +29,7 @@ class Towers:
     `advance` is told how many images have been embedded.
     """
 
-    def __init__(self, model: nn.Module, *, precision: str, device: torch.device, compiled: bool = False):
+    def __init__(self, model: CLIP, *, precision: str, device: torch.device, compiled: bool = False):
         self.precision, self.device = precision, device
         self.folded = Folded(model, device)
         self.of_text = [name for name, _ in model.named_parameters() if tower_of(name) == "text"]
@@ -51,12 +51,12 @@ class Towers:
         return self.folded.model.logit_scale
 
     @torch.no_grad()
-    def images(self, source: Tensor | Source, count: int | None = None) -> Tensor:
-        """Embeddings float32 [N, D] of images uint8 [N, S, S, 3], anywhere in memory, or by a function of places.
+    def images(self, source: Tensor | Source, count: int = 0) -> Tensor:
+        """Embeddings float32 [N, D] of images uint8 [N, S, S, 3], anywhere in memory, or N = `count` by their places.
 
         Diverged when one is not finite.
         """
-        get, count = (source, count) if callable(source) else (source.__getitem__, len(source))
+        get, count = (source.__getitem__, len(source)) if isinstance(source, Tensor) else (source, count)
         while (embeddings := self._images(get, count)) is None:
             self._share *= 2
         return _finite(embeddings)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastbd.base.evaluation import AttackNumbers, Evaluation
+from fastbd.base.evaluation import Evaluation, evaluation_of
 from fastbd.base.prompts import target_index
 from fastbd.evals import metrics
 from fastbd.evals.classifier import Classifier
@@ -41,7 +42,7 @@ class ZeroShot:
             taken = next((t for numbers, t in attacks if numbers.items() <= row.items()), None)
             row |= metrics.geometry(images, self.weights()[data.labels])
             row["classes"] = metrics.per_class(data.labels, label_ranks == 0, data.classes, taken)
-        return {**row, "seconds": round(time.perf_counter() - began, 3)}
+        return evaluation_of({**row, "seconds": round(time.perf_counter() - began, 3)})
 
     def weights(self) -> Tensor:
         """The classifier, float32 [C, D]: built again when the text tower has changed."""
@@ -54,7 +55,7 @@ class ZeroShot:
         """Of embeddings [N, D] with the classifier, float32 [N, C]: in bf16 one image in ten would tie."""
         return normalize(images, dim=-1) @ self.weights().T
 
-    def _attack(self, group: Sequence[Attacked]) -> tuple[AttackNumbers, Tensor]:
+    def _attack(self, group: Sequence[Attacked]) -> tuple[dict[str, Any], Tensor]:
         """One attack: what it aims at and its success; how many of the seeds make each image the target's, in 0..1."""
         attack, labels = group[0].attack, self.data.labels
         target = target_index(self.data.classes, attack.target)
