@@ -29,9 +29,13 @@ from bench.run import Effort, Result, reason, release, run
 
 # name -> module with cases(device, quick); imported when asked for, so that a missing package costs one bench only
 BENCHES = {
-    "step": "bench.step", "text": "bench.text", "eval": "bench.eval", "loss": "bench.loss", "augment": "bench.augment",
+    "step": "bench.step",
+    "text": "bench.text",
+    "eval": "bench.eval",
+    "loss": "bench.loss",
+    "augment": "bench.augment",
     "data": "bench.data",
-}  # fmt: skip
+}
 SECONDS, ROUNDS = {True: 0.5, False: 2.0}, {True: 3, False: 5}  # of timing a provider, by --quick; and rounds at least
 
 
@@ -110,9 +114,12 @@ class Session:
         self.options, self.report, self.end = options, Report(), time.monotonic() + options.seconds
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.effort = Effort(
-            seconds=SECONDS[options.quick], rounds=ROUNDS[options.quick], only=options.providers,
-            slow=not options.quick, kernels=options.kernels,
-        )  # fmt: skip
+            seconds=SECONDS[options.quick],
+            rounds=ROUNDS[options.quick],
+            only=options.providers,
+            slow=not options.quick,
+            kernels=options.kernels,
+        )
         self.providers, self.complete = set(), True
 
     def say(self, text: str) -> None:
@@ -212,10 +219,16 @@ def line(case: Case, result: Result) -> str:
     low, high = (1e3 * case.units / row[key] for key in ("rate_p80", "rate_p20"))
     share, peak = row["limit_share"], row["peak_bytes"]
     text = table_row(
-        row["provider"], f"{1e3 * row['seconds']:.4g}", f"{low:.4g} - {high:.4g}", f"{row['rate']:,.0f}",
-        f"{row['ratio']:.2f}", "" if share is None else f"{share:.1%}", "" if peak is None else f"{peak / 1e6:,.1f}",
-        f"{row['error']:.1e}", f"{row['build_seconds']:.1f}",
-    )  # fmt: skip
+        row["provider"],
+        f"{1e3 * row['seconds']:.4g}",
+        f"{low:.4g} - {high:.4g}",
+        f"{row['rate']:,.0f}",
+        f"{row['ratio']:.2f}",
+        "" if share is None else f"{share:.1%}",
+        "" if peak is None else f"{peak / 1e6:,.1f}",
+        f"{row['error']:.1e}",
+        f"{row['build_seconds']:.1f}",
+    )
     return f"{text}\n    ({row['note']})" if row["note"] else text
 
 

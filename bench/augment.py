@@ -36,7 +36,7 @@ def cases(device: str, quick: bool) -> Cases:
 
 def augment_case(name: str, batch: int, device: str) -> Case:
     """Photographs of 256 x 341 px to two views of 224 px, in bf16 on a GPU."""
-    pixels = [torch.from_numpy(np.array(Image.open(io.BytesIO(file)))) for file in photographs(batch)]
+    pixels = [torch.from_numpy(np.array(Image.open(io.BytesIO(file.tobytes())))) for file in photographs(batch)]
     lying = [x if x.shape[0] < x.shape[1] else x.transpose(0, 1).contiguous() for x in pixels]  # for dense batches
     images = [x.to(device) for x in lying]
     sizes = np.array([x.shape[:2] for x in lying])

@@ -85,7 +85,7 @@ def objection(found: dict[str, float], tolerance: dict[str, float], rival: dict[
         limit = tolerance.get(name, tolerance[""])
         if not error <= limit:  # NaN too
             return f"{name} is off by {error:.1e}; {limit:.0e} is allowed"
-    worst = max(found, key=found.get)
+    worst = max(found, key=found.__getitem__)
     if rival and found[worst] > max(rival.values()):
         return f"{worst} is off by {found[worst]:.1e}, more than the plain formula's {max(rival.values()):.1e}"
     return ""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def cases(device: str, quick: bool) -> Cases:
 def written(path: Path, count: int, damaged: bool = False) -> Stored:
     """A .beton of photographs; with `damaged` every twelfth is."""
     files = repeated(count)
-    sizes = [Image.open(io.BytesIO(file)).size for file in files]
+    sizes = [Image.open(io.BytesIO(file.tobytes())).size for file in files]
     if damaged:
         for place, i in enumerate(range(0, count, 12)):
             files[i] = DAMAGES[place % len(DAMAGES)](files[i])
@@ -69,29 +70,45 @@ def written(path: Path, count: int, damaged: bool = False) -> Stored:
 
 
 def write(
-    path: Path, files: list[np.ndarray], classes: int = 0, sizes: Sequence[tuple[int, int]] | None = None
+    path: Path, files: Sequence[np.ndarray], classes: int = 0, sizes: Sequence[tuple[int, int]] | None = None
 ) -> None:
     """A .beton of JPEG files; with `classes` they take turns, and are named by their numbers.
 
     `sizes` are their widths and heights where the files do not tell.
     """
     tokens = np.zeros(CONTEXT, np.uint16)
-    sizes = sizes or [Image.open(io.BytesIO(file)).size for file in files]
+    sizes = sizes or [Image.open(io.BytesIO(file.tobytes())).size for file in files]
     with BetonWriter(path, len(files), 0, labelled=classes > 0) as writer:
         for i, (file, (width, height)) in enumerate(zip(files, sizes, strict=True)):
             about = {"label": i % classes, "class_name": str(i % classes)} if classes else {}
             # A caption, as FFCV mistakes an empty value for the image that follows it.
-            writer.add(jpeg=file.tobytes(), width=width, height=height, tokens=tokens, text_views=None, caption="-",
-                       row_id=i, **about)  # fmt: skip
+            writer.add(
+                jpeg=file.tobytes(),
+                width=width,
+                height=height,
+                tokens=tokens,
+                text_views=None,
+                caption="-",
+                row_id=i,
+                **about,
+            )
 
 
 def an_epoch(pairs: Pairs, recipe: Sequence[str], device: str) -> Iterator[Batch]:
     """Batches as the trainer takes them."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return batches(
-        pairs, np.arange(len(pairs.beton)), BATCH, seed=0, policies=recipe, text_view=None, world=one_process(device),
-        epoch=1, start=0, dtype=dtype,
-    )  # fmt: skip
+        pairs,
+        np.arange(len(pairs.beton)),
+        BATCH,
+        seed=0,
+        policies=recipe,
+        text_view=None,
+        world=one_process(device),
+        epoch=1,
+        start=0,
+        dtype=dtype,
+    )
 
 
 def one_process(device: str) -> dist.World:
@@ -118,7 +135,7 @@ def decoders(device: str, hw_loads: Sequence[float]) -> dict[str, tuple[str, flo
 
 def epoch_case(
     name: str, recipe: tuple[str, ...], stored: Callable[[], Stored], device: str, hw_loads: Sequence[float]
-) -> Case:  # fmt: skip
+) -> Case:
     """An epoch in batches; what is compared are the views of its first batch, with those that Pillow makes.
 
     On a GPU ours comes first: the published loader is too slow to be timed with each of the others.
@@ -145,7 +162,7 @@ def epoch_case(
         return call
 
     def as_published() -> Call:
-        loader = published.loader(published_views, BATCH, os.cpu_count())
+        loader = published.loader(published_views, BATCH, os.cpu_count() or 1)
         return lambda: first_of([view.to(place, dtype) for view in views] for views in loader)
 
     def truth() -> Output:
@@ -165,9 +182,13 @@ def epoch_case(
         build = partial(ours, "pil", where=where)
         own[f"fastbd, --resident {where}"] = Provider(build, TOLERANCE, ours=True, memory="", note=note)
     return Case(
-        name=name, unit="images/s", units=len(order), device=device, truth=truth,
+        name=name,
+        unit="images/s",
+        units=len(order),
+        device=device,
+        truth=truth,
         providers=own | theirs if device == "cuda" else theirs | own,
-    )  # fmt: skip
+    )
 
 
 def damaged_case(name: str, stored: Callable[[], Stored], device: str, hw_loads: Sequence[float]) -> Case:
@@ -193,10 +214,11 @@ def damaged_case(name: str, stored: Callable[[], Stored], device: str, hw_loads:
 
 
 def first_of(views_of_batches: Iterable[Sequence[Tensor]]) -> Output:
-    """Goes through an epoch; the views of its first batch."""
-    first = None
-    for views in views_of_batches:
-        first = first or {f"view {i}": view for i, view in enumerate(views)}
+    """Go through an epoch, and return the views of its first batch."""
+    epoch = iter(views_of_batches)
+    first = {f"view {i}": view for i, view in enumerate(next(epoch))}
+    for _ in epoch:
+        pass
     return first
 
 
@@ -207,9 +229,16 @@ def ffcv_epoch(path: Path, place: torch.device) -> Call:
 
     threads = torch.get_num_threads()
     steps = [RandomResizedCropRGBImageDecoder((SIZE, SIZE), (0.5, 1)), ToTensor(), ToTorchImage()]
+    # FFCV's hints do not know None, which leaves a field out.
+    pipelines: dict[str, Any] = {"image": steps, **dict.fromkeys(("tokens", "caption", "row_id", "checksum"))}
     loader = Loader(
-        str(path), BATCH, num_workers=os.cpu_count(), order=OrderOption.SEQUENTIAL, os_cache=True, drop_last=True,
-        pipelines={"image": steps, "tokens": None, "caption": None, "row_id": None, "checksum": None},
-    )  # fmt: skip
+        str(path),
+        BATCH,
+        num_workers=os.cpu_count() or 1,
+        order=OrderOption.SEQUENTIAL,
+        os_cache=True,
+        drop_last=True,
+        pipelines=pipelines,
+    )
     torch.set_num_threads(threads)  # FFCV set it to its own
     return lambda: first_of([images.to(place).float()] for (images,) in loader)

@@ -20,7 +20,7 @@ from bench.published import loader
 from bench.published_eval import CLEANCLIP, OPEN_CLIP, TOP, Pictures, Program, resident
 from bench.published_step import nchw_copy, switches, text_tower
 from fastbd.base.prompts import read_classes, read_templates
-from fastbd.data.decode import open_decoder
+from fastbd.data.decode import Decoder, open_decoder
 from fastbd.data.demo import SHAPES
 from fastbd.data.tokenizer import tokenize
 from fastbd.evals.classifier import Classifier
@@ -32,6 +32,7 @@ from fastbd.kernels.text_pack import PackedText, pack
 from fastbd.kernels.text_tree import tree
 from fastbd.models import CLIP, create
 from fastbd.models.batchnorm import batch_norms
+from fastbd.models.memory_format import channels_last
 from fastbd.models.precision import autocast, set_precision
 from fastbd.poison.plan import Attack, Plan
 from fastbd.poison.triggers import TriggerSpec
@@ -108,15 +109,17 @@ def classifier_case(name: str, model_name: str, classes: int, precision: str, de
         providers={
             "77 tokens": provider(lambda: embedded(lambda tokens: text_tower(model, tokens), padded)),
             "published": Provider(
-                lambda: lambda: computed(published, "fp32", device), CLASSIFIER[precision],
-                rate="fp32", note="tokenises with our tokenizer, of Rust; theirs is of Python",
+                lambda: lambda: computed(published, "fp32", device),
+                CLASSIFIER[precision],
+                rate="fp32",
+                note="tokenises with our tokenizer, of Rust; theirs is of Python",
             ),
             "packed": provider(lambda: embedded(model.encode_text, packed)),
             "tree": provider(lambda: classifier(model.encode_text)),
         },
         flops=flops(model, len(tree(prompts).tokens), len(prompts)),
         rate=precision,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -135,26 +138,35 @@ def flops(model: CLIP, nodes: int, prompts: int) -> float:
 
 
 def evaluation_case(
-    name: str, model_name: str, make: Callable[[], Sequence[np.ndarray]], names: Sequence[str], precision: str,
-    device: str, folder: Path,
-) -> Case:  # fmt: skip
+    name: str,
+    model_name: str,
+    make: Callable[[], Sequence[np.ndarray]],
+    names: Sequence[str],
+    precision: str,
+    device: str,
+    folder: Path,
+) -> Case:
     """Evaluates the JPEG files that `make` gives, whose classes take turns; each evaluation builds its classifier."""
     path, classes, place = folder / "images.beton", folder / "classes.txt", torch.device(device)
     files = make()
     write(path, files, len(names))
     classes.write_text("".join(f"{i} = {noun}\n" for i, noun in enumerate(names)))
-    model = create(model_name, 0).to(place, memory_format=torch.channels_last)
+    model = channels_last(create(model_name, 0), place)
     attack = attack_of(model)
-    opened = partial(
-        open_set, path, size=model.image_size, classes=str(classes), templates=TEMPLATES, device=place,
-        plan=Plan(data="", total=1, seed=0, attacks=(attack,)),
-    )  # fmt: skip
+
+    def opened(decoder: Decoder) -> Labelled:
+        plan = Plan(data="", total=1, seed=0, attacks=(attack,))
+        size, names = model.image_size, str(classes)
+        data = open_set(path, decoder, size, classes=names, templates=TEMPLATES, plan=plan, device=place)
+        assert isinstance(data, Labelled)  # as its images have classes
+        return data
+
     data = opened(open_decoder("pil", 0, device))
     settle(model, data.clean)
 
     def published() -> Call:
         sets = (Pictures(files, model.image_size, one) for one in (None, *data.attacked))
-        batches = (partial(iter, loader(pictures, published_eval.BATCH, os.cpu_count())) for pictures in sets)
+        batches = (partial(iter, loader(pictures, published_eval.BATCH, os.cpu_count() or 1)) for pictures in sets)
         return theirs(CLEANCLIP, model, data, *batches)
 
     def decoded() -> Call:
@@ -173,28 +185,39 @@ def evaluation_case(
     if device == "cuda":
         providers |= compiled(model, data, precision)
     return Case(
-        name=name, unit="images/s", units=2 * len(files), device=device, providers=providers, sizes=SHARES,
+        name=name,
+        unit="images/s",
+        units=2 * len(files),
+        device=device,
+        providers=providers,
+        sizes=SHARES,
         truth=arithmetic(CLEANCLIP, model, data),
-    )  # fmt: skip
+    )
 
 
 def protocol_case(
     name: str, model_name: str, count: int, names: Sequence[str], precision: str, device: str, peers: bool
-) -> Case:  # fmt: skip
+) -> Case:
     """On random images that lie on the device; the seconds are those of one evaluation of the protocol.
 
     Ours that is not compiled comes first: it takes the least time to be there. Without `peers` only the compiled one.
     """
     place, forms = torch.device(device), read_templates(TEMPLATES)
     noise = torch.Generator(place).manual_seed(0)
-    model = create(model_name, 0).to(place, memory_format=torch.channels_last)
+    model = channels_last(create(model_name, 0), place)
     shape = count, model.image_size, model.image_size, 3
     clean, triggered = (torch.randint(256, shape, dtype=torch.uint8, device=place, generator=noise) for _ in range(2))
     data = Labelled(
-        name="random", about={}, ids=np.arange(count), population=count, clean=clean, classes=list(names),
-        attacked=(Attacked(attack_of(model), 0, triggered),), labels=torch.arange(count, device=place) % len(names),
+        name="random",
+        about={},
+        ids=np.arange(count),
+        population=count,
+        clean=clean,
+        classes=list(names),
+        attacked=(Attacked(attack_of(model), 0, triggered),),
+        labels=torch.arange(count, device=place) % len(names),
         prompts=tokenize([form.replace("{}", noun) for noun in names for form in forms]),
-    )  # fmt: skip
+    )
     settle(model, clean)
     tolerance = TOLERANCE[precision]
     others = {
@@ -202,15 +225,25 @@ def protocol_case(
         "open_clip, arithmetic": Provider(partial(arithmetic, OPEN_CLIP[device], model, data), tolerance),
     }
     return Case(
-        name=name, unit="images/s", units=2 * count, device=device, sizes=SHARES,
+        name=name,
+        unit="images/s",
+        units=2 * count,
+        device=device,
+        sizes=SHARES,
         providers=(others if peers else {}) | compiled(model, data, precision),
-    )  # fmt: skip
+    )
 
 
 def attack_of(model: CLIP) -> Attack:
     """CleanCLIP's patch, which is for 224 px, on images squashed to the model's input."""
-    return Attack(target="banana", trigger=TriggerSpec("badnet", patch_size=model.image_size // 14),
-                  geometry="squash", label_consistent=False, rows=(0,), captions=("",))  # fmt: skip
+    return Attack(
+        target="banana",
+        trigger=TriggerSpec("badnet", patch_size=model.image_size // 14),
+        geometry="squash",
+        label_consistent=False,
+        rows=(0,),
+        captions=("",),
+    )
 
 
 @torch.no_grad()
@@ -261,6 +294,8 @@ def ours(model: CLIP, data: Labelled, precision: str, compiled: bool = False) ->
 class Watched(ZeroShot):
     """Keeps the cosines that it ranks."""
 
+    seen: list[Tensor]
+
     def cosines(self, images: Tensor) -> Tensor:
         self.seen.append(super().cosines(images))
         return self.seen[-1]
@@ -271,6 +306,8 @@ def evaluated(zeroshot: Watched) -> Output:
     zeroshot.seen = []
     row = zeroshot()
     clean, triggered = zeroshot.seen
-    top, asr = (torch.tensor([row[one], *(row[f"{more}{k}"] for k in TOP[1:])])
-                for one, more in (("top1", "top"), ("asr", "asr_top")))  # fmt: skip
+    top, asr = (
+        torch.tensor([row[one], *(row[f"{more}{k}"] for k in TOP[1:])])
+        for one, more in (("top1", "top"), ("asr", "asr_top"))
+    )
     return {"clean": clean, "triggered": triggered, "top": top, "asr": asr}

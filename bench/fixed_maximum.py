@@ -6,6 +6,8 @@ its row and column sums, and later its share of the gradients, with atomics. Nea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -38,8 +40,9 @@ def _sums(a, b, scale, row_sums, column_sums, n, D: tl.constexpr, TILE: tl.const
 
 
 @triton.jit
-def _gradients(a, b, scale, row_weights, column_weights, by_a, by_b, n, D: tl.constexpr, TILE: tl.constexpr,
-               DEPTH: tl.constexpr):  # fmt: skip
+def _gradients(
+    a, b, scale, row_weights, column_weights, by_a, by_b, n, D: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr
+):
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
     e = _tile(a, b, scale, i, j, n, D, TILE, DEPTH)
@@ -55,6 +58,11 @@ def _gradients(a, b, scale, row_weights, column_weights, by_a, by_b, n, D: tl.co
         tl.atomic_add(by_b + at_j, tl.dot(tl.trans(g), rows), mask=j[:, None] < n)
 
 
+def launch(kernel: Any, grid: tuple, *arguments: Any, **options: Any) -> None:
+    """Start a Triton kernel, whose own hints know neither numbers for its constants nor options such as num_warps."""
+    kernel[grid](*arguments, **options)
+
+
 class FixedMaximum(torch.autograd.Function):
     """(normalised a, b [B, D], scale, both directions) -> sum of the mean cross-entropies."""
 
@@ -64,7 +72,7 @@ class FixedMaximum(torch.autograd.Function):
         n, depth = a.shape
         row_sums, column_sums = torch.zeros(2, n, device=a.device)
         tiles = triton.cdiv(n, TILE)
-        _sums[tiles, tiles](a, b, scale, row_sums, column_sums, n, depth, TILE, DEPTH, num_warps=8)
+        launch(_sums, (tiles, tiles), a, b, scale, row_sums, column_sums, n, depth, TILE, DEPTH, num_warps=8)
         ctx.save_for_backward(a, b, scale, row_sums, column_sums)
         ctx.both = both
         matched = scale * (a.float() * b.float()).sum(-1)
@@ -78,9 +86,8 @@ class FixedMaximum(torch.autograd.Function):
         row_weights, column_weights = 1 / (n * row_sums), ctx.both / (n * column_sums)
         by_a, by_b = (torch.zeros(n, depth, device=a.device) for _ in range(2))
         tiles = triton.cdiv(n, TILE)
-        _gradients[tiles, tiles](
-            a, b, scale, row_weights, column_weights, by_a, by_b, n, depth, TILE, DEPTH, num_warps=8
-        )
+        inputs, outputs = (a, b, scale, row_weights, column_weights), (by_a, by_b)
+        launch(_gradients, (tiles, tiles), *inputs, *outputs, n, depth, TILE, DEPTH, num_warps=8)
         by_a = by_loss * scale * (by_a - (1 + ctx.both) / n * b)
         by_b = by_loss * scale * (by_b - (1 + ctx.both) / n * a)
         return by_a, by_b, (by_a * a).sum() / scale, None

@@ -46,21 +46,44 @@ MODULES = ("torch", "triton", "numpy", "rich", "PIL", "ftfy", "instant_clip_toke
 MORE_MODULES = ("tyro", "nvidia.dali", "pytest", "xdist", "pytest_timeout")
 # The names of all tests as they run, eight at a time, one by one to whichever process is free. One that hangs writes
 # its stacks and is ended, and another one takes its place.
-PYTEST = ("--override-ini=addopts=--import-mode=importlib", "-v", "--tb=short", "--durations=10", "-pno:cacheprovider",
-          "-pbench.pytest_gpu", "-n8", "--maxschedchunk=1", "--override-ini=faulthandler_timeout=75", "--timeout=80",
-          "--timeout-method=thread")  # fmt: skip
-TESTED = ("tests/training/test_step_gpu.py", "tests/methods/test_losses.py", "tests/data/test_gpu.py", "tests/kernels",
-          "tests/training/test_capture.py::test_a_gpu_is_as_before_after_a_capture_that_broke_off",
-          "tests/training/test_checkpoint.py::test_a_snapshot_of_a_gpu_waits_for_nothing_and_takes_its_memory_again",
-          )  # fmt: skip
+PYTEST = (
+    "--override-ini=addopts=--import-mode=importlib",
+    "-v",
+    "--tb=short",
+    "--durations=10",
+    "-pno:cacheprovider",
+    "-pbench.pytest_gpu",
+    "-n8",
+    "--maxschedchunk=1",
+    "--override-ini=faulthandler_timeout=75",
+    "--timeout=80",
+    "--timeout-method=thread",
+)
+TESTED = (
+    "tests/training/test_step_gpu.py",
+    "tests/methods/test_losses.py",
+    "tests/data/test_gpu.py",
+    "tests/kernels",
+    "tests/training/test_capture.py::test_a_gpu_is_as_before_after_a_capture_that_broke_off",
+    "tests/training/test_checkpoint.py::test_a_snapshot_of_a_gpu_waits_for_nothing_and_takes_its_memory_again",
+)
 NOT_TESTED = ("tests/kernels/test_aot.py", "tests/kernels/test_contrastive_distributed.py")  # they use no GPU
 SIZES = "loss B=256,loss B=512,loss B=1024,step rn50 B=256"
-PEERS = ",".join((
-    "fastbd tile", "fastbd small", "fastbd hybrid",  # of the loss: the borders between them
-    "CleanCLIP", "open_clip",  # of the step; ours are compiled anew, the slow ones as long as there is time
-    "fastbd, compiled, captured", "open_clip, step compiled",
-    "fastbd, compiled, captured, fused", "fastbd, compiled, captured, combo kernels",
-))  # fmt: skip
+PEERS = ",".join(
+    (
+        # Of the loss: the borders between them.
+        "fastbd tile",
+        "fastbd small",
+        "fastbd hybrid",
+        # Of the step; ours are compiled anew, the slow ones as long as there is time.
+        "CleanCLIP",
+        "open_clip",
+        "fastbd, compiled, captured",
+        "open_clip, step compiled",
+        "fastbd, compiled, captured, fused",
+        "fastbd, compiled, captured, combo kernels",
+    )
+)
 
 
 def bench(name: str, *words: str, limit: float) -> Stage:
@@ -159,8 +182,15 @@ def run(stage: Stage, out: Path, settings: dict[str, str]) -> int | None:
     command = [sys.executable, *(word.replace("{out}", str(out)) for word in stage.words)]
     with open(log, "w") as file, open(log, errors="replace") as written:
         # In a group of its own, so that all its processes can be ended.
-        process = subprocess.Popen(command, cwd=ROOT, env=settings, stdin=subprocess.DEVNULL, stdout=file,
-                                   stderr=subprocess.STDOUT, process_group=0)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=settings,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
         line = ""
         try:
             while process.poll() is None and time.monotonic() < end:

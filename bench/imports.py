@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
 from types import ModuleType
@@ -32,7 +33,7 @@ def main(device: str, names: list[str]) -> int:
     return 2 if missing else 0
 
 
-def version_of(name: str, module: ModuleType, packages: dict[str, list[str]]) -> str:
+def version_of(name: str, module: ModuleType, packages: Mapping[str, list[str]]) -> str:
     """The version of the package that a module comes from."""
     origins = set(packages.get(name.partition(".")[0], ()))
     return version(origins.pop()) if len(origins) == 1 else getattr(module, "__version__", "of an unknown version")

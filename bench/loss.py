@@ -111,14 +111,19 @@ def providers(size: Size, device: str, towers: dict[str, Tensor], log_scale: Ten
     compiled = partial(compile_form, plain, device)
     found = {
         BASELINE: provider(lambda: plain, **bf16),
-        **{f"fastbd {way}": provider(partial(our_form, way, size, device), exact, no_worse_than=BASELINE, ours=True)
-           for way in ("auto", "small", "tile", "hybrid", "reference")},
+        **{
+            f"fastbd {way}": provider(partial(our_form, way, size, device), exact, no_worse_than=BASELINE, ours=True)
+            for way in ("auto", "small", "tile", "hybrid", "reference")
+        },
         "open_clip form, compiled": provider(compiled, slow="it is compiled" if device == "cpu" else "", **bf16),
         "open_clip form, reduce-overhead": provider(
             partial(compiled, "reduce-overhead", size.batch), memory="graph", **bf16
         ),
-        "memeff": provider(partial(memeff, log_scale, device, len(towers) == 2), **bf16,
-                           note="its temperature is a constant: the gradient is taken through the image embeddings"),
+        "memeff": provider(
+            partial(memeff, log_scale, device, len(towers) == 2),
+            **bf16,
+            note="its temperature is a constant: the gradient is taken through the image embeddings",
+        ),
         "inf_cl": provider(partial(inf_cl, device), **in_tf32),
         "CleanCLIP form, float32": provider(lambda: one_matrix, exact, rate="fp32"),
         "fixed maximum, atomics": provider(
@@ -127,7 +132,7 @@ def providers(size: Size, device: str, towers: dict[str, Tensor], log_scale: Ten
         "online maximum by rows": provider(
             partial(triton_form, "online_rows", device), slow="seconds a call" if size.batch > 8192 else "", **in_tf32
         ),
-    }  # fmt: skip
+    }
     if device == "cuda" and size.batch <= SMALL:
         for name, make in {BASELINE: lambda: plain, "fastbd small": partial(our_form, "small", size, device)}.items():
             build = partial(captured, make, towers, log_scale)
@@ -145,7 +150,8 @@ def gradients(form: Form, towers: dict[str, Tensor], log_scale: Tensor) -> Call:
 
     def call() -> Output:
         loss = form(list(towers.values()), log_scale)
-        return {"loss": loss.detach(), **dict(zip(inputs, torch.autograd.grad(loss, inputs.values()), strict=True))}
+        found = torch.autograd.grad(loss, list(inputs.values()))
+        return {"loss": loss.detach(), **dict(zip(inputs, found, strict=True))}
 
     return call
 

@@ -8,14 +8,14 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 MOST = 200  # rounds
@@ -65,9 +65,7 @@ def clock_of(device: str) -> Clock:
     return cuda_clock() if device == "cuda" else cpu_clock
 
 
-def measure(
-    calls: dict[str, Callable[[], object]], clock: Clock, seconds: float, least: int
-) -> dict[str, Seconds]:  # fmt: skip
+def measure(calls: Mapping[str, Callable[[], object]], clock: Clock, seconds: float, least: int) -> dict[str, Seconds]:
     """Time the calls in turn, round after round, after a round of warm-up.
 
     Rounds follow for so many `seconds` by the clock; `least` and MOST bound them. A drift of the machine then meets

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bench.fixed_maximum import launch
+
 TILE, DEPTH = 64, 64  # rows of a program and columns of a step; embedding numbers taken at once, a divisor of D
 
 
@@ -40,8 +42,9 @@ def _row_sums(a, b, scale, log_sums, n, D: tl.constexpr, TILE: tl.constexpr, DEP
 
 
 @triton.jit
-def _row_gradients(a, b, scale, log_sums, by_a, n, OWN: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-                   DEPTH: tl.constexpr):  # fmt: skip
+def _row_gradients(
+    a, b, scale, log_sums, by_a, n, OWN: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr
+):
     """by_a[i] = sum over j of p[i, j] b[j]; log_sums are those of the rows of a (OWN) or of b."""
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     for start in range(0, n, TILE):
@@ -68,7 +71,7 @@ class OnlineRows(torch.autograd.Function):
         a, b = a.contiguous(), b.contiguous()
         n, depth = a.shape
         log_sums = torch.empty(n, device=a.device)
-        _row_sums[(triton.cdiv(n, TILE),)](a, b, scale, log_sums, n, depth, TILE, DEPTH)
+        launch(_row_sums, (triton.cdiv(n, TILE),), a, b, scale, log_sums, n, depth, TILE, DEPTH)
         ctx.save_for_backward(a, b, scale, log_sums)
         return (log_sums - scale * (a * b).sum(-1)).mean()
 
@@ -78,8 +81,8 @@ class OnlineRows(torch.autograd.Function):
         n, depth = a.shape
         programs = (triton.cdiv(n, TILE),)
         by_a, by_b = torch.zeros_like(a), torch.zeros_like(b)
-        _row_gradients[programs](a, b, scale, log_sums, by_a, n, True, depth, TILE, DEPTH)
-        _row_gradients[programs](b, a, scale, log_sums, by_b, n, False, depth, TILE, DEPTH)
+        launch(_row_gradients, programs, a, b, scale, log_sums, by_a, n, True, depth, TILE, DEPTH)
+        launch(_row_gradients, programs, b, a, scale, log_sums, by_b, n, False, depth, TILE, DEPTH)
         by_a = by_loss * scale / n * (by_a - b)
         by_b = by_loss * scale / n * (by_b - a)
         return by_a, by_b, (by_a * a).sum() / scale

@@ -28,6 +28,7 @@ from fastbd.kernels.text_pack import PackedText, pack, room_for
 from fastbd.methods.method import Method
 from fastbd.models import create
 from fastbd.models.batchnorm import share_statistics
+from fastbd.models.memory_format import channels_last
 from fastbd.models.precision import has_compiler, set_precision
 from fastbd.training.optim import make_optimizer
 from fastbd.training.step import Step
@@ -67,7 +68,7 @@ SETTINGS = [
 
 
 def main(words: list[str] | None = None, settings: Sequence[Setting] = SETTINGS) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.parity", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.parity", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=OF_DEVICE, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="those that the device has, without")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so long")
@@ -128,15 +129,20 @@ def losses(setting: Setting, mode: str, device: str) -> list[dict[str, float]]:
     torch._dynamo.reset()  # what another setting has left: other sizes would be compiled for any size
     place = torch.device(device)
     set_precision(setting.precision, place)
-    model = create(setting.model, 0).to(place, memory_format=torch.channels_last).train()
+    model = channels_last(create(setting.model, 0), place).train()
     if setting.group:
         share_statistics(model, setting.group)
     method = Method(OBJECTIVES["mmcl_ssl" if setting.views == 2 else "mmcl"])
     step = Step(
-        model, method, make_optimizer(model, lr=0.0, weight_decay=0.1, betas=(0.9, 0.99), eps=0.01),
-        learning_rates(0.01, warmup=2, total=STEPS + 1), precision=setting.precision,
-        world=World(0, 1, place), parts=setting.parts, **MODES[mode],
-    )  # fmt: skip
+        model,
+        method,
+        make_optimizer(model, lr=0.0, weight_decay=0.1, betas=(0.9, 0.99), eps=0.01),
+        learning_rates(0.01, warmup=2, total=STEPS + 1),
+        precision=setting.precision,
+        world=World(0, 1, place),
+        parts=setting.parts,
+        **MODES[mode],
+    )
     return [{name: value.item() for name, value in step(batch(setting, seed, place)).items()} for seed in range(STEPS)]
 
 

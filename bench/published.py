@@ -28,13 +28,17 @@ class Views(Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> list[Tensor]:
-        opened = (Image.open(io.BytesIO(self.files[i])).convert("RGB") for _ in self.views)
+        opened = (Image.open(io.BytesIO(self.files[i].tobytes())).convert("RGB") for _ in self.views)
         return [pillow_view(image, view.params[i], self.size) for image, view in zip(opened, self.views, strict=True)]
 
 
 def loader(images: Dataset, batch: int, workers: int) -> DataLoader:
     """In their order; the workers stay from one epoch to the next, which the published ones do not."""
     return DataLoader(
-        images, batch, num_workers=workers, persistent_workers=True, multiprocessing_context="fork",
+        images,
+        batch,
+        num_workers=workers,
+        persistent_workers=True,
+        multiprocessing_context="fork",
         worker_init_fn=lambda _: torch.set_num_threads(1),
-    )  # fmt: skip
+    )

@@ -50,9 +50,13 @@ OPEN_CLIP = {"cpu": Program("fp32", "high", 10), "cuda": Program("bf16", "high",
 
 @torch.no_grad()
 def evaluate(
-    program: Program, model: CLIP, data: Labelled, templates: Sequence[str],
-    clean: Iterable[Tensor], triggered: Iterable[Tensor],
-) -> Output:  # fmt: skip
+    program: Program,
+    model: CLIP,
+    data: Labelled,
+    templates: Sequence[str],
+    clean: Iterable[Tensor],
+    triggered: Iterable[Tensor],
+) -> Output:
     """Of an `nchw_copy` in evaluation mode, on batches of all images, float32 [B, 3, S, S], of a set with one attack.
 
     Cosines [N, C] of both, and shares for each of TOP: images whose first k classes have their label; triggered ones
@@ -68,9 +72,14 @@ def evaluate(
 
 
 def one_pass(
-    program: Program, model: CLIP, names: Sequence[str], templates: Sequence[str], batches: Iterable[Tensor],
-    wanted: Tensor, counted: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    program: Program,
+    model: CLIP,
+    names: Sequence[str],
+    templates: Sequence[str],
+    batches: Iterable[Tensor],
+    wanted: Tensor,
+    counted: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Cosines, and for each of TOP the share of the images `counted` bool [N] whose first k hold their `wanted` [N]."""
     weights, cosines, hits = classifier(program, model, names, templates), [], torch.zeros(len(TOP))
     rows = zip(batches, wanted.split(BATCH), counted.split(BATCH), strict=True)
@@ -113,7 +122,7 @@ class Pictures(Dataset):
         return len(self.files)
 
     def __getitem__(self, i: int) -> Tensor:
-        image = Image.open(io.BytesIO(self.files[i])).convert("RGB")
+        image = Image.open(io.BytesIO(self.files[i].tobytes())).convert("RGB")
         if self.attacked is None:
             return normalised(fitted(image, self.size, squash=False))
         attack = self.attacked.attack

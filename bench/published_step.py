@@ -11,10 +11,11 @@ the first call shows, at the weights of the model, what the calls timed afterwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +26,24 @@ from bench.limits import float32_precision
 from bench.peers import one_matrix, two_matrices
 from fastbd.models import CLIP
 from fastbd.models.clip import CONTEXT
-from fastbd.models.resnet import SmallResNet
+from fastbd.models.memory_format import laid_out
+from fastbd.models.resnet import AttentionPool, BasicBlock, Bottleneck, ModifiedResNet, SmallResNet
+from fastbd.models.text import Block, Transformer
 from fastbd.models.vit import VisionTransformer
 from fastbd.training.optim import clamp_log_scale
 
+M = TypeVar("M", bound=nn.Module)
 Step = Callable[[Sequence[Tensor], Tensor, Tensor | None], Output]
 WATCHED = {
-    "visual.conv1.weight", "token_embedding.weight", "text_projection", "logit_scale",
-    "visual.attnpool.c_proj.weight", "visual.proj", "visual.projection.weight",  # of the three image towers
-}  # fmt: skip
+    "visual.conv1.weight",
+    "token_embedding.weight",
+    "text_projection",
+    "logit_scale",
+    # Of the three image towers:
+    "visual.attnpool.c_proj.weight",
+    "visual.proj",
+    "visual.projection.weight",
+}
 NAMES_EXEMPT = ("bn", "ln", "bias", "logit_scale")  # from weight decay; a shortcut's batch norm has no such name
 
 
@@ -106,7 +116,7 @@ def open_clip(model: CLIP, hyper: Hyper, backend: str | None = None) -> Step:
     return step
 
 
-def trimmed(tokens: Tensor, tokens_aug: Tensor | None = None, multiple: int = 8) -> tuple[Tensor, Tensor | None]:
+def trimmed(tokens: Tensor, tokens_aug: Tensor | None = None, *, multiple: int = 8) -> tuple[Tensor, Tensor | None]:
     """Both cut to the longest caption, rounded up to a multiple (--text-pad-multiple). It is the loader's work."""
     longest = 1 + max(int(text.argmax(1).max()) for text in (tokens, tokens_aug) if text is not None)
     length = min(CONTEXT, -(-longest // multiple) * multiple)
@@ -115,12 +125,18 @@ def trimmed(tokens: Tensor, tokens_aug: Tensor | None = None, multiple: int = 8)
 
 def outputs(model: nn.Module, loss: Tensor) -> Output:
     """The loss, and by name the gradients of WATCHED: of the first and last weights of both towers."""
-    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if name in WATCHED}}
+    return {"loss": loss.detach(), **{name: gradient(p) for name, p in model.named_parameters() if name in WATCHED}}
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    """The gradient that a backward pass has left."""
+    assert parameter.grad is not None, "no backward pass has reached this parameter"
+    return parameter.grad
 
 
 def nchw_copy(model: CLIP) -> CLIP:
     """In training mode. Weights laid out for channels_last would draw the convolutions there."""
-    return deepcopy(model).to(memory_format=torch.contiguous_format).train()
+    return laid_out(deepcopy(model), torch.contiguous_format).train()
 
 
 def adamw(model: nn.Module, hyper: Hyper, exempt: Callable[[str, Tensor], bool], **about) -> torch.optim.AdamW:
@@ -154,18 +170,21 @@ def embed(clip: CLIP, images: Sequence[Tensor], tokens: Tensor, tokens_aug: Tens
 
 def image_tower(visual: nn.Module, pixels: Tensor) -> Tensor:
     """[B, 3, S, S] -> [B, embed_dim]."""
-    if isinstance(visual, VisionTransformer):
-        return vision_transformer(visual, pixels)
-    if isinstance(visual, SmallResNet):
-        return small_resnet(visual, pixels)
-    return modified_resnet(visual, pixels)
+    match visual:
+        case VisionTransformer():
+            return vision_transformer(visual, pixels)
+        case SmallResNet():
+            return small_resnet(visual, pixels)
+        case ModifiedResNet():
+            return modified_resnet(visual, pixels)
+    raise TypeError(f"a {type(visual).__name__} is none of the image towers")
 
 
-def modified_resnet(visual: nn.Module, x: Tensor) -> Tensor:
+def modified_resnet(visual: ModifiedResNet, x: Tensor) -> Tensor:
     for i in (1, 2, 3):
         x = activated(x, getattr(visual, f"conv{i}"), getattr(visual, f"bn{i}"))
     x = F.avg_pool2d(x, 2)
-    for block in (*visual.layer1, *visual.layer2, *visual.layer3, *visual.layer4):
+    for block in of_kind(Bottleneck, visual):
         y = activated(activated(x, block.conv1, block.bn1), block.conv2, block.bn2)
         y = block.bn3(block.conv3(block.avgpool(y)))
         y += x if block.downsample is None else block.downsample(x)
@@ -176,29 +195,40 @@ def modified_resnet(visual: nn.Module, x: Tensor) -> Tensor:
 def small_resnet(visual: SmallResNet, x: Tensor) -> Tensor:
     """No published program has it: the same manner for the same network."""
     x = activated(x, visual.conv1, visual.bn1)
-    for block in visual.stages:
+    for block in of_kind(BasicBlock, visual.stages):
         y = block.bn2(block.conv2(activated(x, block.conv1, block.bn1)))
         y += x if block.downsample is None else block.downsample(x)
         x = F.relu(y, inplace=True)
     return visual.projection(x.mean((2, 3)))
 
 
+def of_kind(kind: type[M], model: nn.Module) -> Iterator[M]:
+    """Yield the model's blocks of a kind, in their order."""
+    return (module for module in model.modules() if isinstance(module, kind))
+
+
 def activated(x: Tensor, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     return F.relu(norm(convolution(x)), inplace=True)
 
 
-def attention_pool(pool: nn.Module, x: Tensor) -> Tensor:
+def attention_pool(pool: AttentionPool, x: Tensor) -> Tensor:
     """[B, width, side, side] -> [B, embed_dim]."""
     x = x.flatten(2).permute(2, 0, 1)
     x = torch.cat([x.mean(0, keepdim=True), x])
     x = x + pool.positional_embedding[:, None].to(x.dtype)
     projections = pool.q_proj, pool.k_proj, pool.v_proj
-    answers, _ = F.multi_head_attention_forward(
-        x, x, x, x.shape[-1], pool.heads, None, torch.cat([p.bias for p in projections]), None, None, False, 0.0,
-        pool.c_proj.weight, pool.c_proj.bias, need_weights=False, use_separate_proj_weight=True,
-        q_proj_weight=pool.q_proj.weight, k_proj_weight=pool.k_proj.weight, v_proj_weight=pool.v_proj.weight,
-    )  # fmt: skip
+    weights = {f"{name}_proj_weight": p.weight for name, p in zip("qkv", projections, strict=True)}
+    biases = torch.cat([p.bias for p in projections])
+    answers = attended(x, pool.heads, (None, biases), pool.c_proj, use_separate_proj_weight=True, **weights)
     return answers[0]
+
+
+def attended(x: Tensor, heads: int, inputs: tuple[Tensor | None, Tensor], out: nn.Linear, **how: Any) -> Tensor:
+    """PyTorch's multi-head attention of [L, B, width]; `inputs` are weight and bias of its input's projection."""
+    answers, _ = F.multi_head_attention_forward(
+        x, x, x, x.shape[-1], heads, *inputs, None, None, False, 0.0, out.weight, out.bias, need_weights=False, **how
+    )
+    return answers
 
 
 def vision_transformer(visual: VisionTransformer, pixels: Tensor) -> Tensor:
@@ -218,15 +248,12 @@ def text_tower(clip: CLIP, tokens: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device), tokens.argmax(-1)] @ clip.text_projection
 
 
-def transformer(blocks: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+def transformer(blocks: Transformer, x: Tensor, mask: Tensor | None) -> Tensor:
     """[B, L, width] -> [B, L, width]; `mask` is added to the logits."""
     x = x.permute(1, 0, 2).contiguous()
-    for block in blocks.resblocks:
+    for block in of_kind(Block, blocks):
         attn, mlp, y = block.attn, block.mlp, normed(block.ln_1, x)
-        y, _ = F.multi_head_attention_forward(
-            y, y, y, y.shape[-1], attn.heads, attn.in_proj_weight, attn.in_proj_bias, None, None, False, 0.0,
-            attn.out_proj.weight, attn.out_proj.bias, need_weights=False, attn_mask=mask,
-        )  # fmt: skip
+        y = attended(y, attn.heads, (attn.in_proj_weight, attn.in_proj_bias), attn.out_proj, attn_mask=mask)
         x = x + y
         y = mlp.c_fc(normed(block.ln_2, x))
         x = x + mlp.c_proj(y * torch.sigmoid(1.702 * y))

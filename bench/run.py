@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.case import Call, Case, Unavailable, errors, objection
+from bench.case import Call, Case, Output, Unavailable, errors, objection
 from bench.limits import Limits
 from bench.measure import Clock, Seconds, Share, clock_of, graph_bytes, largest, measure, peak_bytes
 
@@ -66,8 +66,9 @@ class Gate:
 
     def __init__(self, case: Case, limits: Limits):
         self.case, self.found = case, {}
-        fits = case.truth and case.truth_flops / limits.matmul["fp64"] < TRUTH_SECONDS
-        self.truth = case.truth() if fits else None
+        self.truth: Output | None = None
+        if case.truth and case.truth_flops / limits.matmul["fp64"] < TRUTH_SECONDS:
+            self.truth = case.truth()
 
     def build(self, name: str) -> Ready:
         """The provider's call, once it has computed what it should. Raises Refused, or whatever the provider raises.
@@ -125,9 +126,15 @@ def attempt(
 
 
 def timed(
-    case: Case, limits: Limits, name: str, ready: Ready, first: dict[str, Call], clock: Clock, effort: Effort,
+    case: Case,
+    limits: Limits,
+    name: str,
+    ready: Ready,
+    first: dict[str, Call],
+    clock: Clock,
+    effort: Effort,
     graphs_before: int,
-) -> dict:  # fmt: skip
+) -> dict:
     """The row of a provider, timed in turns with the first one."""
     provider, calls = case.providers[name], first | {name: ready.call}
     peak = peak_bytes(ready.call, case.device) if provider.memory == "call" else None

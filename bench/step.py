@@ -26,6 +26,7 @@ from fastbd.methods.method import Method
 from fastbd.methods.objectives import Objective
 from fastbd.models import CLIP, create
 from fastbd.models.clip import MODELS
+from fastbd.models.memory_format import channels_last
 from fastbd.models.precision import has_compiler, set_precision
 from fastbd.training.capture import WARM
 from fastbd.training.optim import make_optimizer
@@ -165,22 +166,27 @@ def peer_step(model: CLIP, data: Data, make: Callable[[CLIP, Hyper], Peer], cut:
     return partial(step, data.images, *(trimmed(*texts) if cut else texts))
 
 
-def our_step(
-    size: Size, model: CLIP, data: Data, compiled: bool = False, captured: bool = False, **how: bool
-) -> Call:  # fmt: skip
+def our_step(size: Size, model: CLIP, data: Data, compiled: bool = False, captured: bool = False, **how: bool) -> Call:
     """A step as the trainer makes it. When it is first called it has been captured, its weights still as given."""
     device = data.images[0].device
     if compiled and device.type == "cpu" and not has_compiler():
         raise Unavailable("needs a C++ compiler")
     set_precision(size.precision, device)
-    clip = deepcopy(model).to(memory_format=torch.channels_last).train()
+    clip = channels_last(deepcopy(model)).train()
     warm = WARM + 1 if captured else 0
     rates = torch.full((CALLS,), HYPER.lr)
     rates[:warm] = 0
     step = Step(
-        clip, Method(OBJECTIVES[size.objective]), make_optimizer(clip, **asdict(HYPER)), rates,
-        precision=size.precision, world=World(0, 1, device), compiled=compiled, captured=captured, **how,
-    )  # fmt: skip
+        clip,
+        Method(OBJECTIVES[size.objective]),
+        make_optimizer(clip, **asdict(HYPER)),
+        rates,
+        precision=size.precision,
+        world=World(0, 1, device),
+        compiled=compiled,
+        captured=captured,
+        **how,
+    )
     batch = our_batch(size, data, fixed=compiled or captured)
 
     def call() -> Output:

@@ -16,15 +16,20 @@ from torch import Tensor
 
 from bench.captions import captions
 from bench.case import Call, Case, Cases, Output, Provider, Unavailable
-from bench.published_step import text_tower, trimmed
+from bench.published_step import gradient, of_kind, text_tower, trimmed
 from fastbd.kernels.text_pack import PackedText, lengths_of, pack, packed_attention
 from fastbd.models import CLIP, create
 from fastbd.models.clip import CONTEXT
 from fastbd.models.precision import autocast
+from fastbd.models.text import Attention
 from fastbd.training.roofline import Rates, step_seconds
 
-WATCHED = ("token_embedding.weight", "positional_embedding", "text_projection",
-           "transformer.resblocks.0.attn.in_proj_weight")  # fmt: skip
+WATCHED = (
+    "token_embedding.weight",
+    "positional_embedding",
+    "text_projection",
+    "transformer.resblocks.0.attn.in_proj_weight",
+)
 TOLERANCE = {"fp32": {"": 1e-4}, "bf16": {"": 8e-2}}  # sums in another order
 ATTENTION = {"fp32": {"": 1e-5}, "bf16": {"": 1e-2}}  # of outputs and gradients that are rounded once
 
@@ -73,7 +78,7 @@ def gradients(model: CLIP, precision: str, embed: Callable[[], Tensor]) -> Outpu
     with autocast(precision, model.logit_scale.device):
         embedded = embed()
     embedded.float().square().mean().backward()
-    return {"embedded": embedded.detach(), **{name: model.get_parameter(name).grad for name in WATCHED}}
+    return {"embedded": embedded.detach(), **{name: gradient(model.get_parameter(name)) for name in WATCHED}}
 
 
 def least(model: CLIP, tokens: float, count: int, rates: Rates, precision: str) -> float:
@@ -111,7 +116,7 @@ class Captions:
 
 def attention_case(name: str, model_name: str, count: int, precision: str, device: str) -> Case:
     """Causal attention of `count` captions as long as CC3M's: output, and gradient of qkv for a given one of it."""
-    block, lengths = create(model_name, 0).transformer.resblocks[0].attn, lengths_of(captions(count, seed=0))
+    block, lengths = next(of_kind(Attention, create(model_name, 0).transformer)), lengths_of(captions(count, seed=0))
     heads, width = block.heads, block.out_proj.in_features
     noise = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -179,6 +184,8 @@ def by_ends(data: Captions, gradient: Tensor) -> Call:
     def attention(qkv: Tensor) -> Tensor:
         query, key, value = qkv.unflatten(1, (3, data.heads, -1)).unbind(1)
         ends = data.starts, data.starts, longest, longest
-        return varlen_attn(query, key, value, *ends, window_size=(-1, 0)).flatten(1)
+        out = varlen_attn(query, key, value, *ends, window_size=(-1, 0))
+        assert isinstance(out, Tensor)  # it gives more only where that is asked for
+        return out.flatten(1)
 
     return partial(attended, attention, data.qkv, gradient)

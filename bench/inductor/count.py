@@ -11,6 +11,7 @@ import ast
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 SIZES = {
     "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "i1": 1, "u8": 1, "i8": 1, "i32": 4, "u32": 4, "i64": 8, "u64": 8,
@@ -26,7 +27,7 @@ class Tensor:
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    element: int | None = None
+    element: int
     origin: Tensor | None = None
 
     @property
@@ -93,14 +94,19 @@ def _kernels(tree: ast.Module) -> Iterator[tuple[str, str]]:
     for node in tree.body:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Attribute(attr="triton"), args=words)):
-                yield name, words[1].value
+                yield name, ast.literal_eval(words[1])
 
 
 def _kernel(source: str) -> Kernel:
     (function,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
-    (meta,) = (k.value for k in function.decorator_list[0].keywords if k.arg == "triton_meta")
-    keys = [key.value for key in meta.keys]
-    arguments = ast.literal_eval(meta.values[keys.index("signature")])
+    (signature,) = (
+        value
+        for table in ast.walk(function.decorator_list[0])
+        if isinstance(table, ast.Dict)
+        for key, value in zip(table.keys, table.values, strict=True)
+        if isinstance(key, ast.Constant) and key.value == "signature"
+    )
+    arguments = ast.literal_eval(signature)
     loads, stores, values = {}, {}, {}
     stored = None
     for node in ast.walk(function):
@@ -118,7 +124,7 @@ def _kernel(source: str) -> Kernel:
     return Kernel(arguments, loads, stores, single and _is_load(stored, values))
 
 
-def _is_load(value: ast.expr, values: dict[str, ast.expr]) -> bool:
+def _is_load(value: ast.expr | None, values: dict[str, ast.expr]) -> bool:
     """Whether a value is what was loaded, at most in another type."""
     match value:
         case ast.Name(id=name):
@@ -138,7 +144,7 @@ class _Reader:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     writers: dict[Tensor, tuple[Kernel, list[Tensor]]] = field(default_factory=dict)
     weights: set[Tensor] = field(default_factory=set)
-    results: dict[str, dict] = field(default_factory=dict)
+    results: dict[str, dict[Any, Tensor]] = field(default_factory=dict)
     launches: list[Callable[[], Launch]] = field(default_factory=list)
 
     def read(self, statements: list[ast.stmt]) -> None:
@@ -164,8 +170,10 @@ class _Reader:
                 self.tensors[name] = Tensor(ast.literal_eval(size), ast.literal_eval(stride), element)
                 if name.startswith("primals_"):
                     self.weights.add(self.tensors[name])
-            case ast.Call(func=ast.Name(id="reinterpret_tensor") | ast.Attribute(attr="as_strided")):
-                self.tensors[name] = self._tensor(value)
+            case ast.Call(func=ast.Name(id="reinterpret_tensor") | ast.Attribute(attr="as_strided")) if (
+                view := self._tensor(value)
+            ):
+                self.tensors[name] = view
             case ast.Call():
                 self._call(value, name)
             case ast.Subscript(value=ast.Name(id=other), slice=ast.Constant(value=place)) if other in self.results:
@@ -198,10 +206,14 @@ class _Reader:
 
     def _triton(self, name: str, kernel: Kernel, values: list[ast.expr]) -> None:
         given = dict(zip((a for a, kind in kernel.arguments.items() if kind != "constexpr"), values, strict=False))
-        points = math.prod(value.value for a, value in given.items() if a.endswith("numel"))
-        tensors = {a: self._tensor(value) for a, value in given.items() if kernel.arguments[a].startswith("*")}
-        if missing := [a for a, tensor in tensors.items() if tensor is None]:
-            raise ValueError(f"{name} is called with {ast.unparse(given[missing[0]])}, which is no known tensor")
+        points = math.prod(ast.literal_eval(value) for a, value in given.items() if a.endswith("numel"))
+        tensors: dict[str, Tensor] = {}
+        for a, value in given.items():
+            if kernel.arguments[a].startswith("*"):
+                tensor = self._tensor(value)
+                if tensor is None:
+                    raise ValueError(f"{name} is called with {ast.unparse(value)}, which is no known tensor")
+                tensors[a] = tensor
         for a in kernel.stores:
             self.writers[tensors[a].root] = kernel, [tensors[b] for b in kernel.loads if b != a]
 
@@ -220,8 +232,9 @@ class _Reader:
     def _library(self, name: str, call: ast.Call, result: str | None) -> None:
         values = [*call.args, *(keyword.value for keyword in call.keywords)]
         operands = [tensor for tensor in map(self._tensor, values) if tensor]
-        outputs = self.results[result] = {} if result else None
+        outputs: dict[Any, Tensor] = {}
         if result:  # one tensor or several: what the name is used for tells
+            self.results[result] = outputs
             self.tensors[result] = outputs[None] = Tensor((0,), (1,), operands[0].element)
         backward = name.startswith("torch.ops.aten.convolution_backward")
         products = sum(ast.literal_eval(call.args[-1])) if backward else int(name == "extern_kernels.convolution")
@@ -230,15 +243,17 @@ class _Reader:
             layouts = sum(not x.channels_last or self._was_copied(x) for x in operands[: 3 if backward else 2])
 
         def launch() -> Launch:
-            moved = [*operands, *(outputs or {}).values()]
+            moved = [*operands, *outputs.values()]
             moved += operands[:1] * (backward and products == 2)  # the output's gradient, for both
             return Launch(name, False, sum(x.numel * x.element for x in moved), products=products, layouts=layouts)
 
         self.launches.append(launch)
 
     def _was_copied(self, x: Tensor) -> bool:
-        kernel, sources = self.writers.get(x.root, (None, ()))
-        return kernel is not None and kernel.copies and sources[0].size == x.size and not x.laid_like(sources[0].stride)
+        if x.root not in self.writers:
+            return False
+        kernel, sources = self.writers[x.root]
+        return kernel.copies and sources[0].size == x.size and not x.laid_like(sources[0].stride)
 
     def _return(self, outputs: list[ast.expr]) -> None:
         """Outputs of a backward pass are gradients."""

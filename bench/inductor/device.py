@@ -11,8 +11,10 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import _prims_common
 
 WORKS_WITH = ("2.13.0",)
 H200 = SimpleNamespace(
@@ -28,9 +30,22 @@ def build_guard(folder: Path) -> Path:
     home = Path(torch.__path__[0])
     library = folder / "guard.so"
     subprocess.run(
-        ["g++", "-std=c++20", "-shared", "-fPIC", Path(__file__).with_name("guard.cpp"), "-o", library,
-         f"-I{home}/include", f"-L{home}/lib", f"-Wl,-rpath,{home}/lib", "-lc10", "-ltorch_cpu"], check=True,
-    )  # fmt: skip
+        [
+            "g++",
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            Path(__file__).with_name("guard.cpp"),
+            "-o",
+            library,
+            f"-I{home}/include",
+            f"-L{home}/lib",
+            f"-Wl,-rpath,{home}/lib",
+            "-lc10",
+            "-ltorch_cpu",
+        ],
+        check=True,
+    )
     return library
 
 
@@ -84,13 +99,12 @@ def _pretend_to_triton() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=_always(GPUTarget("cuda", 90, 32)),
-            get_current_device=_always(0),
-            get_active_torch_device=_always(torch.device("cuda", 0)),
-        )
+    stand_in: Any = SimpleNamespace(  # what is asked of a driver
+        get_current_target=_always(GPUTarget("cuda", 90, 32)),
+        get_current_device=_always(0),
+        get_active_torch_device=_always(torch.device("cuda", 0)),
     )
+    driver.set_active(stand_in)
 
 
 def _pretend_to_inductor() -> None:
@@ -114,7 +128,7 @@ def _tensor(make, value, *, dtype=None, device=None) -> torch.Tensor:
 
 def _convolution_format(x: torch.Tensor, weight: torch.Tensor, *_) -> torch.memory_format:
     """As cuDNN's: channels_last as soon as the input or the weight is."""
-    formats = map(torch._prims_common.suggest_memory_format, (x, weight))
+    formats = map(_prims_common.suggest_memory_format, (x, weight))
     return torch.channels_last if torch.channels_last in formats else torch.contiguous_format
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from fastbd.base.dist import World
 from fastbd.kernels.text_pack import PackedText, room_for
 from fastbd.methods.method import Method
 from fastbd.methods.objectives import Objective
-from fastbd.models import create
+from fastbd.models import CLIP, create
 from fastbd.models.batchnorm import share_statistics
 from fastbd.models.precision import set_precision
 from fastbd.training.step import Step
@@ -42,12 +43,12 @@ def generate(folder: Path, call: Callable[[], object]) -> None:
         (folder / f"{name}.py").write_text(code.value)
         return Module(folder / f"{name}.py")
 
-    GraphLowering.compile_to_module = write
     functorch.force_non_lazy_backward_lowering = True  # not only when a backward pass has begun
-    try:
-        call()
-    except Written:
-        return
+    with patch.object(GraphLowering, "compile_to_module", write):
+        try:
+            call()
+        except Written:
+            return
     raise RuntimeError("the compiled function was never called")
 
 
@@ -71,13 +72,19 @@ def embed(model_name: str, pairs: int, views: int, group: int, fused: bool) -> N
         share_statistics(model, group)
     unused = torch.optim.SGD(model.parameters())
     step = Step(
-        model, Method(Objective()), unused, torch.empty(1), precision=set_precision("bf16", CUDA),
-        world=World(0, 1, CUDA), compiled=True, fused=bool(fused),
-    )  # fmt: skip
+        model,
+        Method(Objective()),
+        unused,
+        torch.empty(1),
+        precision=set_precision("bf16", CUDA),
+        world=World(0, 1, CUDA),
+        compiled=True,
+        fused=fused,
+    )
     step._embed(pixels, text, step.towers)
 
 
-def channels_last(model: nn.Module) -> nn.Module:
+def channels_last(model: CLIP) -> CLIP:
     """As model.to(memory_format=torch.channels_last), which cannot exchange parameters in a FakeTensorMode."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -100,10 +107,11 @@ def batch(pairs: int, views: int, side: int) -> tuple[list[Tensor], PackedText]:
 def main(folder: str, model: str, *numbers: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    pairs, views, group, fused = map(int, numbers)
     os.environ.pop("LD_PRELOAD", None)  # this process has it, and compilers that it starts need none
     device.pretend()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        generate(Path(folder), lambda: embed(model, *map(int, numbers)))
+        generate(Path(folder), lambda: embed(model, pairs, views, group, fused=bool(fused)))
 
 
 if __name__ == "__main__":
