@@ -13,7 +13,7 @@ from fastbd import cli
 from fastbd.base.dist import World
 from fastbd.base.signals import Stopped
 from fastbd.commands import clean
-from fastbd.training.kept import Kept
+from fastbd.training.reuse import Kept
 from fastbd.training.run import Run
 
 WORLD = World(0, 1, torch.device("cpu"))

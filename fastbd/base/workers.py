@@ -1,4 +1,4 @@
-"""Work shared out to processes."""
+"""A map over worker processes, in order."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.config.cards import load, short
 from fastbd.config.flags import CleanConfig
-from fastbd.config.methods import FlaggedSettings
+from fastbd.config.method_flags import FlaggedSettings
 from fastbd.data.beton import Beton
 from fastbd.data.rows import read_rows
 from fastbd.data.shards import Shards, open_beton

@@ -28,12 +28,12 @@ from fastbd.config.flags import CleanConfig, ReportConfig, SweepConfig
 from fastbd.data.shards import open_beton
 from fastbd.report.tables import best_of
 from fastbd.study import halting, live, search
+from fastbd.study.engines import ENGINES, load_ray
 from fastbd.study.grid import Planned, Study, command, expand, material, with_overrides
 from fastbd.study.ledger import Claim, Ledger
 from fastbd.study.patience import patiently
 from fastbd.study.studies import load
-from fastbd.study.workers import ENGINES, load_ray
-from fastbd.training.kept import Kept
+from fastbd.training.reuse import Kept
 from fastbd.training.run import Run
 
 POLL = 2.0  # seconds between looks for a run, where others are at work

@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any
 
 from fastbd.base.errors import UserError
-from fastbd.config.methods import DeepClusterSettings, ParSettings, ShrinkPerturbSettings, UnlearnSettings
+from fastbd.config.method_flags import DeepClusterSettings, ParSettings, ShrinkPerturbSettings, UnlearnSettings
 
 
 @dataclass(frozen=True, kw_only=True)

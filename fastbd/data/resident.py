@@ -1,4 +1,4 @@
-"""Source images that stay, so that they are decoded once: on the GPU, in main memory, or in a file."""
+"""Fill Pixels, so that images are decoded once: the choice of --resident, and the decoding."""
 
 from __future__ import annotations
 

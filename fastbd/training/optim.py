@@ -1,4 +1,4 @@
-"""AdamW with CLIP's two groups, the cosine schedule, the temperature's bounds."""
+"""AdamW with CLIP's two groups, and the temperature's bounds."""
 
 from __future__ import annotations
 

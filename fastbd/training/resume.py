@@ -32,7 +32,7 @@ _INPUTS = {
     "cluster_labels": "other content of the file --cluster-labels",
 }
 
-FREE = IMMATERIAL | marked("free_on_resume", *TRAINING) | {"start"}  # which config.json has beside the flags
+FREE_ON_RESUME = IMMATERIAL | marked("free_on_resume", *TRAINING) | {"start"}  # which config.json has beside the flags
 """Settings that may be others when a run is resumed; what moved files hold is compared by inputs()."""
 _PARTS = {"about": dict, "config": dict, "model": dict, "optimizer": dict, "step": int, "random": dict,
           "plan": dict | None}  # fmt: skip
@@ -143,9 +143,9 @@ def _short(value: Any) -> str:
 def difference(was: Mapping, now: Mapping) -> tuple[str, Any, Any] | None:
     """Return (name, was, is) of the first setting of `was` that is another one in `now`; None where none is.
 
-    Those of FREE may differ. A path counts as its last part.
+    Those of FREE_ON_RESUME may differ. A path counts as its last part.
     """
-    for name in (name for name in was if name not in FREE):
+    for name in (name for name in was if name not in FREE_ON_RESUME):
         if found := _difference(name, was[name], now.get(name, _ABSENT)):
             return found
     return None

@@ -36,12 +36,12 @@ from fastbd.kernels.text_pack import room_for
 from fastbd.methods.method import Training
 from fastbd.training import checkpoint, divergence, setup
 from fastbd.training.folder import RunFolder, check_place, free_folder
-from fastbd.training.kept import Kept
+from fastbd.training.inputs import decoder_of, open_pairs, policies_of
 from fastbd.training.loop import Enough, Timetable, every, train
-from fastbd.training.pairs import decoder_of, open_pairs, policies_of
 from fastbd.training.readback import NotFinite
 from fastbd.training.rebound import clean_pairs, rebound
 from fastbd.training.resume import check_inputs, inputs
+from fastbd.training.reuse import Kept, reusable, structure
 from fastbd.training.roofline import measure_rates, step_seconds
 from fastbd.training.setup import Setup
 from fastbd.training.task import ROWS, SPARED, Config, Task
@@ -150,8 +150,8 @@ class Run:
         The evaluation set comes first, as the pairs take what memory is left.
         """
         config, task, world = self.config, self.task, self.world
-        self._key = setup.structure(config, task, self.numerics.precision)
-        self._reused = setup.reusable(self.kept, self._key, task, self.numerics, resumed is not None)
+        self._key = structure(config, task, self.numerics.precision)
+        self._reused = reusable(self.kept, self._key, task, self.numerics.compiled, resumed is not None)
         self.watch = self._open_watch()
         began = resumed["decode"] if resumed else None
         self.pairs = open_pairs(config, task, world, self.kept, self.policies, began, self.quiet)

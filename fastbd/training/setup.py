@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import torch
@@ -10,22 +9,15 @@ from torch import Tensor
 
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
-from fastbd.config.fields import marked, to_dict
-from fastbd.config.flags import TRAINING
 from fastbd.methods.method import Method
 from fastbd.models import CLIP
 from fastbd.models.batchnorm import batch_norms, share_statistics
 from fastbd.models.blocks import recompute
 from fastbd.models.precision import is_captured, is_compiled, set_precision
-from fastbd.training.kept import Kept
 from fastbd.training.optim import make_optimizer, restore
 from fastbd.training.shares import Shares
 from fastbd.training.step import Step
 from fastbd.training.task import Config, Task
-from fastbd.training.watch import LOOKING
-
-FREE = marked("reuse", *TRAINING)
-"""Settings in which two runs may differ and still be trained by the same step in the same memory."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +44,6 @@ class Setup:
     room: int
     """Tokens that a part of a batch has room for; 1 where its captions need no fixed shape."""
     step: Step
-
-
-def structure(config: Config, task: Task, precision: str) -> str:
-    """Return a key of all that a step in memory depends on: every setting that is not marked as free."""
-    settings = {name: value for name, value in to_dict(config).items() if name not in FREE}
-    terms = [weight > 0 for weight in task.method.objective.weights]
-    model = [task.model_name, task.model.spec.activation]
-    return json.dumps([*model, str(task.data), len(task.rows), settings, terms, precision])
-
-
-def reusable(kept: Kept, key: str, task: Task, numerics: Numerics, resumed: bool) -> Setup | None:
-    """Return the Setup of an earlier run if this run fits in it; else free that, before new memory is taken."""
-    found = kept.held("setup", key)
-    if found and not resumed and task.optimizer is None:  # optimizer states that are read lie elsewhere
-        return found
-    kept.drop("setup", *LOOKING)
-    if numerics.compiled:
-        torch.compiler.reset()  # which compiles a function for so many models, and no more
-    return None
 
 
 def place(found: Setup | None, config: Config, task: Task, shares: Shares, world: World) -> tuple[CLIP, Method]:

@@ -21,10 +21,8 @@ from fastbd.evals.sets import Labelled, open_set, part_of
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot
 from fastbd.models import CLIP
-from fastbd.training.kept import Kept
+from fastbd.training.reuse import LOOKING, Kept
 from fastbd.training.task import Config, Task
-
-LOOKING = "zeroshot", "partly", "monitor"  # what is kept of these has hold of a model and of a set
 
 
 class Watch:

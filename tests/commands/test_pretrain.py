@@ -13,7 +13,7 @@ from fastbd.commands import clean, pretrain
 from fastbd.commands.evaluate import open_model
 from fastbd.config.flags import CleanConfig, PretrainConfig
 from fastbd.models import create
-from fastbd.training.kept import Kept
+from fastbd.training.reuse import Kept
 from fastbd.training.run import Run
 
 START = (

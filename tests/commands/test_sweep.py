@@ -29,10 +29,10 @@ from fastbd.commands import clean
 from fastbd.commands import sweep as sweep_command
 from fastbd.config.flags import CleanConfig, SweepConfig
 from fastbd.study import patience
+from fastbd.study.engines import load_ray
 from fastbd.study.grid import Study
 from fastbd.study.ledger import Ledger, _read_claim
-from fastbd.study.workers import load_ray
-from fastbd.training.kept import Kept
+from fastbd.training.reuse import Kept
 from fastbd.training.run import Run
 
 PRETRAIN = {"model": "tiny-rn", "epochs": 1, "batch_size": 24, "data": "train.beton", "plan": "train.poison.json",

@@ -15,7 +15,7 @@ from steps import ONE
 from fastbd.commands import clean, poison, pretrain
 from fastbd.config.cards import METHODS, TRIGGERS
 from fastbd.config.flags import CleanConfig, PoisonConfig, PretrainConfig, config_of
-from fastbd.training.kept import Kept
+from fastbd.training.reuse import Kept
 from fastbd.training.run import Run, execute
 
 OWN = {

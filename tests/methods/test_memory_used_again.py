@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from cleanings import cleaning, same, start, state
 
-from fastbd.training.kept import Kept
+from fastbd.training.reuse import Kept
 
 METHODS = {
     "shrink_perturb": (),

@@ -20,7 +20,7 @@ from fastbd.models.batchnorm import share_statistics
 from fastbd.report import plots
 from fastbd.training import capture, run
 from fastbd.training.capture import WARM, Captured
-from fastbd.training.kept import Kept
+from fastbd.training.reuse import Kept
 
 
 class Device:

@@ -12,7 +12,7 @@ from fastbd import cli
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.commands import clean
-from fastbd.training.pairs import same_pixels
+from fastbd.training.inputs import same_pixels
 from fastbd.training.run import Run
 
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import weakref
 
-from fastbd.training.kept import Kept
+from fastbd.training.reuse import Kept
 
 
 class Thing:

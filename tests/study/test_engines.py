@@ -16,8 +16,8 @@ import pytest
 
 from fastbd.base.errors import UserError
 from fastbd.base.signals import Stopped, stoppable
-from fastbd.study import workers
-from fastbd.study.workers import ENGINES
+from fastbd.study import engines
+from fastbd.study.engines import ENGINES
 
 pytestmark = pytest.mark.process
 
@@ -65,7 +65,7 @@ def mistaken(device: str) -> None:
 
 def test_the_sentence_of_a_process_is_told_without_a_traceback(tmp_path, capfd, monkeypatch):
     forked = multiprocessing.get_context("fork")  # it has imported all that it needs
-    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: forked)
+    monkeypatch.setattr(engines.multiprocessing, "get_context", lambda method: forked)
     with pytest.raises(UserError) as raised:
         ENGINES["local"](mistaken, tmp_path, 2, "cpu")
     log = tmp_path / "worker-0.log"
@@ -78,11 +78,11 @@ def test_the_sentence_of_a_process_is_told_without_a_traceback(tmp_path, capfd, 
 
 def test_how_a_process_ended_in_words(tmp_path):
     log = tmp_path / "worker-0.log"
-    assert workers._why(1, log) == "exit code 1"
+    assert engines._why(1, log) == "exit code 1"
     log.write_text("a\nKeyError: 'x'\n")
-    assert workers._why(1, log) == "KeyError: 'x'"
-    assert workers._why(-signal.SIGKILL, log) == "SIGKILL, most likely for want of memory"
-    assert workers._why(-signal.SIGSEGV, log) == "SIGSEGV"
+    assert engines._why(1, log) == "KeyError: 'x'"
+    assert engines._why(-signal.SIGKILL, log) == "SIGKILL, most likely for want of memory"
+    assert engines._why(-signal.SIGSEGV, log) == "SIGSEGV"
 
 
 def test_a_log_for_which_there_is_no_room_ends_no_work():
@@ -91,7 +91,7 @@ def test_a_log_for_which_there_is_no_room_ends_no_work():
             print("a line", file=usual)
         finally:
             os.dup2(os.open(os.devnull, os.O_WRONLY), usual.fileno())  # so that it can be closed
-    with workers._open_log(Path("/dev/full")) as log:
+    with engines._open_log(Path("/dev/full")) as log:
         print("a line", file=log)
 
 

@@ -13,7 +13,7 @@ from fastbd.data.loader import recipe
 from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.methods.objectives import Objective
-from fastbd.training.kept import Kept
+from fastbd.training.reuse import Kept
 from fastbd.training.task import Config, Task
 
 
