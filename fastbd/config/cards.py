@@ -166,19 +166,21 @@ def card(kind: str, name: str) -> Card:
 def _outside(name: str, told: Mapping[str, Any], settings: type | None = None) -> Card:
     """Return the card of an outside thing, with what it does not tell drawn from its name."""
     number = zlib.crc32(name.encode())
-    usual = {
-        "title": short(name),
-        "marker": MARKERS[number % len(MARKERS)],
-        "colour": COLOURS[number % len(COLOURS)],
-    }
     said = {fact: told[fact] for fact in FACTS if told.get(fact) and isinstance(told[fact], str)}
-    return Card(code=name, settings=settings, **usual | said)
+    return Card(
+        code=name,
+        settings=settings,
+        title=said.get("title", short(name)),
+        marker=said.get("marker", MARKERS[number % len(MARKERS)]),
+        colour=said.get("colour", COLOURS[number % len(COLOURS)]),
+    )
 
 
 def _checked_settings(name: str, settings: Any) -> type | None:
     if settings is None:
         return None
-    if not (dataclasses.is_dataclass(settings) and settings.__dataclass_params__.frozen):
+    made = getattr(settings, "__dataclass_params__", None)
+    if not isinstance(settings, type) or made is None or not made.frozen:
         raise UserError(f"the Settings of {name} hold its flags: make them a class with @dataclass(frozen=True).")
     for field in dataclasses.fields(settings):
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:

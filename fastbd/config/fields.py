@@ -149,8 +149,10 @@ def typed(hint: Any, value: Any) -> Any:
         raise TypeError("a list")
     if type(value) is hint or (hint is Path and isinstance(value, Path)):
         return value
-    if (hint is float and type(value) is int) or (hint is Path and isinstance(value, str)):
-        return hint(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
     if hint is str and isinstance(value, Path):
         return str(value)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}

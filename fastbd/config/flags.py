@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from fastbd.base.errors import UserError
 from fastbd.config.cards import METHODS, MODELS, OBJECTIVES, ROBUST, TRIGGERS, VIEWS, card
@@ -29,13 +29,17 @@ from fastbd.config.fields import (
     marked,
 )
 
-# A name in a table of cards, or MODULE:ATTRIBUTE of code outside of this package.
-Objective = Literal[*OBJECTIVES] | str
-Method = Literal[*METHODS] | str
-Robust = Literal["none", *ROBUST] | str
-Model = Literal[*MODELS] | str
-Trigger = Literal[*TRIGGERS] | str
-Views = Literal[*VIEWS] | str
+# A name in a table of cards, or MODULE:ATTRIBUTE of code outside of this package. Of a table that is only known when
+# it runs a type checker cannot make a Literal.
+if TYPE_CHECKING:
+    Objective = Method = Robust = Model = Trigger = Views = str
+else:
+    Objective = Literal[*OBJECTIVES] | str
+    Method = Literal[*METHODS] | str
+    Robust = Literal["none", *ROBUST] | str
+    Model = Literal[*MODELS] | str
+    Trigger = Literal[*TRIGGERS] | str
+    Views = Literal[*VIEWS] | str
 Activation = Literal["quickgelu", "gelu"]
 Location = Literal["random", "four_corners", "corner", "centre"]
 Geometry = Literal["squash", "crop"]

@@ -25,14 +25,12 @@ class Settings:
         """
         shared = self.pretrain if verb == "pretrain" else self.clean
         chooser = CHOOSERS[type(shared)]
-        name = name or getattr(shared, chooser)
+        name = name or str(getattr(shared, chooser))
         own = self.methods.get(name, {}) if verb == "clean" else {}
         return config_of(type(shared), name)(**vars(shared) | own | {chooser: name})
 
 
 PAR = dict(views="par", weight_decay=1e-4, beta2=0.98)
-
-
 """What --method par has of its own in every preset: as published."""
 
 
@@ -44,10 +42,12 @@ def demo() -> Settings:
 
     8 % of 4,000 pairs carry the backdoor: small data needs a higher rate than the published 0.05 % to learn one.
     """
-    common = dict(preset="demo", batch_size=64, beta2=0.98, warmup=50)
     return Settings(
         PretrainConfig(
-            **common,
+            preset="demo",
+            batch_size=64,
+            beta2=0.98,
+            warmup=50,
             epochs=12,
             lr=2e-3,
             eval_every="3epoch",
@@ -56,7 +56,7 @@ def demo() -> Settings:
             warm_epochs=2,
             remove_epochs=(3, 6, 9),
         ),
-        CleanConfig(**common, epochs=4, lr=1e-3, rows=2_000, save_every=0),
+        CleanConfig(preset="demo", batch_size=64, beta2=0.98, warmup=50, epochs=4, lr=1e-3, rows=2_000, save_every=0),
         {
             "par": PAR | dict(lr=1e-4, frozen_norms=False),
             "unlearn": dict(flagged=100),
