@@ -46,8 +46,9 @@ def _lines(names: tuple[str, str], pair: Pair) -> list[Line]:
         for name, row in zip(names, pair, strict=True)
         if row
     ]
-    if all(pair):
-        both = zip(*map(_numbers, pair), strict=True)
+    first, second = pair
+    if first and second:
+        both = zip(_numbers(first), _numbers(second), strict=True)
         lines.append(_line("", "", "difference", (difference(*numbers) for numbers in both)))
     return lines
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fastbd.base.evaluation import measures_asr
 from fastbd.base.run_folder import objective_name
 from fastbd.base.stats import Estimate, difference
 from fastbd.base.tradeoff import CEILINGS, LANDED
@@ -87,7 +88,7 @@ def _compare(base: Row, other: Row) -> Comparison:
 
 
 def _least_asr(row: Row) -> float:
-    return min(run.before["asr"] for run in row.group.runs if run.before and run.before.get("asr") is not None)
+    return min(run.before["asr"] for run in row.group.runs if run.before and measures_asr(run.before))
 
 
 # ---- in words ----
@@ -135,7 +136,7 @@ def told(row: Row) -> str:
     best, ceiling, n = row.best[0], f"ASR ≤ {CEILINGS[0]:.0%}", row.replicates
     if row.lowest is None or best.kept is None:
         return f"After {row.group.model}: no evaluation yet."
-    if not best.reached:
+    if best.top1 is None:
         none = "no evaluation" if n == 1 else f"none of {n} seeds"
         lowest = (
             f"the lowest ASR is {percent(row.lowest['asr'], row.lowest, 'asr')}, at top-1 {share(row.lowest['top1'])}"

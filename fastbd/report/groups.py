@@ -16,6 +16,8 @@ from fastbd.config.cards import OBJECTIVES
 from fastbd.config.fields import marked
 from fastbd.config.flags import CLEANING, IMMATERIAL, TRAINING
 
+Kind = tuple[str, tuple[str, str, str], str, str]  # what a Group has beside its runs
+
 
 @dataclass(frozen=True)
 class Group:
@@ -57,7 +59,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     for run, own in zip(runs, flags, strict=True):
         if own not in kinds.setdefault(run.pretrain_objective, []):
             kinds[run.pretrain_objective].append(own)
-    found: dict[tuple, list[Run]] = {}
+    found: dict[Kind, list[Run]] = {}
     for run, start, own in zip(runs, starts, flags, strict=True):
         if run.verb == "clean" or run.path.resolve().name not in used:
             variant = _differing(own, kinds[run.pretrain_objective])
@@ -131,14 +133,18 @@ def _recorded_start(run: Run, named: dict[str, list[Run]]) -> dict[str, Any] | N
 def _flags(run: Run, start: dict[str, Any] | None) -> dict[str, Any]:
     """What may set the pre-training of a run's model apart; where that is not known, the name of its folder."""
     checkpoint = str(run.config.get("checkpoint", "last")) if run.verb == "clean" else "last"
-    known = {k: v for k, v in start["config"].items() if k not in HARMLESS} if start else {"folder": run.start.name}
+    known = (
+        {k: v for k, v in start["config"].items() if k not in HARMLESS}
+        if start
+        else {"folder": (run.start or run.path).name}
+    )
     return {**known, "checkpoint": checkpoint}
 
 
 def _gone_on(runs: Sequence[Run]) -> set[Path]:
     """Return the runs whose last model was cleaned at several steps: their training had gone on meanwhile."""
     last = [run for run in runs if run.start_step is not None and run.config.get("checkpoint", "last") == "last"]
-    steps = Counter(start for start, _ in {(run.start, run.start_step) for run in last})
+    steps = Counter(start for start, _ in {(run.start, run.start_step) for run in last if run.start})
     return {start for start, times in steps.items() if times > 1}
 
 
@@ -183,7 +189,7 @@ def _data(recorded: dict[str, Any]) -> str:
     return Path(recorded.get("data") or "").name
 
 
-def _order(key: tuple) -> tuple:
+def _order(key: Kind) -> tuple:
     objective, place, variant, method = key
     order = list(OBJECTIVES)
     return place, order.index(objective) if objective in order else len(order), objective, variant, method

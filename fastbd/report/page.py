@@ -61,7 +61,7 @@ def told(row: Row, table: Sequence[Row]) -> str:
     """What is to be said of a row by itself."""
     place = place_of(row.group, [r.group for r in table])
     name = row.group.model + (f" ({place})" if place else "")
-    if row.asr is None:
+    if row.top1 is None or row.asr is None:
         return f"{name}: no ASR was measured before cleaning, so there is nothing to say about a backdoor."
     state = f"top-1 {share(row.top1.mean)}, ASR {share(row.asr.mean)}"
     if row.asr.mean < LANDED:
@@ -90,7 +90,7 @@ def _comparisons(table: Sequence[Row]) -> list[Line]:
 
 def _kept(row: Row) -> Cell:
     best = row.best[0]
-    if not best.reached:
+    if not best.reached or best.kept is None:
         return "none", f"lowest ASR {share(row.lowest['asr'])}" if row.lowest else ""
     reached = "" if best.reached == row.replicates else f"{best.reached} of {row.replicates} came to ASR ≤ 5%"
     return share(best.kept.mean), "; ".join(filter(None, (between(best.kept).strip(" ()"), reached)))

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbd.base.evaluation import Evaluation
 from fastbd.base.run_folder import Run, method_name, objective_name, slug
-from fastbd.base.tradeoff import CEILINGS, front
+from fastbd.base.tradeoff import CEILINGS, Point, front
 from fastbd.config.cards import facts
 from fastbd.report import published
 from fastbd.report.groups import apart, cleaned_groups
@@ -114,7 +113,7 @@ def trajectories(runs: Sequence[Run]) -> Figure:
                 _course(axes, alike, key, banded)
             axes.set_title(name if at == 0 and not alone else "", fontsize=11)
             axes.set_xlabel(f"Epochs of {verb}" if at or alone else "")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.locator_params(axis="x", integer=True)
             if key == "asr":
                 axes.set_ylim(-3, 103)
                 for ceiling in CEILINGS:
@@ -172,27 +171,27 @@ def _cloud(axes: Axes, runs: Sequence[Run]) -> bool:
         )
     for ceiling in CEILINGS:
         axes.axvline(100 * ceiling, color="0.35", lw=1, ls=":", zorder=1)
-    text = dict(transform=axes.get_xaxis_transform(), color="0.35", fontsize=9)
-    axes.text(100 * CEILINGS[-1] + 1, 0.02, "ASR 5% and 10%", **text)
+    across = axes.get_xaxis_transform()
+    axes.text(100 * CEILINGS[-1] + 1, 0.02, "ASR 5% and 10%", transform=across, color="0.35", fontsize=9)
     axes.set(xlabel="Attack success rate (%)", ylabel="Zero-shot top-1 accuracy (%)", xlim=(-2, 102))
     _from_zero(axes, points + [e for _, e in stars.values()] + peers)
     return bool(peers)
 
 
-def _peers(runs: Sequence[Run]) -> list[Evaluation]:
+def _peers(runs: Sequence[Run]) -> list[Point]:
     """Published points of the same methods, and starts, for runs on the published classes; for others none."""
     if {e.get("class_list") for run in runs for e in run.metrics} != {published.CLASS_LIST}:
         return []
     same = {slug(run) for run in runs if run.verb == "clean"} | {""}
     known = [point for point in published.measured() if point["cleaning"] in same]
-    return [{key: float(point[key]) / 100 for key in ("top1", "asr")} for point in known]
+    return [{"top1": float(point["top1"]) / 100, "asr": float(point["asr"]) / 100} for point in known]
 
 
 def _course(axes: Axes, runs: Sequence[Run], key: str, banded: bool) -> None:
     """Top-1 or ASR of runs that look alike against their epochs; evaluations on part of the images as small dots."""
     rows = [[e for e in run.metrics if e.get(key) is not None and not e.get("subset")] for run in runs]
     parts = [e for run in runs for e in run.metrics if e.get(key) is not None and e.get("subset")]
-    look = dict(lw=1.8, marker=_marker(runs[0].method), ms=4.5) if banded else dict(lw=1, alpha=0.6)
+    look: dict[str, Any] = dict(lw=1.8, marker=_marker(runs[0].method), ms=4.5) if banded else dict(lw=1, alpha=0.6)
     courses = [([e["epoch"] for e in some], *_percent(some, key)) for some in rows]
     axes.plot(*_joined(courses), color=_colour(runs[0]), **look)
     if parts:
@@ -200,8 +199,8 @@ def _course(axes: Axes, runs: Sequence[Run], key: str, banded: bool) -> None:
         axes.plot(epochs, *_percent(parts, key), color=_colour(runs[0]), ls="", marker=".", ms=2, alpha=0.4)
     bounded = [e for e in rows[0] if f"{key}_low" in e]
     if banded and bounded:
-        interval = _percent(bounded, f"{key}_low", f"{key}_high")
-        axes.fill_between([e["epoch"] for e in bounded], *interval, color=_colour(runs[0]), alpha=0.15, lw=0)
+        low, high = _percent(bounded, f"{key}_low", f"{key}_high")
+        axes.fill_between([e["epoch"] for e in bounded], low, high, color=_colour(runs[0]), alpha=0.15, lw=0)
 
 
 @_styled
@@ -227,7 +226,7 @@ def curves(runs: Sequence[Run]) -> Figure:
                 axes.plot(*smooth, color=_colour(alike[0]), ls=_dash(alike[0].method), lw=1.6)
             axes.set_title(LOSSES.get(part, part), fontsize=10)
             axes.set_xlabel(f"Epochs of {VERBS[verb]}")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.locator_params(axis="x", integer=True)
     if not logged:
         _note(panels[0], "No training log.")
     _legend(figure, logged, marks=False)
@@ -282,12 +281,12 @@ def _legend(
         label = "published, other data"
         handles.append(Line2D([], [], mec="0.6", mfc="none", marker="o", ms=6, ls="", label=label))
     for method in sorted({run.method for run in runs if run.method and named}):
-        look = dict(marker=_marker(method) if marks else "", ls=_dash(method) if lines else "")
-        handles.append(Line2D([], [], color="0.3", ms=6, label=facts("method", method).title, **look))
+        name, mark, line = facts("method", method).title, _marker(method) if marks else "", _dash(method) if lines else ""
+        handles.append(Line2D([], [], color="0.3", ms=6, label=name, marker=mark, ls=line))
     figure.legend(handles=handles, loc="outside upper left", ncols=int(figure.get_figwidth() // 2.4))
 
 
-def _percent(rows: Iterable[Evaluation], *keys: str) -> list[np.ndarray]:
+def _percent(rows: Iterable[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
     rows = list(rows)
     return [np.array([100 * row[key] for row in rows], float) for key in keys]
 
@@ -300,7 +299,7 @@ def _by_look(runs: Iterable[Run]) -> list[list[Run]]:
     return list(found.values())
 
 
-def _joined(courses: Sequence[tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def _joined(courses: Iterable[Sequence | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Curves as one that is broken between them."""
     gap = np.full((2, 1), np.nan)
     pieces = [piece for course in courses for piece in (np.array(course, float).reshape(2, -1), gap)]
@@ -315,7 +314,7 @@ def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.convolve(x, window, "valid"), np.convolve(y, window, "valid")
 
 
-def _from_zero(axes: Axes, rows: Sequence[Evaluation]) -> None:
+def _from_zero(axes: Axes, rows: Iterable[Mapping[str, Any]]) -> None:
     axes.set_ylim(0, 108 * max((e["top1"] for e in rows), default=1.0) or 1)
 
 

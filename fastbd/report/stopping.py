@@ -5,21 +5,22 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
-from fastbd.base.evaluation import Evaluation
+from fastbd.base.evaluation import AttackedEvaluation
 from fastbd.base.run_folder import Run
 from fastbd.base.tradeoff import CEILINGS, best
 from fastbd.report.groups import Group, cleaned_groups, replicates
 
-Rule = Callable[[Sequence[Run]], Evaluation | None]
+Rule = Callable[[Sequence[Run]], AttackedEvaluation | None]
 
 
 @dataclass(frozen=True)
 class Choice:
     """What a rule chose among the evaluations of some runs, and the best that it could have."""
 
-    chosen: Evaluation
-    known: Evaluation | None
+    chosen: AttackedEvaluation
+    known: AttackedEvaluation | None
     """The best top-1 at ASR <= 5 %, known only with the trigger; None where there is no such evaluation."""
 
     @property
@@ -32,25 +33,25 @@ class Choice:
         return self.chosen["asr"] <= CEILINGS[0]
 
 
-def lowest_loss(runs: Sequence[Run]) -> Evaluation | None:
+def lowest_loss(runs: Sequence[Run]) -> AttackedEvaluation | None:
     """The lowest contrastive loss on held-out clean pairs."""
-    return min(_having(runs, "val_loss"), key=lambda e: e["val_loss"], default=None)
+    return min(_having(runs, "val_loss"), key=itemgetter("val_loss"), default=None)
 
 
-def farthest(runs: Sequence[Run]) -> Evaluation | None:
+def farthest(runs: Sequence[Run]) -> AttackedEvaluation | None:
     """The largest drift of the embeddings from the start's, images and captions together, of those no worse than it."""
-    start = next((run.before["val_loss"] for run in runs if run.before and "val_loss" in run.before), None)
+    loss, drifts = itemgetter("val_loss"), itemgetter("drift_image", "drift_text")
+    start = next((loss(run.before) for run in runs if run.before and "val_loss" in run.before), None)
     drifted = _having(runs, "val_loss", "drift_image", "drift_text") if start is not None else []
-    within = [e for e in drifted if e["val_loss"] <= start]
-    return max(within, key=lambda e: e["drift_image"] + e["drift_text"], default=None)
+    return max((e for e in drifted if loss(e) <= start), key=lambda e: sum(drifts(e)), default=None)
 
 
-def most_agreement(runs: Sequence[Run]) -> Evaluation | None:
+def most_agreement(runs: Sequence[Run]) -> AttackedEvaluation | None:
     """The highest agreement between the plain and the augmented view of an image."""
-    return max(_having(runs, "agreement"), key=lambda e: e["agreement"], default=None)
+    return max(_having(runs, "agreement"), key=itemgetter("agreement"), default=None)
 
 
-def last(runs: Sequence[Run]) -> Evaluation | None:
+def last(runs: Sequence[Run]) -> AttackedEvaluation | None:
     """The end; of several runs, of the one that ends at the highest top-1."""
     return max((run.cleaned[-1] for run in runs if run.cleaned), key=lambda e: e["top1"], default=None)
 
@@ -106,7 +107,7 @@ def by_run(runs: Sequence[Run]) -> list[tuple[Run, str, Choice]]:
     return [(run, name, choice) for run, name, choice in made if choice]
 
 
-def _having(runs: Sequence[Run], *keys: str) -> list[Evaluation]:
+def _having(runs: Sequence[Run], *keys: str) -> list[AttackedEvaluation]:
     return [e for run in runs for e in run.cleaned if all(e.get(key) is not None for key in keys)]
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from fastbd.base.evaluation import Evaluation
+from fastbd.base.evaluation import AttackedEvaluation, Evaluation, RecordedEvaluation
 from fastbd.base.run_folder import Run, slug
 from fastbd.base.stats import Estimate, over
 from fastbd.base.tradeoff import CEILINGS, area, best
 from fastbd.report.groups import Group, by_seed, cleaned_groups, groups, models, place_of, replicates
 
-Point = tuple[Run, Evaluation]
+Point = tuple[Run, AttackedEvaluation]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Row:
     asr: Estimate | None
     best: tuple[Best, ...]
     """For each of CEILINGS."""
-    lowest: Evaluation | None
+    lowest: AttackedEvaluation | None
     """The evaluation of lowest ASR over all runs."""
     area: Estimate | None
     """Area under the Pareto front."""
@@ -91,7 +91,7 @@ def _row(group: Group) -> Row:
     )
 
 
-def _start(runs: Sequence[Run]) -> Evaluation | None:
+def _start(runs: Sequence[Run]) -> RecordedEvaluation | None:
     """The model before cleaning; of pre-training runs its end."""
     if runs[0].verb != "clean":
         return runs[0].attacks[-1] if runs[0].attacks else next(iter(runs[0].metrics[::-1]), None)
@@ -104,8 +104,9 @@ def _best(drawn: Sequence[tuple[Run, ...]], ceiling: float) -> Best:
     kept = []
     for runs, point in zip(drawn, points, strict=True):
         start = _start(runs)
-        if start and start["top1"] and any(run.cleaned for run in runs):
-            kept.append((runs, point[1]["top1"] / start["top1"] if point else 0.0))
+        top1 = start.get("top1") if start else None
+        if top1 and any(run.cleaned for run in runs):
+            kept.append((runs, point[1]["top1"] / top1 if point else 0.0))
     shares = by_seed(kept)
     return Best(
         points=tuple(points),
@@ -153,7 +154,7 @@ def instability(run: Run) -> tuple[float, float] | None:
 
 def rebounds(run: Run) -> list[dict[str, Any]]:
     """{first, max, change, mean (of ASR), steps, lr} for each time that rebound was measured on the run's models."""
-    measured = [row for row in run.rows if "rebound_max" in row]
+    measured: list[Mapping[str, Any]] = [row for row in run.rows if "rebound_max" in row]
     measured += [run.result["rebound"]] if run.result.get("rebound") else []
     return [
         {
