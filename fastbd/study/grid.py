@@ -25,7 +25,8 @@ from fastbd.config.presets import PRESETS
 
 Config = PoisonConfig | PretrainConfig | CleanConfig
 Entry = Mapping[str, Any]  # flag -> value, or a tuple or list of values: an axis; it stands for the product of its axes
-VERBS = {PoisonConfig: "poison", PretrainConfig: "pretrain", CleanConfig: "clean"}
+Verb = Literal["poison", "pretrain", "clean"]
+VERBS: dict[type, Verb] = {PoisonConfig: "poison", PretrainConfig: "pretrain", CleanConfig: "clean"}
 KINDS = {"attacks": PoisonConfig, "pretrain": PretrainConfig, "clean": CleanConfig}
 DEMO_DATA = Path("data/demo/train.beton")  # where `--data demo` is made
 DEMO_ATTACK = {"rate": 0.08, "templates": "demo"}  # as in the demo set's own plan
@@ -74,16 +75,22 @@ class Planned:
 
     id: str
     """12 hex digits: the same for what gives the same numbers, in any folder."""
-    verb: Literal["poison", "pretrain", "clean"]
+    verb: Verb
     config: Config
     needs: tuple[str, ...]
     """Ids of the runs that come before."""
     name: str
 
     @property
+    def out(self) -> Path:
+        """The run's folder; of a poisoning the plan's file."""
+        assert self.config.out is not None, "a run is planned with its place"
+        return self.config.out
+
+    @property
     def product(self) -> Path:
         """The file that is there when the run has ended."""
-        return self.config.out if self.verb == "poison" else self.config.out / "result.json"
+        return self.out if self.verb == "poison" else self.out / "result.json"
 
     @property
     def finished(self) -> bool:
@@ -200,9 +207,10 @@ def _searched(study: Study, models: Sequence[_Model], folder: Path, known: Mappi
             given = {flag: value for flag, value in entry.items() if flag not in ("model", "seed")}
             kinds = _dataclasses(study.preset, "clean", given, where)
             values = {flag: _checked(kinds, flag, value, where) for flag, value in given.items()}
-            base = preset.defaults("clean", values.get("method", preset.clean.method))
+            method = values.get("method", preset.clean.method)
+            base = preset.defaults("clean", method)
             config = replace(base, **values, seed=model.seed, run=model.folder, save_every=0)
-            name = f"{model.name}-{config.method}-search{number}"
+            name = f"{model.name}-{method}-search{number}"
             yield _planned(config, name, folder, known, start=(model.identity,), needs=model.needs)
 
 
@@ -224,12 +232,12 @@ def _pretraining(study: Study, folder: Path, known: Mapping[str, str]) -> tuple[
             poison = _poison(config.data, attack)
             of = f"-{poison.data.stem}" if several else ""
             planned = _planned(poison, f"{attack_name or 'plan'}{of}", folder, known)
-            config, plan = replace(config, plan=planned.config.out), (planned.id,)
+            config, plan = replace(config, plan=planned.out), (planned.id,)
             plans[planned.id] = planned
         name = "-".join(filter(None, (attack_name if len(attacks) > 1 else "", name, f"s{seed}")))
         run = _planned(config, name, folder, known, start=plan, needs=plan)
         runs.append(run)
-        models.append(_Model(place, seed, run.name, run.config.out, run.id, (run.id,)))
+        models.append(_Model(place, seed, run.name, run.out, run.id, (run.id,)))
     if len(plans) < len(attacks):
         raise UserError(f"two attacks of the study '{study.name}' are the same; leave one out.")
     return [*plans.values(), *runs], models
@@ -409,7 +417,7 @@ def command(config: Config) -> str:
     """The command line that gives this config, with only the flags that it needs."""
     verb, words = _verb(type(config)), []
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    if verb != "poison":
+    if not isinstance(config, PoisonConfig):
         preset = PRESETS[config.preset]()
         usual, chooser = getattr(preset, verb), CHOOSERS[KINDS[verb]]
         defaults = vars(preset.defaults(verb, getattr(config, chooser))) | {chooser: getattr(usual, chooser)}

@@ -65,7 +65,7 @@ class Row:
     run: Planned
     status: Status
     seconds: float | None
-    step: int | None = None
+    step: float | None = None
     epoch: float | None = None
     top1: float | None = None
     asr: float | None = None
@@ -351,7 +351,7 @@ def _row(run: Planned, status: Status, now: float) -> Row:
     if status.state == "finished":
         with suppress(OSError, UserError):
             seconds = _number(read_json(run.product, "").get("seconds"))
-    last = _last_line(run.config.out / "metrics.jsonl")
+    last = _last_line(run.out / "metrics.jsonl")
     return Row(run, status, seconds, *(_number(last.get(key)) for key in ("step", "epoch", "top1", "asr")))
 
 

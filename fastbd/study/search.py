@@ -13,12 +13,18 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
+from fastbd.base.evaluation import measures_asr
 from fastbd.base.run_folder import on_all_images, read_metrics
-from fastbd.base.tradeoff import CEILINGS, best
-from fastbd.study.grid import Config, Entry, Planned, material
+from fastbd.base.tradeoff import CEILINGS, Point, best
+from fastbd.config.flags import CleanConfig
+from fastbd.study.grid import Entry, Planned, material
 from fastbd.study.ledger import Ledger, Row
 
 DIGITS = 3  # of a rate that is chosen
+
+
+class _Tried(Point):
+    lr: float
 
 
 class Space(NamedTuple):
@@ -35,21 +41,23 @@ class Space(NamedTuple):
     high: float
 
     @property
-    def config(self) -> Config:
-        return self.grid[0].config
+    def config(self) -> CleanConfig:
+        return _cleaning(self.grid[0])
 
     def holds(self, run: Planned) -> bool:
         """Whether the run differs from those of the grid only in where its learning rate is in the range."""
         return (
-            run.verb == "clean"
+            isinstance(run.config, CleanConfig)
             and _model_and_rest(run.config) == _model_and_rest(self.config)
             and self.low <= run.config.lr <= self.high
         )
 
     def entry(self, lr: float) -> Entry:
         """As Study.searched has it."""
-        given = {flag: getattr(self.config, flag) for flag in self.flags}
-        return {**given, "lr": lr, "model": self.config.run.resolve().name, "seed": self.config.seed}
+        config = self.config
+        assert config.run is not None, "a study's cleaning is planned with its model"
+        given = {flag: getattr(config, flag) for flag in self.flags}
+        return {**given, "lr": lr, "model": config.run.resolve().name, "seed": config.seed}
 
 
 def spaces(ledger: Ledger) -> list[Space]:
@@ -57,9 +65,11 @@ def spaces(ledger: Ledger) -> list[Space]:
     found = []
     for entry in ledger.study.clean:
         rates = entry.get("lr")
+        if not isinstance(rates, tuple | list) or len(rates) < 2:
+            continue
         grids: dict[tuple, list[Planned]] = {}
-        for run in ledger.of(entry) if isinstance(rates, tuple | list) and len(rates) > 1 else ():
-            grids.setdefault(_model_and_rest(run.config), []).append(run)
+        for run in ledger.of(entry):
+            grids.setdefault(_model_and_rest(_cleaning(run)), []).append(run)
         found += [Space(tuple(grid), tuple(entry), min(rates), max(rates)) for grid in grids.values()]
     return found
 
@@ -89,7 +99,7 @@ def _next(past: Sequence[Row]) -> float | None:
     choose different ones. Where those two are too narrow for a new number, or nothing has been evaluated, it is the
     widest gap of all; None where every gap is too narrow.
     """
-    rates = sorted({row.run.config.lr for row in past})
+    rates = sorted({_cleaning(row.run).lr for row in past})
     best_rate = _best_rate(past)
     gaps = sorted(pairwise(rates), key=lambda gap: (best_rate not in gap, -_width(*gap), -gap[1]))
     middles = [(low, float(f"{math.sqrt(low * high) or high / 2:.{DIGITS}g}"), high) for low, high in gaps]
@@ -103,18 +113,23 @@ def _width(low: float, high: float) -> float:
 
 def _best_rate(past: Sequence[Row]) -> float | None:
     """That of the best evaluation at ASR <= 5 %, or else of the one of the lowest ASR; None where there is none yet."""
-    made = [
-        {**evaluation, "lr": row.run.config.lr}
+    made: list[_Tried] = [
+        {"lr": _cleaning(row.run).lr, "top1": evaluation["top1"], "asr": evaluation["asr"]}
         for row in past
         if row.status.state == "finished"
-        for evaluation in on_all_images(read_metrics(row.run.config.out))[1:]  # the first is of the start
-        if evaluation.get("asr") is not None
+        for evaluation in on_all_images(read_metrics(row.run.out))[1:]  # the first is of the start
+        if measures_asr(evaluation)
     ]
     chosen = best(made, CEILINGS[0]) or min(made, key=lambda each: (each["asr"], -each["top1"]), default=None)
-    return chosen and chosen["lr"]
+    return chosen["lr"] if chosen else None
 
 
-def _model_and_rest(config: Config) -> tuple:
+def _cleaning(run: Planned) -> CleanConfig:
+    assert isinstance(run.config, CleanConfig), "a space holds only cleanings"
+    return run.config
+
+
+def _model_and_rest(config: CleanConfig) -> tuple:
     """What must be the same in two runs of a space."""
     rest = {flag: value for flag, value in material(config).items() if flag != "lr"}
     return config.run, json.dumps(rest, sort_keys=True, default=str)
