@@ -84,7 +84,7 @@ def _trained(command: Any, verb: str, flags: dict[str, Any]) -> Run:
 
 
 def _folder(run: Run | Path | str) -> Path:
-    return Path(getattr(run, "path", run))
+    return Path(run) if isinstance(run, str | Path) else run.path
 
 
 def _settings(verb: str, flags: dict[str, Any]) -> Any:

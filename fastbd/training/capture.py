@@ -6,6 +6,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Captured:
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor], object]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs: Any) -> Any:
         """Everything runs on one stream of its own, the calls before the capture too: autograd remembers streams."""
         flat, form = pytree.tree_flatten(inputs)
         shapes = (self.variant(), *(tensor.shape for tensor in flat))
@@ -96,7 +97,7 @@ class Captured:
 
     def _replay(self, shapes: tuple, flat: list[Tensor]):
         graph, own, output = self.graphs[shapes]
-        torch._foreach_copy_(own, flat)
+        torch._foreach_copy_(own, flat)  # pyright: ignore[reportPrivateImportUsage]  # its hints leave it out
         graph.replay()
         return output
 

@@ -29,14 +29,14 @@ def check_weights(weights: Mapping[str, Tensor], source: object) -> None:
         )
 
 
-def record(folder: Path, broken: NotFinite, *, epoch: float, lr: float, data: Path, rows: np.ndarray) -> Path:
+def record(folder: Path, broken: NotFinite, *, epoch: float, lr: float, data: str, rows: np.ndarray) -> Path:
     """Write what is known of the step to a file and return its path; the resumed run comes to the same step again.
 
     `rows` are those of the step's whole batch, places in `data`.
     """
     losses = {name: value if math.isfinite(value) else str(value) for name, value in broken.losses.items()}
     about = {"step": broken.step, "epoch": epoch, "lr": lr, "losses": losses, "not_finite": _not_finite(broken)}
-    files.write_json(folder / FILE, {**about, "data": str(data), "rows": rows.tolist()})
+    files.write_json(folder / FILE, {**about, "data": data, "rows": rows.tolist()})
     return folder / FILE
 
 

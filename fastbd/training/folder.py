@@ -15,7 +15,7 @@ from fastbd.base.background import Background
 from fastbd.base.console import console
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
-from fastbd.base.evaluation import Evaluation
+from fastbd.base.evaluation import Evaluation, RecordedEvaluation
 from fastbd.base.run_folder import read, read_metrics, study_folder_of
 from fastbd.training import checkpoint, divergence
 from fastbd.training.task import Config
@@ -100,14 +100,14 @@ class RunFolder:
             said = f"{path} has lost {len(lost):,} rows, the first of step {lost[0]:,}: the run goes on without them"
             console.print(said, markup=False)
 
-    def evaluations(self) -> tuple[Evaluation, ...]:
+    def evaluations(self) -> tuple[RecordedEvaluation, ...]:
         """Return the rows of metrics.jsonl that the run itself has added, in order of steps."""
         return read_metrics(self.path)
 
     def add_evaluation(self, row: Evaluation) -> None:
         """Add a row to metrics.jsonl."""
         self.guard()
-        files.append(self.path / "metrics.jsonl", row)
+        files.append(self.path / "metrics.jsonl", dict(row))
 
     def add_losses(self, row: dict) -> None:
         """Add a row to log.jsonl."""

@@ -94,7 +94,7 @@ def train(
                 # Several processes agree only now and then: asking each step would cost a wait for the GPU.
                 asked = at < table.total and (world.size == 1 or at % table.log_every == 0) and _asked(caught, world)
                 milestone = at in table.evaluate_at or at in table.save_at
-                tell(wait=asked or milestone)
+                tell(wait=bool(asked) or milestone)
                 advance(1)
                 if at in table.save_at or asked:
                     save(at)  # first, so that an evaluation that fails costs no training

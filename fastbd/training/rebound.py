@@ -24,9 +24,17 @@ POINTS = 10  # evaluations along the way, the start not counted
 
 
 def rebound(
-    model: CLIP, zeroshot: ZeroShot, pairs: Pairs, rows: np.ndarray, *, steps: int, lr: float, precision: str,
-    world: World, weight_decay: float = 0.1,
-) -> Evaluation:  # fmt: skip
+    model: CLIP,
+    zeroshot: ZeroShot,
+    pairs: Pairs,
+    rows: np.ndarray,
+    *,
+    steps: int,
+    lr: float,
+    precision: str,
+    world: World,
+    weight_decay: float = 0.1,
+) -> Evaluation:
     """ASR and top-1 along `steps` of contrastive fine-tuning, a batch each of `rows`, which changes the model.
 
     Highest ASR, its change from the start to the end, the area under its course (the mean over the steps), and the
@@ -38,12 +46,14 @@ def rebound(
         model.train(), Method(Objective()), optimizer, torch.full((steps,), lr), precision=precision, world=world
     )
     marks = {round(k * steps / POINTS) for k in range(POINTS + 1)}
-    found = {"steps": [], "asr": [], "top1": []}
+    found: dict[str, list[float]] = {"steps": [], "asr": [], "top1": []}
 
     def measure(at: int) -> None:
         zeroshot.towers.refresh()
         row = zeroshot()
-        for key, value in (("steps", at), ("asr", row["asr"]), ("top1", row["top1"])):
+        asr, top1 = row.get("asr"), row.get("top1")
+        assert asr is not None and top1 is not None, "it is watched only where ASR can be measured"
+        for key, value in (("steps", at), ("asr", asr), ("top1", top1)):
             found[key].append(value)
 
     measure(0)

@@ -20,6 +20,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastbd.models import CLIP
+from fastbd.models.resnet import AttentionPool
+from fastbd.models.text import Transformer
+from fastbd.models.vit import VisionTransformer
+
 ADAMW_BYTES = 28  # a parameter, in float32: reads it, its gradient and two moments, writes all but the gradient
 FORMATS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 SIDE = {"cpu": 1536, "cuda": 8192}  # of the matrices
@@ -43,11 +48,11 @@ class Op(NamedTuple):
 
 
 def step_seconds(
-    model: nn.Module, rates: Rates, *, batch: int, views: int, texts: int, tokens: float, precision: str
+    model: CLIP, rates: Rates, *, batch: int, views: int, texts: int, tokens: float, precision: str
 ) -> float:
     """The least seconds of a training step.
 
-    `model` is a CLIP; a pair is `views` images and `texts` captions of `tokens` tokens on average, without padding;
+    A pair is `views` images and `texts` captions of `tokens` tokens on average, without padding;
     `precision`: fp32, tf32 or bf16.
     """
     towers = [(views, list(image_ops(model.visual, model.image_size))), (texts, list(text_ops(model, tokens)))]
@@ -63,7 +68,7 @@ def step_seconds(
 
 def image_ops(visual: nn.Module, image_size: int) -> Iterator[Op]:
     """Forward and backward of one image through an image tower."""
-    if not hasattr(visual, "transformer"):
+    if not isinstance(visual, VisionTransformer):
         yield from _convolutional(visual, 3, image_size)
         return
     width, side = yield from _convolutional(visual.conv1, 3, image_size)
@@ -74,7 +79,7 @@ def image_ops(visual: nn.Module, image_size: int) -> Iterator[Op]:
     yield from _linear(1, *visual.proj.shape)
 
 
-def text_ops(model: nn.Module, tokens: float) -> Iterator[Op]:
+def text_ops(model: CLIP, tokens: float) -> Iterator[Op]:
     """Forward and backward of one caption; a token attends to itself and to those before it."""
     width, embed_dim = model.text_projection.shape
     yield from _blocks(model.transformer, width, tokens, attended=tokens * (tokens + 1) / 2)
@@ -94,13 +99,13 @@ def _convolutional(module: nn.Module, channels: int, side: int) -> Iterator[Op]:
             return module.out_channels, side
         case _BatchNorm():  # statistics 1, normalise 2; backward: sums 2, gradient 3
             yield Op(8 * x)
-        case nn.AvgPool2d(kernel_size=stride):
+        case nn.AvgPool2d(kernel_size=int(stride)):
             side //= stride
             yield Op(2 * (x + channels * side**2))
         case nn.Linear():  # of the mean over all positions
             yield Op(2 * x)
             yield from _linear(1, channels, module.out_features)
-        case nn.Module(q_proj=_):
+        case AttentionPool():
             yield from _attention_pool(module)
         case nn.Identity():
             pass
@@ -126,7 +131,7 @@ def _in_turn(module: nn.Module, channels: int, side: int) -> Iterator[Op]:
     return channels, side
 
 
-def _attention_pool(pool: nn.Module) -> Iterator[Op]:
+def _attention_pool(pool: AttentionPool) -> Iterator[Op]:
     """Keys and values of all positions for the one query that is used."""
     positions, width = pool.positional_embedding.shape
     yield from _linear(positions, width, 2 * width)
@@ -135,7 +140,7 @@ def _attention_pool(pool: nn.Module) -> Iterator[Op]:
     yield from _linear(1, width, pool.c_proj.out_features)
 
 
-def _blocks(transformer: nn.Module, width: int, tokens: float, attended: float) -> Iterator[Op]:
+def _blocks(transformer: Transformer, width: int, tokens: float, attended: float) -> Iterator[Op]:
     """A transformer's blocks; `attended`: pairs of query and key that count."""
     x = tokens * width
     for _ in transformer.resblocks:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,11 @@ from fastbd.base.console import console
 from fastbd.base.dist import World
 from fastbd.base.environment import environment
 from fastbd.base.errors import Diverged, UserError
-from fastbd.base.evaluation import Evaluation
+from fastbd.base.evaluation import Evaluation, RecordedEvaluation
 from fastbd.base.run_folder import read
 from fastbd.base.signals import Stopped
 from fastbd.config.fields import portable, to_dict
-from fastbd.config.flags import PretrainConfig
+from fastbd.config.flags import CleanConfig, PretrainConfig
 from fastbd.data import eda, sampler, sheet
 from fastbd.data.loader import Batch, batches, text_lengths
 from fastbd.data.pairs import Pairs
@@ -87,7 +88,7 @@ class Run:
         world: World,
         kept: Kept | None = None,
         extra: dict | None = None,
-        enough: Callable[[tuple[Evaluation, ...]], str | None] = lambda rows: None,
+        enough: Callable[[tuple[RecordedEvaluation, ...]], str | None] = lambda rows: None,
         guard: Callable[[], None] | None = None,
         quiet: bool = False,
     ):
@@ -123,9 +124,9 @@ class Run:
         config, task = self.config, self.task
         self.inputs = inputs(config, task)
         if resumed:
-            check_inputs(config.resume, resumed, self.inputs)
+            check_inputs(self.folder.path, resumed, self.inputs)
         if resumed and self.verb == "pretrain":  # --weights have been taken in already
-            checkpoint.load_into(task.model, resumed["model"], config.resume, task.model_name)
+            checkpoint.load_into(task.model, resumed["model"], self.folder.path, task.model_name)
         divergence.check_weights(resumed["model"] if resumed else task.model.state_dict(), self._source())
 
     def _source(self) -> Path | str:
@@ -133,8 +134,12 @@ class Run:
         config = self.config
         if config.resume:
             return checkpoint.path_of(config.resume, "last")
-        given = checkpoint.path_of(config.run, config.checkpoint) if self.verb == "clean" else config.weights
-        return given or "the new model"
+        match config:
+            case CleanConfig(run=Path() as run):
+                return checkpoint.path_of(run, config.checkpoint)
+            case PretrainConfig(weights=Path() as weights):
+                return weights
+        return "the new model"
 
     def _verify(self) -> None:
         """Raise a UserError where the rows to train on, or what is evaluated on, are damaged."""
@@ -159,7 +164,8 @@ class Run:
         if self.watch:
             numerics = self.numerics
             self.watch.look_at(self.model, self.pairs, precision=numerics.precision, compiled=numerics.compiled)
-        self.rebound_rows = self._rebound_rows() if self.verb == "clean" and config.rebound else None
+        steps = config.rebound if isinstance(config, CleanConfig) else 0
+        self.rebound = self._ready_to_rebound(steps) if steps else None
 
     def _open_watch(self) -> Watch | None:
         """Return the evaluator: on the main process, where there is something to evaluate on."""
@@ -179,8 +185,8 @@ class Run:
         self.method.attach(self.training)
         self.start = None if resumed and self.folder.evaluations() else self._checked_start()
         if resumed:
-            checkpoint.load_into(self.model, resumed["model"], config.resume, task.model_name)
-            checkpoint.load_into(self.method, resumed["method"], config.resume, f"the method {task.name}")
+            checkpoint.load_into(self.model, resumed["model"], self.folder.path, task.model_name)
+            checkpoint.load_into(self.method, resumed["method"], self.folder.path, f"the method {task.name}")
         else:
             self.method.prepare(self.model)
         self._set_up()
@@ -257,15 +263,16 @@ class Run:
             return None
         return epoch % self.pairs.beton.num_text_views if self.config.eda == "epoch" else 0
 
-    def _checked_start(self) -> dict | None:
+    def _checked_start(self) -> Evaluation | None:
         """Evaluate the model that is to be cleaned. UserError when there is no backdoor in it to be removed."""
         config = self.config
         if self.watch is None or (self.verb == "pretrain" and config.epochs):
             return None
         row = self.watch.start()
-        if self.verb == "clean" and row.get("asr") is not None and row["asr"] < config.landed and not config.force:
+        asr = row.get("asr")
+        if isinstance(config, CleanConfig) and asr is not None and asr < config.landed and not config.force:
             raise UserError(
-                f"the attack on {self.task.start} has not landed: ASR {row['asr']:.1%} is below {config.landed:.0%} "
+                f"the attack on {self.task.start} has not landed: ASR {asr:.1%} is below {config.landed:.0%} "
                 "(--landed), so a low ASR after cleaning would show nothing; clean it all the same with --force."
             )
         return row
@@ -317,16 +324,23 @@ class Run:
             config.log_every,
         )
         if self.watch and self.done in table.evaluate_at and self.done not in self._measured():
-            self._evaluate(self.done)  # on another device, it had not ended when the run was stopped
+            self._evaluate(self.watch, self.done)  # on another device, it had not ended when the run was stopped
         began, reason = time.perf_counter(), "finished"
         try:
             if self.done:  # it may have been killed before it ended
                 self._ask_whether_to_end()
             train(
-                self.step, self.batches, table, start=self.done, label="" if self.quiet else self.folder.path.name,
-                pairs_limit=self.pairs_limit(), world=self.world, evaluate=self.measure, save=self.save,
+                self.step,
+                self.batches,
+                table,
+                start=self.done,
+                label="" if self.quiet else self.folder.path.name,
+                pairs_limit=self.pairs_limit(),
+                world=self.world,
+                evaluate=self.measure,
+                save=self.save,
                 record=self.record,
-            )  # fmt: skip
+            )
             self._wait()
         except Enough as enough:
             reason = str(enough)
@@ -377,28 +391,37 @@ class Run:
             "device": torch.cuda.get_device_name(self.world.device) if gpu else "CPU",
             "devices": self.world.size,
         }
-        if self.rebound_rows is not None and reason == "finished":
+        if self.rebound and reason == "finished":
             with suppress(Diverged):  # the cleaning itself has not
-                result["rebound"] = self._rebound()
+                result["rebound"] = self.rebound()
         self.folder.end(result)
 
-    def _rebound(self) -> dict:
-        """Which leaves other weights behind: the last thing that is done with them."""
-        pairs = Pairs(self.pairs.beton, self.pairs.decoder, self.pairs.size, max_bad=self.pairs.max_bad)
-        return rebound(
-            self.model, self.watch.zeroshot, pairs, self.rebound_rows, steps=self.config.rebound, lr=REBOUND_LR,
-            precision=self.numerics.precision, world=self.world,
-        )  # fmt: skip
-
-    def _rebound_rows(self) -> np.ndarray:
-        if self.watch is None or not self.watch.data.measures_asr or self.world.size > 1:
+    def _ready_to_rebound(self, steps: int) -> Callable[[], Evaluation]:
+        """Return what measures the rebound, which leaves other weights behind; UserError where it could not."""
+        watch, plan = self.watch, self.task.plan
+        if watch is None or plan is None or not watch.data.measures_asr or self.world.size > 1:
             raise UserError(
                 "--rebound watches ASR, in one process: it needs a plan, and --eval-data with its target and with "
                 "images of other classes."
             )
         if self.shares.group and REBOUND_BATCH % self.shares.group:
             raise UserError(f"--rebound takes {REBOUND_BATCH} pairs a step: give a --bn-group that divides it.")
-        return clean_pairs(self.pairs, self.task.plan, self.config.rebound * REBOUND_BATCH)
+        rows = clean_pairs(self.pairs, plan, steps * REBOUND_BATCH)
+
+        def measured() -> Evaluation:
+            pairs = Pairs(self.pairs.beton, self.pairs.decoder, self.pairs.size, max_bad=self.pairs.max_bad)
+            return rebound(
+                self.model,
+                watch.zeroshot,
+                pairs,
+                rows,
+                steps=steps,
+                lr=REBOUND_LR,
+                precision=self.numerics.precision,
+                world=self.world,
+            )
+
+        return measured
 
     def _measured(self) -> set[int]:
         """Steps that have been evaluated."""
@@ -410,12 +433,13 @@ class Run:
             read(self.folder.path).attacks if self.world.main and self.verb == "pretrain" and self.task.poisoned else ()
         )
         for attack in rows[-1].get("attacks", [rows[-1]]) if rows else ():
-            if attack["asr"] is None:
+            asr, name = attack.get("asr"), f"{attack.get('trigger')} to '{attack.get('target')}'"
+            if asr is None:
                 continue  # all images are of its target class
-            landed = attack["asr"] >= self.config.landed
+            landed = asr >= self.config.landed
+            no = "" if landed else "not "
             self._say(
-                f"the attack, {attack['trigger']} to '{attack['target']}', has {'' if landed else 'not '}landed: ASR "
-                f"{attack['asr']:.1%} is {'' if landed else 'not '}at least {self.config.landed:.0%} (--landed)"
+                f"the attack, {name}, has {no}landed: ASR {asr:.1%} is {no}at least {self.config.landed:.0%} (--landed)"
                 + ("" if landed else "; poison more pairs (poison --rate) or train longer (--epochs)")
             )
 
@@ -426,9 +450,14 @@ class Run:
         )
         batch = self.config.batch_size // self.world.size
         seconds = step_seconds(
-            self.model, rates, batch=batch, views=len(self.policies), texts=self.texts, tokens=self.tokens,
+            self.model,
+            rates,
+            batch=batch,
+            views=len(self.policies),
+            texts=self.texts,
+            tokens=self.tokens,
             precision=self.numerics.precision,
-        )  # fmt: skip
+        )
         limit = batch * self.world.size / seconds
         self._say(
             f"{rates.matmul / 1e12:.3g} TFLOP/s and {rates.bandwidth / 1e9:.3g} GB/s allow {limit:,.0f} pairs/s with "
@@ -447,15 +476,24 @@ class Run:
         narrow = self.numerics.precision == "bf16" and self.world.device.type == "cuda"
         rows, seed = self.method.rows(epoch, self.task.rows), self.config.seed
         return batches(
-            self.pairs, rows, self.config.batch_size, seed=seed, policies=self.policies,
-            text_view=self.text_view(epoch), world=self.world, epoch=epoch, start=offset,
-            dtype=torch.bfloat16 if narrow else torch.float32, parts=self.config.accumulate, room=self.room,
-        )  # fmt: skip
+            self.pairs,
+            rows,
+            self.config.batch_size,
+            seed=seed,
+            policies=self.policies,
+            text_view=self.text_view(epoch),
+            world=self.world,
+            epoch=epoch,
+            start=offset,
+            dtype=torch.bfloat16 if narrow else torch.float32,
+            parts=self.config.accumulate,
+            room=self.room,
+        )
 
     def measure(self, step: int) -> None:
         """Evaluate, and add a line to metrics.jsonl; on another device later, while training goes on."""
         if self.watch:
-            self._evaluate(step)
+            self._evaluate(self.watch, step)
             self._ask_whether_to_end()
         self.world.barrier()
 
@@ -464,9 +502,9 @@ class Run:
         if reason := self.watch and self.enough(self.folder.evaluations()):
             raise Enough(reason)
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, watch: Watch, step: int) -> None:
         between = bool(step % self.steps_per_epoch) and step < self.total
-        self.watch.evaluate(partial(self._report, step), between=between)
+        watch.evaluate(partial(self._report, step), between=between)
 
     def _wait(self) -> None:
         """Until the evaluations that were asked for are written."""
@@ -516,7 +554,7 @@ class Run:
             console.print(line, markup=False)
 
 
-def result_line(row: Evaluation) -> str:
+def result_line(row: Mapping[str, Any]) -> str:
     """One evaluation as a line of text."""
     line = f"epoch {row['epoch']:5.1f}  top-1 {row['top1']:6.1%}"
     if row.get("asr") is not None:

@@ -13,6 +13,7 @@ from fastbd.methods.method import Method
 from fastbd.models import CLIP
 from fastbd.models.batchnorm import batch_norms, share_statistics
 from fastbd.models.blocks import recompute
+from fastbd.models.memory_format import channels_last
 from fastbd.models.precision import is_captured, is_compiled, set_precision
 from fastbd.training.optim import make_optimizer, restore
 from fastbd.training.shares import Shares
@@ -52,7 +53,7 @@ def place(found: Setup | None, config: Config, task: Task, shares: Shares, world
         found.model.load_state_dict(task.model.state_dict())
         found.method.objective = task.method.objective
         return found.model.train(), found.method
-    model = task.model.to(world.device, memory_format=torch.channels_last).train()
+    model = channels_last(task.model, world.device).train()
     if config.grad_checkpointing:
         recompute(model)
     if shares.group:

@@ -7,7 +7,7 @@ CUDA graph, which then serves any learning rate and any weights of the losses.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as td
@@ -18,12 +18,15 @@ from fastbd.base.dist import World
 from fastbd.data.loader import Batch
 from fastbd.kernels.text_pack import PackedText
 from fastbd.methods.method import Embedded, Losses, Method
+from fastbd.models import CLIP
 from fastbd.models.batchnorm import batch_norms, unrecorded
 from fastbd.models.blocks import fuse_pools
 from fastbd.models.clip import tower_of
 from fastbd.models.precision import autocast
 from fastbd.training.capture import Captured
 from fastbd.training.optim import clamp_log_scale
+
+Towers = Callable[[Tensor, PackedText], tuple[Tensor, Tensor, Tensor]]
 
 
 class Step:
@@ -37,7 +40,7 @@ class Step:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CLIP,
         method: Method,
         optimizer: torch.optim.Optimizer,
         rates: Tensor,
@@ -60,8 +63,8 @@ class Step:
         self._choose_trained()
         if fused:
             fuse_pools(model)
-        self.alone = _compile(model) if compiled else model
-        self.towers = self.alone
+        self.alone: Towers = _compile(model) if compiled else model
+        self.towers: Towers = self.alone
         if world.size > 1:
             ddp = _parallel(model, static=parts == 1)
             self.towers = _compile(ddp) if compiled else ddp
@@ -86,7 +89,7 @@ class Step:
         self.weights.copy_(torch.tensor(self.method.objective.weights))
         self.forget(self.optimizer.state)
 
-    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+    def forget(self, parameters: Iterable[Tensor]) -> None:
         """Back to no momentum, for these parameters."""
         for parameter in parameters:
             for value in self.optimizer.state.get(parameter, {}).values():
@@ -141,11 +144,12 @@ class Step:
             rows = [None if g is None else g.chunk(count)[k] for g in of_rows]  # None: no term has this view
             outputs = [*zip([*images, *captions], rows, strict=True), (scale, of_scale if last else 0 * of_scale)]
             used = [(output, g) for output, g in outputs if g is not None and output.requires_grad]
-            torch.autograd.backward(*zip(*used, strict=True))
+            reached, by_reached = zip(*used, strict=True)
+            torch.autograd.backward(reached, by_reached)
         return losses
 
     def _embed(
-        self, views: Sequence[Tensor], text: PackedText, towers: nn.Module
+        self, views: Sequence[Tensor], text: PackedText, towers: Towers
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
         """Embeddings of each view and of each version of the captions. One forward, so batch norm sees all views."""
         pixels, per_group = self._in_groups(views)
@@ -193,7 +197,7 @@ def _parallel(model: nn.Module, static: bool) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=static, broadcast_buffers=False)
 
 
-def _compile(towers: nn.Module) -> nn.Module:
+def _compile(towers: nn.Module) -> Towers:
     """For each shape by itself: one batch with longer captions is not to slow down all that follow."""
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # left off on purpose
     return torch.compile(towers, dynamic=False)

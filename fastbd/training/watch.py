@@ -34,12 +34,14 @@ class Watch:
     def __init__(
         self, config: Config, task: Task, device: torch.device, *, aside: bool, kept: Kept, decoder: partial[Decoder]
     ):
+        assert task.eval_data is not None, "there is nothing to evaluate on"
         if open_beton(task.eval_data).class_names is None:
             raise UserError(
                 f"{task.eval_data} has no classes and cannot be evaluated while training; build it from class folders "
                 "or with --class-key."
             )
         self.config, self.task, self.device, self.kept = config, task, device, kept
+        self.eval_data = task.eval_data
         self.aside = aside
         """Whether `device` is not the one that trains, and evaluates while that goes on."""
         self.background = Background(aside)
@@ -56,10 +58,18 @@ class Watch:
 
     def _open(self, decoder: partial[Decoder]) -> Labelled:
         config, task = self.config, self.task
-        return open_set(
-            task.eval_data, decoder(), task.model.image_size, classes=task.classes, templates=task.templates,
-            plan=task.plan, subset=config.eval_subset, device=self.device,
-        )  # fmt: skip
+        data = open_set(
+            self.eval_data,
+            decoder(),
+            task.model.image_size,
+            classes=task.classes,
+            templates=task.templates,
+            plan=task.plan,
+            subset=config.eval_subset,
+            device=self.device,
+        )
+        assert isinstance(data, Labelled)  # as it has classes
+        return data
 
     def look_at(self, model: CLIP, pairs: Pairs, *, precision: str, compiled: bool) -> None:
         """Evaluate this model; drift is measured from what it is now."""
