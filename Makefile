@@ -75,9 +75,10 @@ soak: install      ## inject faults (kills, full disks, flipped bits); docs/reli
 soak-%: install
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python tests/soak/$*.py --share $(SHARE)
 
-lint: install      ## check the style
+lint: install      ## check the style and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 # constraints.txt pins all that any extra needs, for pip to choose from: hashes cannot stand in it, as pip takes none for
 # what is installed from this folder, and a build of PyTorch for the CPU alone has other ones. hashes.txt has those of
