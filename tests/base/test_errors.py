@@ -61,7 +61,7 @@ def die(task: int) -> None:
 @pytest.mark.parametrize(("signum", "found"), [(9, MemoryError), (11, type(None))])
 def test_a_worker_that_is_killed_wanted_memory(signum, found):
     with pytest.raises(WorkerDied) as raised:
-        list(map_in_order(die, [signum], 1))
+        list(map_in_order(die, [signum, signum], 2))
     assert type(machine_fault(raised.value)) is found
 
 
