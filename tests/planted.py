@@ -13,14 +13,18 @@ def training(images: torch.Tensor, texts: torch.Tensor, rows: np.ndarray | None 
     """Of the `rows` of a file, to which images and texts [N, D] belong [all]."""
     rows = np.arange(len(images)) if rows is None else rows
 
-    def embed(wanted: np.ndarray, **_) -> tuple[torch.Tensor, torch.Tensor]:
-        at = np.searchsorted(rows, wanted)
-        return images[at], texts[at]
+    def of(embeddings: torch.Tensor):
+        return lambda wanted: embeddings[np.searchsorted(rows, wanted)]
 
     return SimpleNamespace(
-        rows=rows, flagged=np.array(flagged, np.int64), seed=0, device=torch.device("cpu"),
-        model=SimpleNamespace(embed_dim=images.shape[1]), embed=embed,
-    )  # fmt: skip
+        rows=rows,
+        flagged=np.array(flagged, np.int64),
+        seed=0,
+        device=torch.device("cpu"),
+        model=SimpleNamespace(embed_dim=images.shape[1]),
+        embed_images=of(images),
+        embed_texts=of(texts),
+    )
 
 
 def pairs_of(cosine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

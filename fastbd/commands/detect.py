@@ -19,7 +19,7 @@ from fastbd.data.pairs import Pairs
 from fastbd.data.rows import write_rows
 from fastbd.data.shards import open_beton
 from fastbd.evals.detection import clip_score, dao, detection, k_distance, neighbours, slof
-from fastbd.evals.embedding import embed
+from fastbd.evals.embedding import embed_images, embed_texts
 from fastbd.evals.towers import Towers
 from fastbd.models.precision import set_precision
 from fastbd.poison.plan import Plan
@@ -49,7 +49,7 @@ def run(config: DetectConfig) -> int:
         rows = np.sort(random.generator(0, "detect-subset").permutation(len(rows))[: config.subset])
     poisoned = torch.from_numpy(pairs.planned[rows] >= 0)
     towers = Towers(model, precision=precision, device=world.device)
-    scores = _scores(config, *embed(towers, pairs, rows))
+    scores = _scores(config, embed_images(towers, pairs, rows), embed_texts(towers, pairs, rows))
 
     found = {
         "run": str(config.run),

@@ -20,7 +20,7 @@ from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.data.tokenizer import tokenize
 from fastbd.evals.classifier import Classifier
-from fastbd.evals.embedding import embed
+from fastbd.evals.embedding import embed_images
 from fastbd.evals.towers import Towers
 from fastbd.models.precision import set_precision
 
@@ -42,7 +42,7 @@ def run(config: LabelConfig) -> int:
     towers = Towers(model, precision=precision, device=device)
     classifier = Classifier(prompts, len(names), device)(towers.text)
     pairs = Pairs(beton, open_decoder("auto", 0, str(device)), model.image_size)
-    images, _ = embed(towers, pairs, np.arange(len(beton)), texts=False)
+    images = embed_images(towers, pairs, np.arange(len(beton)))
     labels = torch.cat([(normalize(part, dim=-1) @ classifier.T).argmax(1) for part in images.split(CHUNK)])
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(config.out) as temporary, open(temporary, "wb") as file:  # np.save would add .npy to a name

@@ -15,21 +15,28 @@ from fastbd.kernels.views import plain
 CHUNK = 2048  # pairs decoded at once
 
 
-def embed(
-    towers: Towers, pairs: Pairs, rows: np.ndarray, *, images: bool = True, texts: bool = True
-) -> tuple[Tensor | None, Tensor | None]:
-    """Embeddings of the base views and of the captions of some rows, float32 [N, D] each, raw, on the device."""
-    parts = [rows[first : first + CHUNK] for first in range(0, len(rows), CHUNK)]
-    of_images, of_texts = [], []
-    with progress("embedding", len(rows) * (images + texts)) as advance:
-        if images:
-            for sources in pairs.sources(parts, host=towers.device.type != "cuda"):
-                of_images.append(towers.images(_squares(pairs, sources)))
-                advance(len(of_images[-1]))
-        for ids in parts if texts else ():
-            of_texts.append(towers.captions(pairs.tokens(ids)))
+def embed_images(towers: Towers, pairs: Pairs, rows: np.ndarray) -> Tensor:
+    """Return raw embeddings of the base views of some rows, float32 [N, D], on the device."""
+    embedded, parts = [], _parts(rows)
+    with progress("embedding images", len(rows)) as advance:
+        for sources in pairs.sources(parts, host=towers.device.type != "cuda"):
+            embedded.append(towers.images(_squares(pairs, sources)))
+            advance(len(embedded[-1]))
+    return torch.cat(embedded)
+
+
+def embed_texts(towers: Towers, pairs: Pairs, rows: np.ndarray) -> Tensor:
+    """Return raw embeddings of the captions of some rows, float32 [N, D], on the device."""
+    embedded = []
+    with progress("embedding captions", len(rows)) as advance:
+        for ids in _parts(rows):
+            embedded.append(towers.captions(pairs.tokens(ids)))
             advance(len(ids))
-    return torch.cat(of_images) if images else None, torch.cat(of_texts) if texts else None
+    return torch.cat(embedded)
+
+
+def _parts(rows: np.ndarray) -> list[np.ndarray]:
+    return [rows[first : first + CHUNK] for first in range(0, len(rows), CHUNK)]
 
 
 def _squares(pairs: Pairs, sources) -> Tensor:

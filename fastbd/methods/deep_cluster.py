@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch.distributed as td
@@ -17,11 +18,17 @@ from torch.nn.functional import normalize
 
 from fastbd.base import random
 from fastbd.base.errors import UserError
-from fastbd.config.flags import CleanConfig
 from fastbd.methods.cleanclip import CleanClip
 from fastbd.methods.head import Head
 from fastbd.methods.kmeans import spherical_kmeans
 from fastbd.methods.method import Embedded, Losses, Training
+
+if TYPE_CHECKING:
+    from fastbd.config.flags import CleanConfig
+    from fastbd.config.method_flags import DeepClusterSettings
+
+    class Config(DeepClusterSettings, CleanConfig):
+        """The flags of clean --method deep_cluster, as config_of joins them."""
 
 
 class DeepCluster(CleanClip):
@@ -31,7 +38,7 @@ class DeepCluster(CleanClip):
     W and b fresh. Labels from a file stay, and so does their head.
     """
 
-    def __init__(self, config: CleanConfig):
+    def __init__(self, config: Config):
         super().__init__(config)
         self.clusters, self.weight, self.file = config.clusters, config.cluster_weight, config.cluster_labels
         self.head: Head | None = None
@@ -52,7 +59,8 @@ class DeepCluster(CleanClip):
     def begin(self, epoch: int, training: Training) -> None:
         if self.file:
             return
-        images, _ = training.embed(training.rows, texts=False)
+        assert self.head, "attach() comes first"
+        images = training.embed_images(training.rows)
         noise = random.generator(training.seed, f"clusters/{epoch}")
         start = images[noise.permutation(len(images))[: self.clusters]]
         self.head.learn(spherical_kmeans(images, start)[0].cpu().numpy())
@@ -60,11 +68,12 @@ class DeepCluster(CleanClip):
 
     @property
     def renewed(self) -> Sequence[nn.Parameter]:
-        return () if self.file else tuple(self.head.parameters())
+        return () if self.file or self.head is None else tuple(self.head.parameters())
 
     def forward(
         self, embedded: Embedded, group: td.ProcessGroup | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor, Losses]:
+        assert self.head, "attach() comes first"
         loss, parts = super().forward(embedded, group, weights)
         cluster = self.head(normalize(embedded.images[0].float(), dim=-1), self.places(embedded.rows), group)
         return loss + self.weight * cluster, parts | {"cluster": cluster.detach()}

@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy
 class Head(nn.Module):
     """Linear layer [D] -> [C], and the labels, int64 [N] in 0..C-1, of the N training rows."""
 
+    labels: Tensor
+
     def __init__(self, rows: int, dim: int, classes: int, device: torch.device):
         super().__init__()
         self.linear = nn.Linear(dim, classes, device=device)

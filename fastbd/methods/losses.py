@@ -53,7 +53,8 @@ def _masked(
         alone = ~(mask[:, None] & mask).fill_diagonal_(True)
         logits = logits.masked_fill(alone, -torch.inf)
         positive, count = logits.diagonal(), mask.sum().clamp(min=1)
-        return tuple((logits.logsumexp(dim) - positive).sum() / count for dim in (1, 0))
+        over_rows, over_columns = ((logits.logsumexp(dim) - positive).sum() / count for dim in (1, 0))
+        return over_rows, over_columns
 
 
 def units(x: Tensor, group: td.ProcessGroup | None, gather: str) -> Tensor:

@@ -51,9 +51,10 @@ class Training:
     """The towers are compiled."""
     policies: tuple[str, ...]
     """Those that draw the image views of a step; the views of plain are always the same."""
-    embed: Callable[..., tuple[Tensor | None, Tensor | None]]
-    """embed(rows int64 [N], images=True, texts=True): raw embeddings, float32 [N, D], of the base views and of the
-    captions, by the model as it is; None for what is not asked for."""
+    embed_images: Callable[[np.ndarray], Tensor]
+    """Raw embeddings, float32 [N, D], of the base views of rows int64 [N], by the model as it is."""
+    embed_texts: Callable[[np.ndarray], Tensor]
+    """Those of the captions."""
 
 
 class Method(nn.Module):
@@ -63,6 +64,7 @@ class Method(nn.Module):
     neither must follow from the run's settings and the epoch.
     """
 
+    known: Tensor
     frozen_norms = False
     """Batch norm keeps to the running statistics that the model came with."""
     fixed_scale = False
@@ -82,8 +84,8 @@ class Method(nn.Module):
 
     def hold(self, name: str, value: Tensor, saved: bool = True) -> None:
         """A buffer with this value: a new one, or the one there is, written in place."""
-        if self._buffers.get(name) is not None:
-            self._buffers[name].copy_(value)
+        if (there := self._buffers.get(name)) is not None:
+            there.copy_(value)
         else:
             self.register_buffer(name, value, persistent=saved)
 
@@ -126,5 +128,5 @@ class Method(nn.Module):
 
 def cosines(training: Training, rows: np.ndarray) -> Tensor:
     """Of the image and the caption of each pair, float32 [N], by the model as it is."""
-    parts = (training.embed(rows[first : first + CHUNK]) for first in range(0, len(rows), CHUNK))
-    return torch.cat([F.cosine_similarity(*part) for part in parts])
+    parts = [rows[first : first + CHUNK] for first in range(0, len(rows), CHUNK)]
+    return torch.cat([F.cosine_similarity(training.embed_images(x), training.embed_texts(x)) for x in parts])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
+import torch
 import torch.distributed as td
 from torch import Tensor
 
@@ -86,7 +87,7 @@ class Objective:
             loss = cyclic_loss(images[0], texts[0], gather=self.gather, group=group)
             terms.append((cyclic * loss, {"cyclic": loss.detach()}))
         losses, parts = zip(*terms, strict=True)
-        return sum(losses), {name: part for named in parts for name, part in named.items()}
+        return reduce(torch.add, losses), {name: part for named in parts for name, part in named.items()}
 
     def _contrastive(
         self, images: Sequence[Tensor], texts: Sequence[Tensor], log_scale: Tensor, group: td.ProcessGroup | None,

@@ -5,17 +5,26 @@ clean pairs what belongs together. Its views are light: strong ones help only wh
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as td
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbd.config.flags import CleanConfig
 from fastbd.methods.method import Embedded, Losses, Method, Training
 from fastbd.methods.objectives import make_objective
 from fastbd.models.folded import Folded
 from fastbd.models.precision import autocast
+
+if TYPE_CHECKING:
+    from fastbd.config.flags import CleanConfig
+    from fastbd.config.method_flags import ParSettings
+
+    class Config(ParSettings, CleanConfig):
+        """The flags of clean --method par, as config_of joins them."""
+
 
 LAST_RATE = 1e-9
 CHUNK = 256  # images that the poisoned model embeds at once
@@ -31,20 +40,24 @@ class Par(Method):
     own gradient is 0 (envelope theorem). Temperature and batch norm's statistics are fixed, as in the public program.
     """
 
-    def __init__(self, config: CleanConfig):
+    images: Tensor | None
+    texts: Tensor
+
+    def __init__(self, config: Config):
         super().__init__(make_objective("mmcl", config), "mmcl")
         self.tau, self.gate, self.distance, self.epochs = config.tau, config.gate, config.distance, config.epochs
         self.frozen_norms, self.fixed_scale = config.frozen_norms, not config.train_scale
-        self.poisoned = None  # a function of the Folded model, which is no module of this one: not saved, not trained
+        # A function of the Folded model, which is not a module of this one: not saved, not trained.
+        self.poisoned: Callable[[Tensor], Tensor] | None = None
         self.register_buffer("images", None, persistent=False)
 
     def attach(self, training: Training) -> None:
         """Copy the model, and embed what stays the same: all captions, and the images if their views are plain."""
-        images, texts = training.embed(training.rows, images=training.policies[0] == "plain")
-        self.know(training.rows, training.device)
-        self.hold("texts", F.normalize(texts), saved=False)
-        if images is not None:
-            self.hold("images", F.normalize(images), saved=False)
+        rows = training.rows
+        self.know(rows, training.device)
+        if training.policies[0] == "plain":
+            self.hold("images", F.normalize(training.embed_images(rows)), saved=False)
+        self.hold("texts", F.normalize(training.embed_texts(rows)), saved=False)
         if self.poisoned:
             self.refresh()
             return
@@ -83,7 +96,8 @@ class Par(Method):
         at = self.places(embedded.rows)
         theirs = [self._of_images(embedded.views[0]) if self.images is None else self.images[at], self.texts[at]]
         if self.distance == "rotation":
-            moment = sum(x.detach().T @ y for x, y in zip(ours, theirs, strict=True))
+            of_images, of_texts = (x.detach().T @ y for x, y in zip(ours, theirs, strict=True))
+            moment = of_images + of_texts
             if group is not None:
                 td.all_reduce(moment, group=group)
             rotation = nearest_rotation(moment)
@@ -94,6 +108,7 @@ class Par(Method):
     @torch.no_grad()
     def _of_images(self, views: Tensor) -> Tensor:
         """The poisoned model's embeddings [B, D], normalised; computed in the same precision as the model's."""
+        assert self.poisoned, "attach() comes first"
         with autocast(self.precision, views.device):
             return F.normalize(torch.cat([self.poisoned(part) for part in views.split(CHUNK)]).float())
 

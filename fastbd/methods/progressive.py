@@ -22,6 +22,8 @@ class Progressive(Method):
     Epochs keep their length: some of the remaining pairs, drawn anew each time, come twice.
     """
 
+    remaining: torch.Tensor
+
     def __init__(self, config: PretrainConfig):
         if not config.remove_epochs:
             raise UserError("--robust progressive has nothing to do: give --remove-epochs, such as 3 6 9.")

@@ -26,6 +26,9 @@ class RoClip(Method):
     they might have been chosen from. The paper augments images and captions as well: here that is up to --views.
     """
 
+    pool: Tensor
+    oldest: Tensor
+
     def __init__(self, config: PretrainConfig):
         if config.objective != "mmcl":
             raise UserError(
@@ -42,7 +45,7 @@ class RoClip(Method):
     def begin(self, epoch: int, training: Training) -> None:
         if epoch == self.period - 1:
             drawn = random.generator(training.seed, "roclip-pool").permutation(len(training.rows))[: self.size]
-            self.pool.copy_(F.normalize(training.embed(training.rows[drawn], images=False)[1].float(), dim=1))
+            self.pool.copy_(F.normalize(training.embed_texts(training.rows[drawn]), dim=1))
 
     def variant(self, epoch: int) -> bool:
         """Whether images are matched with the pool: in epochs period, 2 period, ... counted from 1."""

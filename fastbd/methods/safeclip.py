@@ -26,6 +26,8 @@ class SafeClip(Method):
     paper compares a view with the nearest neighbour of the other.
     """
 
+    safe: Tensor
+
     def __init__(self, config: PretrainConfig):
         objective = make_objective(config.objective, config)
         if config.objective != "mmcl_ssl" or not (objective.augments_images and objective.augments_texts):
@@ -70,11 +72,11 @@ class SafeClip(Method):
         safe = self.safe[self.places(embedded.rows)]
         none = torch.zeros_like(safe)
         of_mmcl, of_ssl = {"ssl": (none, ~none), "mmcl": (~none, none), "split": (safe, ~safe)}[self.stage]
-        settings = dict(gather=self.objective.gather, group=group)
+        gather = self.objective.gather
         (image, *_, image_aug), (text, text_aug), scale = embedded.images, embedded.texts, embedded.log_scale
-        mmcl = masked_mmcl(image, text, scale, of_mmcl, **settings)
+        mmcl = masked_mmcl(image, text, scale, of_mmcl, gather=gather, group=group)
         ssl_image, ssl_text = (
-            masked_ssl(plain, augmented, scale, of_ssl, **settings)
+            masked_ssl(plain, augmented, scale, of_ssl, gather=gather, group=group)
             for plain, augmented in ((image, image_aug), (text, text_aug))
         )
         mmcl_weight, ssl_weight = self.objective.weights[:2] if weights is None else weights[:2]

@@ -5,19 +5,27 @@ Forget a share of what was learnt, the backdoor with it, and learn again from cl
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from fastbd.config.flags import CleanConfig
 from fastbd.methods.cleanclip import CleanClip
 from fastbd.methods.method import Training
 from fastbd.models import CLIP
 from fastbd.models.clip import fresh_like
 
+if TYPE_CHECKING:
+    from fastbd.config.flags import CleanConfig
+    from fastbd.config.method_flags import ShrinkPerturbSettings
+
+    class Config(ShrinkPerturbSettings, CleanConfig):
+        """The flags of clean --method shrink_perturb, as config_of joins them."""
+
 
 class ShrinkPerturb(CleanClip):
     """p <- shrink p + perturb p_fresh for each parameter, gains and temperature too, with those of a fresh model."""
 
-    def __init__(self, config: CleanConfig):
+    def __init__(self, config: Config):
         super().__init__(config)
         self.shrink, self.perturb = config.shrink, config.perturb
 

@@ -39,5 +39,6 @@ class Supervised(Method):
     def forward(
         self, embedded: Embedded, group: td.ProcessGroup | None = None, weights: Tensor | None = None
     ) -> tuple[Tensor, Losses]:
+        assert self.head, "attach() comes first"
         loss = self.head(embedded.images[0], self.places(embedded.rows), group)
         return loss, {"supervised": loss.detach()}

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as td
 from torch import Tensor
 
 from fastbd.base.errors import UserError
-from fastbd.config.flags import CleanConfig
 from fastbd.methods.losses import gathered, masked_mmcl, units
 from fastbd.methods.method import Embedded, Losses, Method, Training
 from fastbd.methods.objectives import make_objective
+
+if TYPE_CHECKING:
+    from fastbd.config.flags import CleanConfig
+    from fastbd.config.method_flags import UnlearnSettings
+
+    class Config(UnlearnSettings, CleanConfig):
+        """The flags of clean --method unlearn, as config_of joins them."""
 
 
 class Unlearn(Method):
@@ -19,7 +27,9 @@ class Unlearn(Method):
     The program adds its --unlearn_target, so that its default of -1 pulls flagged pairs together; its 1 is -1 here.
     """
 
-    def __init__(self, config: CleanConfig):
+    flags: Tensor
+
+    def __init__(self, config: Config):
         super().__init__(make_objective("mmcl", config))
         self.weight, self.target = config.unlearn_weight, config.unlearn_target
 

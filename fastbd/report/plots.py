@@ -281,7 +281,8 @@ def _legend(
         label = "published, other data"
         handles.append(Line2D([], [], mec="0.6", mfc="none", marker="o", ms=6, ls="", label=label))
     for method in sorted({run.method for run in runs if run.method and named}):
-        name, mark, line = facts("method", method).title, _marker(method) if marks else "", _dash(method) if lines else ""
+        name = facts("method", method).title
+        mark, line = _marker(method) if marks else "", _dash(method) if lines else ""
         handles.append(Line2D([], [], color="0.3", ms=6, label=name, marker=mark, ls=line))
     figure.legend(handles=handles, loc="outside upper left", ncols=int(figure.get_figwidth() // 2.4))
 

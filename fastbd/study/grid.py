@@ -381,7 +381,7 @@ def _checked_in(kind: type, flag: str, value: Any, where: str) -> Any:
     return value
 
 
-def _verb(kind: type) -> str:
+def _verb(kind: type) -> Verb:
     return next(verb for shared, verb in VERBS.items() if issubclass(kind, shared))
 
 

@@ -31,7 +31,7 @@ from fastbd.data.loader import Batch, batches, text_lengths
 from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.data.verify import check_whole
-from fastbd.evals.embedding import embed
+from fastbd.evals.embedding import embed_images, embed_texts
 from fastbd.evals.towers import Towers
 from fastbd.kernels.text_pack import room_for
 from fastbd.methods.method import Training
@@ -218,17 +218,17 @@ class Run:
             precision=self.numerics.precision,
             compiled=self.numerics.compiled,
             policies=self.policies,
-            embed=self._embed,
+            embed_images=lambda rows: embed_images(self._towers(), self.pairs, rows),
+            embed_texts=lambda rows: embed_texts(self._towers(), self.pairs, rows),
         )
 
-    def _embed(self, rows: np.ndarray, images: bool = True, texts: bool = True) -> tuple:
-        """Return raw embeddings, float32 [N, D], of the base views and of the captions, by the model as it is."""
+    def _towers(self) -> Towers:
+        """Return the model as it is, to embed with: that of the evaluation, where it is on the same device."""
         if self.watch is None or self.watch.aside:
-            towers = Towers(self.model, precision=self.numerics.precision, device=self.world.device)
-        else:
-            towers = self.watch.zeroshot.towers
-            towers.refresh()
-        return embed(towers, self.pairs, rows, images=images, texts=texts)
+            return Towers(self.model, precision=self.numerics.precision, device=self.world.device)
+        towers = self.watch.zeroshot.towers
+        towers.refresh()
+        return towers
 
     def _set_up(self) -> None:
         """Set the length of the run, and make the step or take the one that is reused."""

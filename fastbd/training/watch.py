@@ -11,7 +11,7 @@ import torch
 
 from fastbd.base.background import Background
 from fastbd.base.errors import UserError
-from fastbd.base.evaluation import Evaluation
+from fastbd.base.evaluation import Evaluation, evaluation_of
 from fastbd.config.cards import load
 from fastbd.data.decode import Decoder
 from fastbd.data.pairs import Pairs
@@ -114,7 +114,7 @@ class Watch:
             raise UserError(f"--evaluator {name} returned {own!r:.80}: it must return a dict of numbers.")
         if twice := own.keys() & row.keys():
             raise UserError(f"--evaluator {name} returned '{min(twice)}', which the row has: call it otherwise.")
-        return row | own
+        return evaluation_of({**row, **own})
 
     def _monitored(self) -> Evaluation:
         return self.monitor() if self.monitor else {}
@@ -127,8 +127,8 @@ class Watch:
 
         def work() -> None:
             began = time.perf_counter()
-            partly = between and self.partly
-            row = self._measured(self.partly if partly else self.zeroshot) | ({"subset": True} if partly else {})
+            part = self.partly if between else None
+            row = self._measured(part or self.zeroshot) | ({"subset": True} if part else {})
             row |= self._monitored()
             report(row | {"seconds": round(time.perf_counter() - began, 3)})
 

@@ -50,7 +50,8 @@ def test_pairs_are_embedded_as_training_sees_them(study):
     beton, plan = Beton(study / "train.beton"), Plan.load(study / "train.poison.json")
     pairs, model = Pairs(beton, open_decoder("pil", 0, "cpu"), 32, plan), create("tiny-rn", 0).train()
     model.encode_image(torch.randn(16, 3, 32, 32))  # running statistics of its own
-    images, texts = detect.embed(Towers(model, precision="fp32", device=CPU), pairs, np.arange(240))
+    towers, rows = Towers(model, precision="fp32", device=CPU), np.arange(240)
+    images, texts = detect.embed_images(towers, pairs, rows), detect.embed_texts(towers, pairs, rows)
     (batch,) = batches(pairs, np.arange(240), 240, seed=0, policies=("plain",), text_view=None, epoch=0, start=0,
                        world=World(0, 1, CPU))  # fmt: skip
     with torch.no_grad():

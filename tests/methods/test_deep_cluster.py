@@ -76,7 +76,7 @@ def test_each_epoch_has_clusters_of_its_own_and_a_fresh_head(here, tmp_path):
     assert optimizer.state[head.linear.weight]["step"] == 0
     assert not torch.equal(head.linear.weight, first["linear.weight"]) and not head.linear.bias.any()
     # The nearest of their own means: what k-means ends with, here found from the embeddings anew.
-    images = torch.nn.functional.normalize(run.training.embed(run.training.rows, texts=False)[0], dim=1)
+    images = torch.nn.functional.normalize(run.training.embed_images(run.training.rows), dim=1)
     means = torch.stack([images[head.labels == k].sum(0) for k in range(12)])
     own = (images @ torch.nn.functional.normalize(means, dim=1).T).argmax(1)
     assert (own == head.labels).float().mean() > 0.95 and not torch.equal(first["labels"], head.labels)

@@ -39,10 +39,12 @@ class Around:
     precision: str = "fp32"
 
     @torch.no_grad()
-    def embed(self, rows, images: bool = True, texts: bool = True):
-        frozen = deepcopy(self.model).eval()
-        embeddings = frozen.encode_image(batch_of(1).views[0]) if images else None
-        return embeddings, frozen.encode_text(pack(captions_of(100, 0)[rows]))
+    def embed_images(self, rows):
+        return deepcopy(self.model).eval().encode_image(batch_of(1).views[0])
+
+    @torch.no_grad()
+    def embed_texts(self, rows):
+        return deepcopy(self.model).eval().encode_text(pack(captions_of(100, 0)[rows]))
 
 
 def poisoned_model(name: str = "tiny-rn", seed: int = 0) -> CLIP:
