@@ -72,7 +72,7 @@ def test_help_and_reports_stay_light():
     heavy = {"torch", "matplotlib", "jinja2", "triton", "nvidia", "ffcv", "ray"}
     for path, room in modules():
         light = room in ("cli", "config", "report", "__main__", "__init__") or (room == "base" and path.stem in LIGHT)
-        if light or (room == "study" and path.stem != "workers"):
+        if light or (room == "study" and path.stem != "engines"):
             tops = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
             names = {alias.name for n in tops if isinstance(n, ast.Import) for alias in n.names}
             names |= {n.module for n in tops if isinstance(n, ast.ImportFrom)}
