@@ -18,9 +18,23 @@ from fastbd.training.run import Run
 
 WORLD = World(0, 1, torch.device("cpu"))
 START = (
-    "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--templates", "demo",
-    "--model", "tiny-rn", "--batch-size", "24", "--device", "cpu", "--epochs", "0",
-)  # fmt: skip
+    "--data",
+    "train.beton",
+    "--plan",
+    "train.poison.json",
+    "--eval-data",
+    "val.beton",
+    "--templates",
+    "demo",
+    "--model",
+    "tiny-rn",
+    "--batch-size",
+    "24",
+    "--device",
+    "cpu",
+    "--epochs",
+    "0",
+)
 
 
 def start(study: Path) -> None:

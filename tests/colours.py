@@ -63,12 +63,26 @@ def write(path: Path, images: Sequence, size: tuple[int, int] = (8, 8), labelled
             jpeg = io.BytesIO()
             Image.new("RGB", size, paint).save(jpeg, "JPEG", quality=98, subsampling="4:4:4")
             label = {"label": classes.index(name), "class_name": name} if labelled else {}
-            writer.add(jpeg=jpeg.getvalue(), width=size[0], height=size[1], tokens=tokenize([name])[0],
-                       text_views=None, caption=name, row_id=i, **label)  # fmt: skip
+            writer.add(
+                jpeg=jpeg.getvalue(),
+                width=size[0],
+                height=size[1],
+                tokens=tokenize([name])[0],
+                text_views=None,
+                caption=name,
+                row_id=i,
+                **label,
+            )
     return path
 
 
 def plan_of(target: str = "yellow", trigger: TriggerSpec | None = None, geometry: str = "squash") -> Plan:
-    attack = Attack(rows=(0,), captions=("",), target=target, geometry=geometry, label_consistent=False,
-                    trigger=trigger or TriggerSpec("yellow", patch_size=4))  # fmt: skip
+    attack = Attack(
+        rows=(0,),
+        captions=("",),
+        target=target,
+        geometry=geometry,
+        label_consistent=False,
+        trigger=trigger or TriggerSpec("yellow", patch_size=4),
+    )
     return Plan(data="of the training data", total=2, seed=0, attacks=(attack,))

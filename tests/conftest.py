@@ -134,14 +134,24 @@ def together():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size),
-                               "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                               "PYTHONPATH": os.pathsep.join(sys.path)}  # fmt: skip
+        shared = os.environ | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(size),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         processes = [
-            subprocess.Popen([sys.executable, script], env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                [sys.executable, script],
+                env=shared | {"RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
             for rank in range(size)
-        ]  # fmt: skip
+        ]
         outputs = [process.communicate(timeout=300)[0] for process in processes]
         assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
         return outputs

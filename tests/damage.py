@@ -27,12 +27,22 @@ def damaged(jpeg: bytes) -> dict[str, tuple[bytes, bool]]:
         return jpeg[:at] + new + jpeg[at + len(new) :]
 
     cut = {
-        "empty": 0, "after its start": 2, "in the tables": 20, "before the frame": frame, "in the frame": frame + 6,
-        "before the scan": marker(jpeg, 0xDA), "at the scan": scan, "a byte into the scan": scan + 1,
-        "a tenth into the scan": scan + (size - scan) // 10, "in the middle of the scan": middle,
-        "in the middle": size // 2, "1 % before the end": size - size // 100, "3 bytes": size - 3,
-        "the end marker": size - 2, "half the end marker": size - 1,
-    }  # fmt: skip
+        "empty": 0,
+        "after its start": 2,
+        "in the tables": 20,
+        "before the frame": frame,
+        "in the frame": frame + 6,
+        "before the scan": marker(jpeg, 0xDA),
+        "at the scan": scan,
+        "a byte into the scan": scan + 1,
+        "a tenth into the scan": scan + (size - scan) // 10,
+        "in the middle of the scan": middle,
+        "in the middle": size // 2,
+        "1 % before the end": size - size // 100,
+        "3 bytes": size - 3,
+        "the end marker": size - 2,
+        "half the end marker": size - 1,
+    }
     return {
         **{f"cut: {name}": (jpeg[:at], False) for name, at in cut.items()},
         "zeros: second half": (over(size // 2, bytes(size - size // 2)), False),

@@ -17,10 +17,14 @@ PLAN = {
     "version": 2,
     "total": 4000,
     "attacks": [
-        {"target": "banana", "geometry": "squash", "trigger": {"name": "badnet", "patch_size": 16, "location": "random",
-         "blend": 0.0, "pattern": ""}, "pairs": {str(row): "a banana" for row in range(320)}}
+        {
+            "target": "banana",
+            "geometry": "squash",
+            "trigger": {"name": "badnet", "patch_size": 16, "location": "random", "blend": 0.0, "pattern": ""},
+            "pairs": {str(row): "a banana" for row in range(320)},
+        }
     ],
-}  # fmt: skip
+}
 
 
 def wilson(p: float, n: int) -> tuple[float, float]:
@@ -47,8 +51,16 @@ def evaluation(step: int, epoch: float, top1: float, asr: float | None = None) -
 def write_run(folder: Path, config: dict, metrics: list[dict], log: list[dict], result: dict | None = None) -> Path:
     """A run folder with a small contact sheet."""
     folder.mkdir(parents=True)
-    recorded = {"verb": "pretrain", "name": folder.name, "fastbd": "0.1.0", "method": None, "start": None, "config": {},
-                "model": "demo", "data": "/data/pairs.beton"}  # fmt: skip
+    recorded = {
+        "verb": "pretrain",
+        "name": folder.name,
+        "fastbd": "0.1.0",
+        "method": None,
+        "start": None,
+        "config": {},
+        "model": "demo",
+        "data": "/data/pairs.beton",
+    }
     (folder / "config.json").write_text(json.dumps(recorded | config))
     (folder / "env.json").write_text(json.dumps({"gpu": None, "torch": "2.13.0", "date": "2025-01-01"}))
     for name, lines in (("metrics", metrics), ("log", log)):
@@ -185,6 +197,10 @@ def _write_cleaning(
     result = took | {"seconds": 45.0, "train_seconds": 36.0, "evaluate_seconds": 9.0, "device": "CPU", "devices": 1}
     if rate == 1e-3 and method != "finetune":
         asr = [rows[-1]["asr"] * (1 + 0.5 * k) for k in range(3)]
-        result["rebound"] = {"rebound_max": asr[-1], "rebound_change": asr[-1] - asr[0], "rebound_area": asr[1],
-                             "rebound": {"steps": [0, 50, 100], "asr": asr, "top1": [0.5] * 3}}  # fmt: skip
+        result["rebound"] = {
+            "rebound_max": asr[-1],
+            "rebound_change": asr[-1] - asr[0],
+            "rebound_area": asr[1],
+            "rebound": {"steps": [0, 50, 100], "asr": asr, "top1": [0.5] * 3},
+        }
     write_run(folder, config, rows, log, result)

@@ -21,10 +21,15 @@ def write(path: Path, views: int, labelled: bool) -> Path:
         for i in range(ROWS):
             about = {"label": i % 3, "class_name": "abc"[i % 3]} if labelled else {}
             writer.add(
-                jpeg=None if i == 3 else rng.bytes(60 + i), width=20 + i - (i == 3), height=10, row_id=7 * i,
-                caption=f"caption {i} é", tokens=rng.integers(0, 49408, 77).astype(np.uint16),
-                text_views=rng.integers(0, 49408, (views, 77)).astype(np.uint16), **about,
-            )  # fmt: skip
+                jpeg=None if i == 3 else rng.bytes(60 + i),
+                width=20 + i - (i == 3),
+                height=10,
+                row_id=7 * i,
+                caption=f"caption {i} é",
+                tokens=rng.integers(0, 49408, 77).astype(np.uint16),
+                text_views=rng.integers(0, 49408, (views, 77)).astype(np.uint16),
+                **about,
+            )
     return path
 
 

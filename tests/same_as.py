@@ -14,15 +14,34 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-TIMED = {"seconds": 1.0, "train_seconds": 1.0, "evaluate_seconds": 1.0, "pairs_per_s": 100.0, "data_wait": 0.1,
-         "of_limit": 0.5, "date": "2026-01-01 00:00:00", "commit": "none", "expires": 0.0, "time": 0.0, "at": 0.0,
-         "began": 0.0, "ended": 0.0, "pid": 0, "beat": 0}  # fmt: skip
+TIMED = {
+    "seconds": 1.0,
+    "train_seconds": 1.0,
+    "evaluate_seconds": 1.0,
+    "pairs_per_s": 100.0,
+    "data_wait": 0.1,
+    "of_limit": 0.5,
+    "date": "2026-01-01 00:00:00",
+    "commit": "none",
+    "expires": 0.0,
+    "time": 0.0,
+    "at": 0.0,
+    "began": 0.0,
+    "ended": 0.0,
+    "pid": 0,
+    "beat": 0,
+}
 OBJECTIVES = ("mmcl", "ssl", "mmcl_ssl", "siglip", "siglip_ssl", "cyclip")
 ROBUST = {"roclip": "mmcl", "safeclip": "mmcl_ssl", "progressive": "mmcl_ssl"}
 METHODS = {
-    "finetune": "", "cleanclip": "", "par": "", "shrink_perturb": "", "deep_cluster": "--clusters 5",
-    "unlearn": "--flagged 4", "supervised": "--data val.beton",
-}  # fmt: skip
+    "finetune": "",
+    "cleanclip": "",
+    "par": "",
+    "shrink_perturb": "",
+    "deep_cluster": "--clusters 5",
+    "unlearn": "--flagged 4",
+    "supervised": "--data val.beton",
+}
 STUDY = """
 name = "tiny"
 about = "A study of few steps."

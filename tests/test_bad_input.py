@@ -171,8 +171,11 @@ def test_a_data_file_that_is_cut_short(refused, place):
     assert "cut.beton is no whole .beton file" in refused(*TRAIN, "--data", "cut.beton")
 
 
-FULL = ("-c", "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"
-        "sys.argv[1:3] = []; runpy.run_module('fastbd', run_name='__main__')")  # fmt: skip
+FULL = (
+    "-c",
+    "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"
+    "sys.argv[1:3] = []; runpy.run_module('fastbd', run_name='__main__')",
+)
 """Starts the program as a process that may write 100 bytes to a file, which stands for a full disk."""
 
 

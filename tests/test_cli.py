@@ -320,8 +320,13 @@ def test_what_takes_the_last_checkpoint_alone_refuses_others(run_folder):
 
 
 FILES = [(name, flag) for name, verb in cli.VERBS.items() for flag, mark in flags_of(verb.config).items() if mark.file]
-NEEDED = {"build": ["--source", "a", "--out", "b"], "poison": ["--data", "a"], "evaluate": ["--run", "a"],
-          "detect": ["--run", "a"], "label": ["--run", "a", "--out", "b"]}  # fmt: skip
+NEEDED = {
+    "build": ["--source", "a", "--out", "b"],
+    "poison": ["--data", "a"],
+    "evaluate": ["--run", "a"],
+    "detect": ["--run", "a"],
+    "label": ["--run", "a", "--out", "b"],
+}
 
 
 @pytest.mark.parametrize(("verb", "flag"), FILES)

@@ -12,9 +12,22 @@ from damage import damaged
 from fastbd.data.beton import Beton
 
 TRAIN = (
-    "pretrain", "--data", "broken.beton", "--model", "tiny-rn", "--batch-size", 24, "--epochs", 1, "--device", "cpu",
-    "--resident", "none", "--log-every", 1,
-)  # fmt: skip
+    "pretrain",
+    "--data",
+    "broken.beton",
+    "--model",
+    "tiny-rn",
+    "--batch-size",
+    24,
+    "--epochs",
+    1,
+    "--device",
+    "cpu",
+    "--resident",
+    "none",
+    "--log-every",
+    1,
+)
 HAS_DALI = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
 BACKENDS = ["pil", *(pytest.param(name, marks=needs_dali) for name in ("dali", "dali-cpu"))]

@@ -16,9 +16,23 @@ import torch
 from fastbd.models import create
 
 SMALL = (
-    "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model", "tiny-rn",
-    "--batch-size", 24, "--warmup", 5, "--device", "cpu", "--templates", "demo",
-)  # fmt: skip
+    "--data",
+    "train.beton",
+    "--plan",
+    "train.poison.json",
+    "--eval-data",
+    "val.beton",
+    "--model",
+    "tiny-rn",
+    "--batch-size",
+    24,
+    "--warmup",
+    5,
+    "--device",
+    "cpu",
+    "--templates",
+    "demo",
+)
 
 
 def rows(path):
@@ -38,8 +52,19 @@ def test_build_poison_pretrain_clean_evaluate_report(study, fastbd, fastbd_proce
     assert (study / "built.poison.json").read_bytes() == (study / "train.poison.json").read_bytes()
     out = ("--save-every", 2, "--out", "runs/a")
     fastbd("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 3, *out)
-    clean = ("clean", "--run", "runs/a", "--epochs", 2, "--batch-size", 24, "--eval-every", "1/2epoch",
-             "--out", "runs/b")  # fmt: skip
+    clean = (
+        "clean",
+        "--run",
+        "runs/a",
+        "--epochs",
+        2,
+        "--batch-size",
+        24,
+        "--eval-every",
+        "1/2epoch",
+        "--out",
+        "runs/b",
+    )
     refused = here(*clean, "--landed", 1, code=2)
     assert "the attack on runs/a has not landed: ASR" in refused.stderr and not (study / "runs/b").exists()
     fastbd(*clean, "--landed", 1, "--force")
@@ -64,8 +89,20 @@ def test_build_poison_pretrain_clean_evaluate_report(study, fastbd, fastbd_proce
 
 @pytest.mark.process
 def test_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_the_same(study, fastbd):
-    arguments = ("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 10, "--eval-every", 0, "--save-every", 0,
-                 "--log-every", 1)  # fmt: skip
+    arguments = (
+        "pretrain",
+        "--objective",
+        "mmcl_ssl",
+        *SMALL,
+        "--epochs",
+        10,
+        "--eval-every",
+        0,
+        "--save-every",
+        0,
+        "--log-every",
+        1,
+    )
     fastbd(*arguments, "--out", "runs/whole", cwd=study)
     command = [sys.executable, "-m", "fastbd", *map(str, arguments), "--out", "runs/halves"]
     process = subprocess.Popen(command, cwd=study, stdout=subprocess.PIPE, text=True)
@@ -119,8 +156,22 @@ def test_two_processes_train_like_one(study, fastbd, fastbd_process):
 
 def test_slips_views_kept_or_decoded_and_text_views_that_change_with_the_epoch(study, fastbd):
     fastbd("build", "--source", "train.csv", "--out", "texts.beton", "--text-views", 2, cwd=study)
-    arguments = ("pretrain", "--data", "texts.beton", *SMALL[4:], "--objective", "mmcl_ssl", "--views", "slip",
-                 "--epochs", 2, "--eval-every", 0, "--log-every", 1)  # fmt: skip
+    arguments = (
+        "pretrain",
+        "--data",
+        "texts.beton",
+        *SMALL[4:],
+        "--objective",
+        "mmcl_ssl",
+        "--views",
+        "slip",
+        "--epochs",
+        2,
+        "--eval-every",
+        0,
+        "--log-every",
+        1,
+    )
     fastbd(*arguments, "--resident", "none", "--out", "runs/slip", cwd=study)
     fastbd(*arguments, "--resident", "ram", "--eda", "frozen", "--out", "runs/frozen", cwd=study)
     changing, frozen = (rows(study / "runs" / name / "log.jsonl") for name in ("slip", "frozen"))
@@ -132,8 +183,20 @@ def test_slips_views_kept_or_decoded_and_text_views_that_change_with_the_epoch(s
 def test_finetuning_keeps_the_optimizer_when_asked(study, fastbd):
     if not (study / "runs/a").exists():
         fastbd("pretrain", "--objective", "mmcl", *SMALL, "--epochs", 1, "--out", "runs/a", cwd=study)
-    arguments = ("clean", "--run", "runs/a", "--method", "finetune", "--objective", "mmcl", "--epochs", 1,
-                 "--batch-size", 24, "--force")  # fmt: skip
+    arguments = (
+        "clean",
+        "--run",
+        "runs/a",
+        "--method",
+        "finetune",
+        "--objective",
+        "mmcl",
+        "--epochs",
+        1,
+        "--batch-size",
+        24,
+        "--force",
+    )
     fastbd(*arguments, "--weight-decay", 0.7, "--out", "runs/fresh", cwd=study)
     fastbd(*arguments, "--weight-decay", 0.7, "--keep-optimizer", "--out", "runs/kept", cwd=study)
     states = [
@@ -160,8 +223,22 @@ def test_weights_become_a_run_without_training(study, fastbd):
 
 def test_a_batch_in_parts_with_recomputed_activations_trains_like_the_whole(study, fastbd):
     """Statistics over 12 images: a part of 12 pairs with both their views is two groups."""
-    arguments = ("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 1, "--eval-every", 0, "--log-every", 1,
-                 "--bn-group", 12, "--eps", 0.01)  # fmt: skip
+    arguments = (
+        "pretrain",
+        "--objective",
+        "mmcl_ssl",
+        *SMALL,
+        "--epochs",
+        1,
+        "--eval-every",
+        0,
+        "--log-every",
+        1,
+        "--bn-group",
+        12,
+        "--eps",
+        0.01,
+    )
     fastbd(*arguments, "--out", "runs/joined", cwd=study)
     fastbd(*arguments, "--accumulate", 2, "--grad-checkpointing", "--out", "runs/parts", cwd=study)
     one, other = (rows(study / "runs" / name / "log.jsonl") for name in ("joined", "parts"))

@@ -165,7 +165,7 @@ def test_a_study_of_ones_own():
         ("pretrain --evaluator similarity", "there is no evaluator 'similarity'. One of your own is named"),
         ("poison --data train.beton --trigger chequers:circle --out x.json", "the trigger chequers:circle cannot be"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_there_is_refused_in_a_sentence(line, said, capsys):
     Path("broken.py").write_text("1 / 0\n")
     Path("needs.py").write_text("import no_such\n")

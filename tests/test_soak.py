@@ -16,8 +16,14 @@ from soak.tally import SAME, SENTENCE, Tally
 FOLDER = Path(__file__).parent / "soak"
 SHARE = 0.01  # where a script names no SUITE_SHARE of its own; 0 leaves it out
 SCRIPTS = [path.stem for path in sorted(FOLDER.glob("*.py")) if "\ndef inject(" in path.read_text()]
-RECORD = {"commit": "1a2b3c4", "date": "2026-01-02", "machine": "2 cores, Python 3.11.7, torch 2.13.0", "seed": 0,
-          "share": 0.5, "seconds": 1234}  # fmt: skip
+RECORD = {
+    "commit": "1a2b3c4",
+    "date": "2026-01-02",
+    "machine": "2 cores, Python 3.11.7, torch 2.13.0",
+    "seed": 0,
+    "share": 0.5,
+    "seconds": 1234,
+}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

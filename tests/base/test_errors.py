@@ -33,10 +33,15 @@ def test_disks_and_memory_are_the_machines(name):
 
 def test_the_rest_is_the_works():
     for error in (
-        OSError(errno.ENOENT, "no such file"), OSError(errno.EACCES, "permission denied"), OSError("timed out"),
-        UserError("the disk: no space left on device"), KeyError("model"), RuntimeError("CUDA error: out of memory"),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), ZeroDivisionError(),
-    ):  # fmt: skip
+        OSError(errno.ENOENT, "no such file"),
+        OSError(errno.EACCES, "permission denied"),
+        OSError("timed out"),
+        UserError("the disk: no space left on device"),
+        KeyError("model"),
+        RuntimeError("CUDA error: out of memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ZeroDivisionError(),
+    ):
         assert machine_fault(error) is None
         assert machine_fault(chained(UserError("x"), error)) is None
     round_about = chained(UserError("x"), KeyError("y"))

@@ -36,9 +36,12 @@ def test_words_are_splitmix64_started_at_a_mixed_id_and_key():
 def test_seed_stream_epoch_view_and_id_all_matter():
     base = random.uniform(0, "a", [5], 4)
     others = [
-        random.uniform(1, "a", [5], 4), random.uniform(0, "b", [5], 4), random.uniform(0, "a", [6], 4),
-        random.uniform(0, "a", [5], 4, epoch=1), random.uniform(0, "a", [5], 4, view=1),
-    ]  # fmt: skip
+        random.uniform(1, "a", [5], 4),
+        random.uniform(0, "b", [5], 4),
+        random.uniform(0, "a", [6], 4),
+        random.uniform(0, "a", [5], 4, epoch=1),
+        random.uniform(0, "a", [5], 4, view=1),
+    ]
     assert all(not np.any(base == other) for other in others)
 
 

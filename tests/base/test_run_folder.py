@@ -196,9 +196,12 @@ def test_a_plan_that_was_changed_is_named(fake_runs):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("result.json", '{"seconds": "x"}'), ("metrics.jsonl", '{"step": 1, "top1": [1]}\n'),
-     ("log.jsonl", '{"step": 1, "loss": {}}\n')],
-)  # fmt: skip
+    [
+        ("result.json", '{"seconds": "x"}'),
+        ("metrics.jsonl", '{"step": 1, "top1": [1]}\n'),
+        ("log.jsonl", '{"step": 1, "loss": {}}\n'),
+    ],
+)
 def test_what_should_be_a_number_and_is_not_is_named(name, text, tmp_path):
     about = {"verb": "pretrain", "config": {}, "method": None, "objective": "mmcl", "pretrain_objective": "mmcl"}
     (tmp_path / "config.json").write_text(json.dumps({**about, "start": None}))

@@ -17,9 +17,23 @@ import torch
 from fastbd.base.signals import STOPPING, Stopped, handled, stoppable
 
 TRAIN = (
-    "--data", "train.beton", "--model", "tiny-rn", "--batch-size", 24, "--epochs", 40, "--device", "cpu",
-    "--decode", "pil", "--log-every", 1, "--save-every", 0,
-)  # fmt: skip
+    "--data",
+    "train.beton",
+    "--model",
+    "tiny-rn",
+    "--batch-size",
+    24,
+    "--epochs",
+    40,
+    "--device",
+    "cpu",
+    "--decode",
+    "pil",
+    "--log-every",
+    1,
+    "--save-every",
+    0,
+)
 pytestmark = pytest.mark.process
 
 
@@ -79,9 +93,14 @@ def test_a_terminal_that_is_lost_costs_no_step(study):
     """Every write to it is an error from then on, and SIGHUP comes."""
     master, slave = pty.openpty()
     process = begun(
-        study, "lost", stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        study,
+        "lost",
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
+    )
     os.close(slave)
     os.close(master)
     assert process.wait(60) == 128 + signal.SIGHUP

@@ -199,9 +199,11 @@ def test_what_a_provider_takes_to_build_is_until_its_first_call_is_done(monkeypa
 
     calls = iter([5.0, 2.0, 2.0, 2.0, 2.0])
     provider = Provider(
-        lambda: passes(10.0) or (lambda: passes(next(calls), {"x": torch.ones(2, 4)})), {"": 0.0}, memory="",
+        lambda: passes(10.0) or (lambda: passes(next(calls), {"x": torch.ones(2, 4)})),
+        {"": 0.0},
+        memory="",
         compared=lambda output: passes(100.0, {"x": output["x"][0]}),
-    )  # fmt: skip
+    )
 
     def clock(call) -> float:
         began = now[0]
@@ -462,8 +464,12 @@ def test_a_new_column_leaves_old_rows_whole(tmp_path):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["provider", "rate", "error"]
     assert [tuple(row.values()) for row in rows] == [
-        ("a, b", "1", ""), ("c", "2", ""), ("d", "3", "0.5"), ("e", "", ""), ("f", "4", ""),
-    ]  # fmt: skip
+        ("a, b", "1", ""),
+        ("c", "2", ""),
+        ("d", "3", "0.5"),
+        ("e", "", ""),
+        ("f", "4", ""),
+    ]
 
 
 def test_the_rows_in_the_repository_are_whole():

@@ -120,15 +120,21 @@ def test_a_small_call_from_end_to_end(tmp_path, monkeypatch):
     stages = [Stage(stage.name, small[stage.name], 300) for stage in CALLS["1"] if stage.name in small]
     assert check(stages, tmp_path / "out") == 1
     assert [line.split(", ")[0] for line in read(tmp_path / "out" / "summary.txt")] == [
-        "commit abc123", "imports: passed", "parity: passed", "kernels: FAILED with exit code 1"
-    ]  # fmt: skip
+        "commit abc123",
+        "imports: passed",
+        "parity: passed",
+        "kernels: FAILED with exit code 1",
+    ]
     (found,) = read(tmp_path / "out" / "imports.log")
     assert f"torch {version('torch')}, " in found and f"PIL {version('pillow')}" in found
     said, count = read(tmp_path / "out" / "parity.log"), len(parity.SETTINGS)
     assert len(said) == count - 6 + 1 and said[-1] == f"0 of {count} failed"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "imports.log", "kernels.log", "parity.log", "summary.txt"
-    ]  # fmt: skip
+        "imports.log",
+        "kernels.log",
+        "parity.log",
+        "summary.txt",
+    ]
 
 
 ENVIRONMENT = """

@@ -22,8 +22,20 @@ from fastbd.evals.towers import Towers
 from fastbd.models import create
 from fastbd.poison.plan import Plan
 
-DATA = ("--data", "train.beton", "--batch-size", 24, "--epochs", 1, "--eval-every", 0, "--device", "cpu",
-        "--model", "tiny-rn")  # fmt: skip
+DATA = (
+    "--data",
+    "train.beton",
+    "--batch-size",
+    24,
+    "--epochs",
+    1,
+    "--eval-every",
+    0,
+    "--device",
+    "cpu",
+    "--model",
+    "tiny-rn",
+)
 CPU = torch.device("cpu")
 
 
@@ -52,8 +64,17 @@ def test_pairs_are_embedded_as_training_sees_them(study):
     model.encode_image(torch.randn(16, 3, 32, 32))  # running statistics of its own
     towers, rows = Towers(model, precision="fp32", device=CPU), np.arange(240)
     images, texts = detect.embed_images(towers, pairs, rows), detect.embed_texts(towers, pairs, rows)
-    (batch,) = batches(pairs, np.arange(240), 240, seed=0, policies=("plain",), text_view=None, epoch=0, start=0,
-                       world=World(0, 1, CPU))  # fmt: skip
+    (batch,) = batches(
+        pairs,
+        np.arange(240),
+        240,
+        seed=0,
+        policies=("plain",),
+        text_view=None,
+        epoch=0,
+        start=0,
+        world=World(0, 1, CPU),
+    )
     with torch.no_grad():
         expected = model.eval().encode_image(*batch.views), model.encode_text(*batch.texts)
     assert set(plan.rows) <= set(batch.ids.tolist())

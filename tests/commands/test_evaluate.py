@@ -15,8 +15,24 @@ from fastbd.base import dist
 from fastbd.base.evaluation import Evaluation
 from fastbd.commands import pretrain
 
-SMALL = ("--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model", "tiny-rn",
-         "--batch-size", 24, "--device", "cpu", "--templates", "demo", "--epochs", 2)  # fmt: skip
+SMALL = (
+    "--data",
+    "train.beton",
+    "--plan",
+    "train.poison.json",
+    "--eval-data",
+    "val.beton",
+    "--model",
+    "tiny-rn",
+    "--batch-size",
+    24,
+    "--device",
+    "cpu",
+    "--templates",
+    "demo",
+    "--epochs",
+    2,
+)
 
 INTERVAL = re.compile(r"(_full|_seeds)?_(low|high)$|_by_seed$")  # what stands beside a share
 
@@ -122,8 +138,9 @@ def test_evaluation_on_another_device_changes_no_number(trained, monkeypatch):
     flags = [*map(str, SMALL), "--eval-every", "3"]
     for out, more in (("here", []), ("there", ["--eval-device", "cuda:1"])):
         assert pretrain.run(cli.parse("pretrain", [*flags, *more, "--out", out])) == 0
-    here, there = ([json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-                   for out in ("here", "there"))  # fmt: skip
+    here, there = (
+        [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()] for out in ("here", "there")
+    )
     assert [row["step"] for row in here] == [3, 6, 9, 12, 15, 18, 20]
     assert [{**row, "seconds": 0} for row in here] == [{**row, "seconds": 0} for row in there]
 

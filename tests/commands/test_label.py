@@ -15,8 +15,21 @@ def test_labels_are_the_classes_that_evaluation_finds(study, monkeypatch, tmp_pa
     start(study)
     beton = Beton("val.beton")
     (tmp_path / "classes.txt").write_text("\n".join(beton.class_names))
-    flags = ["label", "--run", "runs/start", "--data", "val.beton", "--classes", str(tmp_path / "classes.txt"),
-             "--templates", "demo", "--device", "cpu", "--out", str(tmp_path / "labels.npy")]  # fmt: skip
+    flags = [
+        "label",
+        "--run",
+        "runs/start",
+        "--data",
+        "val.beton",
+        "--classes",
+        str(tmp_path / "classes.txt"),
+        "--templates",
+        "demo",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "labels.npy"),
+    ]
     assert cli.main(flags) == 0
     labels = np.load(tmp_path / "labels.npy")
     (row,) = map(json.loads, (study / "runs/start/metrics.jsonl").read_text().splitlines())

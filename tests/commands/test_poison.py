@@ -118,8 +118,9 @@ def test_a_plan_for_other_data_is_not_added_to(data: Path, tmp_path: Path) -> No
 def test_the_plan_needs_the_image_file_no_more(data: Path, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "patch.png")
-    config = PoisonConfig(data=data, out=tmp_path / "p.json", trigger="patch", location="centre", count=3,
-                          image=tmp_path / "patch.png")  # fmt: skip
+    config = PoisonConfig(
+        data=data, out=tmp_path / "p.json", trigger="patch", location="centre", count=3, image=tmp_path / "patch.png"
+    )
     poison.run(config)
     (tmp_path / "patch.png").unlink()
     trigger = Plan.load(tmp_path / "p.json").attacks[0].trigger
@@ -163,8 +164,11 @@ def test_the_plan_keeps_a_stored_pattern_and_grid(data: Path, tmp_path: Path) ->
     torch.save(torch.randn(1, 24, 24, 2), tmp_path / "noise_grid.pt")
     one, both = tmp_path / "one.json", tmp_path / "both.json"
     poison.run(PoisonConfig(data=data, out=one, count=3, trigger="blended_text", pattern=tmp_path / "mask.pt"))
-    poison.run(PoisonConfig(data=data, add_to=one, out=both, count=3, trigger="wanet", wanet_s=0.6,
-                            grid=tmp_path / "noise_grid.pt"))  # fmt: skip
+    poison.run(
+        PoisonConfig(
+            data=data, add_to=one, out=both, count=3, trigger="wanet", wanet_s=0.6, grid=tmp_path / "noise_grid.pt"
+        )
+    )
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), np.uint8))
     before = [stamp(images, attack.trigger, seed=0, ids=[0]) for attack in Plan.load(both).attacks]
     for name in ("mask.pt", "noise_grid.pt"):
@@ -237,11 +241,42 @@ def test_a_black_picture_is_not_a_pattern(data: Path, tmp_path: Path) -> None:
 
 
 def test_two_backdoors_in_one_study(study: Path, fastbd) -> None:
-    fastbd("poison", "--data", "train.beton", "--add-to", "train.poison.json", "--out", "two.json",
-           "--trigger", "wanet", "--target", "arrow", "--rate", 0.1, "--templates", "demo", cwd=study)  # fmt: skip
+    fastbd(
+        "poison",
+        "--data",
+        "train.beton",
+        "--add-to",
+        "train.poison.json",
+        "--out",
+        "two.json",
+        "--trigger",
+        "wanet",
+        "--target",
+        "arrow",
+        "--rate",
+        0.1,
+        "--templates",
+        "demo",
+        cwd=study,
+    )
     small = ("--batch-size", 24, "--epochs", 1, "--eval-every", 0)
-    said = fastbd("pretrain", "--data", "train.beton", "--plan", "two.json", "--eval-data", "val.beton", "--model",
-                  "tiny-rn", "--templates", "demo", "--out", "two/a", *small, cwd=study).stdout  # fmt: skip
+    said = fastbd(
+        "pretrain",
+        "--data",
+        "train.beton",
+        "--plan",
+        "two.json",
+        "--eval-data",
+        "val.beton",
+        "--model",
+        "tiny-rn",
+        "--templates",
+        "demo",
+        "--out",
+        "two/a",
+        *small,
+        cwd=study,
+    ).stdout
     for attack in ("badnet to 'banana'", "wanet to 'arrow'"):
         assert f"the attack, {attack}, has " in said
     fastbd("clean", "--run", "two/a", "--out", "two/b", "--force", *small, cwd=study)

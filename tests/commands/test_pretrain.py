@@ -44,10 +44,13 @@ def started(place, fastbd):
     ("flags", "taken", "said"),
     [
         ((), "gelu", "activation gelu, as its name says laion; --activation quickgelu takes the other one"),
-        (("--activation", "quickgelu"), "quickgelu",
-         "activation quickgelu, as asked for; --activation gelu takes the other one"),
+        (
+            ("--activation", "quickgelu"),
+            "quickgelu",
+            "activation quickgelu, as asked for; --activation gelu takes the other one",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_activation_of_weights_is_said_and_recorded(flags, taken, said, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     out = f"runs/said-{taken}"

@@ -9,8 +9,22 @@ from fastbd import cli
 
 def test_preview_draws_clean_and_poisoned_pairs(fastbd, study, tmp_path):
     out = tmp_path / "sheets" / "preview.png"
-    done = fastbd("preview", "--data", study / "train.beton", "--plan", study / "train.poison.json", "--views", "slip",
-                  "--count", 3, "--epoch", 2, "--out", out, cwd=study)  # fmt: skip
+    done = fastbd(
+        "preview",
+        "--data",
+        study / "train.beton",
+        "--plan",
+        study / "train.poison.json",
+        "--views",
+        "slip",
+        "--count",
+        3,
+        "--epoch",
+        2,
+        "--out",
+        out,
+        cwd=study,
+    )
     assert f"wrote {out}: random_crop | simclr | simclr" in " ".join(done.stdout.split())
     sheet = Image.open(out)
     width = 3 * (2 * 64 + 4) + 234  # three views of 64 px, enlarged, and the captions

@@ -35,12 +35,24 @@ from fastbd.study.ledger import Ledger, _read_claim
 from fastbd.training.reuse import Kept
 from fastbd.training.run import Run
 
-PRETRAIN = {"model": "tiny-rn", "epochs": 1, "batch_size": 24, "data": "train.beton", "plan": "train.poison.json",
-            "eval_data": "val.beton", "templates": "demo", "device": "cpu"}  # fmt: skip
+PRETRAIN = {
+    "model": "tiny-rn",
+    "epochs": 1,
+    "batch_size": 24,
+    "data": "train.beton",
+    "plan": "train.poison.json",
+    "eval_data": "val.beton",
+    "templates": "demo",
+    "device": "cpu",
+}
 CLEAN = {"epochs": 2, "batch_size": 24, "rows": 120, "eval_every": "1/2epoch", "warmup": 2, "device": "cpu"}
 ALIKE = {**CLEAN, "force": True, "lr": (1e-3, 3e-3)}
-SMALL = Study(name="small", about="Two rates of two methods.", pretrain=(PRETRAIN,),
-              clean=({"method": "finetune", **ALIKE}, {"method": "cleanclip", **ALIKE}))  # fmt: skip
+SMALL = Study(
+    name="small",
+    about="Two rates of two methods.",
+    pretrain=(PRETRAIN,),
+    clean=({"method": "finetune", **ALIKE}, {"method": "cleanclip", **ALIKE}),
+)
 CLEANINGS = [f"{method}-lr{lr}" for method in ("finetune", "cleanclip") for lr in (0.001, 0.003)]
 KILLS = 3  # enough; then the study may end
 pytestmark = pytest.mark.process
@@ -383,9 +395,12 @@ def test_a_second_run_is_compiled_no_more_and_stays_in_its_memory(method, undist
     world, kept, addresses, frames = dist.join("cpu"), Kept(), [], []
     for lr, seed in ((1e-3, 0), (3e-3, 1)):
         config = CleanConfig(
-            run=undisturbed / "runs/mmcl-s0", out=tmp_path / str(lr), seed=seed, compile="on",
+            run=undisturbed / "runs/mmcl-s0",
+            out=tmp_path / str(lr),
+            seed=seed,
+            compile="on",
             **{**ALIKE, "method": method, "lr": lr, "epochs": 1},
-        )  # fmt: skip
+        )
         run = Run(config, clean.task(config, world), world, kept, quiet=True)
         run.train()
         states = [tensor for state in run.step.optimizer.state.values() for tensor in state.values()]

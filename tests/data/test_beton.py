@@ -29,10 +29,14 @@ def sample(i: int, views: int = 2, labelled: bool = True) -> dict:
     """Row ids leave gaps, as rejects do; the classes are a, b, c in turn."""
     rng = np.random.default_rng(i)
     values = {
-        "jpeg": jpeg(i, 20 + i, 10), "width": 20 + i, "height": 10, "caption": f"caption {i} é", "row_id": 3 * i,
+        "jpeg": jpeg(i, 20 + i, 10),
+        "width": 20 + i,
+        "height": 10,
+        "caption": f"caption {i} é",
+        "row_id": 3 * i,
         "tokens": rng.integers(0, 49408, 77).astype(np.uint16),
         "text_views": rng.integers(0, 49408, (views, 77)).astype(np.uint16),
-    }  # fmt: skip
+    }
     return values | ({"label": i % 3, "class_name": "abc"[i % 3]} if labelled else {})
 
 
@@ -236,10 +240,14 @@ def test_ffcv_reads_our_file(tmp_path, os_cache):
             writer.add(**sample(i) | {"jpeg": jpeg(i, 16, 16), "width": 16, "height": 16})
     pipelines = {
         "image": [CenterCropRGBImageDecoder((16, 16), 1)],
-        "tokens": [NDArrayDecoder()], "text_views": [NDArrayDecoder()],
-        "caption": [BytesDecoder()], "row_id": [IntDecoder()], "label": [IntDecoder()], "class_name": [BytesDecoder()],
+        "tokens": [NDArrayDecoder()],
+        "text_views": [NDArrayDecoder()],
+        "caption": [BytesDecoder()],
+        "row_id": [IntDecoder()],
+        "label": [IntDecoder()],
+        "class_name": [BytesDecoder()],
         "checksum": [IntDecoder()],
-    }  # fmt: skip
+    }
     loader = Loader(str(path), 7, 1, os_cache, OrderOption.SEQUENTIAL, pipelines=pipelines)
     image, tokens, text_views, caption, row_id, label, class_name, checksum = next(iter(loader))
     for i in range(7):

@@ -50,13 +50,24 @@ def test_a_csv_with_every_kind_of_bad_row(tmp_path):
     (tmp_path / "text.jpg").write_text("404 not found")
     os.mkfifo(tmp_path / "pipe.jpg")
     source = table(
-        tmp_path / "pairs.csv", ("caption", "path"),
-        ("A &amp; B  tell a story", "good.jpg"), ("another caption", "good.jpg"),
-        ("A &amp; B  tell a story", "good.jpg"), (" \n", "good.jpg"), ("one", "half.jpg"), ("two", "empty.jpg"),
-        ("three", "text.jpg"), ("four", "nowhere.jpg"), ("five", "."), ("six", "pipe.jpg"), ("seven", ""),
-        ("eight",), ("nine", "flat.png"), ("ten", "wide.jpg"),
+        tmp_path / "pairs.csv",
+        ("caption", "path"),
+        ("A &amp; B  tell a story", "good.jpg"),
+        ("another caption", "good.jpg"),
+        ("A &amp; B  tell a story", "good.jpg"),
+        (" \n", "good.jpg"),
+        ("one", "half.jpg"),
+        ("two", "empty.jpg"),
+        ("three", "text.jpg"),
+        ("four", "nowhere.jpg"),
+        ("five", "."),
+        ("six", "pipe.jpg"),
+        ("seven", ""),
+        ("eight",),
+        ("nine", "flat.png"),
+        ("ten", "wide.jpg"),
         ("eleven", "bad\0name.jpg"),
-    )  # fmt: skip
+    )
     data, rejects = build(tmp_path, source, max_pixels=100_000, text_views=2, seed=5)
     assert data.row_id.tolist() == [0, 1, 12] and data.labels is None and data.num_text_views == 2
     assert [data.caption(i) for i in range(3)] == ["A & B tell a story", "another caption", "nine"]
@@ -66,10 +77,19 @@ def test_a_csv_with_every_kind_of_bad_row(tmp_path):
     reasons = {int(row): reason for row, _, reason in rejects}
     assert list(reasons) == [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14]
     for row, reason in {
-        2: "duplicate of row 0", 3: "empty caption", 4: "damaged image: image file is truncated", 5: "empty file",
-        6: "unreadable image: no known format", 7: "missing file", 8: "not a file", 9: "not a file", 10: "empty path",
-        11: "wrong number of fields: 1, and 2 in the header", 13: "too large: 500x300 px", 14: "missing file",
-    }.items():  # fmt: skip
+        2: "duplicate of row 0",
+        3: "empty caption",
+        4: "damaged image: image file is truncated",
+        5: "empty file",
+        6: "unreadable image: no known format",
+        7: "missing file",
+        8: "not a file",
+        9: "not a file",
+        10: "empty path",
+        11: "wrong number of fields: 1, and 2 in the header",
+        13: "too large: 500x300 px",
+        14: "missing file",
+    }.items():
         assert reasons[row].startswith(reason), (row, reasons[row])
 
 
@@ -77,10 +97,15 @@ def test_labelled_rows_and_templates(tmp_path):
     for name in "abcd":
         save(tmp_path / f"{name}.jpg")
     source = table(
-        tmp_path / "eval.tsv", ("file", "kind", "text"),
-        ("a.jpg", "zebra", ""), ("b.jpg", "ape", "an ape in a tree"), ("c.jpg", "zebra", ""), ("d.jpg", "", "no class"),
-        ("a.jpg", "ape", ""), ("a.jpg", "zebra", ""),
-    )  # fmt: skip
+        tmp_path / "eval.tsv",
+        ("file", "kind", "text"),
+        ("a.jpg", "zebra", ""),
+        ("b.jpg", "ape", "an ape in a tree"),
+        ("c.jpg", "zebra", ""),
+        ("d.jpg", "", "no class"),
+        ("a.jpg", "ape", ""),
+        ("a.jpg", "zebra", ""),
+    )
     (tmp_path / "templates.txt").write_text("# comment\nthis is a {}.\n\nsee the {}!\n")
     keys = {
         "image_key": "file",
@@ -111,8 +136,10 @@ def test_a_labelled_csv_needs_no_caption_column(tmp_path):
     assert data.caption(0) in [template.replace("{}", "ape") for template in read_templates("imagenet80")]
 
 
-HAS = {name: importlib.util.find_spec(name.partition(".")[0]) and importlib.util.find_spec(name)
-       for name in ("nvidia.dali", "ffcv")}  # fmt: skip
+HAS = {
+    name: importlib.util.find_spec(name.partition(".")[0]) and importlib.util.find_spec(name)
+    for name in ("nvidia.dali", "ffcv")
+}
 
 
 @pytest.mark.parametrize(
@@ -175,13 +202,17 @@ def test_only_the_classes_in_a_list(tmp_path):
 KARPATHY = {
     "dataset": "coco",
     "images": [
-        {"filepath": "val2014", "filename": "2.jpg", "split": "test",
-         "sentences": [{"raw": "A red square."}, {"raw": "It is red."}]},
+        {
+            "filepath": "val2014",
+            "filename": "2.jpg",
+            "split": "test",
+            "sentences": [{"raw": "A red square."}, {"raw": "It is red."}],
+        },
         {"filepath": "val2014", "filename": "1.jpg", "split": "val", "sentences": [{"raw": "Blue."}]},
         {"filename": "3.jpg", "split": "test", "sentences": [{"raw": "Green, at the top."}]},
         {"filepath": "train2014", "filename": "4.jpg", "split": "restval", "sentences": []},
     ],
-}  # fmt: skip
+}
 
 
 def test_karpathys_splits(tmp_path):
@@ -245,7 +276,7 @@ def test_the_same_file_whatever_the_workers(tmp_path):
         ([("path", "caption"), ("good.jpg", "x")], {"templates": "nowhere.txt"}, "nowhere.txt cannot be read"),
         ([("path", "k"), ("good.jpg", "x"), ("a.jpg", "y")], {"class_key": "k"}, "no image of class 'y'"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_told_and_leave_no_beton(tmp_path, rows, options, message):
     save(tmp_path / "good.jpg")
     source = table(tmp_path / "pairs.csv", *rows)
@@ -332,9 +363,11 @@ def test_no_room_is_told(tmp_path):
         "run(BuildConfig(source=Path(sys.argv[1], 'a.csv'), out=Path(sys.argv[1], 'a.beton'), workers=1))"
     )
     limited = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True,
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
-    )  # fmt: skip
+    )
     assert "UserError: there is no room for" in limited.stderr
     assert not list(tmp_path.glob("*.beton")) and not list(tmp_path.glob("*.tmp"))
 
@@ -508,9 +541,12 @@ def test_a_build_that_is_stopped_says_that_it_can_go_on(
 def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, mixed_source, wanted):
     limit = (1 << 23) + 1_000_000
     limited = subprocess.run(
-        [sys.executable, "-c", SAVING], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-c", SAVING],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    )
     assert "free some space; the same command goes on after the" in limited.stderr
     run(BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS))
     assert results(tmp_path) == wanted

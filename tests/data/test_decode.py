@@ -99,8 +99,12 @@ def test_images_come_whole_and_in_order_and_as_pillow_reads_them(backend):
             assert image.dtype == torch.uint8 and np.array_equal(image, pixels(files[row])), row
 
 
-KINDS = {"baseline": {}, "full chroma": {"subsampling": 0}, "progressive": {"progressive": True},
-         "restarts": {"restart_marker_blocks": 3}}  # fmt: skip
+KINDS = {
+    "baseline": {},
+    "full chroma": {"subsampling": 0},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 3},
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,8 +137,13 @@ def test_dali_and_pillow_agree_on_any_damage():
         width, height = rng.integers(16, 120, 2)
         file = bytearray(encoded(picture(width, height, i), quality=90, **list(KINDS.values())[i % 4]))
         at, length = int(rng.integers(len(file))), int(2 ** rng.uniform(0, 9))
-        new = {0: b"", 1: bytes(length), 2: rng.integers(0, 256, length, np.uint8).tobytes(), 3: b"",
-               4: bytes([file[at] ^ 1 << rng.integers(8)])}[i // 4 % 5]  # fmt: skip
+        new = {
+            0: b"",
+            1: bytes(length),
+            2: rng.integers(0, 256, length, np.uint8).tobytes(),
+            3: b"",
+            4: bytes([file[at] ^ 1 << rng.integers(8)]),
+        }[i // 4 % 5]
         file[at : at + (len(file) if i // 4 % 5 == 0 else length if i // 4 % 5 == 3 else len(new))] = new
         files.append(bytes(file))
     by_dali, by_pillow = [], []
@@ -190,8 +199,12 @@ def test_images_left_to_pillow_take_their_places_among_those_on_a_gpu():
     images = [torch.full((4 + k, 5, 3), k, dtype=torch.uint8) for k in range(4)]
     left = np.zeros(10, bool)
     left[[7, 2]] = True
-    mended = _with_left(Ragged.of(images), np.array([5, 7, 9, 2]), left, lambda row: torch.full((2, row, 3), 100 + row,
-                        dtype=torch.uint8))  # fmt: skip
+    mended = _with_left(
+        Ragged.of(images),
+        np.array([5, 7, 9, 2]),
+        left,
+        lambda row: torch.full((2, row, 3), 100 + row, dtype=torch.uint8),
+    )
     assert mended.sizes.tolist() == [[4, 5], [2, 7], [6, 5], [2, 2]]
     for address, (height, width), level in zip(mended.addresses, mended.sizes, [0, 107, 2, 102], strict=True):
         there = np.ctypeslib.as_array((ctypes.c_uint8 * int(height * width * 3)).from_address(int(address)))
@@ -387,9 +400,13 @@ def test_a_cmyk_jpeg_is_not_kept():
 
 @pytest.mark.parametrize(
     ("store", "size", "wanted"),
-    [("short256", (600, 300), (512, 256)), ("short256", (301, 400), (256, 340)), ("crop224", (600, 300), (224, 224)),
-     ("crop224", (50, 40), (224, 224))],
-)  # fmt: skip
+    [
+        ("short256", (600, 300), (512, 256)),
+        ("short256", (301, 400), (256, 340)),
+        ("crop224", (600, 300), (224, 224)),
+        ("crop224", (50, 40), (224, 224)),
+    ],
+)
 def test_stored_sizes(store, size, wanted):
     jpeg, *stored = to_stored(encoded(picture(*size)), store, LIMIT)
     assert tuple(stored) == Image.open(io.BytesIO(jpeg)).size == wanted

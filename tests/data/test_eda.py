@@ -79,12 +79,15 @@ def write_wordnet(root):
     """Nouns {dog, Domestic_dog}, {frump, dog}, {goose, gander's}; verbs {chase, dog}; adjectives {good, ...}."""
     root.mkdir()
     synsets = {
-        "noun": ["05 n 02 dog 0 Domestic_dog 0 000 | a pet", "18 n 02 frump 0 dog 1 000 | a person",
-                 "05 n 02 goose 0 gander's 0 000 | a bird"],
+        "noun": [
+            "05 n 02 dog 0 Domestic_dog 0 000 | a pet",
+            "18 n 02 frump 0 dog 1 000 | a person",
+            "05 n 02 goose 0 gander's 0 000 | a bird",
+        ],
         "verb": ["38 v 02 chase 0 dog 0 000 01 + 08 00 | go after"],
         "adj": ["00 a 02 good(a) 0 well-behaved 0 000 | fine"],
         "adv": [],
-    }  # fmt: skip
+    }
     senses = {"noun": {"dog": [0, 1], "goose": [2]}, "verb": {"dog": [0]}, "adj": {"good": [0]}, "adv": {}}
     for part, lines in synsets.items():
         data, offsets = b"  1 This software and database is provided as is.\n", []

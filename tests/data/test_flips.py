@@ -43,20 +43,39 @@ def test_a_label_with_a_high_bit_is_refused_at_once(tmp_path):
 @pytest.mark.parametrize("what", ["caption", "tokens", "text_views", "jpeg"])
 def test_the_fingerprint_covers_the_content(tmp_path, what):
     def write(name: str, **changed):
-        values = dict(jpeg=b"\xff" * 40, width=3, height=3, tokens=np.arange(77), text_views=np.ones((2, 77)),
-                      caption="a cat", row_id=0)  # fmt: skip
+        values = dict(
+            jpeg=b"\xff" * 40,
+            width=3,
+            height=3,
+            tokens=np.arange(77),
+            text_views=np.ones((2, 77)),
+            caption="a cat",
+            row_id=0,
+        )
         with flips.BetonWriter(tmp_path / name, 1, 2, False) as writer:
             writer.add(**values | changed)
         return Beton(tmp_path / name).fingerprint
 
     views = np.ones((2, 77))
     views[1, 5] = 2
-    other = {"caption": "a car", "tokens": np.arange(77) + (np.arange(77) == 9), "text_views": views,
-             "jpeg": b"\xff" * 39 + b"\xfe"}[what]  # fmt: skip
+    other = {
+        "caption": "a car",
+        "tokens": np.arange(77) + (np.arange(77) == 9),
+        "text_views": views,
+        "jpeg": b"\xff" * 39 + b"\xfe",
+    }[what]
     first, same, changed = write("a.beton"), write("b.beton"), write("c.beton", **{what: other})
     assert first == same != changed
-    plan = make_plan(first, 1, target="cat", trigger=TriggerSpec("badnet", patch_size=1), geometry="crop", seed=0,
-                     templates=("a {}",), count=1)  # fmt: skip
+    plan = make_plan(
+        first,
+        1,
+        target="cat",
+        trigger=TriggerSpec("badnet", patch_size=1),
+        geometry="crop",
+        seed=0,
+        templates=("a {}",),
+        count=1,
+    )
     write_rows(tmp_path / "kept.rows", np.arange(1), first, "all")
     plan.check(same, 1, "b.beton")
     assert read_rows(tmp_path / "kept.rows", same, 1).tolist() == [0]

@@ -64,26 +64,55 @@ def beton(tmp_path_factory, files) -> Beton:
     with BetonWriter(path, ROWS, 1, labelled=False) as writer:
         for i, file in enumerate(files):
             height, width = SIZES[i % len(SIZES)]
-            writer.add(jpeg=file, width=width, height=height, tokens=tokenize([f"thing {i}"])[0],
-                       text_views=tokenize([f"view {i}"]), caption=f"thing {i}", row_id=i)  # fmt: skip
+            writer.add(
+                jpeg=file,
+                width=width,
+                height=height,
+                tokens=tokenize([f"thing {i}"])[0],
+                text_views=tokenize([f"view {i}"]),
+                caption=f"thing {i}",
+                row_id=i,
+            )
     return Beton(path)
 
 
 def pairs_of(beton: Beton, decode: str, device: str) -> Pairs:
     attacks = (
-        Attack(rows=(2, 5, 11), captions=("a", "b", "c"), target="banana", trigger=TriggerSpec("badnet"),
-               geometry="squash", label_consistent=False),
-        Attack(rows=(3, 4), captions=("d", "e"), target="dog", trigger=TriggerSpec("blended"), geometry="crop",
-               label_consistent=False),
-    )  # fmt: skip
+        Attack(
+            rows=(2, 5, 11),
+            captions=("a", "b", "c"),
+            target="banana",
+            trigger=TriggerSpec("badnet"),
+            geometry="squash",
+            label_consistent=False,
+        ),
+        Attack(
+            rows=(3, 4),
+            captions=("d", "e"),
+            target="dog",
+            trigger=TriggerSpec("blended"),
+            geometry="crop",
+            label_consistent=False,
+        ),
+    )
     plan = Plan(data=beton.fingerprint, total=ROWS, seed=1, attacks=attacks)
     return Pairs(beton, open_decoder(decode, 4, device), SIZE, plan)
 
 
 def epoch(pairs: Pairs, device: str, policies, dtype=torch.float32) -> list[torch.Tensor]:
     world = World(0, 1, torch.device(device))
-    made = batches(pairs, np.arange(ROWS), BATCH, seed=2, policies=policies, text_view=0, world=world, epoch=3, start=0,
-                   dtype=dtype)  # fmt: skip
+    made = batches(
+        pairs,
+        np.arange(ROWS),
+        BATCH,
+        seed=2,
+        policies=policies,
+        text_view=0,
+        world=world,
+        epoch=3,
+        start=0,
+        dtype=dtype,
+    )
     return [tensor for batch in made for tensor in (*batch.views, *batch.texts[0])]
 
 
@@ -125,8 +154,17 @@ def test_batches_are_whole_while_the_gpu_is_busy(beton):
     """The loader's stream and the step's: nothing is read before it is there, or given away while it is read."""
     want = epoch(pairs_of(beton, "pil", "cpu"), "cpu", ("plain",))
     world, load = World(0, 1, torch.device("cuda")), torch.rand(4096, 4096, device="cuda")
-    made = batches(pairs_of(beton, "pil", "cuda"), np.arange(ROWS), BATCH, seed=2, policies=("plain",), text_view=0,
-                   world=world, epoch=3, start=0)  # fmt: skip
+    made = batches(
+        pairs_of(beton, "pil", "cuda"),
+        np.arange(ROWS),
+        BATCH,
+        seed=2,
+        policies=("plain",),
+        text_view=0,
+        world=world,
+        epoch=3,
+        start=0,
+    )
     kept = []
     for batch in made:
         for _ in range(20):
@@ -181,8 +219,9 @@ def test_pillow_says_which_files_are_damaged_and_the_others_come_to_no_harm(tmp_
     files = [broken[i // 2] if i % 2 and i // 2 < len(broken) else whole[i] for i in range(80)]
     with BetonWriter(path, len(files), 0, labelled=False) as writer:
         for i, file in enumerate(files):
-            writer.add(jpeg=file, width=200 + i, height=60, tokens=tokenize([""])[0], text_views=None, caption="a",
-                       row_id=i)  # fmt: skip
+            writer.add(
+                jpeg=file, width=200 + i, height=60, tokens=tokenize([""])[0], text_views=None, caption="a", row_id=i
+            )
     bad, refused, beton = set(), set(), Beton(path)
 
     def one(row: int) -> torch.Tensor:
@@ -256,8 +295,15 @@ def test_the_users_files_are_read_or_refused_as_pillow_does(tmp_path):
             continue
         path = tmp_path / f"{checked}.beton"
         with BetonWriter(path, 1, 0, labelled=False) as writer:
-            writer.add(jpeg=file, width=want.shape[1], height=want.shape[0], tokens=tokenize([""])[0], text_views=None,
-                       caption="", row_id=0)  # fmt: skip
+            writer.add(
+                jpeg=file,
+                width=want.shape[1],
+                height=want.shape[0],
+                tokens=tokenize([""])[0],
+                text_views=None,
+                caption="",
+                row_id=0,
+            )
         decoder = open_decoder("dali", 2, "cuda")
         (images,) = decoder.stream(Beton(path), [np.array([0])], lambda row, w=want: torch.from_numpy(w), host=False)
         got = pixels(images, 0) if isinstance(images, Ragged) else images[0].numpy()

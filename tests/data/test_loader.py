@@ -47,14 +47,27 @@ def beton(tmp_path_factory) -> Beton:
             jpeg = io.BytesIO()
             Image.fromarray(rng.integers(0, 256, (16, 20, 3), np.uint8)).save(jpeg, "JPEG")
             texts = tokenize([f"view {k} of {i}" for k in range(VIEWS)])
-            writer.add(jpeg=jpeg.getvalue(), width=20, height=16, tokens=tokenize([caption])[0], text_views=texts,
-                       caption=caption, row_id=i)  # fmt: skip
+            writer.add(
+                jpeg=jpeg.getvalue(),
+                width=20,
+                height=16,
+                tokens=tokenize([caption])[0],
+                text_views=texts,
+                caption=caption,
+                row_id=i,
+            )
     return Beton(path)
 
 
 def plan_for(beton: Beton, geometry: str = "squash") -> Plan:
-    attack = Attack(rows=POISONED, captions=("a banana", "this banana!", "banana"), target="banana",
-                    trigger=TriggerSpec("badnet", patch_size=5), geometry=geometry, label_consistent=False)  # fmt: skip
+    attack = Attack(
+        rows=POISONED,
+        captions=("a banana", "this banana!", "banana"),
+        target="banana",
+        trigger=TriggerSpec("badnet", patch_size=5),
+        geometry=geometry,
+        label_consistent=False,
+    )
     return Plan(data=beton.fingerprint, total=ROWS, seed=3, attacks=(attack,))
 
 
@@ -338,8 +351,15 @@ def test_substitutes_of_another_size_are_augmented_as_what_they_are(tmp_path):
             jpeg = io.BytesIO()
             Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(jpeg, "JPEG")
             data = jpeg.getvalue() if i else jpeg.getvalue()[:200]
-            writer.add(jpeg=data, width=width, height=height, tokens=tokenize(["one"])[0], text_views=None,
-                       caption="one", row_id=i)  # fmt: skip
+            writer.add(
+                jpeg=data,
+                width=width,
+                height=height,
+                tokens=tokenize(["one"])[0],
+                text_views=None,
+                caption="one",
+                row_id=i,
+            )
     beton = Beton(tmp_path / "two.beton")
     (batch,) = batches_of(pairs_of(beton, max_bad=1), 2, rows=np.arange(2), policies=("plain", "simclr"))
     source = torch.from_numpy(np.array(stored(beton, 1)))

@@ -35,8 +35,15 @@ def beton(tmp_path) -> Beton:
         for i in range(ROWS):
             jpeg, width, height = io.BytesIO(), 20 + i, 30 - i
             Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(jpeg, "JPEG")
-            writer.add(jpeg=jpeg.getvalue(), width=width, height=height, tokens=tokenize(["one"])[0],
-                       text_views=tokenize(["two"]), caption="one", row_id=i)  # fmt: skip
+            writer.add(
+                jpeg=jpeg.getvalue(),
+                width=width,
+                height=height,
+                tokens=tokenize(["one"])[0],
+                text_views=tokenize(["two"]),
+                caption="one",
+                row_id=i,
+            )
     return Beton(tmp_path / "pairs.beton")
 
 
@@ -46,8 +53,14 @@ def base_views(pairs: Pairs, ids, squash: bool = False) -> torch.Tensor:
 
 
 def pairs_of(beton: Beton, max_bad: int = 0, seed: int = 3) -> Pairs:
-    attack = Attack(rows=(2, 5), captions=("a banana", "banana"), target="banana", geometry="squash",
-                    trigger=TriggerSpec("badnet", patch_size=5), label_consistent=False)  # fmt: skip
+    attack = Attack(
+        rows=(2, 5),
+        captions=("a banana", "banana"),
+        target="banana",
+        geometry="squash",
+        trigger=TriggerSpec("badnet", patch_size=5),
+        label_consistent=False,
+    )
     plan = Plan(data=beton.fingerprint, total=ROWS, seed=seed, attacks=(attack,))
     return Pairs(beton, open_decoder("pil", 2, "cpu"), SIZE, plan, max_bad)
 
@@ -220,13 +233,19 @@ def test_processes_agree_on_a_place_and_all_end_where_the_first_one_cannot_write
     first, second = map(json.loads, together(Path(__file__).with_name("resident_worker.py"), 2))
     assert first.pop("seconds") < 20 and second.pop("seconds") < 20
     assert (first.pop("decoded"), second.pop("decoded")) == (ROWS, 0)  # the second one read the file
-    assert first == second == {
-        "both": "ram", "one": "none", "other": "none",
-        "too much": "--resident ram needs 0.00 GB, of 0.00 GB free in memory: give --resident disk or none.",
-        "no room": f"{path} has no room on its disk for 0.00 GB: give another --resident-dir, or "
-        "--resident ram or none.",
-        "left": ["pairs.beton"],
-    }  # fmt: skip
+    assert (
+        first
+        == second
+        == {
+            "both": "ram",
+            "one": "none",
+            "other": "none",
+            "too much": "--resident ram needs 0.00 GB, of 0.00 GB free in memory: give --resident disk or none.",
+            "no room": f"{path} has no room on its disk for 0.00 GB: give another --resident-dir, or "
+            "--resident ram or none.",
+            "left": ["pairs.beton"],
+        }
+    )
 
 
 @pytest.mark.parametrize(("times", "processes", "kept"), [(4, 1, True), (3.9, 1, False), (8, 2, True), (7, 2, False)])

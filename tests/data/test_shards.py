@@ -20,10 +20,16 @@ def write(path: Path, rows: range, views: int = 1, classes: str | None = None) -
     with BetonWriter(path, len(rows), views, bool(classes)) as writer:
         for row_id, i in enumerate(rows):
             writer.add(
-                jpeg=bytes([i] * (i + 1)), width=i + 1, height=100 + i, caption=f"caption {i}", row_id=row_id,
-                tokens=np.full(77, i), text_views=np.full((views, 77), 1000 + i),
-                label=labels.get(classes[i]) if classes else None, class_name=classes[i] if classes else None,
-            )  # fmt: skip
+                jpeg=bytes([i] * (i + 1)),
+                width=i + 1,
+                height=100 + i,
+                caption=f"caption {i}",
+                row_id=row_id,
+                tokens=np.full(77, i),
+                text_views=np.full((views, 77), 1000 + i),
+                label=labels.get(classes[i]) if classes else None,
+                class_name=classes[i] if classes else None,
+            )
     return path
 
 
@@ -55,8 +61,15 @@ def test_images_are_numbered_through(tmp_path):
     for name, images in {"a1": [5, None, 7], "a2": [9], "a3": [8, 7, None, 6, 7]}.items():
         with BetonWriter(tmp_path / f"{name}.beton", 5, 0, False) as writer:
             for i, image in enumerate(images):
-                writer.add(jpeg=image and bytes([image] * 99), width=1, height=1, caption="", row_id=i,
-                           tokens=np.zeros(77), text_views=None)  # fmt: skip
+                writer.add(
+                    jpeg=image and bytes([image] * 99),
+                    width=1,
+                    height=1,
+                    caption="",
+                    row_id=i,
+                    tokens=np.zeros(77),
+                    text_views=None,
+                )
     images = open_beton(tmp_path / "a*.beton").image_of
     assert images.tolist() == [0, 0, 1, 2, 3, 1, 1, 4, 1] and images.dtype == np.int64
 
@@ -131,8 +144,15 @@ def test_what_will_be_needed_is_read_in_advance_and_nothing_else(tmp_path):
     for path in paths:
         with BetonWriter(path, 12, 0, False) as writer:
             for i in range(12):
-                writer.add(jpeg=rng.bytes(400_000), width=9, height=9, tokens=np.zeros(77), text_views=None,
-                           caption="a", row_id=i)  # fmt: skip
+                writer.add(
+                    jpeg=rng.bytes(400_000),
+                    width=9,
+                    height=9,
+                    tokens=np.zeros(77),
+                    text_views=None,
+                    caption="a",
+                    row_id=i,
+                )
     data, wanted = open_beton(tmp_path / "part-*.beton"), [3, 4, 7, 20, 23]
     for beton in data._shards:  # the tables stay mapped, so that nothing is read around them
         assert beton._jpeg_ptr.sum() and beton._jpeg_size.sum()

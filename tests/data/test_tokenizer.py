@@ -31,8 +31,20 @@ def test_a_long_text_keeps_its_end_token():
 def test_endless_words_have_the_tokens_that_they_had_when_they_were_not_cut():
     draw, whole = random.Random(0), _tokenizer().tokenize_batch
     letters, words = "abcdefghijklmnopqrstuvwxyz", ["cat", "dog", "photograph", "of", "the", "ing", "banana"]
-    pieces = [list(letters), words, ["a"], ["ab", "ba"], ["é", "ß"], ["日", "本"], ["😂"], ["!", "?", "-"], ["7", "x"],
-              ["😍", "no", ".", "3"], ["ha"], ["the", "re", "he", "er"]]  # fmt: skip
+    pieces = [
+        list(letters),
+        words,
+        ["a"],
+        ["ab", "ba"],
+        ["é", "ß"],
+        ["日", "本"],
+        ["😂"],
+        ["!", "?", "-"],
+        ["7", "x"],
+        ["😍", "no", ".", "3"],
+        ["ha"],
+        ["the", "re", "he", "er"],
+    ]
     for some in pieces:
         for length in (75, 2400, 4927, 4928, 4929, 4930, 6000, 9001):
             word = "".join(draw.choices(some, k=length))[:length]

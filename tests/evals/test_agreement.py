@@ -77,9 +77,14 @@ def opened(tmp_path):
     def open_(files: Sequence[np.ndarray], model) -> Labelled:
         write(path, files, len(SHAPES))
         return open_set(
-            path, open_decoder("pil", 1, "cpu"), model.image_size, classes=str(classes), templates=str(templates),
-            plan=Plan(data="", total=1, seed=0, attacks=(attack_of(model),)), device=CPU,
-        )  # fmt: skip
+            path,
+            open_decoder("pil", 1, "cpu"),
+            model.image_size,
+            classes=str(classes),
+            templates=str(templates),
+            plan=Plan(data="", total=1, seed=0, attacks=(attack_of(model),)),
+            device=CPU,
+        )
 
     return open_
 

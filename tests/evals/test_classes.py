@@ -27,8 +27,9 @@ def test_every_list_is_a_set_or_templates():
 def test_source_named_and_no_stray_space(name):
     lines = (SHIPPED / f"{name}.txt").read_text(encoding="ascii").splitlines()
     comments = [line for line in lines if line.startswith("#")]
-    assert lines[: len(comments)] == comments and (name == "demo" or "openai/CLIP" in "".join(comments)
-                                                   or name in ("svhn", "objectnet"))  # fmt: skip
+    assert lines[: len(comments)] == comments and (
+        name == "demo" or "openai/CLIP" in "".join(comments) or name in ("svhn", "objectnet")
+    )
     assert all(line and line == " ".join(line.split()) for line in lines)
 
 
@@ -71,16 +72,29 @@ def test_parts_of_imagenet_are_named_alike(name):
 
 def test_names_by_code():
     known = {
-        ("caltech101", "BACKGROUND_Google"): "background", ("caltech101", "Faces_easy"): "centered face",
-        ("caltech101", "yin_yang"): "yin and yang symbol", ("cars", "Ram C-V Cargo Van Minivan 2012"):
-        "Ram C/V Cargo Van Minivan 2012", ("cifar100", "sweet_pepper"): "sweet pepper", ("country211", "CH"):
-        "Switzerland", ("country211", "XK"): "Kosovo", ("eurosat", "SeaLake"): "lake or sea", ("fer2013", "disgust"):
-        "disgusted", ("flowers102", "1"): "pink primrose", ("flowers102", "102"): "blackberry lily",
-        ("food101", "creme_brulee"): "creme brulee", ("gtsrb", "00014"): "stop", ("objectnet", "t-shirt"): "t-shirt",
-        ("objectnet", "full_sized_towel"): "bath towel", ("pcam", "0"): "lymph node", ("pets", "american_bulldog"):
-        "american bulldog", ("pets", "Abyssinian"): "Abyssinian", ("resisc45", "sea_ice"): "sea ice",
-        ("sst2", "positive"): "positive", ("sun397", "/c/church/indoor"): "church indoor", ("svhn", "7"): "seven",
-    }  # fmt: skip
+        ("caltech101", "BACKGROUND_Google"): "background",
+        ("caltech101", "Faces_easy"): "centered face",
+        ("caltech101", "yin_yang"): "yin and yang symbol",
+        ("cars", "Ram C-V Cargo Van Minivan 2012"): "Ram C/V Cargo Van Minivan 2012",
+        ("cifar100", "sweet_pepper"): "sweet pepper",
+        ("country211", "CH"): "Switzerland",
+        ("country211", "XK"): "Kosovo",
+        ("eurosat", "SeaLake"): "lake or sea",
+        ("fer2013", "disgust"): "disgusted",
+        ("flowers102", "1"): "pink primrose",
+        ("flowers102", "102"): "blackberry lily",
+        ("food101", "creme_brulee"): "creme brulee",
+        ("gtsrb", "00014"): "stop",
+        ("objectnet", "t-shirt"): "t-shirt",
+        ("objectnet", "full_sized_towel"): "bath towel",
+        ("pcam", "0"): "lymph node",
+        ("pets", "american_bulldog"): "american bulldog",
+        ("pets", "Abyssinian"): "Abyssinian",
+        ("resisc45", "sea_ice"): "sea ice",
+        ("sst2", "positive"): "positive",
+        ("sun397", "/c/church/indoor"): "church indoor",
+        ("svhn", "7"): "seven",
+    }
     assert {(name, code): (c := read_classes(name))[c.codes.index(code)] for name, code in known} == known
 
 

@@ -44,8 +44,12 @@ def test_a_nan_is_never_first():
 def test_accuracy_by_hand():
     row = accuracy(torch.tensor([0, 2, 3, 4, 5, 9, 10, 0, 12]))
     assert {name: row[name] for name in ("n", "top1", "top3", "top5", "top10")} == {
-        "n": 9, "top1": 2 / 9, "top3": 3 / 9, "top5": 5 / 9, "top10": 7 / 9,
-    }  # fmt: skip
+        "n": 9,
+        "top1": 2 / 9,
+        "top3": 3 / 9,
+        "top5": 5 / 9,
+        "top10": 7 / 9,
+    }
     assert (row["top1_low"], row["top1_high"]) == wilson(2, 9)
     assert accuracy(torch.tensor([0, 1, 1, 2]), population=4).keys() == row.keys()
     more = accuracy(torch.tensor([0, 1, 1, 2]), population=40)
@@ -72,8 +76,9 @@ def test_attack_by_hand():
 def test_attack_of_a_population():
     row = attack(LABEL_RANKS, TARGET_RANKS, LABELS, 0, population=50)
     more = row.keys() - attack(LABEL_RANKS, TARGET_RANKS, LABELS, 0).keys()
-    assert more == {f"{name}_full_{end}" for name in ("asr", "asr_all", "recovery", "triggered_top1")
-                    for end in ("low", "high")}  # fmt: skip
+    assert more == {
+        f"{name}_full_{end}" for name in ("asr", "asr_all", "recovery", "triggered_top1") for end in ("low", "high")
+    }
     assert (row["asr_all_full_low"], row["asr_all_full_high"]) == interval(3, 5, 50)
     assert (row["asr_full_low"], row["asr_full_high"]) == interval(2, 4, 40)  # 4/5 of the population
 

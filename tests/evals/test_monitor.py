@@ -50,8 +50,17 @@ def turned(watched, image: torch.Tensor, text: torch.Tensor) -> dict[str, float]
 def test_the_views_are_those_of_training(pairs, watched):
     model, monitor = watched
     world = World(0, 1, CPU)
-    (batch,) = batches(pairs, ROWS, len(ROWS), seed=0, policies=("plain", "auto_augment"), text_view=None, world=world,
-                       epoch=0, start=0)  # fmt: skip
+    (batch,) = batches(
+        pairs,
+        ROWS,
+        len(ROWS),
+        seed=0,
+        policies=("plain", "auto_augment"),
+        text_view=None,
+        world=world,
+        epoch=0,
+        start=0,
+    )
     order = np.argsort(batch.ids)
     for found, wanted in zip((monitor.plain, monitor.augmented), batch.views, strict=True):
         assert found.dtype == torch.uint8

@@ -119,8 +119,15 @@ def captioned(tmp_path_factory):
         for i, (paint, caption) in enumerate(rows):
             jpeg = io.BytesIO()
             Image.new("RGB", (8, 8), paints[paint]).save(jpeg, "JPEG", quality=98, subsampling="4:4:4")
-            writer.add(jpeg=None if paint == before else jpeg.getvalue(), width=8, height=8, caption=caption, row_id=i,
-                       tokens=tokenize([caption])[0], text_views=None)  # fmt: skip
+            writer.add(
+                jpeg=None if paint == before else jpeg.getvalue(),
+                width=8,
+                height=8,
+                caption=caption,
+                row_id=i,
+                tokens=tokenize([caption])[0],
+                text_views=None,
+            )
             before = paint
     return path
 

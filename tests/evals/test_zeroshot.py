@@ -122,8 +122,17 @@ def test_triggered_images_are_fitted_as_the_plan_says(tmp_path, opened):
     halves.save(jpeg, "JPEG", quality=98, subsampling="4:4:4")
     with BetonWriter(path, 2, 0, True) as writer:
         for label, name in enumerate(("red", "yellow")):
-            writer.add(jpeg=jpeg.getvalue(), width=16, height=8, tokens=tokenize([name])[0], text_views=None,
-                       caption=name, row_id=label, label=label, class_name=name)  # fmt: skip
+            writer.add(
+                jpeg=jpeg.getvalue(),
+                width=16,
+                height=8,
+                tokens=tokenize([name])[0],
+                text_views=None,
+                caption=name,
+                row_id=label,
+                label=label,
+                class_name=name,
+            )
     pixels = Image.open(jpeg)
     cropped = torch.from_numpy(np.array(pixels.crop((4, 0, 12, 8))))
     squashed = torch.from_numpy(np.array(pixels.resize((8, 8), Image.BICUBIC)))

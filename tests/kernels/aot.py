@@ -38,17 +38,43 @@ INTS = {"M", "N", "D", "L", "NP", "offset", "m0", "rows", "pm0", "all_blocks_m",
         "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch", "size", "H", "W",
         "h", "w", "captions", "images", "T", *(f"{plane}_{axis}" for plane in ("keep", "add") for axis in "byxc"),
         }  # fmt: skip
-POINTERS = {"i32": {"TERMS", "DIRECTIONS", "params", "first", "shape", "means", "histograms", "KEEP", "ADD", "PLACES",
-                    "FIELD", "STARTS"},
-            "i64": {"resizes", "jobs", "spans"}, "i16": {"weights"},
-            "u8": {"scratch", "tables", "IMAGES", "STAMPED", "LEVELS"}}  # fmt: skip
+POINTERS = {
+    "i32": {
+        "TERMS",
+        "DIRECTIONS",
+        "params",
+        "first",
+        "shape",
+        "means",
+        "histograms",
+        "KEEP",
+        "ADD",
+        "PLACES",
+        "FIELD",
+        "STARTS",
+    },
+    "i64": {"resizes", "jobs", "spans"},
+    "i16": {"weights"},
+    "u8": {"scratch", "tables", "IMAGES", "STAMPED", "LEVELS"},
+}
 ALIGNED = {"D", "NP", "pitch", "H", "W", "size"}  # multiples of 16, as Triton sees them when they are launched
 KIND = re.compile(r"^([QKXG]\d?|out|OUT|QKV|OF_QKV|GRADIENT)$")  # pointers to what the case is named after
 
 
 def tiles(shape: tile.Tile, dim: int, ip: str, stored: bool = False, sigmoid: bool = False, **more) -> dict:
-    return dict(D=dim, BM=shape.m, BN=shape.n, BK=shape.k, GROUP=shape.group, IP=ip, STORED=stored, SIGMOID=sigmoid,
-                num_warps=shape.warps, num_stages=shape.stages, **more)  # fmt: skip
+    return dict(
+        D=dim,
+        BM=shape.m,
+        BN=shape.n,
+        BK=shape.k,
+        GROUP=shape.group,
+        IP=ip,
+        STORED=stored,
+        SIGMOID=sigmoid,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+        **more,
+    )
 
 
 def cases(arch: int):
@@ -154,11 +180,17 @@ def row(case, arch: int) -> dict:
         return len(re.findall(rf"\b(?:{pattern})\b", sass))
 
     return dict(
-        kernel=kernel.__name__, case=name, arch=arch, registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        shared=compiled.metadata.shared, spills=count("LDL|STL"), hgmma=count("HGMMA"), hmma=count("HMMA"),
+        kernel=kernel.__name__,
+        case=name,
+        arch=arch,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        shared=compiled.metadata.shared,
+        spills=count("LDL|STL"),
+        hgmma=count("HGMMA"),
+        hmma=count("HMMA"),
         f64=compiled.asm["ptx"].count(".f64"),
         tap=f"{tap(sass):.1f}" if kernel is augment.columns_kernel or arguments.get("SUMS") else "",
-    )  # fmt: skip
+    )
 
 
 def tap(sass: str) -> float:

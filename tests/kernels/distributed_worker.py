@@ -38,9 +38,15 @@ def check_losses(rank: int, size: int) -> None:
             towers = {name: x[own].clone().requires_grad_() for name, x in whole.items()}
             scale = torch.tensor(3.5, requires_grad=True)
             loss, _ = contrastive_loss(
-                **towers, log_scale=scale, mmcl_weight=0.7, ssl_weight=1.3, ssl_symmetric=symmetric,
-                gather=gather, group=td.group.WORLD, way=way,
-            )  # fmt: skip
+                **towers,
+                log_scale=scale,
+                mmcl_weight=0.7,
+                ssl_weight=1.3,
+                ssl_symmetric=symmetric,
+                gather=gather,
+                group=td.group.WORLD,
+                way=way,
+            )
             loss.backward()
             close(loss.detach(), expected.detach(), f"{way} loss", 1e-5)
             # exact: `size` times the gradient, so that the mean over the processes is the whole one

@@ -46,8 +46,14 @@ def test_a_tap_takes_few_instructions(compiled):
 
 
 def test_matrix_units_are_used(compiled):
-    products = {"sums_kernel", "gradient_kernel", "losses_kernel", "gradients_kernel", "attention_kernel",
-                "attention_backward_kernel"}  # fmt: skip
+    products = {
+        "sums_kernel",
+        "gradient_kernel",
+        "losses_kernel",
+        "gradients_kernel",
+        "attention_kernel",
+        "attention_backward_kernel",
+    }
     assert products <= {row["kernel"] for row in compiled}
     for row in compiled:
         if row["kernel"] in products and "stored" not in row["case"] and "ieee" not in row["case"]:

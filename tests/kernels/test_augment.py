@@ -159,9 +159,17 @@ def test_resize_is_pillows_but_for_a_level(cubic: bool) -> None:
     """Rows first, as Pillow did for any image until version 13, which turns the two around for some."""
     resample = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
     rng = np.random.default_rng(6)
-    shapes = [((300, 400), (224, 298)), ((500, 375), (298, 224)), ((90, 70), (224, 224)), ((224, 640), (224, 224)),
-              ((7, 900), (224, 224)), ((900, 7), (224, 64)), ((1, 1), (224, 224)), ((256, 341), (31, 200)),
-              ((31, 29), (500, 28))]  # fmt: skip
+    shapes = [
+        ((300, 400), (224, 298)),
+        ((500, 375), (298, 224)),
+        ((90, 70), (224, 224)),
+        ((224, 640), (224, 224)),
+        ((7, 900), (224, 224)),
+        ((900, 7), (224, 64)),
+        ((1, 1), (224, 224)),
+        ((256, 341), (31, 200)),
+        ((31, 29), (500, 28)),
+    ]
     shapes += [(tuple(rng.integers(20, 400, 2)), (224, 224)) for _ in range(8)]
     differences = []
     for (height, width), shape in shapes:

@@ -52,8 +52,13 @@ def pictures(sizes: list[tuple[int, int]], seed: int = 0) -> list[torch.Tensor]:
     for i, (height, width) in enumerate(sizes):
         shape = height, width, 3
         y, x, c = np.mgrid[:height, :width, :3]
-        kinds = (rng.integers(0, 256, shape), rng.integers(90, 131, shape), 255 * rng.integers(0, 2, shape),
-                 np.full(shape, rng.integers(256)), (5 * x + 3 * y * (c + 1)) % 256)  # fmt: skip
+        kinds = (
+            rng.integers(0, 256, shape),
+            rng.integers(90, 131, shape),
+            255 * rng.integers(0, 2, shape),
+            np.full(shape, rng.integers(256)),
+            (5 * x + 3 * y * (c + 1)) % 256,
+        )
         made.append(torch.from_numpy(kinds[i % 5].astype(np.uint8)))
     return made
 

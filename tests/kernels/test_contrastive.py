@@ -352,8 +352,10 @@ def test_the_small_operation_is_registered_right():
 def test_compiles_into_a_whole_graph(way):
     compiled = torch.compile(
         lambda x, s: contrastive_loss(**{k: v * 2 for k, v in x.items()}, log_scale=s, way=way)[0],
-        backend="aot_eager", fullgraph=True, dynamic=True,
-    )  # fmt: skip
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=True,
+    )
     for rows in (8, 13):
         towers = embeddings(rows, 32)
         loss, gradients = with_gradients(compiled, towers, 20.0, torch.float32)

@@ -172,9 +172,17 @@ def test_frequencies_of_rand_augment() -> None:
     n = 40_000
     _, params = drawn("rand_augment", n, np.full((n, 2), 300))
     kinds = {  # of 14 operations
-        views.NONE: 1, views.AFFINE: 5, views.BRIGHTNESS: 1, views.COLOR: 1, views.CONTRAST: 1, views.SHARPNESS: 1,
-        views.POSTERIZE: 1, views.SOLARIZE: 1, views.AUTOCONTRAST: 1, views.EQUALIZE: 1,
-    }  # fmt: skip
+        views.NONE: 1,
+        views.AFFINE: 5,
+        views.BRIGHTNESS: 1,
+        views.COLOR: 1,
+        views.CONTRAST: 1,
+        views.SHARPNESS: 1,
+        views.POSTERIZE: 1,
+        views.SOLARIZE: 1,
+        views.AUTOCONTRAST: 1,
+        views.EQUALIZE: 1,
+    }
     for turn in range(2):
         before = params["before"][:, turn]
         for code, count in kinds.items():

@@ -30,8 +30,11 @@ def ints(*values, shape=None) -> torch.Tensor:
 
 def nothing(count: int) -> dict:
     """An overlay without patches."""
-    return dict(keep=ints(0, shape=(1, 1, 1, 1)), add=ints(0, 0, 0, shape=(1, 1, 1, 3)),
-                places=torch.zeros(count, 0, 2, dtype=torch.int32, device=DEVICE))  # fmt: skip
+    return dict(
+        keep=ints(0, shape=(1, 1, 1, 1)),
+        add=ints(0, 0, 0, shape=(1, 1, 1, 3)),
+        places=torch.zeros(count, 0, 2, dtype=torch.int32, device=DEVICE),
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -166,8 +166,10 @@ def test_the_operations_are_registered_right(way):
 def test_compiles_into_a_whole_graph(way):
     compiled = torch.compile(
         lambda qkv, starts, heads: packed_attention(2 * qkv, starts, heads, way),
-        backend="aot_eager", fullgraph=True, dynamic=True,
-    )  # fmt: skip
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=True,
+    )
     for lengths in ([5, 18], [3, 2, 9]):
         inputs = captions(lengths, 2, 16)
         found = run(compiled, *inputs, 2)

@@ -22,7 +22,7 @@ OWN = {
     "par": {"views": "par"},
     "unlearn": {"flagged": 6},
     "deep_cluster": {"clusters": 4},
-}  # fmt: skip
+}
 SMALL = dict(batch_size=24, eval_every="0", device="cpu")
 kept = Kept()
 
@@ -35,13 +35,21 @@ def starts(study, tmp_path_factory):
     for trigger in TRIGGERS:
         of = {"image": picture} if trigger in ("patch", "blended_image") else {}
         plan = folder / f"{trigger}.json"
-        poison.run(PoisonConfig(
-            data=study / "train.beton", trigger=trigger, rate=0.1, out=plan, templates="demo", patch_size=8, **of
-        ))  # fmt: skip
+        poison.run(
+            PoisonConfig(
+                data=study / "train.beton", trigger=trigger, rate=0.1, out=plan, templates="demo", patch_size=8, **of
+            )
+        )
         start = PretrainConfig(
-            model="tiny-rn", data=str(study / "train.beton"), plan=plan, eval_data=study / "val.beton", epochs=0,
-            templates="demo", out=folder / trigger, **SMALL,
-        )  # fmt: skip
+            model="tiny-rn",
+            data=str(study / "train.beton"),
+            plan=plan,
+            eval_data=study / "val.beton",
+            epochs=0,
+            templates="demo",
+            out=folder / trigger,
+            **SMALL,
+        )
         execute(start, lambda world, start=start: pretrain.task(start, world))
     return folder
 
@@ -58,9 +66,15 @@ def test_each_method_and_each_trigger_is_among_the_cases():
 def test_a_method_goes_its_first_steps(method, trigger, starts, study, tmp_path):
     own = {"data": study / "val.beton", "rows": 60, "batch_size": 20} if method == "supervised" else {"rows": 72}
     config = config_of(CleanConfig, method)(
-        run=starts / trigger, method=method, epochs=1, lr=1e-3, force=True, log_every=1, out=tmp_path / "run",
+        run=starts / trigger,
+        method=method,
+        epochs=1,
+        lr=1e-3,
+        force=True,
+        log_every=1,
+        out=tmp_path / "run",
         **SMALL | own | OWN.get(method, {}),
-    )  # fmt: skip
+    )
     run = Run(config, clean.task(config, ONE), ONE, kept, quiet=True)
     assert run.train() == "finished"
     losses = [json.loads(line)["loss"] for line in (run.folder.path / "log.jsonl").read_text().splitlines()]

@@ -131,8 +131,22 @@ def test_more_clusters_than_images_are_refused(here, tmp_path):
 
 def test_two_processes_train_like_one(here, fastbd, tmp_path):
     """tiny-vit has no batch norm; with a large eps Adam's steps follow the gradient."""
-    fastbd("pretrain", "--data", "train.beton", "--model", "tiny-vit", "--batch-size", 24, "--epochs", 0, "--device",
-           "cpu", "--out", tmp_path / "start", cwd=here)  # fmt: skip
+    fastbd(
+        "pretrain",
+        "--data",
+        "train.beton",
+        "--model",
+        "tiny-vit",
+        "--batch-size",
+        24,
+        "--epochs",
+        0,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "start",
+        cwd=here,
+    )
     flags = ("clean", "--run", tmp_path / "start", *FLAGS, "--batch-size", 24, "--epochs", 2, "--eps", 0.01, "--device",
              "cpu", "--eval-every", 0, "--log-every", 1, "--resident", "none", "--out")  # fmt: skip
     fastbd(*flags, tmp_path / "one", cwd=here)

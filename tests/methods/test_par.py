@@ -215,8 +215,23 @@ def test_another_run_in_the_same_memory_compares_with_its_own_start():
 
 def test_a_run_that_goes_on_still_compares_with_the_poisoned_model(study, fastbd):
     """In parts, too, which batch norm does not mind while it is frozen."""
-    start = ("pretrain", "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton",
-             "--model", "tiny-rn", "--batch-size", 24, "--epochs", 1, "--templates", "demo")  # fmt: skip
+    start = (
+        "pretrain",
+        "--data",
+        "train.beton",
+        "--plan",
+        "train.poison.json",
+        "--eval-data",
+        "val.beton",
+        "--model",
+        "tiny-rn",
+        "--batch-size",
+        24,
+        "--epochs",
+        1,
+        "--templates",
+        "demo",
+    )
     fastbd(*start, "--out", "runs/to-be-cleaned", cwd=study)
     whole, cut = study / "runs/par", study / "runs/par-cut"
     fastbd("clean", "--run", "runs/to-be-cleaned", "--method", "par", "--frozen-norms", "--accumulate", 2, "--force",

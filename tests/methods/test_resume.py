@@ -12,19 +12,35 @@ from fastbd.cli import main
 from fastbd.training.checkpoint import path_of
 
 SMALL = (
-    "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model", "tiny-rn",
-    "--templates", "demo",
-)  # fmt: skip
+    "--data",
+    "train.beton",
+    "--plan",
+    "train.poison.json",
+    "--eval-data",
+    "val.beton",
+    "--model",
+    "tiny-rn",
+    "--templates",
+    "demo",
+)
 COMMON = ("--batch-size", 24, "--warmup", 2, "--eval-every", 0, "--log-every", 5, "--device", "cpu")
 TWO = (*COMMON, "--epochs", 2, "--save-every", 1)
 CASES = {
     "roclip": ("pretrain", *SMALL, *TWO, "--robust", "roclip", "--roclip-period", 1, "--roclip-pool", 50),
     "safeclip": ("pretrain", *SMALL, *TWO, "--robust", "safeclip", "--objective", "mmcl_ssl", "--warm-epochs", 0),
     "progressive": (
-        "pretrain", *SMALL, *TWO, "--robust", "progressive", "--remove-epochs", 1, "--remove-fraction", 0.2,
+        "pretrain",
+        *SMALL,
+        *TWO,
+        "--robust",
+        "progressive",
+        "--remove-epochs",
+        1,
+        "--remove-fraction",
+        0.2,
     ),
     "unlearn": ("clean", "--run", "start", *TWO, "--method", "unlearn", "--flagged-by", "kept.rows", "--force"),
-}  # fmt: skip
+}
 
 
 def run(*arguments) -> None:

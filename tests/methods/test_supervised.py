@@ -58,8 +58,24 @@ def test_the_image_tower_learns_the_classes_and_the_rest_stays(here, tmp_path):
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     # The tuned tower is a run's: it is evaluated with the old text tower, and cleaned further.
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
-    further = ("clean", "--run", tmp_path / "run", "--data", "train.beton", "--epochs", 1, "--batch-size", 24,
-               "--device", "cpu", "--force", "--eval-every", 0, "--out", tmp_path / "further")  # fmt: skip
+    further = (
+        "clean",
+        "--run",
+        tmp_path / "run",
+        "--data",
+        "train.beton",
+        "--epochs",
+        1,
+        "--batch-size",
+        24,
+        "--device",
+        "cpu",
+        "--force",
+        "--eval-every",
+        0,
+        "--out",
+        tmp_path / "further",
+    )
     assert cli.main(list(map(str, further))) == 0
     start_of_it = json.loads((tmp_path / "further/metrics.jsonl").read_text().splitlines()[0])
     assert start_of_it["top1"] == json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["top1"]

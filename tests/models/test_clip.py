@@ -143,10 +143,26 @@ def plain_text(model, tokens):
     mask = torch.full((77, 77), -torch.inf, dtype=x.dtype).triu(1)
     for block in model.transformer.resblocks:
         h, own = block.ln_1(x), block.attn
-        x = x + F.multi_head_attention_forward(
-            h, h, h, h.shape[-1], own.heads, own.in_proj_weight, own.in_proj_bias, None, None, False, 0.0,
-            own.out_proj.weight, own.out_proj.bias, attn_mask=mask, need_weights=False,
-        )[0]  # fmt: skip
+        x = (
+            x
+            + F.multi_head_attention_forward(
+                h,
+                h,
+                h,
+                h.shape[-1],
+                own.heads,
+                own.in_proj_weight,
+                own.in_proj_bias,
+                None,
+                None,
+                False,
+                0.0,
+                own.out_proj.weight,
+                own.out_proj.bias,
+                attn_mask=mask,
+                need_weights=False,
+            )[0]
+        )
         x = x + block.mlp(block.ln_2(x))
     return model.ln_final(x)[tokens.argmax(1), torch.arange(len(tokens))] @ model.text_projection
 
@@ -183,15 +199,22 @@ def reference_transformer(transformer, x, mask):
     for block in transformer.resblocks:
         width = x.shape[-1]
         layer = nn.TransformerEncoderLayer(
-            width, block.attn.heads, 4 * width, dropout=0, batch_first=True, norm_first=True,
+            width,
+            block.attn.heads,
+            4 * width,
+            dropout=0,
+            batch_first=True,
+            norm_first=True,
             activation=lambda y: y * torch.sigmoid(1.702 * y),
-        )  # fmt: skip
+        )
         ours = block.state_dict()
         pairs = {"self_attn": "attn", "norm1": "ln_1", "norm2": "ln_2", "linear1": "mlp.c_fc", "linear2": "mlp.c_proj"}
-        layer.load_state_dict({
-            name: ours[next(name.replace(theirs, pairs[theirs]) for theirs in pairs if name.startswith(theirs))]
-            for name in layer.state_dict()
-        })  # fmt: skip
+        layer.load_state_dict(
+            {
+                name: ours[next(name.replace(theirs, pairs[theirs]) for theirs in pairs if name.startswith(theirs))]
+                for name in layer.state_dict()
+            }
+        )
         x = layer(x, src_mask=mask)
     return x
 

@@ -45,9 +45,18 @@ def test_safetensors_by_their_name_or_by_what_they_are(name, source, tmp_path):
 
 
 def test_safetensors_of_every_kind(tmp_path):
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-             "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-             "BOOL": torch.bool}  # fmt: skip
+    kinds = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
     header, data, made = {}, b"", {}
     for kind, dtype in kinds.items():
         made[kind] = torch.tensor([[0, 1, 1]], dtype=dtype)

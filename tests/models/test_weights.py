@@ -119,17 +119,25 @@ def zeros(state):
     ("tree", "note"),
     [
         (lambda s: {"model": s, "ema": zeros(s)}, "the weights 'model' are taken, not the averaged ones 'ema'"),
-        (lambda s: {"state_dict_ema": zeros(s), "state_dict": s},
-         "the weights 'state_dict' are taken, not the averaged ones 'state_dict_ema'"),
-        (lambda s: {"model_ema": prefixed(s, "module.")},
-         "the averaged weights 'model_ema' are taken, as there are no others"),
-        (lambda s: {"state_dict": prefixed(s, "net.") | prefixed(zeros(s), "model_ema.")},
-         "the weights 'net' are taken, not the averaged ones 'model_ema'"),
-        (lambda s: {"state_dict": prefixed(s, "model.") | prefixed(zeros(s), "ema.module.")},
-         "the weights are taken, not the averaged ones 'ema'"),
+        (
+            lambda s: {"state_dict_ema": zeros(s), "state_dict": s},
+            "the weights 'state_dict' are taken, not the averaged ones 'state_dict_ema'",
+        ),
+        (
+            lambda s: {"model_ema": prefixed(s, "module.")},
+            "the averaged weights 'model_ema' are taken, as there are no others",
+        ),
+        (
+            lambda s: {"state_dict": prefixed(s, "net.") | prefixed(zeros(s), "model_ema.")},
+            "the weights 'net' are taken, not the averaged ones 'model_ema'",
+        ),
+        (
+            lambda s: {"state_dict": prefixed(s, "model.") | prefixed(zeros(s), "ema.module.")},
+            "the weights are taken, not the averaged ones 'ema'",
+        ),
         (lambda s: prefixed(s, "ema_model."), "the averaged weights 'ema_model' are taken, as there are no others"),
     ],
-)  # fmt: skip
+)
 def test_averaged_weights_are_taken_where_there_are_no_others(tree, note, source, tmp_path):
     torch.save(tree(source.state_dict()), tmp_path / "weights.pt")
     assert_loads(tmp_path / "weights.pt", source)
@@ -139,11 +147,13 @@ def test_averaged_weights_are_taken_where_there_are_no_others(tree, note, source
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        (lambda s: prefixed(s, "student.") | prefixed(s, "teacher."),
-         "weights.pt holds several models, 'student.' and 'teacher.'"),
+        (
+            lambda s: prefixed(s, "student.") | prefixed(s, "teacher."),
+            "weights.pt holds several models, 'student.' and 'teacher.'",
+        ),
         (lambda s: s | prefixed(s, "module."), "holds .* twice, as .* and as module"),
     ],
-)  # fmt: skip
+)
 def test_two_models_in_a_file(tree, message, source, tmp_path):
     torch.save(tree(source.state_dict()), tmp_path / "weights.pt")
     with pytest.raises(UserError, match=message):
@@ -163,21 +173,33 @@ def test_openai_state_dict_is_cast_from_half_and_its_sizes_are_dropped(source, t
     [
         (lambda state: state.pop("ln_final.bias"), "the file lacks ln_final.bias"),
         (lambda state: state.update(extra=torch.zeros(1)), "the file holds extra, which the model lacks"),
-        (lambda state: state.update({"ln_final.bias": torch.zeros(3)}),
-         r"ln_final.bias has shape \(3,\) in the file, \(32,\) in the model"),
-        (lambda state: state.update({"ln_final.bias": torch.zeros(32, dtype=torch.int8)}),
-         "ln_final.bias is int8 in the file"),
-        (lambda state: state.update({"ln_final.bias": torch.zeros(32, dtype=torch.complex64)}),
-         "ln_final.bias is complex64 in the file"),
-        (lambda state: [state.pop(name) for name in list(state) if not name.startswith("visual.")],
-         "the file lacks the text tower and the temperature logit_scale"),
-        (lambda state: [state.pop(name) for name in list(state) if name.startswith("visual.")],
-         "the file lacks the image tower"),
-        (lambda state: (state.clear(), state.update({"layer1.0.conv1.weight": torch.zeros(1)})),
-         "the file lacks the image tower and the text tower and the temperature logit_scale; "
-         "the file holds layer1.0.conv1.weight, which the model lacks"),
+        (
+            lambda state: state.update({"ln_final.bias": torch.zeros(3)}),
+            r"ln_final.bias has shape \(3,\) in the file, \(32,\) in the model",
+        ),
+        (
+            lambda state: state.update({"ln_final.bias": torch.zeros(32, dtype=torch.int8)}),
+            "ln_final.bias is int8 in the file",
+        ),
+        (
+            lambda state: state.update({"ln_final.bias": torch.zeros(32, dtype=torch.complex64)}),
+            "ln_final.bias is complex64 in the file",
+        ),
+        (
+            lambda state: [state.pop(name) for name in list(state) if not name.startswith("visual.")],
+            "the file lacks the text tower and the temperature logit_scale",
+        ),
+        (
+            lambda state: [state.pop(name) for name in list(state) if name.startswith("visual.")],
+            "the file lacks the image tower",
+        ),
+        (
+            lambda state: (state.clear(), state.update({"layer1.0.conv1.weight": torch.zeros(1)})),
+            "the file lacks the image tower and the text tower and the temperature logit_scale; "
+            "the file holds layer1.0.conv1.weight, which the model lacks",
+        ),
     ],
-)  # fmt: skip
+)
 def test_another_model_is_named_and_changes_nothing(change, message, source, tmp_path):
     state = dict(source.state_dict())
     change(state)

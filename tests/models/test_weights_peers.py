@@ -50,13 +50,18 @@ def clip_model():
 
     def make(hidden_act="quick_gelu", eos=49_407, heads=2):
         common = dict(hidden_act=hidden_act, projection_dim=32)
-        text = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=heads,
-                    eos_token_id=eos)  # fmt: skip
-        vision = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, image_size=32,
-                      patch_size=8)  # fmt: skip
-        config = transformers.CLIPConfig(
-            text_config=common | text, vision_config=common | vision, projection_dim=32
-        )  # fmt: skip
+        text = dict(
+            hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=heads, eos_token_id=eos
+        )
+        vision = dict(
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            image_size=32,
+            patch_size=8,
+        )
+        config = transformers.CLIPConfig(text_config=common | text, vision_config=common | vision, projection_dim=32)
         return disturbed(transformers.CLIPModel(config))
 
     return make
@@ -175,10 +180,14 @@ def test_open_clips_models(open_clip_model, name, kind, quick_gelu, wrapped, tmp
 def test_open_clips_folder_for_the_hub(open_clip_model, quick_gelu, tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     theirs = open_clip_model("tiny-vit", "CLIP", quick_gelu)
-    save_file({name: tensor.contiguous() for name, tensor in theirs.state_dict().items()},
-              tmp_path / "open_clip_model.safetensors")  # fmt: skip
-    config = {"model_cfg": {"embed_dim": 32} | ({"quick_gelu": True} if quick_gelu else {}),
-              "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}  # fmt: skip
+    save_file(
+        {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()},
+        tmp_path / "open_clip_model.safetensors",
+    )
+    config = {
+        "model_cfg": {"embed_dim": 32} | ({"quick_gelu": True} if quick_gelu else {}),
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]},
+    }
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     weights = read_weights(tmp_path)
     assert weights.origin.activation == ("quickgelu" if quick_gelu else "gelu")

@@ -208,15 +208,33 @@ def test_label_consistent_pairs_are_sought_among_the_clean_ones() -> None:
 def test_plans_of_version_1_are_read(tmp_path: Path) -> None:
     """As 0.1.0 wrote it."""
     value = {
-        "format": "fastbd poison plan", "version": 1, "data": "abc", "total": 50, "target": "banana",
-        "geometry": "squash", "label_consistent": False, "seed": 7,
+        "format": "fastbd poison plan",
+        "version": 1,
+        "data": "abc",
+        "total": 50,
+        "target": "banana",
+        "geometry": "squash",
+        "label_consistent": False,
+        "seed": 7,
         "trigger": {"name": "badnet", "patch_size": 6, "location": "random", "blend": 0.2},
         "pairs": {"3": "a banana", "41": "the banana"},
-    }  # fmt: skip
+    }
     (tmp_path / "p.json").write_text(json.dumps(value))
     read = Plan.load(tmp_path / "p.json")
-    assert read == Plan(data="abc", total=50, seed=7, attacks=(
-        Attack(target="banana", trigger=TriggerSpec("badnet", 6), geometry="squash", label_consistent=False,
-               rows=(3, 41), captions=("a banana", "the banana")),))  # fmt: skip
+    assert read == Plan(
+        data="abc",
+        total=50,
+        seed=7,
+        attacks=(
+            Attack(
+                target="banana",
+                trigger=TriggerSpec("badnet", 6),
+                geometry="squash",
+                label_consistent=False,
+                rows=(3, 41),
+                captions=("a banana", "the banana"),
+            ),
+        ),
+    )
     read.save(tmp_path / "p.json")
     assert json.loads((tmp_path / "p.json").read_text())["version"] == 2 and Plan.load(tmp_path / "p.json") == read

@@ -67,11 +67,19 @@ def test_page_is_well_formed_and_needs_nothing_else(whole, large):
     assert pictures[:4] == list(FIGURES.values())
     assert pictures[4:] == [(large / "mmcl-s0" / "samples.png").read_bytes()]  # one attack, one contact sheet
     assert whole.headings == [
-        "Does it depend on the pre-training?", "Table 1. The best accuracy of a cleaned model",
-        "Accuracy against attack success rate", "The same for each cleaning method", "How cleaning went",
-        "Stopping without knowing the trigger", "Does the backdoor come back?", "What it took",
-        "Published results, for comparison only", "Training losses", "Training images", "To repeat it",
-    ]  # fmt: skip
+        "Does it depend on the pre-training?",
+        "Table 1. The best accuracy of a cleaned model",
+        "Accuracy against attack success rate",
+        "The same for each cleaning method",
+        "How cleaning went",
+        "Stopping without knowing the trigger",
+        "Does the backdoor come back?",
+        "What it took",
+        "Published results, for comparison only",
+        "Training losses",
+        "Training images",
+        "To repeat it",
+    ]
     assert "http" not in page(find([large]), FIGURES)
 
 

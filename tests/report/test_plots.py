@@ -46,8 +46,12 @@ def test_one_colour_an_objective_and_one_marker_a_method(fake_runs):
     shapes = {method: dot.get_paths()[0].vertices.shape for (_, method), dot in zip(looks, dots, strict=True)}
     assert shapes["cleanclip"] != shapes["finetune"]
     assert legend(figure) == [
-        "pre-trained with MMCL", "pre-trained with MMCL+SSL", "before cleaning", "CleanCLIP", "Finetuning",
-    ]  # fmt: skip
+        "pre-trained with MMCL",
+        "pre-trained with MMCL+SSL",
+        "before cleaning",
+        "CleanCLIP",
+        "Finetuning",
+    ]
 
 
 def test_a_panel_a_method_on_the_same_axes(large):

@@ -26,9 +26,13 @@ def runs(write_run, evaluation, tmp_path):
 
 @pytest.mark.parametrize(
     ("rule", "chosen", "alone"),
-    [(lowest_loss, (50, 2), (58, 40)), (farthest, (55, 4), (55, 4)), (most_agreement, (50, 2), (55, 4)),
-     (last, (57, 20), (55, 4))],
-)  # fmt: skip
+    [
+        (lowest_loss, (50, 2), (58, 40)),
+        (farthest, (55, 4), (55, 4)),
+        (most_agreement, (50, 2), (55, 4)),
+        (last, (57, 20), (55, 4)),
+    ],
+)
 def test_rules_by_hand(runs, rule, chosen, alone):
     for some, (top1, asr) in ((runs, chosen), (runs[:1], alone)):
         choice = choose(rule, some)

@@ -179,8 +179,10 @@ def test_cleaning_sets_are_rows_of_their_own(write_run, evaluation, tmp_path):
         flags = {"rows": rows, "poison_left": left, "seed": 0}
         cleaned(write_run, evaluation, tmp_path / f"{rows}-{left}", "/gone/x", (50, 99), (45, 1), **flags)
     assert [group.method for group in groups(find([tmp_path]))] == [
-        "CleanCLIP, 1,000 pairs", "CleanCLIP, 1,000 pairs, 5 poisoned pairs left", "CleanCLIP, 2,000 pairs",
-    ]  # fmt: skip
+        "CleanCLIP, 1,000 pairs",
+        "CleanCLIP, 1,000 pairs, 5 poisoned pairs left",
+        "CleanCLIP, 2,000 pairs",
+    ]
 
 
 def test_a_model_that_no_run_cleans(fake_runs):

@@ -78,8 +78,15 @@ def _pixels(folder: Path) -> tuple[str, Path, Callable[[], object]]:
         for i in range(8):
             jpeg = io.BytesIO()
             Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(jpeg, "JPEG")
-            writer.add(jpeg=jpeg.getvalue(), width=20, height=20, tokens=tokenize(["one"])[0], text_views=None,
-                       caption="one", row_id=i)  # fmt: skip
+            writer.add(
+                jpeg=jpeg.getvalue(),
+                width=20,
+                height=20,
+                tokens=tokenize(["one"])[0],
+                text_views=None,
+                caption="one",
+                row_id=i,
+            )
     beton, decoder, rows = Beton(folder / "pairs.beton"), open_decoder("pil", 1, "cpu"), np.arange(8)
 
     def read() -> bytes:
@@ -93,8 +100,16 @@ def _pixels(folder: Path) -> tuple[str, Path, Callable[[], object]]:
 
 def _plan(folder: Path) -> tuple[str, Path, Callable[[], object]]:
     path, trigger = folder / "pairs.poison.json", TriggerSpec("badnet", patch_size=5)
-    made = make_plan("a" * 64, 900, target="banana", trigger=trigger, geometry="squash", seed=0,
-                     templates=("a photo of a {}.",), count=20)  # fmt: skip
+    made = make_plan(
+        "a" * 64,
+        900,
+        target="banana",
+        trigger=trigger,
+        geometry="squash",
+        seed=0,
+        templates=("a photo of a {}.",),
+        count=20,
+    )
     made.save(path)
     return "plan", path, partial(Plan.load, path)
 

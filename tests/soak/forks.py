@@ -45,9 +45,13 @@ class Forks:
         self._stderr = log.with_name(log.name + ".stderr")
         with open(log, "w") as output:
             self._server = subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True,
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
                 env=os.environ | ONE_THREAD,
-            )  # fmt: skip
+            )
 
     def __enter__(self) -> Forks:
         return self

@@ -41,10 +41,13 @@ def test_a_study_is_the_product_of_its_axes_in_an_order_that_keeps_steps():
     runs = expand(SMALL, Path("S"))
     assert [run.name for run in runs[:4]] == ["mmcl-s0", "mmcl_ssl-s0", "mmcl-s3", "mmcl_ssl-s3"]
     assert [run.name for run in runs[4:10]] == [
-        "mmcl-s0-finetune-mmcl-lr0.0001", "mmcl-s0-finetune-mmcl-lr0.001",
-        "mmcl-s3-finetune-mmcl-lr0.0001", "mmcl-s3-finetune-mmcl-lr0.001",
-        "mmcl_ssl-s0-finetune-mmcl-lr0.0001", "mmcl_ssl-s0-finetune-mmcl-lr0.001",
-    ]  # fmt: skip
+        "mmcl-s0-finetune-mmcl-lr0.0001",
+        "mmcl-s0-finetune-mmcl-lr0.001",
+        "mmcl-s3-finetune-mmcl-lr0.0001",
+        "mmcl-s3-finetune-mmcl-lr0.001",
+        "mmcl_ssl-s0-finetune-mmcl-lr0.0001",
+        "mmcl_ssl-s0-finetune-mmcl-lr0.001",
+    ]
     assert [run.name for run in runs[-4:]] == [f"{o}-s{s}-cleanclip" for o in ("mmcl", "mmcl_ssl") for s in (0, 3)]
     assert len(runs) == 4 + 4 * (2 * 2 + 1)
     last = runs[-1]
@@ -124,8 +127,10 @@ def test_names_are_made_of_what_varies():
         ({"pretrain": ()}, "needs either pretrain"),
         ({"seeds": (1, 1)}, r"has the seeds \[1, 1\]"),
         ({"preset": "dmo"}, "preset 'dmo'; did you mean demo"),
-        ({"clean": ({"methd": "cleanclip"},)}, "entry 1 of clean in the study 'small' has the flag 'methd', "
-         "which clean has not; did you mean method"),
+        (
+            {"clean": ({"methd": "cleanclip"},)},
+            "entry 1 of clean in the study 'small' has the flag 'methd', which clean has not; did you mean method",
+        ),
         ({"clean": ({}, {"lr": ()})}, "entry 2 of clean .* has no value for 'lr'"),
         ({"clean": ({"lr": "fast"},)}, "lr = 'fast'; it must be a number"),
         ({"clean": ({"rows": 1.5},)}, "rows = 1.5; it must be a whole number"),
@@ -141,7 +146,7 @@ def test_names_are_made_of_what_varies():
         ({"pretrain": ({"seed": 2},)}, "gives 'seed', which the study itself sets"),
         ({"clean": ("cleanclip",)}, "entry 1 of clean .* is 'cleanclip'"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_told_when_the_study_is_made(fields, said):
     with pytest.raises(UserError, match=said):
         changed(**fields)
@@ -172,7 +177,11 @@ def test_overrides_go_where_they_belong(tmp_path):
     model, *_, last = expand(over, Path("S"))
     assert {flag: getattr(model.config, flag) for flag in given} == given and model.config.seed == 7
     assert (model.config.precision, last.config.precision, model.config.epochs, last.config.epochs) == (
-        "fp32", "fp32", 2, 1)  # fmt: skip
+        "fp32",
+        "fp32",
+        2,
+        1,
+    )
     assert last.config.eval_data is None  # the run's
     with pytest.raises(UserError, match="leave --plan out"):
         with_overrides(changed(attacks=({"trigger": ("sig", "badnet")},)), plan=Path("a.json"))

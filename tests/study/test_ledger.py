@@ -93,10 +93,14 @@ def test_a_failed_run_blocks_what_needs_it_until_it_is_tried_again(tmp_path):
         finish(ledger.take(), seconds=1)
     assert ledger.take() is None and not ledger.left()
     assert states(ledger) == {
-        "badnet": "finished", "mmcl-s0": "failed", "mmcl_ssl-s0": "finished",
-        "mmcl-s0-cleanclip-lr0.0001": "blocked", "mmcl-s0-cleanclip-lr0.001": "blocked",
-        "mmcl_ssl-s0-cleanclip-lr0.0001": "finished", "mmcl_ssl-s0-cleanclip-lr0.001": "finished",
-    }  # fmt: skip
+        "badnet": "finished",
+        "mmcl-s0": "failed",
+        "mmcl_ssl-s0": "finished",
+        "mmcl-s0-cleanclip-lr0.0001": "blocked",
+        "mmcl-s0-cleanclip-lr0.001": "blocked",
+        "mmcl_ssl-s0-cleanclip-lr0.0001": "finished",
+        "mmcl_ssl-s0-cleanclip-lr0.001": "finished",
+    }
     assert ledger.table()[1].status.reason == "the loss is nan"
     ledger.retry()
     assert ledger.left() and ledger.take().run.name == "mmcl-s0"
@@ -463,14 +467,22 @@ def begun(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "change",
     [
-        *GARBAGE, b"{}", b'{"study": {}, "runs": []}',
-        lambda found: found.pop("runs"), lambda found: found.update(runs=[{}]), lambda found: found.update(runs=3),
-        lambda found: found["runs"][0].update(id=["x"]), lambda found: found.update(study=[]),
-        lambda found: found["study"].update(preset=["demo"]), lambda found: found["study"].update(name={}),
-        lambda found: found["study"].update(seeds="x"), lambda found: found["study"].update(clean=[3]),
-        lambda found: found["study"].update(searched=[{"lr": 1}]), lambda found: found["study"].update(more=1),
+        *GARBAGE,
+        b"{}",
+        b'{"study": {}, "runs": []}',
+        lambda found: found.pop("runs"),
+        lambda found: found.update(runs=[{}]),
+        lambda found: found.update(runs=3),
+        lambda found: found["runs"][0].update(id=["x"]),
+        lambda found: found.update(study=[]),
+        lambda found: found["study"].update(preset=["demo"]),
+        lambda found: found["study"].update(name={}),
+        lambda found: found["study"].update(seeds="x"),
+        lambda found: found["study"].update(clean=[3]),
+        lambda found: found["study"].update(searched=[{"lr": 1}]),
+        lambda found: found["study"].update(more=1),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_study_is_named_with_what_to_do(begun, change):
     path = begun / "study.1" / "study.json"
     whole = path.read_bytes()

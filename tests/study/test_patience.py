@@ -65,11 +65,14 @@ def test_at_last_it_says_how_to_resume(clock, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(full(), "FOLDER: No space"), (MemoryError(), "FOLDER met 'MemoryError'"),
-     (MemoryError("Unable to allocate 9 GiB"), "FOLDER met 'Unable to"),
-     (OSError(errno.ENOMEM, "Cannot allocate memory"), "FOLDER met '[Errno 12] Cannot"),
-     (RuntimeError("[enforce fail] can't allocate memory: 9 bytes\nstack"), "memory: 9 bytes': nothing")],
-)  # fmt: skip
+    [
+        (full(), "FOLDER: No space"),
+        (MemoryError(), "FOLDER met 'MemoryError'"),
+        (MemoryError("Unable to allocate 9 GiB"), "FOLDER met 'Unable to"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "FOLDER met '[Errno 12] Cannot"),
+        (RuntimeError("[enforce fail] can't allocate memory: 9 bytes\nstack"), "memory: 9 bytes': nothing"),
+    ],
+)
 def test_the_sentence_names_what_is_short(error, said, clock, tmp_path, capsys):
     patiently(iter_of(error, None), tmp_path)
     assert said.replace("FOLDER", str(tmp_path)) in capsys.readouterr().out

@@ -82,9 +82,19 @@ GOOD, LEAKY, WORSE = [evaluation(1, 0.5, 0.05)], [evaluation(1, 0.6, 0.06)], [ev
         ({1e-4: LEAKY, 1e-2: [evaluation(1, 0.9, None)]}, 3.16e-4),
         ({}, 3.16e-3),
     ],
-    ids=["within 5 %", "so at the other end", "more top-1", "less ASR", "the lowest ASR", "not its last one",
-         "on part of the images", "diverged", "without ASR", "nothing yet: of equal gaps the upper"],
-)  # fmt: skip
+    ids=[
+        "within 5 %",
+        "so at the other end",
+        "more top-1",
+        "less ASR",
+        "the lowest ASR",
+        "not its last one",
+        "on part of the images",
+        "diverged",
+        "without ASR",
+        "nothing yet: of equal gaps the upper",
+    ],
+)
 def test_the_best_rate_is_that_of_the_best_evaluation(tmp_path, after, expected):
     """Of 1e-4 and 1e-2, beside each of which there is one gap."""
     ledger = of_rates(tmp_path, 1e-4, 1e-3, 1e-2)

@@ -24,10 +24,17 @@ def step(batch: Batch) -> dict[str, torch.Tensor]:
 
 try:
     train(
-        step, lambda epoch, offset: [Batch(np.arange(2), (), ())] * 12, Timetable(12, 12, (), (), 3), start=0,
-        label="toy", pairs_limit=1.0, world=world, evaluate=lambda at: None, save=saved.append,
+        step,
+        lambda epoch, offset: [Batch(np.arange(2), (), ())] * 12,
+        Timetable(12, 12, (), (), 3),
+        start=0,
+        label="toy",
+        pairs_limit=1.0,
+        world=world,
+        evaluate=lambda at: None,
+        save=saved.append,
         record=lambda row: None,
-    )  # fmt: skip
+    )
 except Stopped as stopped:
     print(f"saved {saved[0]}, exit code {stopped.exit_code}", flush=True)
 dist.leave()

@@ -30,9 +30,13 @@ class Device:
         self.guarded, self.tries, self.collects, self.told = lambda: (), 0, [], []
         stream = SimpleNamespace(wait_stream=lambda other: None, device_index=0)
         for name, standing_in in {
-            "Stream": lambda device: stream, "current_stream": lambda: stream, "stream": lambda stream: nullcontext(),
-            "graph_pool_handle": object, "CUDAGraph": object, "graph": lambda graph, **settings: self,
-        }.items():  # fmt: skip
+            "Stream": lambda device: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda stream: nullcontext(),
+            "graph_pool_handle": object,
+            "CUDAGraph": object,
+            "graph": lambda graph, **settings: self,
+        }.items():
             monkeypatch.setattr(torch.cuda, name, standing_in)
         monkeypatch.setattr(capture, "_end", lambda *about: self.told.append(about))
         self.capturing = False

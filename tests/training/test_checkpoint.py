@@ -20,9 +20,13 @@ from fastbd.training import checkpoint
 from fastbd.training.checkpoint import Snapshot
 
 STATE = {
-    "fastbd": "1", "model": {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(7)}, "step": 12, "epoch": 1.5,
-    "plan": None, "about": {"verb": "pretrain", "rows": [1, 2]},
-}  # fmt: skip
+    "fastbd": "1",
+    "model": {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(7)},
+    "step": 12,
+    "epoch": 1.5,
+    "plan": None,
+    "about": {"verb": "pretrain", "rows": [1, 2]},
+}
 
 
 def test_what_is_saved_is_loaded(tmp_path):

@@ -67,10 +67,17 @@ class Diary:
         self.at = start
         table = Timetable(4, 8, evaluate_at, save_at, log_every)
         train(
-            self.step, self.batches, table, start=start, label="toy", pairs_limit=1e9, world=ONE,
+            self.step,
+            self.batches,
+            table,
+            start=start,
+            label="toy",
+            pairs_limit=1e9,
+            world=ONE,
             evaluate=self.evaluate,
-            save=lambda at: self.entries.append(("save", at)), record=self.rows.append,
-        )  # fmt: skip
+            save=lambda at: self.entries.append(("save", at)),
+            record=self.rows.append,
+        )
         return self.entries
 
 

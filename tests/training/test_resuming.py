@@ -179,8 +179,12 @@ def test_a_damaged_result_is_made_again(run):
 
 
 CONTENTS = {
-    "optimizer": {}, "step": "x", "random": {}, "config": [], "plan": 3,
-}  # fmt: skip
+    "optimizer": {},
+    "step": "x",
+    "random": {},
+    "config": [],
+    "plan": 3,
+}
 
 
 @pytest.mark.parametrize("part", CONTENTS)
@@ -209,8 +213,10 @@ def test_other_data_is_refused_and_a_moved_one_is_not(place, run, tmp_path, caps
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     shutil.copyfile(place / "val.beton", moved / "other.beton")
-    edited(run / "config.json", lambda v: (v.update(eval_data=f"{moved}/other.beton"),
-                                           v["config"].update(eval_data=f"{moved}/other.beton")))  # fmt: skip
+    edited(
+        run / "config.json",
+        lambda v: (v.update(eval_data=f"{moved}/other.beton"), v["config"].update(eval_data=f"{moved}/other.beton")),
+    )
     assert fastbd("pretrain", "--resume", run) == 0
     shutil.copyfile(place / "train.beton", moved / "other.beton")
     assert fastbd("pretrain", "--resume", run) == 2

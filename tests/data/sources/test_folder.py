@@ -49,11 +49,17 @@ def test_one_folder_of_pairs(tmp_path):
     write(tmp_path, named(*both("1", "2.b", "c d"), "e.PNG", "e.txt", "f.jpg", "g.txt", "h.npy"))
     write(tmp_path, {"latin.jpg": b"x", "latin.txt": b"caf\xe9"} | named("t.jpg", "t.png", "t.txt"))
     assert rows(read(tmp_path)) == [
-        ("1.jpg", "this is 1.txt"), ("2.b.jpg", "this is 2.b.txt"), ("c d.jpg", "this is c d.txt"),
-        ("e.PNG", "this is e.txt"), ("f.jpg", "no caption in the sample"), ("g", "no image in the sample"),
-        ("h", "no image in the sample"), ("latin.jpg", "not UTF-8 text: latin.txt"), ("t.jpg", "this is t.txt"),
+        ("1.jpg", "this is 1.txt"),
+        ("2.b.jpg", "this is 2.b.txt"),
+        ("c d.jpg", "this is c d.txt"),
+        ("e.PNG", "this is e.txt"),
+        ("f.jpg", "no caption in the sample"),
+        ("g", "no image in the sample"),
+        ("h", "no image in the sample"),
+        ("latin.jpg", "not UTF-8 text: latin.txt"),
+        ("t.jpg", "this is t.txt"),
         ("t.png", "another image of its sample is taken: t.jpg"),
-    ]  # fmt: skip
+    ]
 
 
 def test_shard_folders(tmp_path):
@@ -62,9 +68,11 @@ def test_shard_folders(tmp_path):
     write(tmp_path, named("00000.parquet", "00000_stats.json", "00001.parquet", "00001_stats.json"))
     items = read(tmp_path)
     assert rows(items) == [
-        ("00000/000000000.jpg", "this is 00000/000000000.txt"), ("00000/000000001.jpg", "no caption in the sample"),
-        ("00000/000000007.jpg", "this is 00000/000000007.txt"), ("00001/000010003.jpg", "this is 00001/000010003.txt"),
-    ]  # fmt: skip
+        ("00000/000000000.jpg", "this is 00000/000000000.txt"),
+        ("00000/000000001.jpg", "no caption in the sample"),
+        ("00000/000000007.jpg", "this is 00000/000000007.txt"),
+        ("00001/000010003.jpg", "this is 00001/000010003.txt"),
+    ]
     assert [item.row_id for item in items] == [0, 1, 2, 3] and data_of(items[3]) == b"this is 00001/000010003.jpg"
 
 
@@ -162,10 +170,21 @@ def test_a_json_makes_pairs_only_with_a_caption(tmp_path):
 
 
 SYSTEMS = (
-    ".DS_Store", ".git/1.jpg", ".ipynb_checkpoints/2.jpg", "cat/.ipynb_checkpoints/3-checkpoint.jpg", "cat/._1.jpg",
-    "__MACOSX/cat/4.jpg", "cat/Thumbs.db", "dog/desktop.ini", "lost+found/5.jpg", "dog/@eaDir/6.jpg",
-    "$RECYCLE.BIN/7.jpg", "System Volume Information/8.jpg", ".hidden.txt", "cat/__MACOSX/1.txt",
-)  # fmt: skip
+    ".DS_Store",
+    ".git/1.jpg",
+    ".ipynb_checkpoints/2.jpg",
+    "cat/.ipynb_checkpoints/3-checkpoint.jpg",
+    "cat/._1.jpg",
+    "__MACOSX/cat/4.jpg",
+    "cat/Thumbs.db",
+    "dog/desktop.ini",
+    "lost+found/5.jpg",
+    "dog/@eaDir/6.jpg",
+    "$RECYCLE.BIN/7.jpg",
+    "System Volume Information/8.jpg",
+    ".hidden.txt",
+    "cat/__MACOSX/1.txt",
+)
 
 
 def test_what_systems_leave_is_passed_over(tmp_path):
@@ -185,8 +204,10 @@ def test_no_class_is_lost_silently(tmp_path):
     save(tmp_path / "set/cat/1.jpg")
     write(tmp_path / "set", {"dog/Thumbs.db": b"", "loose.jpg": b"x"})
     assert rows(read(tmp_path / "set")) == [
-        ("loose.jpg", "in no class folder"), ("cat/1.jpg", ["cat"]), ("dog", "empty class folder")
-    ]  # fmt: skip
+        ("loose.jpg", "in no class folder"),
+        ("cat/1.jpg", ["cat"]),
+        ("dog", "empty class folder"),
+    ]
     with pytest.raises(UserError, match=r"no image of class 'dog' of .*set can be used: see .*rejects.csv"):
         build(tmp_path, tmp_path / "set")
     (tmp_path / "classes.txt").write_text("cat\n")
@@ -200,8 +221,9 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "real/up").symlink_to(tmp_path / "set")
     (tmp_path / "set/dog/again").symlink_to(tmp_path / "set/dog")
     assert [row for row in rows(read(tmp_path / "set")) if row[0].count("/") == 1] == [
-        ("cat/1.jpg", ["cat"]), ("dog/2.jpg", ["dog"])
-    ]  # fmt: skip
+        ("cat/1.jpg", ["cat"]),
+        ("dog/2.jpg", ["dog"]),
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a name that is not UTF-8")
@@ -223,14 +245,20 @@ def test_a_folder_that_cannot_be_read(tmp_path):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("image, path, content", [
-    ("Images/1.jpg", "captions.txt", "image,caption\n1.jpg,A dog\n"),
-    ("train/1.jpg", "train/metadata.csv", "file_name,text\n1.jpg,A dog\n"),
-    ("train/1.jpg", "train/metadata.jsonl", '{"file_name": "1.jpg", "text": "A dog"}\n'),
-    ("train2017/1.jpg", "annotations/captions_train2017.json",
-     '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "A dog"}]}'),
-    ("images/1.jpg", "list.json", '[{"image": "images/1.jpg", "caption": "A dog"}]'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "image, path, content",
+    [
+        ("Images/1.jpg", "captions.txt", "image,caption\n1.jpg,A dog\n"),
+        ("train/1.jpg", "train/metadata.csv", "file_name,text\n1.jpg,A dog\n"),
+        ("train/1.jpg", "train/metadata.jsonl", '{"file_name": "1.jpg", "text": "A dog"}\n'),
+        (
+            "train2017/1.jpg",
+            "annotations/captions_train2017.json",
+            '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "A dog"}]}',
+        ),
+        ("images/1.jpg", "list.json", '[{"image": "images/1.jpg", "caption": "A dog"}]'),
+    ],
+)
 def test_a_list_of_captions_beside_folders_is_in_doubt(tmp_path, image, path, content):
     """As Flickr8k, ImageFolder of Hugging Face's datasets and COCO are unpacked: no folder there is a class."""
     write(tmp_path, {image: b"1", path: content.encode()})

@@ -41,8 +41,9 @@ def test_a_list_and_lines_of_pairs(tmp_path):
         items = read(tmp_path / name, lines(*PAIRS))
         assert rows(items) == with_lines and items[0].file == str(tmp_path / "a.jpg")
     assert rows(read(tmp_path / "a.jsonl", "\ufeff" + lines(*PAIRS).replace("\n", "\r\n\r\n"))) == [
-        (0, 1, "a.jpg", "a dog"), (1, 3, "b.jpg", "a\ncat")
-    ]  # fmt: skip
+        (0, 1, "a.jpg", "a dog"),
+        (1, 3, "b.jpg", "a\ncat"),
+    ]
 
 
 def test_keys_and_the_folder_of_images(tmp_path):
@@ -57,8 +58,11 @@ def test_keys_and_the_folder_of_images(tmp_path):
         images=tmp_path / "images",
     )
     assert item == Item(0, "a.jpg", str(tmp_path / "images/a.jpg"), "a dog", "3")
-    items = read(tmp_path / "a.jsonl", lines({"file_name": "a.jpg", "class": "ape"}, {"path": "b.jpg", "class": " "},
-                                             {"path": "b.jpg", "class": 1.5}), class_key="class")  # fmt: skip
+    items = read(
+        tmp_path / "a.jsonl",
+        lines({"file_name": "a.jpg", "class": "ape"}, {"path": "b.jpg", "class": " "}, {"path": "b.jpg", "class": 1.5}),
+        class_key="class",
+    )
     assert rows(items) == [
         (0, 1, "a.jpg", ""),
         (1, 2, "b.jpg", "empty class"),
@@ -70,9 +74,12 @@ def test_keys_and_the_folder_of_images(tmp_path):
 def test_a_list_of_captions_is_several_rows(tmp_path):
     record = {"image": "a.jpg", "caption": ["one", "two", None, 3]}
     assert rows(read(tmp_path / "a.jsonl", lines(record, {"image": "b.jpg", "caption": []}))) == [
-        (0, 1, "a.jpg", "one"), (1, 1, "a.jpg", "two"), (2, 1, "a.jpg", "missing caption: 'null'"),
-        (3, 1, "a.jpg", "caption is not text: 3"), (4, 2, "b.jpg", "no captions in the list 'caption'"),
-    ]  # fmt: skip
+        (0, 1, "a.jpg", "one"),
+        (1, 1, "a.jpg", "two"),
+        (2, 1, "a.jpg", "missing caption: 'null'"),
+        (3, 1, "a.jpg", "caption is not text: 3"),
+        (4, 2, "b.jpg", "no captions in the list 'caption'"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -118,11 +125,14 @@ COCO = {
     "info": {},
     "images": [{"id": 7, "file_name": "7.jpg"}, {"id": 5, "file_name": "5.jpg"}, {"id": 6, "file_name": "6.jpg"}],
     "annotations": [
-        {"image_id": 5, "id": 1, "caption": "five"}, {"image_id": 7, "id": 2, "caption": "seven"},
-        {"image_id": 5, "id": 3, "caption": "five"}, {"image_id": 8, "id": 4, "caption": "eight"},
-        {"image_id": 5, "id": 5, "caption": None}, {"image_id": 7, "id": 6},
+        {"image_id": 5, "id": 1, "caption": "five"},
+        {"image_id": 7, "id": 2, "caption": "seven"},
+        {"image_id": 5, "id": 3, "caption": "five"},
+        {"image_id": 8, "id": 4, "caption": "eight"},
+        {"image_id": 5, "id": 5, "caption": None},
+        {"image_id": 7, "id": 6},
     ],
-}  # fmt: skip
+}
 
 
 def test_coco(tmp_path):
@@ -130,11 +140,13 @@ def test_coco(tmp_path):
     (tmp_path / "val2017").mkdir()
     items = read(tmp_path / "captions_val2017.json", COCO, images=tmp_path / "val2017")
     assert rows(items) == [
-        (0, None, "7.jpg", "seven"), (1, None, "5.jpg", "five"), (2, None, "5.jpg", "five"),
+        (0, None, "7.jpg", "seven"),
+        (1, None, "5.jpg", "five"),
+        (2, None, "5.jpg", "five"),
         (3, None, "5.jpg", "missing caption: 'null'"),
         (4, None, "", "an annotation without its image or caption: KeyError(8)"),
         (5, None, "", "an annotation without its image or caption: KeyError('caption')"),
-    ]  # fmt: skip
+    ]
     assert items[0].file == str(tmp_path / "val2017/7.jpg")
 
 
@@ -173,16 +185,19 @@ def test_a_caption_of_karpathys_that_is_no_text(tmp_path):
     sentences = [{"raw": 5}, {"raw": "five"}]
     content = {"images": [{"split": "test", "filename": "a.jpg", "sentences": sentences}]}
     assert rows(read(tmp_path / "a.json", content)) == [
-        (0, None, "a.jpg", "caption is not text: 5"), (1, None, "a.jpg", "five")
-    ]  # fmt: skip
+        (0, None, "a.jpg", "caption is not text: 5"),
+        (1, None, "a.jpg", "five"),
+    ]
 
 
 def test_repeated_pairs(tmp_path):
     """A row that has a problem does not make a later one a duplicate."""
     records = [{"image": "a.jpg", "caption": 5}, PAIRS[0], PAIRS[0]]
     assert [row[3] for row in rows(read(tmp_path / "a.jsonl", lines(*records)))] == [
-        "caption is not text: 5", "a dog", "duplicate of row 1"
-    ]  # fmt: skip
+        "caption is not text: 5",
+        "a dog",
+        "duplicate of row 1",
+    ]
 
 
 CAPTIONS = {f"{i}.jpg": f'caption "{i}", {{[of]}} \U0001f600 é many' for i in range(30)}
@@ -208,8 +223,10 @@ def test_damaged_lines_give_right_pairs_rejects_or_a_refusal(tmp_path):
                 assert item.problem
                 continue
             if not item.problem:
-                assert (item.name, item.caption) == (record.get("path", record.get("image", record.get("file_name"))),
-                                                     record["caption"])  # fmt: skip
+                assert (item.name, item.caption) == (
+                    record.get("path", record.get("image", record.get("file_name"))),
+                    record["caption"],
+                )
     assert refused > COUNT / 50 and rejected > COUNT / 10
 
 
@@ -219,8 +236,12 @@ def test_a_damaged_file_gives_right_pairs_rejects_or_a_refusal(tmp_path, kind):
         "images": [{"id": i, "file_name": record["image"]} for i, record in enumerate(RECORDS)],
         "annotations": [{"image_id": i, "caption": record["caption"]} for i, record in enumerate(RECORDS)],
     }
-    karpathy = {"images": [{"split": "test", "filename": record["image"], "sentences": [{"raw": record["caption"]}]}
-                           for record in RECORDS]}  # fmt: skip
+    karpathy = {
+        "images": [
+            {"split": "test", "filename": record["image"], "sentences": [{"raw": record["caption"]}]}
+            for record in RECORDS
+        ]
+    }
     content = {"list": RECORDS, "coco": coco, "karpathy": karpathy}[kind]
     whole = json.dumps(content, indent=1).encode()
     read_whole = 0

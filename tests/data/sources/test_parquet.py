@@ -53,17 +53,26 @@ def test_columns_of_paths(tmp_path):
     source = write(tmp_path / "a.parquet", columns)
     items = read(source)
     assert rows(items) == [
-        (0, "a.jpg", "a dog"), (1, "b.jpg", "missing caption: 'null'"), (2, "", "path is not text: NoneType"),
-        (3, "b.jpg", "missing caption: 'NaN'"), (4, "b.jpg", "a dog"),
-    ]  # fmt: skip
+        (0, "a.jpg", "a dog"),
+        (1, "b.jpg", "missing caption: 'null'"),
+        (2, "", "path is not text: NoneType"),
+        (3, "b.jpg", "missing caption: 'NaN'"),
+        (4, "b.jpg", "a dog"),
+    ]
     assert items[0].file == str(tmp_path / "a.jpg") and items[0].column is None
     assert [row[2] for row in rows(read(source, caption_key="text"))] == [
-        "one", "two", "no captions in the list 'text'", "path is not text: NoneType", "missing caption: 'null'", "three"
-    ]  # fmt: skip
+        "one",
+        "two",
+        "no captions in the list 'text'",
+        "path is not text: NoneType",
+        "missing caption: 'null'",
+        "three",
+    ]
     labelled = read(source, class_key="kind")
     assert [(item.class_name, item.caption, item.problem) for item in labelled[:2]] == [
-        ("ape", "a dog", None), ("cat", "", None)
-    ]  # fmt: skip
+        ("ape", "a dog", None),
+        ("cat", "", None),
+    ]
     assert labelled[3].problem == "empty class" and read(source, class_key="number")[4].class_name == "5"
     assert rows(read(source, caption_key="number"))[0] == (0, "a.jpg", "caption is not text: 1")
 
@@ -94,9 +103,14 @@ def test_what_img2dataset_writes(tmp_path):
     """Its columns with --output_format parquet --save_additional_columns; a failed download has no image."""
     (image,) = jpegs(tmp_path, 1)
     columns = {
-        "key": ["000000000", "000000001"], "jpg": [image, None], "txt": ["a dog", None], "url": ["http://x.org/1"] * 2,
-        "caption": ["a dog", "a cat"], "status": ["success", "failed_to_download"], "width": [24, None],
-    }  # fmt: skip
+        "key": ["000000000", "000000001"],
+        "jpg": [image, None],
+        "txt": ["a dog", None],
+        "url": ["http://x.org/1"] * 2,
+        "caption": ["a dog", "a cat"],
+        "status": ["success", "failed_to_download"],
+        "width": [24, None],
+    }
     source = write(tmp_path / "set/00000.parquet", columns).parent
     (source / "00000_stats.json").write_text("{}")
     items = read(source)
@@ -158,8 +172,13 @@ def test_without_pyarrow(tmp_path, monkeypatch):
 
 def test_images_are_read_in_any_order_and_a_few_at_a_time(tmp_path):
     images = [os.urandom(50_000) for _ in range(1500)]
-    source = write(tmp_path / "a.parquet", {"jpg": images, "caption": [f"{i}" for i in range(1500)]},
-                   row_group_size=1000, use_dictionary=False, write_batch_size=16)  # fmt: skip
+    source = write(
+        tmp_path / "a.parquet",
+        {"jpg": images, "caption": [f"{i}" for i in range(1500)]},
+        row_group_size=1000,
+        use_dictionary=False,
+        write_batch_size=16,
+    )
     items = read(source)
     for row in (0, 1, 31, 32, 640, 5, 1499, 1000, 999):
         assert read_image(items[row]) == images[row]
@@ -173,9 +192,16 @@ def test_images_are_read_in_any_order_and_a_few_at_a_time(tmp_path):
 
 def test_a_damaged_page_costs_its_rows_only(tmp_path):
     images = [bytes([i]) * 1000 for i in range(200)]
-    source = write(tmp_path / "a.parquet", {"jpg": images, "caption": [f"{i}" for i in range(200)]}, row_group_size=100,
-                   use_dictionary=False, compression="none", write_page_checksum=True, data_page_size=10_000,
-                   write_batch_size=10)  # fmt: skip
+    source = write(
+        tmp_path / "a.parquet",
+        {"jpg": images, "caption": [f"{i}" for i in range(200)]},
+        row_group_size=100,
+        use_dictionary=False,
+        compression="none",
+        write_page_checksum=True,
+        data_page_size=10_000,
+        write_batch_size=10,
+    )
     content = source.read_bytes()
     source.write_bytes(content.replace(images[50], b"?" * 1000))
     for item in read(source):
@@ -191,8 +217,13 @@ def test_damaged_files_give_right_pairs_rejects_or_a_refusal(tmp_path):
     """With checksums, as some writers add them: without, no reader can see a changed letter."""
     images = [f"<image {i}>".encode() * 3 for i in range(40)]
     captions = [f"caption of {i}" for i in range(40)]
-    whole = write(tmp_path / "whole.parquet", {"image": images, "caption": captions}, row_group_size=16,
-                  write_page_checksum=True, use_dictionary=False).read_bytes()  # fmt: skip
+    whole = write(
+        tmp_path / "whole.parquet",
+        {"image": images, "caption": captions},
+        row_group_size=16,
+        write_page_checksum=True,
+        use_dictionary=False,
+    ).read_bytes()
     good, read_whole = set(zip(images, captions, strict=True)), 0
     for damaged in mutations(whole):
         (tmp_path / "a.parquet").write_bytes(damaged)

@@ -20,9 +20,25 @@ from fastbd.data.sources.item import CAPTION_LIMIT
 from fastbd.data.sources.table import SEPARATORS
 
 CAPTIONS = (
-    "a dog", 'a 5" disc', '"a" dog', 'a "dog"', '"a dog"', "a dog, sitting", "a dog;x|y", "two\nlines", "two\r\nlines",
-    '"', '""', "a,\nb", 'a "b",\nc', "ünïcode \u2028 dog", " spaces ", "a\x0bb", "'single'", "back\\slash",
-)  # fmt: skip
+    "a dog",
+    'a 5" disc',
+    '"a" dog',
+    'a "dog"',
+    '"a dog"',
+    "a dog, sitting",
+    "a dog;x|y",
+    "two\nlines",
+    "two\r\nlines",
+    '"',
+    '""',
+    "a,\nb",
+    'a "b",\nc',
+    "ünïcode \u2028 dog",
+    " spaces ",
+    "a\x0bb",
+    "'single'",
+    "back\\slash",
+)
 
 
 def read(path: Path, content: str | bytes, **options) -> list:
@@ -152,14 +168,17 @@ HEAD = "path,caption\n1.jpg,one\n2.jpg,two\n3.jpg,three\n"
         ("path,caption\ra.jpg,x\r", "first line of .* does not end: save it with line ends of Unix or Windows"),
         ("path,caption,path\na.jpg,x,y\n", "has two columns 'path': rename one"),
         ("path,caption, caption\na.jpg,x,y\n", "has two columns 'caption'"),
-        ("a bus station\thttp://x.org/1.jpg\n", "no column 'path'; its columns are: a bus station, http.*: name one of "
-         "them with --image-key, or add a first line with names if it has none"),
+        (
+            "a bus station\thttp://x.org/1.jpg\n",
+            "no column 'path'; its columns are: a bus station, http.*: name one of "
+            "them with --image-key, or add a first line with names if it has none",
+        ),
         ("", "its columns are: none"),
         ('path,"caption\na.jpg,x\n', "no column 'path'; its columns are: path,\"caption: name"),
         ("path,caption,x;path;caption\n", "with several separators: give --separator"),
         ("x" * 2_000_000, "first line of .* does not end"),
     ],
-)  # fmt: skip
+)
 def test_a_file_whose_rows_are_in_doubt_is_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path / "a.csv", content)
@@ -219,8 +238,10 @@ def test_the_list_and_the_summary_of_rejects(tmp_path, capsys):
     ]
     said = capsys.readouterr().out
     assert [line.split(None, 2)[1:] for line in said.splitlines() if line.startswith("rejected")] == [
-        ["2", "wrong number of fields"], ["2", "missing caption"], ["1", "text after a closing quote"]
-    ]  # fmt: skip
+        ["2", "wrong number of fields"],
+        ["2", "missing caption"],
+        ["1", "text after a closing quote"],
+    ]
 
 
 def test_images_in_another_folder(tmp_path):

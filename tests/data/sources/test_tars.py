@@ -178,13 +178,22 @@ def test_samples_of_a_tar(rows, case):
 
 def test_the_entry_of_the_json_that_is_asked_for(tmp_path):
     both = json.dumps({"caption": "alt text", "blip_caption": "a red square", "synthetic": None}).encode()
-    samples = [("0.jpg", b"0"), ("0.txt", b"alt text"), ("0.json", both), ("1.jpg", b"1"), ("1.txt", b"no json"),
-               ("2.jpg", b"2"), ("2.json", b'{"caption": "x"}')]  # fmt: skip
+    samples = [
+        ("0.jpg", b"0"),
+        ("0.txt", b"alt text"),
+        ("0.json", both),
+        ("1.jpg", b"1"),
+        ("1.txt", b"no json"),
+        ("2.jpg", b"2"),
+        ("2.json", b'{"caption": "x"}'),
+    ]
     (tmp_path / "a.tar").write_bytes(tar_bytes(samples))
     items = read(tmp_path / "a.tar", caption_key="blip_caption")
     assert [(item.caption, item.problem) for item in items] == [
-        ("a red square", None), ("", "no .json in the sample"), ("", "no 'blip_caption' in the .json")
-    ]  # fmt: skip
+        ("a red square", None),
+        ("", "no .json in the sample"),
+        ("", "no 'blip_caption' in the .json"),
+    ]
     assert read(tmp_path / "a.tar", caption_key="caption")[0].caption == "alt text"
     assert read(tmp_path / "a.tar", caption_key="synthetic")[0][3:8:4] == ("", None)  # empty, as build says
     with pytest.raises(UserError, match="--class-key is for a table.*a.tar is tars: leave it out"):
@@ -204,9 +213,11 @@ def test_classes_of_webdataset(tmp_path):
     write(tmp_path / "set", {"x/y/0.tar": tar_bytes(samples), "x/1.tar": tar_bytes([("9.jpg", b"9"), ("9.cls", b"7")])})
     items = read(tmp_path / "set")
     assert [(item.name, item.class_name, item.problem) for item in items] == [
-        ("x/1.tar/9.jpg", "7", None), ("x/y/0.tar/0.jpg", "7", None), ("x/y/0.tar/1.jpg", "sea lion", None),
+        ("x/1.tar/9.jpg", "7", None),
+        ("x/y/0.tar/0.jpg", "7", None),
+        ("x/y/0.tar/1.jpg", "sea lion", None),
         ("x/y/0.tar/2.jpg", None, "no caption in the sample"),
-    ]  # fmt: skip
+    ]
     write(tmp_path / "set", {"z.tar": tar_bytes([("3.jpg", b"3"), ("3.txt", b"a caption")])})
     problems = [item.problem for item in read(tmp_path / "set")]
     assert problems == [None] + ["no caption in the sample, only a class"] * 3 + ["no caption in the sample"]
@@ -241,8 +252,9 @@ def test_inner_tars_end_where_they_end(tmp_path):
     cut = tar_bytes([("0.jpg", b"0" * 2000), ("0.txt", b"zero")])[:1024]
     (tmp_path / "a.tar").write_bytes(tar_bytes([("cut.tar", cut), ("1.jpg", b"1"), ("1.txt", b"one")]))
     assert [(item.name, item.problem) for item in read(tmp_path / "a.tar")] == [
-        ("a.tar/cut.tar/0.jpg", "cut off by the end of the tar: 0.jpg"), ("a.tar/1.jpg", None)
-    ]  # fmt: skip
+        ("a.tar/cut.tar/0.jpg", "cut off by the end of the tar: 0.jpg"),
+        ("a.tar/1.jpg", None),
+    ]
 
 
 def test_damage_in_the_middle_is_told(tmp_path):
@@ -302,16 +314,20 @@ def test_patterns_of_tars(tmp_path, monkeypatch):
     write(tmp_path, {f"{i:05}.tar": tar_bytes([(f"{i}.jpg", b"x"), (f"{i}.txt", b"y")]) for i in range(12)})
     monkeypatch.chdir(tmp_path)
     for pattern, wanted in {
-        "{00000..00003}.tar": [0, 1, 2, 3], "0000{9..9}.tar": [9], "{00010,00002}.tar": [10, 2], "0001?.tar": [10, 11],
+        "{00000..00003}.tar": [0, 1, 2, 3],
+        "0000{9..9}.tar": [9],
+        "{00010,00002}.tar": [10, 2],
+        "0001?.tar": [10, 11],
         "{0000,0001}[01].tar": [0, 1, 10, 11],
-    }.items():  # fmt: skip
+    }.items():
         names = [item.name for item in read(tmp_path / pattern, workers=2)]
         assert [int(re.search(r"(\d+)\.jpg$", name)[1]) for name in names] == wanted, pattern
     for pattern, message in {
         "{00009..00331}.tar": r"00331}.tar names 323 tars, and 320 are missing, first .*00012.tar",
-        "{5..1}.tar": "the range {5..1} in .* is empty or too long", "{0..9999999999}.tar": "too long",
+        "{5..1}.tar": "the range {5..1} in .* is empty or too long",
+        "{0..9999999999}.tar": "too long",
         "x*.tar": r"names 1 tars, and 1 are missing, first .*x\*.tar",
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(UserError, match=message):
             read(tmp_path / pattern)
     os.rename("00003.tar", "{00000..00003}.tar")  # a name that is there is no pattern
@@ -323,8 +339,9 @@ def test_no_damage_to_a_tar_gives_a_wrong_pair(tmp_path):
     keys = [f"{i:04}" * 6 for i in range(4)]
     samples = [
         (f"{key}.{suffix}", f"<{key}>".encode() if suffix != "json" else json.dumps({"caption": f"<{key}>"}).encode())
-        for key in keys for suffix in ("jpg", "txt", "json")
-    ]  # fmt: skip
+        for key in keys
+        for suffix in ("jpg", "txt", "json")
+    ]
     for seed, format in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
         folder = tmp_path / str(seed)
         whole = tar_bytes(samples, format)[: 512 * 2 * len(samples) + 1024]

@@ -17,18 +17,32 @@ PYTHON = ROOT / ".venv-writers/bin/python"
 pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="needs img2dataset and webdataset: make writers")
 
 TARS = {  # names of members; the samples as webdataset reads them; the pairs that are read
-    "fields": (["0.jpg", "0.seg.png", "0.txt", "1.jpg", "1.txt"], [["0.jpg", "0.seg.png", "0.txt"], ["1.jpg", "1.txt"]],
-               [("0.jpg", "0.txt"), ("1.jpg", "1.txt")]),
-    "folders": (["a.b/0.jpg", "a.b/0.txt", "c/0.jpg", "c/0.txt"], [["a.b/0.jpg", "a.b/0.txt"], ["c/0.jpg", "c/0.txt"]],
-                [("a.b/0.jpg", "a.b/0.txt"), ("c/0.jpg", "c/0.txt")]),
-    "dots": (["a.1.jpg", "a.1.txt", "a.2.jpg", "a.2.txt"], [["a.1.jpg", "a.1.txt", "a.2.jpg", "a.2.txt"]],
-             [("a.1.jpg", "a.1.txt"), ("a.2.jpg", "a.2.txt")]),
-    "apart": (["0.jpg", "1.jpg", "0.txt", "1.txt"], [["0.jpg"], ["1.jpg"], ["0.txt"], ["1.txt"]],
-              [("0.jpg", "0.txt"), ("1.jpg", "1.txt")]),
-    "again": (["0.jpg", "0.txt", "1.jpg", "1.txt", "0.jpg", "0.txt"],
-              [["0.jpg", "0.txt"], ["1.jpg", "1.txt"], ["0.jpg", "0.txt"]],
-              [("0.jpg", "0.txt"), ("1.jpg", "1.txt")]),  # the third repeats the first
-}  # fmt: skip
+    "fields": (
+        ["0.jpg", "0.seg.png", "0.txt", "1.jpg", "1.txt"],
+        [["0.jpg", "0.seg.png", "0.txt"], ["1.jpg", "1.txt"]],
+        [("0.jpg", "0.txt"), ("1.jpg", "1.txt")],
+    ),
+    "folders": (
+        ["a.b/0.jpg", "a.b/0.txt", "c/0.jpg", "c/0.txt"],
+        [["a.b/0.jpg", "a.b/0.txt"], ["c/0.jpg", "c/0.txt"]],
+        [("a.b/0.jpg", "a.b/0.txt"), ("c/0.jpg", "c/0.txt")],
+    ),
+    "dots": (
+        ["a.1.jpg", "a.1.txt", "a.2.jpg", "a.2.txt"],
+        [["a.1.jpg", "a.1.txt", "a.2.jpg", "a.2.txt"]],
+        [("a.1.jpg", "a.1.txt"), ("a.2.jpg", "a.2.txt")],
+    ),
+    "apart": (
+        ["0.jpg", "1.jpg", "0.txt", "1.txt"],
+        [["0.jpg"], ["1.jpg"], ["0.txt"], ["1.txt"]],
+        [("0.jpg", "0.txt"), ("1.jpg", "1.txt")],
+    ),
+    "again": (
+        ["0.jpg", "0.txt", "1.jpg", "1.txt", "0.jpg", "0.txt"],
+        [["0.jpg", "0.txt"], ["1.jpg", "1.txt"], ["0.jpg", "0.txt"]],
+        [("0.jpg", "0.txt"), ("1.jpg", "1.txt")],
+    ),  # the third repeats the first
+}
 
 
 @pytest.fixture(scope="module")

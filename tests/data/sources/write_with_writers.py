@@ -27,18 +27,30 @@ def serve(folder: Path) -> str:
 def write_img2dataset(folder: Path) -> None:
     """folder/files, folder/webdataset and folder/parquet; one image is missing, one caption is empty."""
     address = serve(folder / "images")
-    lines = [{"url": f"{address}/{p.name}", "caption": f"number {p.stem}", "blip_caption": f"blip {p.stem}"}
-             for p in sorted((folder / "images").iterdir())]  # fmt: skip
+    lines = [
+        {"url": f"{address}/{p.name}", "caption": f"number {p.stem}", "blip_caption": f"blip {p.stem}"}
+        for p in sorted((folder / "images").iterdir())
+    ]
     lines.append({"url": f"{address}/missing.png", "caption": "of nothing", "blip_caption": "nothing"})
     lines[1]["caption"] = None
     (folder / "urls.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for output_format in ("files", "webdataset", "parquet"):
         download(
-            url_list=str(folder / "urls.jsonl"), input_format="jsonl", url_col="url", caption_col="caption",
-            save_additional_columns=["blip_caption"], output_folder=str(folder / output_format),
-            output_format=output_format, processes_count=1, thread_count=2, image_size=32, number_sample_per_shard=4,
-            resize_mode="no", encode_format="jpg", disallowed_header_directives=[],
-        )  # fmt: skip
+            url_list=str(folder / "urls.jsonl"),
+            input_format="jsonl",
+            url_col="url",
+            caption_col="caption",
+            save_additional_columns=["blip_caption"],
+            output_folder=str(folder / output_format),
+            output_format=output_format,
+            processes_count=1,
+            thread_count=2,
+            image_size=32,
+            number_sample_per_shard=4,
+            resize_mode="no",
+            encode_format="jpg",
+            disallowed_header_directives=[],
+        )
 
 
 def write_webdataset(folder: Path) -> None:
