@@ -151,7 +151,9 @@ def parse(verb: str, flags: list[str]):
     first, others = _first(flags)
     if kind in (PretrainConfig, CleanConfig):
         if first.resume and not {"-h", "--help"} & set(others):
-            return _resumed(kind, first, others)
+            if others or first != First(resume=first.resume):
+                raise UserError("--resume takes every setting from the run folder; leave the other flags out.")
+            return _resumed(kind, first.resume)
         name = first.preset or _preset_of_run(first.run)
         if name in PRESETS:
             preset = PRESETS[name]
@@ -245,10 +247,8 @@ def _preset_of_run(path: Path | None) -> str:
     return "demo"
 
 
-def _resumed(kind: type, first: First, others: list[str]):
-    if others or first != First(resume=first.resume):
-        raise UserError("--resume takes every setting from the run folder; leave the other flags out.")
-    folder = _run_at_its_end(first.resume, "--resume")
+def _resumed(kind: type, path: Path):
+    folder = _run_at_its_end(path, "--resume")
     recorded = read_config(folder)
     verb = {PretrainConfig: "pretrain", CleanConfig: "clean"}[kind]
     if recorded["verb"] != verb:

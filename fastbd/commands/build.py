@@ -14,12 +14,13 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -196,9 +197,10 @@ def _pack(
 
 def _add(writer: BetonWriter, item: Item, row: Row, labels: dict[str, int], before: Item | None) -> str | None:
     """Store a row, its image only where that is not the one of the row before; a string says why it is not possible."""
-    values = vars(row) | ({"jpeg": None} if _same_image(item, before) else {})
+    values: dict[str, Any] = vars(row) | ({"jpeg": None} if _same_image(item, before) else {})
+    label = labels[item.class_name] if item.class_name else None
     try:
-        writer.add(**values, row_id=item.row_id, label=labels.get(item.class_name), class_name=item.class_name)
+        writer.add(**values, row_id=item.row_id, label=label, class_name=item.class_name)
     except ValueError as error:
         return f"cannot be stored: {error}; try --store short256"
 
@@ -246,7 +248,7 @@ def _changed(items: list[Item], rejected: Container[int], since: int) -> str | N
 
 def _pack_in_order(
     items: list[Item], pack: Callable[[Sequence[Item]], list[Row | str]], workers: int
-) -> Iterator[tuple[Item, Row | str]]:
+) -> Generator[tuple[Item, Row | str], None, None]:
     """(item, its row or the reason against it) in the items' order."""
     chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
     with closing(map_in_order(pack, chunks, workers)) as packed:
@@ -290,8 +292,9 @@ def _pack_chunk(
         text_views[:, k] = tokenize([eda(caption, draw) for caption, draw in zip(captions, u, strict=True)])
 
     rows: list[Row | str] = []
+    image = None
     for i, item in enumerate(items):
-        if not i or not _same_image(item, items[i - 1]):
+        if image is None or not _same_image(item, items[i - 1]):
             image = _image(item, config)
         if not captions[i]:
             rows.append("empty caption")

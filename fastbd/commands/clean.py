@@ -39,12 +39,13 @@ def train(config: CleanConfig) -> tuple[int, Path]:
 
 
 def task(config: CleanConfig, world: World) -> Task:
-    """The cleaning that the flags ask for."""
+    """The cleaning that the flags ask for, which name a run."""
+    assert config.run is not None, "train and a study see to it"
     state = resumed(config, world)
     path = checkpoint.path_of(config.run, config.checkpoint)
     saved = checkpoint.load(path)
-    if not (state or config.force):
-        _check_ended(config, saved)
+    if config.checkpoint == "last" and not (state or config.force):
+        _check_ended(config.run, saved)
     source, plan = saved["about"], saved["plan"] and Plan.from_dict(saved["plan"])
     model = create_like(source, seed=0)
     checkpoint.load_into(model, saved["model"], path, source["model"])
@@ -86,15 +87,15 @@ def task(config: CleanConfig, world: World) -> Task:
     )
 
 
-def _check_ended(config: CleanConfig, saved: dict) -> None:
+def _check_ended(run: Path, saved: dict) -> None:
     """Raise a UserError where the last checkpoint is that of a run that is not at its end: another will take its place.
 
     What starts from either would be taken for cleanings of one model.
     """
-    if config.checkpoint == "last" and not (config.run / "result.json").exists():
+    if not (run / "result.json").exists():
         raise UserError(
-            f"{config.run} is not at its end (step {saved['step']:,}, no result.json): go on with it by python -m "
-            f"fastbd {saved['about']['verb']} --resume {config.run}, or clean the model as it is with --force."
+            f"{run} is not at its end (step {saved['step']:,}, no result.json): go on with it by python -m "
+            f"fastbd {saved['about']['verb']} --resume {run}, or clean the model as it is with --force."
         )
 
 
@@ -120,7 +121,7 @@ def flagged_rows(config: CleanConfig, beton: Beton | Shards, rows: np.ndarray, p
         path = config.resume / SPARED if config.resume else config.flagged_by
         found = np.setdiff1d(rows, read_rows(path, beton.fingerprint, len(beton)))
     else:
-        poisoned = np.intersect1d(rows, plan.rows) if config.flagged else rows[:0]
+        poisoned = np.intersect1d(rows, plan.rows) if plan and config.flagged else rows[:0]
         if config.flagged > len(poisoned):
             raise UserError(
                 f"--flagged {config.flagged} is more than the {len(poisoned):,} poisoned pairs: give fewer."

@@ -28,7 +28,9 @@ def demo_set() -> tuple[Path, Path, Path]:
             FOLDER, "the demo set's folder", instead="start in a folder that can be written to, or give --data"
         )
         FOLDER.mkdir(parents=True, exist_ok=True)
-        with files.lock(FOLDER, wait=True):
+        held = files.lock(FOLDER, wait=True)
+        assert held is not None, "it was waited for"
+        with held:
             _make(train, val, plan)
     return made
 

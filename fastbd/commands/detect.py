@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,13 +33,13 @@ def run(config: DetectConfig) -> int:
     world = dist.join(config.device)
     if world.size > 1:
         raise UserError("detect runs in one process: start it without torchrun.")
-    _check_drop(config)
+    drop = _checked_drop(config)
     console.stderr = config.json  # stdout is for the object alone
     state, model = open_model(config.run, config.checkpoint, world.device)
     data = config.data or state["about"]["data"]
     beton = open_beton(data)
     plan = _plan(config, state, beton.fingerprint)
-    if plan is None and config.drop is None:
+    if plan is None and drop is None:
         raise UserError(
             "there is no plan, so nothing tells which pairs are poisoned: give --plan, or --drop and --out."
         )
@@ -62,8 +63,8 @@ def run(config: DetectConfig) -> int:
         "detect_batch": config.detect_batch,
         "detectors": {name: detection(score, poisoned) for name, score in scores.items()} if plan else {},
     }
-    if config.drop is not None:
-        found["dropped"] = _drop(config, scores[config.by], beton.fingerprint, poisoned if plan else None)
+    if drop is not None:
+        found["dropped"] = _drop(config.by, *drop, scores[config.by], beton.fingerprint, poisoned if plan else None)
     if config.json:
         print(json.dumps(found, indent=2))
     else:
@@ -71,16 +72,18 @@ def run(config: DetectConfig) -> int:
     return 0
 
 
-def _check_drop(config: DetectConfig) -> None:
-    if (config.drop is None) != (config.out is None):
+def _checked_drop(config: DetectConfig) -> tuple[float, Path] | None:
+    """Return --drop and --out, None where neither is given; raise a UserError where they cannot be followed."""
+    if config.drop is None and config.out is None:
+        return None
+    if config.drop is None or config.out is None:
         raise UserError("--drop and --out belong together: the share to drop, and the row list to write.")
-    if config.drop is None:
-        return
     if config.subset:
         raise UserError("--drop needs the scores of all pairs: leave --subset out.")
     if config.out.exists():
         raise UserError(f"{config.out} exists already: name another file with --out.")
     check_out(config.out, name="kept.rows")
+    return config.drop, config.out
 
 
 def _plan(config: DetectConfig, state: dict, fingerprint: str) -> Plan | None:
@@ -104,15 +107,15 @@ def _scores(config: DetectConfig, images: Tensor, texts: Tensor) -> dict[str, Te
     return {name: score.cpu() for name, score in scores.items()}
 
 
-def _drop(config: DetectConfig, scores: Tensor, fingerprint: str, poisoned: Tensor | None) -> dict:
+def _drop(by: str, share: float, out: Path, scores: Tensor, fingerprint: str, poisoned: Tensor | None) -> dict:
     """Write the rows whose scores are not among the highest; say which went."""
-    count = round(config.drop * len(scores))
+    count = round(share * len(scores))
     worst = scores.argsort(descending=True, stable=True)[:count]
     kept = np.setdiff1d(np.arange(len(scores)), worst)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(config.out, kept, fingerprint, f"without the {config.drop:g} that {config.by} finds worst")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(out, kept, fingerprint, f"without the {share:g} that {by} finds worst")
     caught = None if poisoned is None else int(poisoned[worst].sum())
-    return {"by": config.by, "share": config.drop, "rows": count, "poisoned": caught, "out": str(config.out)}
+    return {"by": by, "share": share, "rows": count, "poisoned": caught, "out": str(out)}
 
 
 def _show(config: DetectConfig, found: dict) -> None:

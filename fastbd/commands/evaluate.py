@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,18 @@ from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.data.verify import check_whole
 from fastbd.evals import probe, retrieval
-from fastbd.evals.sets import Attacked, EvalSet, Labelled, open_set
+from fastbd.evals.sets import Attacked, Captioned, Labelled, open_set
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot
 from fastbd.models.clip import CLIP, create_like
+from fastbd.models.memory_format import channels_last
 from fastbd.models.precision import set_precision
 from fastbd.poison.plan import Plan
 from fastbd.training import checkpoint
 from fastbd.training.rebound import clean_pairs, rebound
 from fastbd.training.task import check_trained_on
+
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def run(config: EvaluateConfig) -> int:
@@ -52,14 +55,13 @@ def measured(config: EvaluateConfig) -> list[Evaluation]:
             files.append(config.run / "metrics.jsonl", {key: value for key, value in row.items() if key != "classes"})
         except OSError as error:
             unrecorded = error
-    only_read = unrecorded is not None and unrecorded.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-    if only_read:
+    if unrecorded and unrecorded.errno in READ_ONLY:
         console.print(
             f"not recorded, as {unrecorded.filename or config.run} cannot be written ({unrecorded.strerror})",
             markup=False,
         )
     _show(config, rows)
-    if unrecorded and not only_read:
+    if unrecorded and unrecorded.errno not in READ_ONLY:
         raise unrecorded
     return rows
 
@@ -80,7 +82,7 @@ def open_model(run: Path, which: str, device: torch.device) -> tuple[dict, CLIP]
     state = checkpoint.load(path)
     model = create_like(state["about"], seed=None)
     checkpoint.load_into(model, state["model"], path, state["about"]["model"])
-    return state, model.to(device, memory_format=torch.channels_last)
+    return state, channels_last(model, device)
 
 
 class Measurement:
@@ -100,8 +102,10 @@ class Measurement:
         self.precision = set_precision(config.precision, self.world.device)
         self.towers = Towers(self.model, precision=self.precision, device=self.world.device)
         self.decoder = open_decoder("auto", 0, str(self.world.device))
-        self.probed = self._open(config.probe_data, attacked=False) if config.probe_data else None
-        self.pairs, self.clean_rows = self._clean_pairs() if config.rebound else (None, None)
+        probed = self._open(config.probe_data, attacked=False) if config.probe_data else None
+        assert not isinstance(probed, Captioned), "a set without classes has been refused"
+        self.probed = probed
+        self.clean_pairs = self._clean_pairs() if config.rebound else None
 
     def _check(self) -> None:
         """What can be known before anything is decoded: a mistake is not to cost the sets that went before it."""
@@ -122,7 +126,7 @@ class Measurement:
     def rows(self) -> Iterator[Evaluation]:
         """A line of metrics.jsonl for each set."""
         config, state = self.config, self.state
-        about = {
+        about: Evaluation = {
             "step": state["step"],
             "epoch": state["epoch"],
             "checkpoint": config.checkpoint,
@@ -134,7 +138,7 @@ class Measurement:
         for path in self.paths:
             yield {**about, **self._row(self._open(path))}
 
-    def _open(self, path: Path, attacked: bool = True) -> EvalSet:
+    def _open(self, path: Path, attacked: bool = True) -> Labelled | Captioned:
         config, recorded = self.config, self.recorded
         own = path.resolve() == Path(recorded.get("eval_data") or "").resolve()
         return open_set(
@@ -151,7 +155,7 @@ class Measurement:
             strict=own,
         )
 
-    def _row(self, data: EvalSet) -> Evaluation:
+    def _row(self, data: Labelled | Captioned) -> Evaluation:
         with progress(data.name, len(data.ids) * (1 + len(data.attacked))) as advance:
             self.towers.advance = advance
             if not isinstance(data, Labelled):
@@ -162,9 +166,9 @@ class Measurement:
                 best = [group for group in data.by_attack() if _is_of(group[0], row)]
                 row |= probe.evaluate(self.towers, self.probed, data, *best or [()])
         self.towers.advance = lambda images: None
-        if self.config.rebound and data.measures_asr:
-            row |= self._rebound(zeroshot)
-        elif self.config.rebound:
+        if self.clean_pairs and data.measures_asr:
+            row |= self._rebound(zeroshot, *self.clean_pairs)
+        elif self.clean_pairs:
             console.print(f"{data.name}: no rebound, as ASR cannot be measured on it", markup=False)
         return row
 
@@ -178,14 +182,14 @@ class Measurement:
             check_whole(pairs.beton, rows, quiet=self.config.json)
         return pairs, rows
 
-    def _rebound(self, zeroshot: ZeroShot) -> Evaluation:
+    def _rebound(self, zeroshot: ZeroShot, pairs: Pairs, rows: np.ndarray) -> Evaluation:
         # Sets that follow are to be evaluated on the model as it was.
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         found = rebound(
             self.model,
             zeroshot,
-            self.pairs,
-            self.clean_rows,
+            pairs,
+            rows,
             steps=self.config.rebound,
             lr=self.config.rebound_lr,
             precision=self.precision,
@@ -197,10 +201,10 @@ class Measurement:
 
 
 def _is_of(one: Attacked, row: Evaluation) -> bool:
-    return (one.attack.trigger.name, one.attack.target) == (row["trigger"], row["target"])
+    return (one.attack.trigger.name, one.attack.target) == (row.get("trigger"), row.get("target"))
 
 
-def table(run: Path, rows: list[Evaluation]) -> str:
+def table(run: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     """Measures by sets, in Markdown: shares in percent, with their 95 % intervals."""
     lines = [
         [name, *(cell(row, key) for row in rows)] for key, name in MEASURES.items() if any(key in row for row in rows)

@@ -20,11 +20,11 @@ from fastbd.base import dist, files
 from fastbd.base.console import console
 from fastbd.base.dist import World
 from fastbd.base.errors import Diverged, UserError, lacks_memory, machine_fault
-from fastbd.base.evaluation import Evaluation
+from fastbd.base.evaluation import RecordedEvaluation
 from fastbd.base.run_folder import find, on_common_set
 from fastbd.base.signals import Stopped, stop_behind, stoppable
 from fastbd.commands import clean, demo, poison, pretrain, report
-from fastbd.config.flags import CleanConfig, ReportConfig, SweepConfig
+from fastbd.config.flags import CleanConfig, PoisonConfig, ReportConfig, SweepConfig
 from fastbd.data.shards import open_beton
 from fastbd.report.tables import best_of
 from fastbd.study import halting, live, search
@@ -35,6 +35,7 @@ from fastbd.study.patience import patiently
 from fastbd.study.studies import load
 from fastbd.training.reuse import Kept
 from fastbd.training.run import Run
+from fastbd.training.task import Config
 
 POLL = 2.0  # seconds between looks for a run, where others are at work
 TRIES = 12  # of a run that lacks memory: with the pauses between them about 20 minutes
@@ -185,10 +186,10 @@ def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: Wo
     run = claim.run
     try:
         _clear(run, ledger.folder)
-        if run.verb == "poison":
+        if isinstance(run.config, PoisonConfig):
             poison.run(run.config)
             return "finished"
-        how = _train(claim, ledger, config, kept, world)
+        how = _train(claim, run.config, ledger, config, kept, world)
     except Lost:
         return "taken over by another process"
     except Exception as error:
@@ -205,15 +206,14 @@ def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: Wo
             return _failed(claim, error, kept, world)
         how = "diverged"
     if run.verb == "clean" and not config.keep_weights and claim.held():
-        for path in run.config.out.glob("ckpt_*"):
+        for path in run.out.glob("ckpt_*"):
             path.unlink(missing_ok=True)
     return how
 
 
 def _clear(run: Planned, folder: Path) -> None:
     """Move to aside/ what an unfinished run has left that would keep it from being resumed, or from being begun."""
-    out = run.config.out
-    there = run.product if any(out.glob("ckpt_*")) else out
+    there = run.product if any(run.out.glob("ckpt_*")) else run.out
     if not there.exists():
         return
     (folder / "aside").mkdir(exist_ok=True)
@@ -246,12 +246,11 @@ def _failed(claim: Claim, error: Exception, kept: Kept, world: World) -> str:
     return f"failed: {said}"
 
 
-def _train(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:
+def _train(claim: Claim, settings: Config, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:
     """Train from the last checkpoint, where there is one."""
     planned = claim.run
-    settings, folder = planned.config, planned.config.out
-    if (folder / "config.json").is_file():
-        settings = replace(settings, resume=folder)
+    if (planned.out / "config.json").is_file():
+        settings = replace(settings, resume=planned.out)
 
     def guard() -> None:
         if claim.lost or not claim.held():
@@ -259,7 +258,7 @@ def _train(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world:
 
     training = Run(
         settings,
-        TASKS[planned.verb](settings, world),
+        clean.task(settings, world) if isinstance(settings, CleanConfig) else pretrain.task(settings, world),
         world,
         kept,
         extra={"id": planned.id, "command": command(replace(planned.config, out=None))},
@@ -272,12 +271,13 @@ def _train(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world:
 
 def _rules(planned: Planned, ledger: Ledger, config: SweepConfig) -> list[halting.Rule]:
     """What may end the run early."""
-    if planned.verb != "clean":
+    if not isinstance(planned.config, CleanConfig):
         return []
     rules: list[halting.Rule] = [halting.collapsed] if config.stop_collapsed else []
     if config.asha:
-        others = [run.config for run in ledger.runs if run.verb == "clean" and run.id != planned.id]
-        alike = [other.out for other in others if _but_for_rates(other) == _but_for_rates(planned.config)]
+        own, others = _but_for_rates(planned.config), [run for run in ledger.runs if run.id != planned.id]
+        cleanings = [(run.out, run.config) for run in others if isinstance(run.config, CleanConfig)]
+        alike = [out for out, cleaning in cleanings if _but_for_rates(cleaning) == own]
         rules.append(halting.asha(alike, config.asha))
     return rules
 
@@ -288,7 +288,7 @@ def _but_for_rates(config: CleanConfig) -> dict[str, Any]:
     return {"run": config.run, **rest}
 
 
-def _enough(rules: list[halting.Rule], rows: tuple[Evaluation, ...]) -> str | None:
+def _enough(rules: list[halting.Rule], rows: tuple[RecordedEvaluation, ...]) -> str | None:
     return next(filter(None, (rule(rows) for rule in rules)), None)
 
 
@@ -301,6 +301,3 @@ def _watched(ledger: Ledger) -> Iterator[None]:
     view = partial(live.view, ledger)
     with Live(get_renderable=view, console=console, refresh_per_second=0.5, transient=True):
         yield
-
-
-TASKS = {"pretrain": pretrain.task, "clean": clean.task}

@@ -44,7 +44,7 @@ class Task:
     """Whether the plan's triggers and captions are in the training data."""
     eval_data: Path | None
     classes: str | None
-    templates: str
+    templates: str | None
     pretrain_objective: str
     flagged: np.ndarray | None = None
     """Those of the rows that are known to be poisoned, int64, ascending."""
