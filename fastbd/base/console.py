@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def said_aside(aside: bool) -> Iterator[None]:
+    """Send what the console says within the block to stderr, where `aside`: stdout is for a result alone then."""
+    before, console.stderr = console.stderr, aside
+    try:
+        yield
+    finally:
+        console.stderr = before
 
 
 @contextmanager

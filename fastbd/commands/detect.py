@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastbd.base import dist, random
-from fastbd.base.console import console, markdown
+from fastbd.base.console import console, markdown, said_aside
 from fastbd.base.errors import UserError
 from fastbd.base.files import check_out
 from fastbd.commands.evaluate import open_model
@@ -30,11 +31,21 @@ FIGURES = {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "tpr_at_1_fpr": "TPR at 1 %
 
 def run(config: DetectConfig) -> int:
     """Score the pairs, print how well the scores tell the poisoned ones, write the row list."""
+    with said_aside(config.json):
+        found = _found(config)
+    if config.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(config, found)
+    return 0
+
+
+def _found(config: DetectConfig) -> dict[str, Any]:
+    """Return what the detectors find, and what was dropped; writes the row list."""
     world = dist.join(config.device)
     if world.size > 1:
         raise UserError("detect runs in one process: start it without torchrun.")
     drop = _checked_drop(config)
-    console.stderr = config.json  # stdout is for the object alone
     state, model = open_model(config.run, config.checkpoint, world.device)
     data = config.data or state["about"]["data"]
     beton = open_beton(data)
@@ -65,11 +76,7 @@ def run(config: DetectConfig) -> int:
     }
     if drop is not None:
         found["dropped"] = _drop(config.by, *drop, scores[config.by], beton.fingerprint, poisoned if plan else None)
-    if config.json:
-        print(json.dumps(found, indent=2))
-    else:
-        _show(config, found)
-    return 0
+    return found
 
 
 def _checked_drop(config: DetectConfig) -> tuple[float, Path] | None:

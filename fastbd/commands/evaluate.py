@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastbd.base import dist, files
-from fastbd.base.console import console, markdown, progress
+from fastbd.base.console import console, markdown, progress, said_aside
 from fastbd.base.errors import UserError
 from fastbd.base.evaluation import Evaluation
 from fastbd.base.run_folder import read_config
@@ -47,19 +47,18 @@ def measured(config: EvaluateConfig) -> list[Evaluation]:
 
     Where the run's folder is read-only, nothing is added. Raises OSError, after the table, where the disk is full.
     """
-    console.stderr = config.json  # what it says on the way is not the result
     rows, unrecorded = [], None
-    for row in Measurement(config).rows():
-        rows.append(row)
-        try:
-            files.append(config.run / "metrics.jsonl", {key: value for key, value in row.items() if key != "classes"})
-        except OSError as error:
-            unrecorded = error
-    if unrecorded and unrecorded.errno in READ_ONLY:
-        console.print(
-            f"not recorded, as {unrecorded.filename or config.run} cannot be written ({unrecorded.strerror})",
-            markup=False,
-        )
+    with said_aside(config.json):
+        for row in Measurement(config).rows():
+            rows.append(row)
+            try:
+                told = {key: value for key, value in row.items() if key != "classes"}
+                files.append(config.run / "metrics.jsonl", told)
+            except OSError as error:
+                unrecorded = error
+        if unrecorded and unrecorded.errno in READ_ONLY:
+            where = unrecorded.filename or config.run
+            console.print(f"not recorded, as {where} cannot be written ({unrecorded.strerror})", markup=False)
     _show(config, rows)
     if unrecorded and unrecorded.errno not in READ_ONLY:
         raise unrecorded
