@@ -111,7 +111,7 @@ def test_a_checkpoint_is_written_as_soon_as_its_copy_is_whole(study, monkeypatch
         weight.data.add_(1)
         assert checkpoint.load(tmp_path / "run/ckpt_last.pt")["step"] == 0 or whole.is_set()
         whole.set()
-    training.writer.wait()
+    training.folder.wait()
     saved = checkpoint.load(tmp_path / "run/ckpt_last.pt")
     assert saved["step"] == 2 and torch.equal(next(iter(saved["model"].values())), before)
 
