@@ -18,7 +18,7 @@ from fastbd.base.run_folder import read
 from fastbd.models import create
 from fastbd.models.batchnorm import share_statistics
 from fastbd.report import plots
-from fastbd.training import capture, run
+from fastbd.training import capture, setup
 from fastbd.training.capture import WARM, Captured
 from fastbd.training.reuse import Kept
 
@@ -178,7 +178,7 @@ def test_a_gpu_is_as_before_after_a_capture_that_broke_off():
 def test_a_sweeps_runs_say_and_record_it(device, study, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(study)
     start(study)
-    monkeypatch.setattr(run, "is_captured", lambda choice, world: True)
+    monkeypatch.setattr(setup, "is_captured", lambda choice, world: True)
     kept = Kept()
     capsys.readouterr()
     for seed in (0, 1):
