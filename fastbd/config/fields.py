@@ -85,8 +85,14 @@ class Flag:
 
 
 @cache
+def types_of(kind: type) -> Mapping[str, Any]:
+    """Return the type of each field of a dataclass, by name, without the marks."""
+    return typing.get_type_hints(kind)
+
+
+@cache
 def flags_of(kind: type) -> Mapping[str, Flag]:
-    """Return what is known of each field of a dataclass, by name."""
+    """Return the mark of each field of a dataclass, by name; a Flag of defaults where it has none."""
     hints = typing.get_type_hints(kind, include_extras=True)
     marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
     return {name: next((m for m in found if isinstance(m, Flag)), Flag()) for name, found in marks.items()}
@@ -119,7 +125,7 @@ def portable(value):
 
 def from_dict(kind: type, values: dict):
     """The inverse of to_dict; keys that `kind` no longer has are dropped. TypeError for a value of another type."""
-    hints = typing.get_type_hints(kind)
+    hints = types_of(kind)
     fields = {k: v for k, v in values.items() if k in hints}
     for name, value in fields.items():
         try:

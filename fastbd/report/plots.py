@@ -27,7 +27,7 @@ DPI = 150
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -51,10 +51,15 @@ def _matplotlib() -> ModuleType:
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """The function that draws in STYLE and lays the figure out, once: matplotlib would for each file."""
+
     @wraps(draw)
     def styled(*arguments: Any) -> Figure:
         with _matplotlib().rc_context(STYLE):
-            return draw(*arguments)
+            figure = draw(*arguments)
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)
+        return figure
 
     return styled
 
@@ -238,7 +243,7 @@ def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figur
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 

@@ -19,7 +19,7 @@ from fastbd.base.errors import UserError
 from fastbd.base.files import read_json
 from fastbd.base.run_folder import read_config
 from fastbd.config.cards import check, owners
-from fastbd.config.fields import flags_of, outside, typed
+from fastbd.config.fields import flags_of, outside, typed, types_of
 from fastbd.config.flags import CHOOSERS, CleanConfig, PoisonConfig, PretrainConfig, config_of
 from fastbd.config.presets import PRESETS
 
@@ -347,7 +347,7 @@ def _is_axis(kinds: Sequence[type], flag: str, value: Any) -> bool:
     """Whether these are several values of the flag; of one that takes a list they are lists themselves."""
     if not isinstance(value, tuple | list):
         return False
-    takes_list = any(typing.get_origin(typing.get_type_hints(kind).get(flag)) is tuple for kind in kinds)
+    takes_list = any(typing.get_origin(types_of(kind).get(flag)) is tuple for kind in kinds)
     return not takes_list or any(isinstance(item, tuple | list) for item in value)
 
 
@@ -359,7 +359,7 @@ def _checked(kinds: Sequence[type], flag: str, value: Any, where: str) -> Any:
 
 
 def _checked_in(kind: type, flag: str, value: Any, where: str) -> Any:
-    hints, verb = typing.get_type_hints(kind), _verb(kind)
+    hints, verb = types_of(kind), _verb(kind)
     if flag not in hints:
         chooser = {"clean": "method", "pretrain": "robust"}.get(verb)
         if chooser and (others := owners(chooser, flag)):
