@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -26,6 +25,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when a kernel is defined
 
 import command_line
+import forked  # noqa: F401  which says what the server of processes has to load
 from soak.small import write_data
 
 from fastbd.training import roofline
@@ -49,10 +49,6 @@ def pytest_configure() -> None:
             "without a GPU the tests run kernels in Triton's interpreter, and that of Triton 3.6 cannot loop with "
             'NumPy 2.4: pip install "numpy<2.4", or triton>=3.7 where torch allows it.'
         )
-
-
-# What a build has its workers' server import: a test that starts the server sooner imports it for all.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["fastbd.commands.build"])
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 from cleanings import start
+from forked import command, end
+from matplotlib.figure import Figure
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastbd import cli
@@ -28,6 +31,7 @@ from fastbd.base.run_folder import find
 from fastbd.commands import clean
 from fastbd.commands import sweep as sweep_command
 from fastbd.config.flags import CleanConfig, SweepConfig
+from fastbd.report import write
 from fastbd.study import patience
 from fastbd.study.engines import load_ray
 from fastbd.study.grid import Study
@@ -67,6 +71,22 @@ def one_thread():
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_figures():
+    """In the reports of this process: what figures show is tested elsewhere, and takes seconds."""
+
+    def blank(name: str) -> Callable[[list], Figure]:
+        def draw(runs: list) -> Figure:
+            return Figure(figsize=(1, 1))
+
+        draw.__name__ = name
+        return draw
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "FIGURES", tuple(blank(draw.__name__) for draw in write.FIGURES))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -133,28 +153,28 @@ def test_a_run_is_that_of_its_own_command(name, undisturbed, study, fastbd):
 
 
 def test_killed_again_and_again_it_ends_with_the_same_numbers(undisturbed, study):
-    command = [sys.executable, "-m", "fastbd", "sweep", *started("killed"), "--processes", "2"]
-    chance, kills, code = random.Random(0), 0, None
+    chance, kills, code, said = random.Random(0), 0, None, study / "killed.txt"
     while code != 0:
-        process = subprocess.Popen(command, cwd=study, start_new_session=True, stderr=subprocess.PIPE, text=True)
+        process = command("sweep", *started("killed"), "--processes", 2, cwd=study, said=said)
         ledger = Ledger(study / "killed", SMALL)
         try:
             for _ in range(2):  # first one worker, whose run the other takes over, then all
                 done = number_of_lines(study / "killed") + chance.randrange(1, 4)
-                while process.poll() is None and number_of_lines(study / "killed") < done:
+                while process.is_alive() and number_of_lines(study / "killed") < done:
                     time.sleep(0.01)
                 time.sleep(chance.uniform(0, 0.3))
                 at_work = [row.status.who for row in ledger.table() if row.status.state == "running"]
-                if process.poll() is None and at_work and kills < KILLS:
+                if process.is_alive() and at_work and kills < KILLS:
                     os.kill(int(chance.choice(at_work).split(":")[1]), signal.SIGKILL)
                     kills += 1
-            if process.poll() is None and kills < KILLS:
+            if process.is_alive() and kills < KILLS:
                 process.kill()  # the first process alone: the others save their runs and end
-            code = process.wait(timeout=300)
+            process.join(300)
+            code = process.exitcode
             assert code != -signal.SIGKILL or ended(process.pid)
         finally:
             end(process)
-        assert code in (0, 2, -signal.SIGKILL), process.stderr.read()
+        assert code in (0, 2, -signal.SIGKILL), said.read_text()
     assert kills >= 2
     assert [row.status.state for row in ledger.table()] == ["finished"] * 5
     assert all_numbers(study / "killed") == all_numbers(undisturbed)
@@ -181,32 +201,24 @@ def living(group: int) -> list[str]:
     return found
 
 
-def end(process: subprocess.Popen) -> None:
-    """With all that it has started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 @pytest.mark.parametrize(("processes", "signum"), [(1, signal.SIGUSR1), (2, signal.SIGHUP)])
 def test_a_signal_saves_and_the_study_goes_on(processes, signum, undisturbed, study, sweep):
     """One that the whole group is sent, as by a scheduler or a terminal that is lost."""
     folder = f"stopped{processes}"
-    flags = ("--processes", processes)
-    command = [sys.executable, "-m", "fastbd", "sweep", *started(folder), *map(str, flags)]
-    process = subprocess.Popen(command, cwd=study, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    said = study / f"{folder}.txt"
+    process = command("sweep", *started(folder), "--processes", processes, cwd=study, said=said)
     try:
-        while process.poll() is None and number_of_lines(study / folder) < 4:
+        while process.is_alive() and number_of_lines(study / folder) < 4:
             time.sleep(0.01)
         os.killpg(process.pid, signum)
-        said = process.communicate(timeout=120)[0]
+        process.join(120)
     finally:
         end(process)
-    assert process.returncode == 128 + signum, said
-    assert f"go on with: python -m fastbd sweep --out {folder}" in said
+    assert process.exitcode == 128 + signum, said.read_text()
+    assert f"go on with: python -m fastbd sweep --out {folder}" in said.read_text()
     states = [row.status.state for row in Ledger(study / folder).table()]
     assert "running" not in states and "waiting" in states
-    assert sweep(folder, *flags)["finished"] == 5
+    assert sweep(folder)["finished"] == 5
     assert all_numbers(study / folder) == all_numbers(undisturbed)
 
 
@@ -417,20 +429,21 @@ def test_what_is_not_installed_is_named(monkeypatch):
         load_ray()
 
 
+@pytest.mark.full
 def test_a_ray_actor_that_dies_is_started_again(undisturbed, study):
     pytest.importorskip("ray")
-    command = [sys.executable, "-m", "fastbd", "sweep", *started("ray"), "--engine", "ray", "--processes", "2"]
-    process = subprocess.Popen(command, cwd=study, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    said = study / "ray.txt"
+    process = command("sweep", *started("ray"), "--engine", "ray", "--processes", 2, cwd=study, said=said)
     try:
-        while process.poll() is None and number_of_lines(study / "ray") < 3:
+        while process.is_alive() and number_of_lines(study / "ray") < 3:
             time.sleep(0.01)
         ledger = Ledger(study / "ray")
         (victim, *_) = [row.status.who for row in ledger.table() if row.status.state == "running"]
         os.kill(int(victim.split(":")[1]), signal.SIGKILL)
-        said = process.communicate(timeout=300)[0]
+        process.join(300)
     finally:
         end(process)
-    assert process.returncode == 0, said
+    assert process.exitcode == 0, said.read_text()
     assert all_numbers(study / "ray") == all_numbers(undisturbed)
     holders = [_read_claim(path)[0]["pid"] for path in (study / "ray/claims").glob("*/claim.json")]
     assert len(holders) == 6 and len(set(holders)) == 3
