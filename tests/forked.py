@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 LOADED = ["torch._dynamo", *(f"fastbd.commands.{verb}" for verb in ("build", "pretrain", "clean", "sweep"))]
 multiprocessing.get_context("forkserver").set_forkserver_preload(LOADED)
 
@@ -33,7 +35,7 @@ def forked(work: Callable[..., Any], *arguments: Any, cwd: Path, said: Path | No
 
 def command(*words: Any, cwd: Path, said: Path | None = None) -> BaseProcess:
     """Start the command line `python -m fastbd *words` in a process and a session of its own."""
-    return forked(_command, *map(str, words), cwd=cwd, said=said)
+    return forked(run_command, *map(str, words), cwd=cwd, said=said)
 
 
 def end(process: BaseProcess) -> None:
@@ -41,6 +43,17 @@ def end(process: BaseProcess) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
+
+
+def fork_children(patch: pytest.MonkeyPatch) -> None:
+    """Have sweeps and builds fork their processes from this one, which has loaded all that they need."""
+    from fastbd.base import workers
+    from fastbd.study import engines
+
+    fork = multiprocessing.get_context("fork")
+    for module in (workers, engines):
+        patch.setattr(module, "multiprocessing", SimpleNamespace(get_context=lambda method: fork))
+    patch.setattr(workers, "_start_server", lambda: None)
 
 
 def _alone(work: Callable[..., Any], arguments: tuple, cwd: Path, said: Path | None, environment: dict) -> None:
@@ -56,14 +69,13 @@ def _alone(work: Callable[..., Any], arguments: tuple, cwd: Path, said: Path | N
     sys.exit(work(*arguments))
 
 
-def _command(*words: str) -> int:
+def run_command(*words: str) -> int:
+    """Run a command line in this process, which is a forked one, and in others that are forked from it."""
     import torch
 
     from fastbd import cli
-    from fastbd.study import engines
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    fork = multiprocessing.get_context("fork")  # which can be, as this process has but one thread
-    engines.multiprocessing = SimpleNamespace(get_context=lambda method: fork)
+    fork_children(pytest.MonkeyPatch())
     sys.argv[1:] = words
     return cli.program()

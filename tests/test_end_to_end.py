@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
 import pytest
 import torch
+from forked import command
 
 from fastbd.models import create
 
@@ -104,14 +102,13 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_the_same(study, fast
         1,
     )
     fastbd(*arguments, "--out", "runs/whole", cwd=study)
-    command = [sys.executable, "-m", "fastbd", *map(str, arguments), "--out", "runs/halves"]
-    process = subprocess.Popen(command, cwd=study, stdout=subprocess.PIPE, text=True)
-    log = study / "runs/halves/log.jsonl"
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 15):
+    said, log = study / "halves.txt", study / "runs/halves/log.jsonl"
+    process = command(*arguments, "--out", "runs/halves", cwd=study, said=said)
+    while process.is_alive() and not (log.exists() and len(log.read_text().splitlines()) > 15):
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)
-    said = process.communicate()[0]
-    assert process.returncode == 128 + signal.SIGTERM and "--resume runs/halves" in said
+    process.terminate()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM and "--resume runs/halves" in said.read_text()
     stopped_at = rows(log)[-1]["step"]
     assert stopped_at < 100
     fastbd("pretrain", "--resume", "runs/halves", cwd=study)

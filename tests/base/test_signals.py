@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import forked, run_command
 
 from fastbd.base.signals import STOPPING, Stopped, handled, stoppable
 
 TRAIN = (
+    "pretrain",
     "--data",
     "train.beton",
     "--model",
@@ -75,14 +77,14 @@ def test_only_a_second_that_a_user_sends_is_heard_again(caught):
     assert heard == [*STOPPING, signal.SIGINT, signal.SIGTERM]
 
 
-def begun(study: Path, out: str, **options) -> subprocess.Popen:
-    """A training in a process of its own that has done some steps."""
-    command = [sys.executable, "-m", "fastbd", "pretrain", *map(str, TRAIN), "--out", out]
-    process = subprocess.Popen(command, cwd=study, **options)
-    log = study / out / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
-        time.sleep(0.01)
-    return process
+def on_terminal(name: str) -> int:
+    """Train with this terminal as the one of the session."""
+    terminal = os.open(name, os.O_RDWR)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for stream in range(3):
+        os.dup2(terminal, stream)
+    os.close(terminal)
+    return run_command(*map(str, TRAIN), "--out", "lost")
 
 
 def saved_step(run: Path) -> int:
@@ -92,18 +94,13 @@ def saved_step(run: Path) -> int:
 def test_a_terminal_that_is_lost_costs_no_step(study):
     """Every write to it is an error from then on, and SIGHUP comes."""
     master, slave = pty.openpty()
-    process = begun(
-        study,
-        "lost",
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
+    process, log = forked(on_terminal, os.ttyname(slave), cwd=study), study / "lost/log.jsonl"
+    while process.is_alive() and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.01)
     os.close(slave)
     os.close(master)
-    assert process.wait(60) == 128 + signal.SIGHUP
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGHUP
     logged = [json.loads(line)["step"] for line in (study / "lost/log.jsonl").read_text().splitlines()]
     assert saved_step(study / "lost") == logged[-1] > 0
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from forked import forked
 
 from fastbd.base.errors import UserError
 from fastbd.base.workers import WorkerDied, map_in_order
@@ -110,14 +111,18 @@ def wait(folder: Path, task: int) -> None:
     time.sleep(600)
 
 
+def waiting(folder: Path) -> None:
+    list(map_in_order(partial(wait, folder), range(4), 2))
+
+
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     """Also in the middle of a long task."""
-    parent = subprocess.Popen([sys.executable, __file__, tmp_path], start_new_session=True)
+    parent = forked(waiting, tmp_path, cwd=tmp_path)
     until = time.monotonic() + 60
     while len(pids := [path.name for path in tmp_path.iterdir()]) < 2 and time.monotonic() < until:
         time.sleep(0.05)
     parent.kill()
-    parent.wait()
+    parent.join()
     while any(map(lives, pids)) and time.monotonic() < until:
         time.sleep(0.05)
     assert len(pids) == 2 and not any(map(lives, pids))
@@ -128,7 +133,3 @@ def lives(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
-
-
-if __name__ == "__main__":
-    list(map_in_order(partial(wait, Path(sys.argv[1])), range(4), 2))

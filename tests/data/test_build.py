@@ -9,8 +9,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import fork_children, forked
 from layouts import build, save
 from PIL import Image
 
@@ -356,19 +355,10 @@ def test_ctrl_c_leaves_nothing(tmp_path, long_source):
 def test_no_room_is_told(tmp_path):
     """A limit on the size of files stands in for a full disk."""
     save(tmp_path / "a.jpg")
-    table(tmp_path / "a.csv", ("path", "caption"), ("a.jpg", "one"))
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from fastbd.commands.build import run; from fastbd.config.flags import BuildConfig\n"
-        "run(BuildConfig(source=Path(sys.argv[1], 'a.csv'), out=Path(sys.argv[1], 'a.beton'), workers=1))"
-    )
-    limited = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
-    )
-    assert "UserError: there is no room for" in limited.stderr
+    table(tmp_path / "a.csv", ("path", "caption", "kind"), ("a.jpg", "one", "a"))
+    limited = forked(saving, 1, 1 << 20, cwd=tmp_path, said=tmp_path / "said.txt")
+    limited.join()
+    assert limited.exitcode == 1 and "UserError: there is no room for" in (tmp_path / "said.txt").read_text()
     assert not list(tmp_path.glob("*.beton")) and not list(tmp_path.glob("*.tmp"))
 
 
@@ -384,22 +374,16 @@ def mixed_source(tmp_path) -> Path:
 
 
 OPTIONS = {"class_key": "kind", "text_views": 2, "workers": 1}
+
+
 # A build by two workers that saves after each row; saving() is one by the process itself.
-SAVING = """
-import sys
-from pathlib import Path
-from fastbd.commands import build
-from fastbd.config.flags import BuildConfig
-if __name__ == "__main__":
-    build.SAVE_EVERY = 0
-    build.run(BuildConfig(source=Path("a.csv"), out=Path("set.beton"), class_key="kind", text_views=2, workers=2))
-"""
-
-
-def saving(folder: Path) -> None:
-    os.chdir(folder)
+def saving(workers: int = 1, limit: int | None = None) -> None:
+    """Build a.csv in this process, which notes each image in the journal, and may write no file larger than `limit`."""
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    fork_children(pytest.MonkeyPatch())
     commands_build.SAVE_EVERY = 0
-    run(BuildConfig(source=Path("a.csv"), out=Path("set.beton"), **OPTIONS))
+    run(BuildConfig(source=Path("a.csv"), out=Path("set.beton"), **OPTIONS | {"workers": workers}))
 
 
 def results(folder: Path) -> list[bytes]:
@@ -423,8 +407,7 @@ def saved_lines(folder: Path) -> int:
 
 def leave_unfinished(folder: Path, lines: int) -> None:
     """Run a build in a process of its own, and kill it as soon as its journal has so many lines."""
-    process = multiprocessing.get_context("forkserver").Process(target=saving, args=(folder,))
-    process.start()
+    process = forked(saving, cwd=folder)
     while saved_lines(folder) < lines and process.is_alive():
         time.sleep(0.001)
     process.kill()
@@ -436,11 +419,12 @@ def leave_unfinished(folder: Path, lines: int) -> None:
 @pytest.mark.process
 def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path, mixed_source, wanted, capsys):
     """The first one with workers, which end with it."""
-    process = subprocess.Popen([sys.executable, "-c", SAVING], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    while saved_lines(tmp_path) < 3 and process.poll() is None:
+    process = forked(saving, 2, cwd=tmp_path)
+    while saved_lines(tmp_path) < 3 and process.is_alive():
         time.sleep(0.001)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     for lines in (9, 18):
         leave_unfinished(tmp_path, lines)
     before = saved_lines(tmp_path)
@@ -452,14 +436,15 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path, mixed_source, wanted
 @pytest.mark.process
 def test_a_build_is_left_alone_by_another_to_the_same_file(tmp_path, mixed_source, wanted):
     config = BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS | {"seed": 1})
-    with subprocess.Popen([sys.executable, "-c", SAVING], cwd=tmp_path, stdout=subprocess.DEVNULL) as first:
-        while saved_lines(tmp_path) < 3:
-            time.sleep(0.001)
-        first.send_signal(signal.SIGSTOP)
-        with pytest.raises(UserError, match=r"^another process is building .*set\.beton: wait for it to end, or give "):
-            run(config)
-        first.send_signal(signal.SIGCONT)
-    assert first.returncode == 0 and results(tmp_path) == wanted
+    first = forked(saving, 2, cwd=tmp_path)
+    while saved_lines(tmp_path) < 3:
+        time.sleep(0.001)
+    os.kill(first.pid, signal.SIGSTOP)
+    with pytest.raises(UserError, match=r"^another process is building .*set\.beton: wait for it to end, or give "):
+        run(config)
+    os.kill(first.pid, signal.SIGCONT)
+    first.join()
+    assert first.exitcode == 0 and results(tmp_path) == wanted
     run(config)
     assert results(tmp_path) != wanted
 
@@ -539,15 +524,9 @@ def test_a_build_that_is_stopped_says_that_it_can_go_on(
 
 
 def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, mixed_source, wanted):
-    limit = (1 << 23) + 1_000_000
-    limited = subprocess.run(
-        [sys.executable, "-c", SAVING],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert "free some space; the same command goes on after the" in limited.stderr
+    limited = forked(saving, 2, (1 << 23) + 1_000_000, cwd=tmp_path, said=tmp_path / "said.txt")
+    limited.join()
+    assert "free some space; the same command goes on after the" in (tmp_path / "said.txt").read_text()
     run(BuildConfig(source=mixed_source, out=tmp_path / "set.beton", **OPTIONS))
     assert results(tmp_path) == wanted
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+from forked import fork_children, forked
+from tables import table
 
 from fastbd.base.errors import UserError
 from fastbd.base.signals import Stopped, stoppable
@@ -27,13 +26,13 @@ def fails_once(folder: Path, device: str) -> None:
     try:
         (folder / "first").mkdir()
     except FileExistsError:
-        time.sleep(3)
+        time.sleep(1)
         (folder / "ended").touch()
     else:
         raise KeyError("first")
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", table(["local", "ray"], "local"))
 def test_the_error_of_one_is_told_when_the_others_have_ended(engine, tmp_path):
     if engine == "ray":
         pytest.importorskip("ray")
@@ -43,17 +42,19 @@ def test_the_error_of_one_is_told_when_the_others_have_ended(engine, tmp_path):
     assert any("KeyError: 'first'" in path.read_text() for path in tmp_path.glob("worker-*.log"))
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
-def test_a_signal_is_told_rather_than_an_error(engine, tmp_path):
+@pytest.mark.parametrize("engine", table(["local", "ray"], "local"))
+def test_a_signal_is_told_rather_than_an_error(engine, tmp_path, monkeypatch):
     if engine == "ray":
         pytest.importorskip("ray")
 
     def send() -> None:
         while not (tmp_path / "first").exists():
             time.sleep(0.05)
-        time.sleep(1)
+        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
 
+    if engine == "local":
+        fork_children(monkeypatch)
     threading.Thread(target=send, daemon=True).start()
     with pytest.raises(Stopped):
         ENGINES[engine](partial(fails_once, tmp_path), tmp_path, 2, "cpu")
@@ -64,8 +65,7 @@ def mistaken(device: str) -> None:
 
 
 def test_the_sentence_of_a_process_is_told_without_a_traceback(tmp_path, capfd, monkeypatch):
-    forked = multiprocessing.get_context("fork")  # it has imported all that it needs
-    monkeypatch.setattr(engines.multiprocessing, "get_context", lambda method: forked)
+    fork_children(monkeypatch)
     with pytest.raises(UserError) as raised:
         ENGINES["local"](mistaken, tmp_path, 2, "cpu")
     log = tmp_path / "worker-0.log"
@@ -106,17 +106,19 @@ def waits(folder: Path, device: str) -> None:
         raise
 
 
+def two_that_wait() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        fork_children(patch)
+        ENGINES["local"](partial(waits, Path.cwd()), Path.cwd(), 2, "cpu")
+
+
 def test_processes_end_with_the_first_one_that_is_killed(tmp_path):
-    first = subprocess.Popen([sys.executable, __file__, tmp_path])
+    first = forked(two_that_wait, cwd=tmp_path)
     until = time.monotonic() + 60
     while len(began := list(tmp_path.glob("*.began"))) < 2 and time.monotonic() < until:
         time.sleep(0.05)
     first.kill()
-    first.wait()
+    first.join()
     while len(list(tmp_path.glob("*.saved"))) < 2 and time.monotonic() < until:
         time.sleep(0.05)
     assert sorted(path.stem for path in tmp_path.glob("*.saved")) == sorted(path.stem for path in began)
-
-
-if __name__ == "__main__":
-    ENGINES["local"](partial(waits, Path(sys.argv[1])), Path(sys.argv[1]), 2, "cpu")

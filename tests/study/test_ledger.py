@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from forked import forked
+from study import ledger_worker
 
 from fastbd.base.errors import UserError
 from fastbd.study import ledger as ledgers
@@ -21,7 +25,6 @@ from fastbd.study.grid import Study
 from fastbd.study.ledger import Ledger, seconds_left
 
 pytestmark = pytest.mark.process
-WORKER = Path(__file__).with_name("ledger_worker.py")
 SMALL = Study(
     name="small",
     about="",
@@ -29,19 +32,30 @@ SMALL = Study(
     pretrain=({"objective": ("mmcl", "mmcl_ssl")},),
     clean=({"method": "cleanclip", "lr": (1e-4, 1e-3)},),
 )
-# Another process that takes a run of the ledger and says so.
-TAKE = """
-import sys, time
-from pathlib import Path
-from fastbd.study.ledger import Ledger
-claim = Ledger(Path(sys.argv[1]), lease=float(sys.argv[2])).take()
-print(claim and claim.run.name, flush=True)
-"""
 
 
-def start(code: str, *arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def take(folder: Path, lease: float, pipe: Connection) -> None:
+    """Take a run of the ledger, say its name, and say so when it is lost."""
+    claim = Ledger(folder, lease=lease).take()
+    pipe.send(claim.run.name)
+    while not claim.lost:
+        time.sleep(0.01)
+    pipe.send("lost")
+
+
+def race(pipe: Connection) -> None:
+    """Open each folder that is named, and take a run of it at the word."""
+    while folder := pipe.recv():
+        ledger = Ledger(folder, lease=60)
+        pipe.send("ready")
+        pipe.recv()
+        pipe.send("won" if ledger.take() else "lost")
+
+
+def piped(work: Callable[..., None], *arguments: object, cwd: Path) -> tuple[BaseProcess, Connection]:
+    """Start work(*arguments, pipe) in a process of its own; with the other end of the pipe."""
+    here, there = multiprocessing.Pipe()
+    return forked(work, *arguments, there, cwd=cwd), here
 
 
 def finish(claim, **result) -> None:
@@ -186,15 +200,14 @@ def test_a_holder_that_cannot_reach_its_claim_has_lost_it(tmp_path, monkeypatch)
 
 def test_a_run_of_a_dead_process_is_free_at_once_also_when_its_id_is_used_again(tmp_path, monkeypatch):
     ledger = Ledger(tmp_path, SMALL)
-    worker = start(TAKE + "time.sleep(600)", tmp_path, 600)
-    assert worker.stdout.readline() == "badnet\n"
+    worker, pipe = piped(take, tmp_path, 600, cwd=tmp_path)
+    assert pipe.recv() == "badnet"
     assert ledger.take() is None
-    worker.send_signal(signal.SIGKILL)
-    while ledgers._started(worker.pid) is not None:  # dead, but its parent has not been told
+    worker.kill()
+    while ledgers._started(worker.pid) is not None:
         time.sleep(0.01)
     claim = ledger.take()
     assert claim.run.name == "badnet"
-    worker.wait()
     owner = json.loads((tmp_path / "claims" / f"{claim.run.id}.2" / "claim.json").read_text())
     assert owner["started"] > 0
     assert not ledgers._is_gone(owner) and ledgers._is_gone({**owner, "started": owner["started"] - 1})
@@ -203,19 +216,8 @@ def test_a_run_of_a_dead_process_is_free_at_once_also_when_its_id_is_used_again(
 
 def test_of_two_processes_one_takes_over(tmp_path):
     """Fifty races for a claim that has expired."""
-    code = """
-import sys
-from pathlib import Path
-from fastbd.study.ledger import Ledger
-for line in sys.stdin:
-    ledger = Ledger(Path(line.strip()), lease=60)
-    print("ready", flush=True)
-    sys.stdin.readline()
-    claim = ledger.take()
-    print("won" if claim else "lost", flush=True)
-"""
     folders = [tmp_path / str(k) for k in range(50)]
-    racers = [start(code), start(code)]
+    racers = [piped(race, cwd=tmp_path) for _ in range(2)]
     for folder in folders:
         Ledger(folder, SMALL).take().release()
         claims = folder / "claims"
@@ -223,28 +225,30 @@ for line in sys.stdin:
         held.write_text('{"host": "elsewhere", "pid": 1, "started": 1, "kernel": "x", "since": 0}')
         age(folder, 61)
         said = []
-        for lines in (f"{folder}\n", "\n"):
-            for racer in racers:
-                print(lines, end="", file=racer.stdin, flush=True)
-            said = [racer.stdout.readline() for racer in racers]
-        assert sorted(said) == ["lost\n", "won\n"]
+        for word in (folder, "go"):
+            for _, pipe in racers:
+                pipe.send(word)
+            said = [pipe.recv() for _, pipe in racers]
+        assert sorted(said) == ["lost", "won"]
         assert {path.suffix for path in claims.iterdir()} == {".1", ".2"}
-    for racer in racers:
-        racer.communicate()
+    for racer, pipe in racers:
+        pipe.send(None)
+        racer.join()
 
 
 def test_a_holder_that_was_stopped_notices_that_it_lost(tmp_path):
     ledger = Ledger(tmp_path, SMALL, lease=3.0)
-    worker = start(TAKE + "while not claim.lost: time.sleep(0.01)\nprint('lost', flush=True)", tmp_path, 3.0)
-    assert worker.stdout.readline() == "badnet\n"
+    worker, pipe = piped(take, tmp_path, 3.0, cwd=tmp_path)
+    assert pipe.recv() == "badnet"
     time.sleep(3.5)
     assert ledger.take() is None  # it lives
-    worker.send_signal(signal.SIGSTOP)
-    os.waitpid(worker.pid, os.WUNTRACED)
+    os.kill(worker.pid, signal.SIGSTOP)
+    while Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
     age(tmp_path, 4)
     claim = ledger.take()
-    worker.send_signal(signal.SIGCONT)
-    assert worker.communicate(timeout=30)[0] == "lost\n" and claim.held()
+    os.kill(worker.pid, signal.SIGCONT)
+    assert pipe.poll(30) and pipe.recv() == "lost" and claim.held()
 
 
 def test_no_run_is_lost_or_done_twice_by_workers_that_are_killed(tmp_path):
@@ -252,17 +256,19 @@ def test_no_run_is_lost_or_done_twice_by_workers_that_are_killed(tmp_path):
     study = replace(SMALL, clean=({"method": "cleanclip", "lr": tuple(k * 1e-4 for k in range(1, 16))},))
     ledger = Ledger(tmp_path, study)
     (tmp_path / "journals").mkdir()
-    workers, killed, failures, until = [], 0, [], time.monotonic() + 120
+    workers, killed, said, until = [], 0, tmp_path / "said.txt", time.monotonic() + 120
     while ledger.left() and time.monotonic() < until:
         while len(workers) < 3:
-            workers.append(subprocess.Popen([sys.executable, WORKER, tmp_path], stderr=subprocess.PIPE, text=True))
+            workers.append(forked(ledger_worker.main, tmp_path, cwd=tmp_path, said=said))
         time.sleep(draw.uniform(0.1, 0.8))  # some die at a run, also where starting takes long
         victim = workers.pop(draw.randrange(3))
         victim.kill()
-        failures.append(victim.communicate()[1])
-        killed += victim.returncode == -signal.SIGKILL
-    failures += [worker.communicate(timeout=60)[1] for worker in workers]
-    assert not any(failures), "".join(failures)
+        victim.join()
+        killed += victim.exitcode == -signal.SIGKILL
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert said.read_text() == ""
     assert killed >= 3
     assert all(run.product.exists() for run in ledger.runs) and len(ledger.runs) == 33
     several = 0
