@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +23,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when a kernel is defined
 
 import command_line
-import forked  # noqa: F401  which says what the server of processes has to load
+import ranks
 from soak.small import write_data
 
 from fastbd.training import roofline
@@ -122,34 +120,7 @@ def study(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def together():
-    """together(script, size) runs a script in as many processes that know one another, and gives their outputs."""
-
-    def run(script: Path, size: int) -> list[str]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(size),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        processes = [
-            subprocess.Popen(
-                [sys.executable, script],
-                env=shared | {"RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(size)
-        ]
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-        assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-        return outputs
-
-    return run
+    """together(script, size, *words, cwd=) runs a script in processes that know one another; see tests/ranks.py."""
+    return ranks.together

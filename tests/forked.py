@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import pytest
 
 LOADED = ["torch._dynamo", *(f"fastbd.commands.{verb}" for verb in ("build", "pretrain", "clean", "sweep"))]
 multiprocessing.get_context("forkserver").set_forkserver_preload(LOADED)
+forkserver.set_forkserver_preload = lambda names: None  # a build, which may start the server, asks for less
 
 
 def forked(work: Callable[..., Any], *arguments: Any, cwd: Path, said: Path | None = None) -> BaseProcess:
