@@ -12,6 +12,9 @@ from typing import Any
 
 from forked import end, forked
 
+import fastbd
+
+PROGRAM = Path(fastbd.__file__).with_name("__main__.py")  # the command line, as a script
 SECONDS = 300
 
 

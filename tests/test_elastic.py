@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import PROGRAM
 
 from fastbd import cli
 from fastbd.base.errors import UserError
@@ -21,8 +22,8 @@ from fastbd.config.flags import CleanConfig, PretrainConfig
 
 TRAIN = (
     "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model", "tiny-vit",
-    "--objective", "mmcl_ssl", "--epochs", 4, "--batch-size", 24, "--warmup", 5, "--device", "cpu",
-    "--templates", "demo", "--resident", "none", "--eval-every", "2epoch", "--log-every", 1,
+    "--objective", "mmcl_ssl", "--epochs", 2, "--batch-size", 24, "--warmup", 5, "--device", "cpu",
+    "--templates", "demo", "--resident", "none", "--eval-every", "1epoch", "--log-every", 1,
 )  # fmt: skip
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
 
@@ -38,9 +39,9 @@ def main_rank(launcher: int) -> int:
 
 
 @pytest.mark.process
-def test_a_killed_process_costs_nothing_but_time(study, fastbd_process, monkeypatch):
+def test_a_killed_process_costs_nothing_but_time(study, together, monkeypatch):
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    fastbd_process("pretrain", *TRAIN, "--out", "runs/undisturbed", cwd=study, launcher=LAUNCHER)
+    together(PROGRAM, 2, "pretrain", *TRAIN, "--out", "runs/undisturbed", cwd=study)
     killed, log = study / "runs/killed", study / "runs/killed/log.jsonl"
     command = [sys.executable, *LAUNCHER, "-m", "fastbd", "pretrain", *map(str, TRAIN), "--out", "runs/killed"]
     process = subprocess.Popen(command, cwd=study, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -53,10 +54,10 @@ def test_a_killed_process_costs_nothing_but_time(study, fastbd_process, monkeypa
 
     undisturbed = study / "runs/undisturbed"
     states = [torch.load(run / "ckpt_last.pt", weights_only=True) for run in (undisturbed, killed)]
-    assert [state["step"] for state in states] == [40, 40]
+    assert [state["step"] for state in states] == [20, 20]
     first, second = (state["model"] for state in states)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert [row["step"] for row in rows(log)] == list(range(1, 41))
+    assert [row["step"] for row in rows(log)] == list(range(1, 21))
     for name, key in (("log.jsonl", "loss"), ("metrics.jsonl", "top1")):
         assert [row[key] for row in rows(undisturbed / name)] == [row[key] for row in rows(killed / name)]
     assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in undisturbed.iterdir())

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from forked import command
+from ranks import PROGRAM
 
 from fastbd.models import create
 
@@ -118,7 +119,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_the_same(study, fast
     assert [r["loss"] for r in rows(log)] == [r["loss"] for r in rows(study / "runs/whole/log.jsonl")]
 
 
-def test_two_processes_train_like_one(study, fastbd, fastbd_process):
+def test_two_processes_train_like_one(study, fastbd, together):
     """tiny-vit has no batch norm, so the only difference left is the order of sums.
 
     Plain Adam would hide a wrong gradient scale and blow up rounding; a large eps makes its steps follow the gradient.
@@ -138,9 +139,8 @@ def test_two_processes_train_like_one(study, fastbd, fastbd_process):
         0.01,
     )
     fastbd(*arguments, "--resident", "none", "--out", "runs/one", cwd=study)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     # One process decodes in each epoch, of two the second reads what the first has left on the disk.
-    fastbd_process(*arguments, "--resident", "disk", "--out", "runs/two", cwd=study, launcher=launcher)
+    together(PROGRAM, 2, *arguments, "--resident", "disk", "--out", "runs/two", cwd=study)
     assert [path.name for path in study.glob("*.pixels*")] == ["train.whole.pixels"]
     one, two = weights(study / "runs/one"), weights(study / "runs/two")
     start = create("tiny-vit", 0).state_dict()
