@@ -14,6 +14,7 @@ from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,16 @@ def forked(work: Callable[..., Any], *arguments: Any, cwd: Path, said: Path | No
 def command(*words: Any, cwd: Path, said: Path | None = None) -> BaseProcess:
     """Start the command line `python -m fastbd *words` in a process and a session of its own."""
     return forked(run_command, *map(str, words), cwd=cwd, said=said)
+
+
+def ran(*words: Any, cwd: Path) -> str:
+    """Return what a command line says that ends well in a process of its own."""
+    with TemporaryDirectory() as folder:
+        said = Path(folder) / "said.txt"
+        process = command(*words, cwd=cwd, said=said)
+        process.join()
+        assert process.exitcode == 0, said.read_text()
+        return said.read_text()
 
 
 def end(process: BaseProcess) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from forked import command
+from forked import command, ran
 from ranks import PROGRAM
 
 from fastbd.models import create
@@ -43,14 +43,14 @@ def weights(run):
 
 
 def test_build_poison_pretrain_clean_evaluate_report(study, fastbd, fastbd_process):
-    """Each in a process of its own, as a user runs it; the study's own files were made within this one."""
-    fastbd, here = partial(fastbd_process, cwd=study), partial(fastbd, cwd=study)
-    fastbd("build", "--source", "train.csv", "--out", "built.beton", "--workers", 2)
+    """Each in a process of its own, two started as a user does; the study's own files were made within this one."""
+    new, forked, here = (partial(run, cwd=study) for run in (fastbd_process, ran, fastbd))
+    new("build", "--source", "train.csv", "--out", "built.beton", "--workers", 2)
     assert (study / "built.beton").read_bytes() == (study / "train.beton").read_bytes()
-    fastbd("poison", "--data", "built.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo")
+    forked("poison", "--data", "built.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo")
     assert (study / "built.poison.json").read_bytes() == (study / "train.poison.json").read_bytes()
     out = ("--save-every", 2, "--out", "runs/a")
-    fastbd("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 3, *out)
+    new("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 3, *out)
     clean = (
         "clean",
         "--run",
@@ -66,9 +66,9 @@ def test_build_poison_pretrain_clean_evaluate_report(study, fastbd, fastbd_proce
     )
     refused = here(*clean, "--landed", 1, code=2)
     assert "the attack on runs/a has not landed: ASR" in refused.stderr and not (study / "runs/b").exists()
-    fastbd(*clean, "--landed", 1, "--force")
-    shown = fastbd("evaluate", "--run", "runs/b", "--asr-seed", 5).stdout
-    fastbd("report", "--runs", "runs", "--out", "report.html")
+    forked(*clean, "--landed", 1, "--force")
+    shown = forked("evaluate", "--run", "runs/b", "--asr-seed", 5)
+    forked("report", "--runs", "runs", "--out", "report.html")
 
     losses = rows(study / "runs/a/log.jsonl")
     assert losses[-1]["step"] == 30 and {"mmcl", "ssl_image", "ssl_text", "pairs_per_s"} <= set(losses[0])
@@ -94,7 +94,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_the_same(study, fast
         "mmcl_ssl",
         *SMALL,
         "--epochs",
-        10,
+        4,
         "--eval-every",
         0,
         "--save-every",
@@ -105,17 +105,17 @@ def test_a_run_that_is_stopped_and_resumed_ends_bit_for_bit_the_same(study, fast
     fastbd(*arguments, "--out", "runs/whole", cwd=study)
     said, log = study / "halves.txt", study / "runs/halves/log.jsonl"
     process = command(*arguments, "--out", "runs/halves", cwd=study, said=said)
-    while process.is_alive() and not (log.exists() and len(log.read_text().splitlines()) > 15):
+    while process.is_alive() and not (log.exists() and len(log.read_text().splitlines()) > 12):
         time.sleep(0.02)
     process.terminate()
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM and "--resume runs/halves" in said.read_text()
     stopped_at = rows(log)[-1]["step"]
-    assert stopped_at < 100
+    assert stopped_at < 40
     fastbd("pretrain", "--resume", "runs/halves", cwd=study)
     whole, halves = weights(study / "runs/whole"), weights(study / "runs/halves")
     assert all(torch.equal(whole[k], halves[k]) for k in whole)
-    assert [r["step"] for r in rows(log)] == list(range(1, 101))
+    assert [r["step"] for r in rows(log)] == list(range(1, 41))
     assert [r["loss"] for r in rows(log)] == [r["loss"] for r in rows(study / "runs/whole/log.jsonl")]
 
 

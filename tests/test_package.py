@@ -96,6 +96,7 @@ print(fastbd.__file__)
 """
 
 
+@pytest.mark.full
 def test_an_installed_wheel_works_without_the_repository(built, tmp_path):
     site = tmp_path / "site"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cleanings import START
+from tables import table
 
 from fastbd import cli
 from fastbd.training.run import result_line
@@ -27,7 +28,7 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("name", "most"), [("bananas", 100), ("banana", 1)])
+@pytest.mark.parametrize(("name", "most"), table([("bananas", 100), ("banana", 1)], ("banana", 1)))
 def test_a_set_of_the_target_class_alone_gives_each_line_without_asr(study, monkeypatch, tmp_path, capsys, name, most):
     monkeypatch.chdir(study)
     (study / "two.txt").write_text("apple\nbanana\n")

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from tables import table
 
 from fastbd.base.run_folder import find
 from fastbd.config.cards import OBJECTIVES
@@ -164,7 +165,10 @@ def test_runs_with_little_in_them(draw, write_run, evaluation, tmp_path):
     assert any(text.startswith("No") for text in texts)
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://nowhere", "nonsense"])
+BACKENDS = ("module://matplotlib_inline.backend_inline", "module://nowhere", "nonsense")
+
+
+@pytest.mark.parametrize("backend", table(BACKENDS, BACKENDS[0]))
 def test_a_backend_of_the_environment_is_not_looked_at(backend, fake_runs):
     """As a notebook leaves one behind, which a process of its own may lack."""
     code = (
