@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         patch.setitem(roofline.SIDE, "cpu", 64)
         patch.setitem(roofline.COPIED, "cpu", 1 << 16)
-        for verb in ("build", "poison", "pretrain", "clean", "report"):
+        for verb in ("build", "poison", "pretrain", "clean", "evaluate", "report"):
             for line in lines(verb):
                 fastbd(line)
     yield folder
@@ -95,6 +95,14 @@ def test_the_trigger_is_in_the_data_that_are_evaluated():
 
 def test_the_evaluators_numbers_are_in_each_row():
     assert all(-1 <= row["triggered_cosine"] <= 1 and "clean_cosine" in row for row in rows("start"))
+
+
+def test_an_evaluation_later_gives_the_evaluators_numbers_too(capsys):
+    assert cli.main(["evaluate", "--run", "runs/start", "--device", "cpu", "--evaluator", "similarity:alike"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| triggered_cosine ")]
+    *_, trained, later = rows("start")
+    assert later["triggered_cosine"] == pytest.approx(trained["triggered_cosine"], abs=1e-5)
+    assert f"{later['triggered_cosine']:.4g}" in line
 
 
 def test_the_parts_of_a_loss_are_logged():

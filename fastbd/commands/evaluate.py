@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.data.verify import check_whole
 from fastbd.evals import probe, retrieval
+from fastbd.evals.own import with_own
 from fastbd.evals.sets import Attacked, Captioned, Labelled, open_set
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot
@@ -49,7 +50,8 @@ def measured(config: EvaluateConfig) -> list[Evaluation]:
     """
     rows, unrecorded = [], None
     with said_aside(config.json):
-        for row in Measurement(config).rows():
+        measurement = Measurement(config)
+        for row in measurement.rows():
             rows.append(row)
             try:
                 told = {key: value for key, value in row.items() if key != "classes"}
@@ -59,17 +61,17 @@ def measured(config: EvaluateConfig) -> list[Evaluation]:
         if unrecorded and unrecorded.errno in READ_ONLY:
             where = unrecorded.filename or config.run
             console.print(f"not recorded, as {where} cannot be written ({unrecorded.strerror})", markup=False)
-    _show(config, rows)
+    _show(config, rows, measurement.own)
     if unrecorded and unrecorded.errno not in READ_ONLY:
         raise unrecorded
     return rows
 
 
-def _show(config: EvaluateConfig, rows: list[Evaluation]) -> None:
+def _show(config: EvaluateConfig, rows: list[Evaluation], own: Collection[str]) -> None:
     if config.json:
         print(json.dumps({"run": str(config.run), "sets": rows}, indent=2))
         return
-    console.print(table(config.run, rows), markup=False)
+    console.print(table(config.run, rows, own), markup=False)
     for row in rows if config.per_class else ():
         if "classes" in row:
             console.print(class_table(row), markup=False)
@@ -105,6 +107,8 @@ class Measurement:
         assert not isinstance(probed, Captioned), "a set without classes has been refused"
         self.probed = probed
         self.clean_pairs = self._clean_pairs() if config.rebound else None
+        self.own: dict[str, None] = {}
+        """The names of the numbers of --evaluator, in their order."""
 
     def _check(self) -> None:
         """What can be known before anything is decoded: a mistake is not to cost the sets that went before it."""
@@ -158,9 +162,9 @@ class Measurement:
         with progress(data.name, len(data.ids) * (1 + len(data.attacked))) as advance:
             self.towers.advance = advance
             if not isinstance(data, Labelled):
-                return retrieval.evaluate(self.towers, data, self.config.val_batch)
+                return self._with_own(retrieval.evaluate(self.towers, data, self.config.val_batch), data)
             zeroshot = ZeroShot(self.towers, data)
-            row = zeroshot(details=True)
+            row = self._with_own(zeroshot(details=True), data)
             if self.probed:
                 best = [group for group in data.by_attack() if _is_of(group[0], row)]
                 row |= probe.evaluate(self.towers, self.probed, data, *best or [()])
@@ -170,6 +174,13 @@ class Measurement:
         elif self.clean_pairs:
             console.print(f"{data.name}: no rebound, as ASR cannot be measured on it", markup=False)
         return row
+
+    def _with_own(self, row: Evaluation, data: Labelled | Captioned) -> Evaluation:
+        if self.config.evaluator is None:
+            return row
+        wider = with_own(row, self.config.evaluator, self.towers, data)
+        self.own |= dict.fromkeys(name for name in wider if name not in row)
+        return wider
 
     def _clean_pairs(self) -> tuple[Pairs, np.ndarray]:
         """Those of the run's data that --rebound takes."""
@@ -203,11 +214,12 @@ def _is_of(one: Attacked, row: Evaluation) -> bool:
     return (one.attack.trigger.name, one.attack.target) == (row.get("trigger"), row.get("target"))
 
 
-def table(run: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Measures by sets, in Markdown: shares in percent, with their 95 % intervals."""
+def table(run: Path, rows: Sequence[Mapping[str, Any]], own: Collection[str] = ()) -> str:
+    """Measures by sets, in Markdown: shares in percent with their 95 % intervals; then `own` numbers as they are."""
     lines = [
         [name, *(cell(row, key) for row in rows)] for key, name in MEASURES.items() if any(key in row for row in rows)
     ]
+    lines += [[name, *(f"{row[name]:.4g}" if name in row else "" for row in rows)] for name in own]
     for row in rows:
         for attack in row.get("attacks", []):
             name = f"ASR of {attack['trigger']} to '{attack['target']}'"

@@ -373,6 +373,9 @@ class EvaluateConfig:
     """Print accuracy and ASR of each class too."""
     probe_data: Annotated[Path | None, Flag(file=BETON)] = None
     """Labelled .beton to train a linear probe on, and to find neighbours in; its classes are those of --eval-data."""
+    evaluator: Annotated[str | None, Flag(choice="evaluator")] = None
+    """A function of your own, MODULE:NAME, of the model's towers and of the set: what it returns, numbers by their
+    names, is added to each row of metrics.jsonl, and to the table."""
     val_batch: Annotated[int, Flag(range=SEVERAL)] = 256
     """Pairs in a batch of the contrastive loss that is reported for sets with captions."""
     rebound: Annotated[int, Flag(range=COUNT)] = 0

@@ -11,12 +11,12 @@ import torch
 
 from fastbd.base.background import Background
 from fastbd.base.errors import UserError
-from fastbd.base.evaluation import Evaluation, evaluation_of
-from fastbd.config.cards import load
+from fastbd.base.evaluation import Evaluation
 from fastbd.data.decode import Decoder
 from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.evals.monitor import Monitor
+from fastbd.evals.own import with_own
 from fastbd.evals.sets import Labelled, open_set, part_of
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot
@@ -107,14 +107,7 @@ class Watch:
     def _measured(self, zeroshot: ZeroShot) -> Evaluation:
         """Return the row of the towers as they are, with the numbers of --evaluator."""
         row, name = zeroshot(), self.config.evaluator
-        if name is None:
-            return row
-        own = load("evaluator", name)(zeroshot.towers, zeroshot.data)
-        if not isinstance(own, dict) or not all(isinstance(number, int | float) for number in own.values()):
-            raise UserError(f"--evaluator {name} returned {own!r:.80}: it must return a dict of numbers.")
-        if twice := own.keys() & row.keys():
-            raise UserError(f"--evaluator {name} returned '{min(twice)}', which the row has: call it otherwise.")
-        return evaluation_of({**row, **own})
+        return with_own(row, name, zeroshot.towers, zeroshot.data) if name else row
 
     def _monitored(self) -> Evaluation:
         return self.monitor() if self.monitor else {}
