@@ -183,6 +183,7 @@ def test_what_is_not_there_is_refused_in_a_sentence(line, said, capsys):
         assert error.code == 2
     told = capsys.readouterr()
     assert said in " ".join((told.out + told.err).split())
+    assert not Path("data").exists()  # nor a demo set has been made before
 
 
 def test_settings_of_a_method_are_checked():

@@ -282,7 +282,7 @@ class TrainConfig:
     processes. With SSL both views of a pair count. Published: those of one of 8 GPUs. A ViT has none."""
     device: Annotated[str, Flag(immaterial=True, place=True)] = "auto"
     """cuda, cpu, or auto."""
-    views: Annotated[Views, Flag(column=10)] = "cleanclip"
+    views: Annotated[Views, Flag(choice="views", column=10)] = "cleanclip"
     """Image views: plain, and with SSL an AutoAugment one; or RandAugment; SLIP's random crops and two SimCLR views; or
     one with PAR's noise and erasing, without SSL on images; or MODULE:NAME of a tuple of policies."""
     eda: Literal["epoch", "frozen"] = "epoch"
