@@ -121,12 +121,12 @@ def test_a_run_is_resumed_by_the_recorded_name(capsys):
     assert (settings.method, settings.strength) == ("spread:Spread", 0.5)
     assert cli.main(["clean", "--resume", "runs/spread"]) == 0
     recorded = config("spread")
-    shutil.copytree("runs/spread", "runs/lost")
-    text = json.dumps(recorded).replace("spread:Spread", "lost:Spread")
-    Path("runs/lost/config.json").write_text(text)
-    assert cli.main(["clean", "--resume", "runs/lost"]) == 2
-    assert "the method lost:Spread cannot be imported (there is no module lost" in capsys.readouterr().err
-    shutil.rmtree("runs/lost")
+    shutil.copytree("runs/spread", "runs/gone")
+    text = json.dumps(recorded).replace("spread:Spread", "no_such_module:Spread")
+    Path("runs/gone/config.json").write_text(text)
+    assert cli.main(["clean", "--resume", "runs/gone"]) == 2
+    assert "the method no_such_module:Spread cannot be imported (there is no module no_such_module" in capsys.readouterr().err
+    shutil.rmtree("runs/gone")
 
 
 def test_a_plan_with_a_trigger_that_is_not_there_names_its_module(tmp_path, capsys):
