@@ -19,7 +19,7 @@ Pair = tuple[Row | None, Row | None]
 
 def write(names: tuple[str, str], first: Sequence[Run], second: Sequence[Run], out: Path) -> list[Path]:
     """The page `out` with table 1 of both and their differences, and the scatter of both, which goes beside it too."""
-    figure = plots.beside(dict(zip(names, (first, second), strict=True)))
+    figure = plots.laid_out(plots.beside(dict(zip(names, (first, second), strict=True))))
     image = plots.png(figure)
     content = {"compare.png": image, "compare.svg": plots.svg(figure)}
     content[out.name] = page(names, pair_up(table(first), table(second)), image).encode()

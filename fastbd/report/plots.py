@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 DPI = 150
 
 
+def laid_out(figure: Figure) -> Figure:
+    """Return the figure with its final layout, which matplotlib would find again for each file."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)
+    return figure
+
+
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
@@ -51,15 +58,12 @@ def _matplotlib() -> ModuleType:
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """The function that draws in STYLE and lays the figure out, once: matplotlib would for each file."""
+    """Return the function that draws in STYLE."""
 
     @wraps(draw)
     def styled(*arguments: Any) -> Figure:
         with _matplotlib().rc_context(STYLE):
-            figure = draw(*arguments)
-        figure.draw_without_rendering()
-        figure.set_layout_engine(None)
-        return figure
+            return draw(*arguments)
 
     return styled
 

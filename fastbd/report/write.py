@@ -24,7 +24,7 @@ def write(runs: Sequence[Run], out: Path, refresh: int = 0) -> list[Path]:
     """
     panels = {(method_name(run), run.attack) for run in runs if run.verb == "clean"}
     alone = len(panels) < 2  # then the scatter shows it all
-    figures = {draw.__name__: draw(runs) for draw in FIGURES if not (alone and draw is plots.methods)}
+    figures = {draw.__name__: plots.laid_out(draw(runs)) for draw in FIGURES if not (alone and draw is plots.methods)}
     images = {name: plots.png(figure) for name, figure in figures.items()}
     content = {f"{name}.png": png for name, png in images.items()}
     content |= {} if refresh else {f"{name}.svg": plots.svg(figure) for name, figure in figures.items()}
