@@ -22,7 +22,7 @@ import torch
 from bench.captions import captions, lengths
 from bench.step import OBJECTIVES
 from fastbd.base.dist import World
-from fastbd.base.schedule import learning_rates
+from fastbd.base.learning_rates import learning_rates
 from fastbd.data.loader import Batch
 from fastbd.kernels.text_pack import PackedText, pack, room_for
 from fastbd.methods.method import Method

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbd.base.dist import World
-from fastbd.base.schedule import learning_rates
+from fastbd.base.learning_rates import learning_rates
 from fastbd.data.loader import Batch
 from fastbd.kernels.text_pack import pack
 from fastbd.methods.method import Method

@@ -125,7 +125,10 @@ def test_a_run_is_resumed_by_the_recorded_name(capsys):
     text = json.dumps(recorded).replace("spread:Spread", "no_such_module:Spread")
     Path("runs/gone/config.json").write_text(text)
     assert cli.main(["clean", "--resume", "runs/gone"]) == 2
-    assert "the method no_such_module:Spread cannot be imported (there is no module no_such_module" in capsys.readouterr().err
+    assert (
+        "the method no_such_module:Spread cannot be imported (there is no module no_such_module"
+        in capsys.readouterr().err
+    )
     shutil.rmtree("runs/gone")
 
 

@@ -22,7 +22,7 @@ from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.data.verify import check_whole
 from fastbd.evals import probe, retrieval
-from fastbd.evals.own import with_own
+from fastbd.evals.outside import with_own
 from fastbd.evals.sets import Attacked, Captioned, Labelled, open_set
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot

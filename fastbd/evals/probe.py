@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbd.base.evaluation import Evaluation, evaluation_of
+from fastbd.base.learning_rates import learning_rates
 from fastbd.base.prompts import target_index
-from fastbd.base.schedule import learning_rates
 from fastbd.evals.metrics import averaged, blocks, rate, unit
 from fastbd.evals.sets import Attacked, Labelled
 from fastbd.evals.towers import Towers

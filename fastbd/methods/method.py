@@ -12,7 +12,7 @@ import torch.distributed as td
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbd.base.schedule import learning_rates
+from fastbd.base.learning_rates import learning_rates
 from fastbd.methods.objectives import Objective
 from fastbd.models import CLIP
 

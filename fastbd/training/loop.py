@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
 
 from torch import Tensor
 
 from fastbd.base import signals
 from fastbd.base.console import progress
 from fastbd.base.dist import World
-from fastbd.base.errors import UserError
 from fastbd.base.signals import Stopped
 from fastbd.data.loader import Batch
 from fastbd.training.readback import Readback
+from fastbd.training.timetable import Timetable
 
 
 class Enough(Exception):
     """An evaluation has shown that going on is of no use; the message says why."""
-
-
-@dataclass(frozen=True)
-class Timetable:
-    """When the loop does what, in steps (counted from 1, after the step)."""
-
-    steps_per_epoch: int
-    total: int
-    evaluate_at: Collection[int]
-    save_at: Collection[int]
-    log_every: int
-
-
-def every(interval: str, steps_per_epoch: int, total: int) -> set[int]:
-    """Steps that end each interval of the run, and the last one; 0 means the last only.
-
-    An interval is in epochs, such as epoch, 3epoch or 1/3epoch, or a number of steps. UserError for anything else.
-    """
-    found = re.fullmatch(r"(?P<epochs>\d*|\d+/[1-9]\d*)\s*epochs?|(?P<steps>\d+)", interval.strip())
-    if not found:
-        raise UserError(f"--eval-every {interval} is no interval: give epoch, 1/3epoch, 2epoch, or a number of steps.")
-    steps = Fraction(found["steps"] or steps_per_epoch * Fraction(found["epochs"] or 1))
-    marks, k = {total}, 1
-    while steps and (at := round(k * steps)) < total:
-        marks.add(max(1, at))
-        k += 1
-    return marks
 
 
 def train(

@@ -38,7 +38,7 @@ from fastbd.methods.method import Training
 from fastbd.training import checkpoint, divergence, setup
 from fastbd.training.folder import RunFolder, check_place, free_folder
 from fastbd.training.inputs import decoder_of, open_pairs, policies_of
-from fastbd.training.loop import Enough, Timetable, every, train
+from fastbd.training.loop import Enough, train
 from fastbd.training.readback import NotFinite
 from fastbd.training.rebound import clean_pairs, rebound
 from fastbd.training.resume import check_inputs, inputs
@@ -46,6 +46,7 @@ from fastbd.training.reuse import Kept, reusable, structure
 from fastbd.training.roofline import measure_rates, step_seconds
 from fastbd.training.setup import Setup
 from fastbd.training.task import ROWS, SPARED, Config, Task
+from fastbd.training.timetable import Timetable, every
 from fastbd.training.watch import Watch
 
 REBOUND_BATCH, REBOUND_LR = 16, 1e-6

@@ -16,7 +16,7 @@ from fastbd.data.decode import Decoder
 from fastbd.data.pairs import Pairs
 from fastbd.data.shards import open_beton
 from fastbd.evals.monitor import Monitor
-from fastbd.evals.own import with_own
+from fastbd.evals.outside import with_own
 from fastbd.evals.sets import Labelled, open_set, part_of
 from fastbd.evals.towers import Towers
 from fastbd.evals.zeroshot import ZeroShot

@@ -35,7 +35,7 @@ from bench.published_step import text_tower, trimmed
 from bench.run import Effort, Gate, run
 from bench.text import text_case
 from fastbd.base.dist import World
-from fastbd.base.schedule import learning_rates
+from fastbd.base.learning_rates import learning_rates
 from fastbd.data.beton import BetonWriter
 from fastbd.evals.classifier import Classifier
 from fastbd.kernels.text_pack import lengths_of, pack, room_for

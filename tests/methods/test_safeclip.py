@@ -9,7 +9,7 @@ from formulas import assert_near, embeddings, with_gradients
 from planted import both_ways, cross_entropy, pairs_of, training
 
 from fastbd.base.errors import UserError
-from fastbd.base.schedule import learning_rates
+from fastbd.base.learning_rates import learning_rates
 from fastbd.config.flags import PretrainConfig
 from fastbd.methods.method import Embedded
 from fastbd.methods.safeclip import SafeClip, upper_posterior

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cleanings import cleaning, start, state
 
-from fastbd.base.schedule import learning_rates
+from fastbd.base.learning_rates import learning_rates
 from fastbd.data.beton import Beton
 
 

@@ -10,7 +10,8 @@ import torch
 from fastbd.base import dist
 from fastbd.base.signals import Stopped
 from fastbd.data.loader import Batch
-from fastbd.training.loop import Timetable, train
+from fastbd.training.loop import train
+from fastbd.training.timetable import Timetable
 
 world, steps, saved = dist.join("cpu"), [], []
 

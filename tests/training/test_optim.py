@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from fastbd.base.schedule import learning_rates
+from fastbd.base.learning_rates import learning_rates
 from fastbd.models import create
 from fastbd.training.optim import clamp_log_scale, make_optimizer, restore
 
