@@ -6,11 +6,18 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from fastbd.data.beton import Beton
+from fastbd.data.rows import write_rows
+
 # tiny-vit has no batch norm; a large eps makes Adam's steps follow the gradient.
-COMMON = ("--batch-size", 60, "--warmup", 2, "--eps", 0.01, "--log-every", 1, "--resident", "none", "--device", "cpu")
+COMMON = (
+    "--rows-file", "few.rows", "--batch-size", 24, "--warmup", 2, "--eps", 0.01, "--log-every", 1, "--resident", "none",
+    "--device", "cpu",
+)  # fmt: skip
 FRESH = ("pretrain", "--data", "train.beton", "--plan", "train.poison.json", "--model", "tiny-vit", *COMMON, "--epochs")
 CASES = {
     "roclip": (*FRESH, 3, "--robust", "roclip", "--roclip-pool", 30),
@@ -25,6 +32,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def trained(study, fastbd, together) -> Path:
     """The study's folder with NAME/one and NAME/two, of one process and of two; those start once for all names."""
+    write_rows(study / "few.rows", np.arange(96), Beton(study / "train.beton").fingerprint, "few are enough")
     fastbd(*FRESH, 0, "--out", "two-processes", cwd=study)
     for name, words in CASES.items():
         fastbd(*words, "--out", f"{name}/one", cwd=study)
