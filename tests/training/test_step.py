@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import BATCH, BOTH, EVERY, MMCL, ONE, RATES, Waits, batch_of, captions_of, make_step
+from tables import table
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastbd.base.errors import UserError
@@ -20,6 +21,8 @@ from fastbd.models.batchnorm import BatchNorm, batch_norms, share_statistics
 from fastbd.models.blocks import recompute
 from fastbd.models.clip import ModelSpec, fresh
 from fastbd.models.precision import has_compiler, is_compiled
+
+LITTLE = ModelSpec(32, 32, 4, (1, 1), None, 32, 1, 2, small=True)  # as small as has a pool
 
 
 def trained(model, objective: Objective, steps: int = 3, parts: int = 1, room: int = 1, **settings):
@@ -215,11 +218,12 @@ def test_one_compilation_serves_captions_of_any_lengths(monkeypatch):
     assert_alike(compiled, trained(model, BOTH, steps=4), 1e-3)  # four steps let rounding grow
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
 def test_fused_towers_train_as_compiled_ones_do():
-    """A model as small as has a pool, as Inductor takes its time on a CPU too."""
+    """Inductor takes its time on a CPU too."""
     torch._dynamo.reset()
-    model = fresh(ModelSpec(32, 32, 4, (1, 1), None, 32, 1, 2, small=True), 0)
+    model = fresh(LITTLE, 0)
     compiled, fused = (trained(model, MMCL, room=256, compiled=True, fused=fused) for fused in (False, True))
     assert_alike(fused, compiled)
     assert_alike(fused, trained(model, MMCL))
@@ -233,11 +237,11 @@ def test_fused_is_compiled_wherever_it_is_asked_for(monkeypatch, tmp_path):
     assert is_compiled("fused", ONE) and is_compiled("on", ONE) and not is_compiled("auto", ONE)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", table([1, 2], 2))
 def test_compiled_parts_with_recomputed_activations_are_the_eager_ones(monkeypatch, parts):
     """Running statistics too, which a second forward must not move twice."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    model = create("tiny-rn", 0)
+    model = fresh(LITTLE, 0)
     share_statistics(model, 8)
     eager = trained(model, BOTH, steps=2)
     recompute(model)
