@@ -3,9 +3,10 @@
     TRITON_INTERPRET=0 python tests/kernels/aot.py 80 90 > tests/kernels/aot-3.7.1.csv
 
 A table is named after its version of Triton: 3.7.1 is the one of constraints.txt, 3.6.0 the one of torch 2.11.
-Columns: registers of a thread, shared memory in bytes, spills (local loads and stores), matrix instructions (HGMMA,
-HMMA), float64 instructions of the PTX. Of the kernels that resize images, `tap`: instructions of the innermost loop for
-each pixel that is multiplied by a weight in it, so three times those for each byte of an image that it loads.
+Columns: registers of a thread; bytes of shared memory, and of the stack that registers are spilled to; the PTX's matrix
+instructions (wgmma, mma) and those with float64. Of the kernels that resize images, `tap`: instructions of the
+innermost loop for each pixel that is multiplied by a weight in it, so three times those for each byte of an image that
+it loads.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fastbd.kernels import stamp_triton as stamp
 from fastbd.kernels import text_pack_triton as text
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-COLUMNS = ["kernel", "case", "arch", "registers", "shared", "spills", "hgmma", "hmma", "f64", "tap"]
+COLUMNS = ["kernel", "case", "arch", "registers", "shared", "stack", "wgmma", "mma", "f64", "tap"]
 INTS = {"M", "N", "D", "L", "NP", "offset", "m0", "rows", "pm0", "all_blocks_m", "blocks_m", "blocks_n", "parts",
         "blocks", "stride_own", "stride_part", "start", "stop", "strips", "n_terms", "pitch", "size", "H", "W",
         "h", "w", "captions", "images", "T", *(f"{plane}_{axis}" for plane in ("keep", "add") for axis in "byxc"),
@@ -168,29 +169,29 @@ def compile_one(kernel, kind: str, arguments: dict, options: dict, arch: int):
 def row(case, arch: int) -> dict:
     kernel, name, kind, arguments, *options = case
     compiled = compile_one(kernel, kind, arguments, options[0] if options else {}, arch)
+    tapped = kernel is augment.columns_kernel or arguments.get("SUMS")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in ("--dump-resource-usage", "--dump-sass")
-        )
-
-    def count(pattern: str) -> int:
-        return len(re.findall(rf"\b(?:{pattern})\b", sass))
-
+        usage = cuobjdump("--dump-resource-usage", file.name)
+        sass = cuobjdump("--dump-sass", file.name) if tapped else ""  # which takes as long as many a compilation
+    ptx = compiled.asm["ptx"]
     return dict(
         kernel=kernel.__name__,
         case=name,
         arch=arch,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         shared=compiled.metadata.shared,
-        spills=count("LDL|STL"),
-        hgmma=count("HGMMA"),
-        hmma=count("HMMA"),
-        f64=compiled.asm["ptx"].count(".f64"),
-        tap=f"{tap(sass):.1f}" if kernel is augment.columns_kernel or arguments.get("SUMS") else "",
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma=ptx.count("mma.sync"),
+        f64=ptx.count(".f64"),
+        tap=f"{tap(sass):.1f}" if tapped else "",
     )
+
+
+def cuobjdump(what: str, file: str) -> str:
+    return subprocess.run([CUOBJDUMP, what, file], capture_output=True, text=True, check=True).stdout
 
 
 def tap(sass: str) -> float:
