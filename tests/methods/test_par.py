@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import BATCH, Waits, batch_of, captions_of, make_step
+from tables import table
 
 from fastbd import cli
 from fastbd.config.flags import CleanConfig, config_of
@@ -169,7 +170,7 @@ def test_a_step_begins_where_the_poisoned_model_is_and_moves_away(frozen):
     assert not method.state_dict() and not list(method.parameters())
 
 
-@pytest.mark.parametrize("settings", [{"parts": 2}, {"compiled": True}])
+@pytest.mark.parametrize("settings", table([{"parts": 2}, {"compiled": True}], {"parts": 2}))
 def test_in_parts_or_compiled_it_trains_the_same(monkeypatch, settings):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     states = []
