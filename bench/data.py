@@ -29,6 +29,7 @@ from fastbd.data.pairs import Pairs
 from fastbd.data.tokenizer import CONTEXT
 
 SIZE, BATCH = 224, 64
+IMAGES = {"cpu": {True: 256, False: 512}, "cuda": {True: 1024, False: 4096}}  # of an epoch, by --quick
 TOLERANCE = {"": 0.02}  # a level is 1.5 % of a standard deviation
 GPU_DECODE = {"": 0.2}  # another inverse DCT and chroma upsampling: some levels, and Equalize makes more of them
 HW_LOADS = {True: (0.0, 0.65, 1.0), False: (0.0, 0.5, 0.65, 0.9, 1.0)}  # by --quick
@@ -45,7 +46,7 @@ DAMAGES: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
 
 def cases(device: str, quick: bool) -> Cases:
     """Photographs of 256 x 341 px to views of 224 px: float32 on a CPU, bf16 on a GPU. Some of them are damaged."""
-    count = (4096 // (4 if quick else 1)) if device == "cuda" else (512 // (2 if quick else 1))
+    count = IMAGES[device][quick]
     with TemporaryDirectory() as folder:
         stored = cache(partial(written, Path(folder, "photographs.beton"), count))
         broken = partial(written, Path(folder, "damaged.beton"), 2 * BATCH, damaged=True)

@@ -39,6 +39,7 @@ from fastbd.poison.triggers import TriggerSpec
 
 PROMPTS = 512  # of a batch
 TEMPLATES = "imagenet80"
+IMAGES = {True: 200, False: 1_000}  # of an evaluation on a CPU, by --quick
 CLASSIFIER = {"fp32": {"": 1e-5}, "bf16": {"": 2e-2}}  # sums in another order; float32 against bf16
 # Cosines, and shares of images, which are compared as they are: of 1,000 images one or two may be decided otherwise.
 TOLERANCE = {"fp32": {"": 1e-5, "top": 2e-3, "asr": 2e-3}, "bf16": {"": 8e-2}}
@@ -66,7 +67,7 @@ def cases(device: str, quick: bool) -> Cases:
             name = f"evaluation rn50 {count} images, {len(names)} x {forms} bf16"
             yield name, partial(whole, name, "rn50", partial(repeated, count), names, "bf16")
         else:
-            count, names = 200 if quick else 1_000, list(SHAPES)
+            count, names = IMAGES[quick], list(SHAPES)
             for model in ("demo", "tiny-rn"):  # whose image tower is nearly all the work, and hardly any
                 name = f"evaluation {model} {count} images, {len(names)} x {forms} fp32"
                 yield name, partial(whole, name, model, lambda: demo_pictures(count)[0], names, "fp32")

@@ -46,7 +46,7 @@ def photographs(n: int) -> list[np.ndarray]:
 
 def repeated(count: int) -> list[np.ndarray]:
     """`count` photographs, 256 of which differ."""
-    made = photographs(256)
+    made = photographs(min(count, 256))
     return [made[i % len(made)] for i in range(count)]
 
 

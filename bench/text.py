@@ -24,6 +24,7 @@ from fastbd.models.precision import autocast
 from fastbd.models.text import Attention
 from fastbd.training.roofline import Rates, step_seconds
 
+LARGE = {"cpu": ("rn50", 8, "fp32"), "cuda": ("rn50", 256, "bf16")}  # model, captions, precision
 WATCHED = (
     "token_embedding.weight",
     "positional_embedding",
@@ -36,7 +37,7 @@ ATTENTION = {"fp32": {"": 1e-5}, "bf16": {"": 1e-2}}  # of outputs and gradients
 
 def cases(device: str, quick: bool) -> Cases:
     """Attention alone, then the whole tower: that of RN50 and ViT-B/32 (width 512, 12 layers), and the demo's."""
-    large = ("rn50", 256, "bf16") if device == "cuda" else ("rn50", 8, "fp32")
+    large = LARGE[device]
     towers = [large, ("demo", 128, "fp32")]
     if device == "cuda" and not quick:
         towers.append(("rn50", 256, "fp32"))

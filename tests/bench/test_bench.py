@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import math
+import multiprocessing
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
 import weakref
@@ -13,24 +15,24 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tables import table
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import loss, records, step
 from bench.__main__ import BENCHES, listed, main
 from bench.captions import captions, lengths
-from bench.case import Case, Provider, Unavailable, errors, objection
+from bench.case import Case, Cases, Provider, Unavailable, errors, objection
 from bench.eval import every_other, protocol_case
 from bench.limits import Limits
 from bench.measure import MOST, largest, measure, most_in_use, peak_bytes, spread
-from bench.peers import autocast, one_matrix, two_matrices
+from bench.peers import autocast, of_pairs, one_matrix, two_matrices
 from bench.published_step import text_tower, trimmed
 from bench.run import Effort, Gate, run
 from bench.text import text_case
@@ -46,14 +48,25 @@ from fastbd.training.optim import make_optimizer
 from fastbd.training.roofline import Rates, step_seconds, text_ops
 from fastbd.training.step import Step
 
-ROOT = Path(__file__).parents[2]
 LIMITS = Limits("cpu", {"fp32": 1e9, "bf16": 1e9, "fp64": 1e9}, 1e9)
 
 
-def bench(*words, **settings) -> subprocess.CompletedProcess:
-    """The real command, in a process of its own."""
-    command = [sys.executable, "-m", "bench", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | settings)
+@pytest.fixture(autouse=True)
+def _little_to_collect():
+    """A bench collects what each provider leaves: that takes long among all that the tests have loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def bench(monkeypatch, *words) -> int:
+    """Exit code of `python -m bench`, run within this process as on a machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench", *map(str, words)])
+    monkeypatch.delitem(sys.modules, "bench.__main__")  # it is loaded anew
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("bench", run_name="__main__", alter_sys=True)
+    return ended.value.code
 
 
 def test_calls_are_timed_in_turn_after_a_warm_up():
@@ -235,14 +248,54 @@ def gated(case: Case, names=None) -> tuple[dict, dict]:
     return calls, reasons
 
 
-@pytest.mark.parametrize("name", ["step", "text", "eval", "augment", "data"])
-def test_the_ways_of_a_bench_do_the_same(name):
+def step_sizes(device: str, quick: bool) -> list[step.Size]:
+    return [step.Size("tiny-rn", 16, objective, "fp32") for objective in step.OBJECTIVES]
+
+
+# Of each bench on a CPU: less work than with --quick, of all its kinds.
+SMALL = {
+    "step": {"bench.step.sizes": step_sizes},
+    "text": {"bench.text.LARGE": {"cpu": ("tiny-vit", 8, "fp32")}},
+    "eval": {"bench.eval.IMAGES": {True: 30}, "bench.published_eval.BATCH": 20, "bench.eval.TEMPLATES": "eurosat"},
+    "augment": {"bench.augment.SIZE": 64},
+    "data": {"bench.data.IMAGES": {"cpu": {True: 72}}, "bench.data.BATCH": 36, "bench.data.SIZE": 64},
+}
+
+
+def small_cases(name: str, monkeypatch) -> Cases:
+    for target, value in SMALL[name].items():
+        monkeypatch.setattr(target, value)
+    return import_module(f"bench.{name}").cases("cpu", quick=True)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_ways_of_a_bench_do_the_same(name, monkeypatch):
     """Refused raises here. Packages may not be installed, and nothing is compiled for --quick on a CPU."""
-    for case_name, build in import_module(f"bench.{name}").cases("cpu", quick=True):
+    for case_name, build in small_cases(name, monkeypatch):
         case = build()
-        calls, skipped = gated(case, [way for way, provider in case.providers.items() if not provider.slow])
+        names = [way for way, provider in case.providers.items() if not provider.slow and not is_ffcvs(way)]
+        calls, skipped = gated(case, names)
         assert case.name == case_name and len(calls) >= 2
-        assert all("ffcv" in way.lower() or "dali" in way or "GPU" in why for way, why in skipped.items())
+        assert all("dali" in way or "GPU" in why for way, why in skipped.items())
+
+
+def is_ffcvs(way: str) -> bool:
+    return "ffcv" in way.lower()
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not find_spec("ffcv"), reason="FFCV is not installed")
+def test_ffcvs_ways_do_the_same(monkeypatch):
+    """numba compiles them, for longer than all else takes. The pixels of its own loader are not compared."""
+    own = "FFCV, random crop"
+    for _, build in small_cases("data", monkeypatch):
+        case = build()
+        first, *others = case.providers
+        names = [first, *filter(is_ffcvs, others)]
+        calls, _ = gated(case, names)
+        assert list(calls) == names and len(calls) >= 2
+        views = calls[own]()["view 0"] if own in calls else torch.full((36, 3, 64, 64), 100.0)
+        assert views.shape == (36, 3, 64, 64) and views.dtype == torch.float32 and 50 < views.mean() < 200
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -310,10 +363,10 @@ def our_step(name: str, objective: Objective) -> Step:
     return Step(model, Method(objective), optimizer, rates, precision="fp32", world=World(0, 1, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("objective", step.OBJECTIVES)
+@pytest.mark.parametrize("objective", table(step.OBJECTIVES, "mmcl_ssl"))
 def test_batches_of_all_lengths_share_one_compilation(objective):
     torch._dynamo.reset()
-    size, counter = step.Size("tiny-rn", 8, objective, "fp32"), CompileCounter()
+    size, counter = step.Size("tiny-vit", 8, objective, "fp32"), CompileCounter()
     ours = our_step(size.model, step.OBJECTIVES[objective])
     ours.towers = torch.compile(ours.towers, backend=counter)
     taken = set()
@@ -351,6 +404,7 @@ def test_the_evaluations_of_a_gpus_case_do_the_same(monkeypatch):
     built, build = [], Classifier.__call__
     monkeypatch.setattr(Classifier, "__call__", lambda self, tower: built.append(build(self, tower)) or built[-1])
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr("bench.eval.TEMPLATES", "demo")
     made = partial(protocol_case, "tiny", "tiny-rn", 200, every_other(50), "bf16", "cpu")
     assert list(made(False).providers) == ["fastbd, compiled"]
     case = made(True)
@@ -430,25 +484,15 @@ def test_the_peers_compute_the_loss(terms):
         assert objection(found, loss.TOLERANCE[tolerance]) == ""
 
 
-INTERPRETED = """
-import torch
-from bench import fixed_maximum, loss, online_rows
-from bench.case import errors
-from bench.peers import of_pairs
-fixed_maximum.DTYPE = torch.float32  # the interpreter multiplies no bf16
-towers, log_scale = loss.embeddings(loss.Size(150, 64, "mmcl_ssl", "fp32"), "cpu")
-want = loss.truth(towers, log_scale)
-for module in (fixed_maximum, online_rows):
-    found = errors(loss.gradients(of_pairs(module.pair_loss), towers, log_scale)(), want, {})
-    assert max(found.values()) < 1e-5, (module.__name__, found)
-"""
-
-
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
-def test_the_peers_in_triton_compute_the_loss():
-    settings = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, capture_output=True, text=True, env=settings)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted: the bench compares them")
+@pytest.mark.parametrize("name", ["fixed_maximum", "online_rows"])
+def test_the_peers_in_triton_compute_the_loss(name, monkeypatch):
+    module = import_module(f"bench.{name}")
+    monkeypatch.setattr("bench.fixed_maximum.DTYPE", torch.float32)  # the interpreter multiplies no bf16
+    towers, log_scale = loss.embeddings(loss.Size(150, 64, "mmcl_ssl", "fp32"), "cpu")
+    found = errors(loss.gradients(of_pairs(module.pair_loss), towers, log_scale)(), loss.truth(towers, log_scale), {})
+    assert max(found.values()) < 1e-5, found
 
 
 def test_a_new_column_leaves_old_rows_whole(tmp_path):
@@ -480,20 +524,23 @@ def test_the_rows_in_the_repository_are_whole():
                 assert row["name"] and row["provider"] and float(row["rate"]) > 0 and row["date"] and row["torch"]
 
 
-def test_the_command_ends_with_one_json_object(tmp_path):
+def test_the_command_ends_with_one_json_object(tmp_path, monkeypatch, capfd):
+    sizes = [loss.Size(32, 64, terms, "fp32") for terms in loss.TOWERS]
+    monkeypatch.setattr(loss, "sizes", lambda device, quick: sizes)
     words = ("--cases", "mmcl fp32", "--providers", "fastbd,open_clip form, autocast,CleanCLIP", "--kernels", 8)
-    done = bench("loss", "--quick", *words, "--out", tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    assert bench(monkeypatch, "loss", "--quick", *words, "--out", tmp_path) == 0
+    said = capfd.readouterr().out.splitlines()
+    result = json.loads(said[-1])
     assert not result["refused"] and not result["failed"]
     for row in result["rows"]:
         assert {"name", "provider", "rate", "unit", "ratio", "limit_share", "device"} <= set(row)
         assert row["rate"] > 0 and row["limit_share"] > 0 and row["peak_bytes"] > 0 and row["build_seconds"] > 0
-        assert row["name"] == "loss B=128 D=1024 mmcl fp32" and row["baseline"] == "open_clip form, autocast"
+        assert row["name"] == "loss B=32 D=64 mmcl fp32" and row["baseline"] == "open_clip form, autocast"
     ways = [row["provider"] for row in result["rows"]]
     assert ways == ["open_clip form, autocast", "fastbd reference", "CleanCLIP form, float32"]
-    assert "needs a GPU" in done.stdout and result["skipped"]["loss B=128 D=1024 mmcl fp32: fastbd tile"]
-    assert sum("aten::mm" in line for line in done.stdout.splitlines()) == len(ways)  # of each
+    assert result["skipped"]["loss B=32 D=64 mmcl fp32: fastbd tile"] == "needs a GPU"
+    assert "fastbd tile: skipped: needs a GPU" in said
+    assert sum("aten::mm" in line for line in said) == len(ways)  # of each
     with open(tmp_path / "cpu.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(result["rows"]) and all(row["device"] and row["fp32_tflops"] for row in rows)
@@ -563,35 +610,22 @@ def test_names_with_commas_on_the_command_line():
     assert listed("open_clip, step compiled,fastbd,a") == ["open_clip, step compiled", "fastbd", "a"]
 
 
-KILLED = """
-import os, signal, sys
-from types import ModuleType, SimpleNamespace
-import torch
-from bench import __main__ as command
-from bench.case import Case, Provider
-from bench.limits import Limits
+def test_a_run_that_is_killed_keeps_the_rows_before(monkeypatch, capfd, tmp_path):
+    """It is at the fourth call of its third provider."""
+    left = [3, 2, 1]
 
-def provider(calls: int):
     def call():
-        nonlocal calls
-        calls -= 1
-        if not calls:
+        if not left:
             os.kill(os.getpid(), signal.SIGKILL)
-        return {"x": torch.ones(4)}
-    return Provider(lambda: call, {"": 0.0})
+        return {"x": torch.full((4,), float(left.pop() > 0))}
 
-ways = {"a": provider(0), "b": provider(0), "killed": provider(4), "later": provider(0)}
-module = sys.modules["sum"] = ModuleType("sum")
-module.cases = lambda device, quick: iter([("one", lambda: Case("one", "x/s", 4, "cpu", ways))])
-command.BENCHES["sum"] = "sum"
-command.measure_limits = lambda device: Limits("cpu", {"fp32": 1e9, "fp64": 1e9}, 1e9)
-command.main(["sum", "--quick", "--out", sys.argv[1]])
-"""
-
-
-def test_a_run_that_is_killed_keeps_the_rows_before(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed = Provider(lambda: call, {"": 0.0}, memory="")
+    cases = [sum_case("one", a=work(1.0), b=work(1.0), killed=killed, later=work(1.0))]
+    words = monkeypatch, capfd, tmp_path, cases, "sum"
+    process = multiprocessing.get_context("fork").Process(target=command, args=words)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     with open(tmp_path / "cpu.csv", newline="") as file:
         assert [row["provider"] for row in csv.DictReader(file)] == ["a", "b"]
-    assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == ["a", "b"]
+    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()[-2:]] == ["a", "b"]

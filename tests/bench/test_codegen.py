@@ -102,6 +102,7 @@ def test_a_tensor_that_is_not_known_is_an_error():
         launches(HAND_MADE.replace("half.run(activation", "half.run(elsewhere"))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     torch.__version__.split("+")[0] not in WORKS_WITH or torch.version.cuda or not shutil.which("g++"),
     reason="made for another torch, or no g++",

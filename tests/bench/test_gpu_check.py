@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -109,12 +111,11 @@ def test_every_test_that_needs_a_gpu_is_run():
 
 
 def test_a_small_call_from_end_to_end(tmp_path, monkeypatch):
-    """Stages of call 1 in small, on the CPU; a bench that has time for nothing has not passed."""
+    """Stages of call 1 on the CPU; a bench that has time for nothing has not passed."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("FASTBD_COMMIT", "abc123")
     small = {
-        "imports": ("-m", "bench.imports", "cpu", *gpu_check.MODULES),
-        "parity": ("-m", "bench.parity", "--device", "cpu", "--modes", "eager", "--done", "6"),
+        "imports": ("-m", "bench.imports", "cpu", "numpy", "PIL"),
         "kernels": ("-m", "bench", "loss", "--quick", "--seconds", "0", "--out", "{out}"),
     }
     stages = [Stage(stage.name, small[stage.name], 300) for stage in CALLS["1"] if stage.name in small]
@@ -122,23 +123,16 @@ def test_a_small_call_from_end_to_end(tmp_path, monkeypatch):
     assert [line.split(", ")[0] for line in read(tmp_path / "out" / "summary.txt")] == [
         "commit abc123",
         "imports: passed",
-        "parity: passed",
         "kernels: FAILED with exit code 1",
     ]
     (found,) = read(tmp_path / "out" / "imports.log")
-    assert f"torch {version('torch')}, " in found and f"PIL {version('pillow')}" in found
-    said, count = read(tmp_path / "out" / "parity.log"), len(parity.SETTINGS)
-    assert len(said) == count - 6 + 1 and said[-1] == f"0 of {count} failed"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "imports.log",
-        "kernels.log",
-        "parity.log",
-        "summary.txt",
-    ]
+    assert f"numpy {version('numpy')}, PIL {version('pillow')}" in found
+    assert "the 0 seconds of this run were over" in (tmp_path / "out" / "kernels.log").read_text()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["imports.log", "kernels.log", "summary.txt"]
 
 
 ENVIRONMENT = """
-import os, sys, fastbd.kernels.augment as module, carried
+import os, sys, fastbd.kernels as module, carried
 print(module.__file__, carried.__file__, *(os.environ[name] for name in sys.argv[1:]))
 """
 
@@ -236,16 +230,36 @@ def test_a_box_without_the_packages_is_told_at_once_what_is_missing(tmp_path):
     assert [line.split(", ")[0] for line in read(tmp_path / "out" / "summary.txt")[1:]] == [
         "imports: FAILED with exit code 2"
     ]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["imports.log", "summary.txt"]
 
 
-def test_a_machine_without_a_gpu_is_told_so(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    imports = replace(CALLS["1"][0], limit=300)  # a busy machine needs long
-    assert check([imports, python("print('on')")], tmp_path) == 2
-    said, error = capfd.readouterr()
-    assert "missing: a GPU (torch sees none on this machine)" in said
-    assert error == "error: gpu-check stops here, as something is missing: see imports.log.\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["imports.log", "summary.txt"]
+def run_module(monkeypatch, name: str, *words: str) -> int:
+    """Exit code of `python -m NAME`, run within this process as on a machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    monkeypatch.delitem(sys.modules, name, raising=False)  # it is loaded anew
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    return ended.value.code
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
+def test_a_machine_without_a_gpu_is_told_so(monkeypatch, capsys):
+    _, module, *words = CALLS["1"][0].words
+    assert run_module(monkeypatch, module, *words) == gpu_check.MISSING
+    found, missing, _ = capsys.readouterr().out.splitlines()
+    assert f", torch {version('torch')}, triton {version('triton')}, " in found
+    assert missing == "missing: a GPU (torch sees none on this machine)"
+
+
+def test_parity_by_its_own_command(monkeypatch, capsys):
+    """Of the last of its settings; all of them on a GPU."""
+    count = len(parity.SETTINGS)
+    words = ("--device", "cpu", "--modes", "eager", "--done", str(count - 1))
+    assert run_module(monkeypatch, "bench.parity", *words) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and said[0].startswith(f"eager {parity.SETTINGS[-1]}: right, ")
+    assert said[1] == f"0 of {count} failed"
 
 
 @pytest.mark.parametrize("words", [(), ("1",), ("3", "out"), ("1", "out", "more")], ids=" ".join)
@@ -257,12 +271,12 @@ def test_other_words_are_answered_with_the_usage(words, capsys):
 # ---- its own tools ----
 
 
-def test_a_failed_test_is_told_before_the_next_one_begins(tmp_path):
+def test_a_failed_test_is_told_before_the_next_one_begins(tmp_path, capsys):
     (tmp_path / "test_two.py").write_text("def test_one():\n    assert 2 == 3\ndef test_other(): pass\n")
-    command = [sys.executable, "-m", "pytest", "-v", "-pbench.pytest_gpu", "-pno:cacheprovider", tmp_path]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT})
-    assert done.returncode == 1
-    assert -1 < done.stdout.find("assert 2 == 3") < done.stdout.find("test_two.py::test_other")
+    words = ["-v", "-pbench.pytest_gpu", "-pno:cacheprovider", "-pno:faulthandler", "--import-mode=importlib"]
+    assert pytest.main([*words, str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert -1 < said.find("assert 2 == 3") < said.find("test_two.py::test_other")
 
 
 def test_what_is_wrong_or_fails_is_said_and_the_next_one_has_its_turn(capsys):
@@ -285,7 +299,7 @@ def test_what_is_wrong_or_fails_is_said_and_the_next_one_has_its_turn(capsys):
 
 def test_compiled_steps_are_compared(monkeypatch, capsys):
     """By a compiler that needs no other."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     assert parity.main(["--device", "cpu"], [parity.Setting("tiny-vit", 1, 1, 0, "fp32")]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["eager", "compiled", "0"]
 
