@@ -12,6 +12,7 @@ from fastbd.data.loader import Batch
 from fastbd.kernels.text_pack import pack
 from fastbd.methods.method import Method
 from fastbd.methods.objectives import Objective
+from fastbd.models.clip import ModelSpec
 from fastbd.training.optim import make_optimizer
 from fastbd.training.step import Step
 
@@ -20,6 +21,10 @@ MMCL, BOTH = Objective(), Objective(mmcl_weight=0.7, ssl_weight=1.3)
 EVERY = Objective(mmcl_weight=0.7, ssl_weight=1.3, siglip_weight=0.4, cyclic_weight=0.2)
 BATCH = 16
 RATES = learning_rates(0.01, warmup=2, total=8)
+# The fewest layers that have all kinds in them, as compiling takes seconds for each; the second has no batch norm.
+SHALLOW_RN = ModelSpec(32, 32, 4, (1,), None, 32, 1, 2, small=True)
+SHALLOW_VIT = ModelSpec(32, 32, 64, (1,), 16, 32, 1, 2)
+ROOM = 512  # tokens, for which any batch has room: so all have one shape
 
 
 def captions_of(count: int, seed: int) -> np.ndarray:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import BATCH, BOTH, EVERY, MMCL, ONE, RATES, Waits, batch_of, captions_of, make_step
+from steps import (
+    BATCH,
+    BOTH,
+    EVERY,
+    MMCL,
+    ONE,
+    RATES,
+    ROOM,
+    SHALLOW_RN,
+    SHALLOW_VIT,
+    Waits,
+    batch_of,
+    captions_of,
+    make_step,
+)
 from tables import table
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -19,10 +35,8 @@ from fastbd.methods.objectives import Objective
 from fastbd.models import create
 from fastbd.models.batchnorm import BatchNorm, batch_norms, share_statistics
 from fastbd.models.blocks import recompute
-from fastbd.models.clip import ModelSpec, fresh
+from fastbd.models.clip import fresh
 from fastbd.models.precision import has_compiler, is_compiled
-
-LITTLE = ModelSpec(32, 32, 4, (1, 1), None, 32, 1, 2, small=True)  # as small as has a pool
 
 
 def trained(model, objective: Objective, steps: int = 3, parts: int = 1, room: int = 1, **settings):
@@ -207,25 +221,35 @@ def test_nothing_in_a_step_waits_for_the_device(objective, parts):
         assert len(waits.seen) == 1
 
 
-def test_one_compilation_serves_captions_of_any_lengths(monkeypatch):
-    """And as many batches, rates and weights as there are; the losses are the eager ones."""
+@pytest.fixture
+def compilations(monkeypatch) -> CompileCounterWithBackend:
+    """Counts what is compiled from here on, for a backend that needs no C++ compiler."""
+    torch._dynamo.reset()  # else a function that has been compiled often in this process would be no more
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    torch._dynamo.reset()
-    model = create("tiny-rn", 0)
-    compiled = trained(model, BOTH, steps=4, room=512, compiled=True)
-    assert counter.frame_count == 1
+    return counter
+
+
+def test_one_compilation_serves_captions_of_any_lengths(compilations):
+    """And as many batches, rates and weights as there are; the losses are the eager ones."""
+    model = fresh(SHALLOW_RN, 0)
+    compiled = trained(model, BOTH, steps=4, room=ROOM, compiled=True)
+    assert compilations.frame_count == 1
     assert_alike(compiled, trained(model, BOTH, steps=4), 1e-3)  # four steps let rounding grow
 
 
-@pytest.mark.full
-@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
-def test_fused_towers_train_as_compiled_ones_do():
-    """Inductor takes its time on a CPU too."""
+@pytest.mark.parametrize("backend", table(["aot_eager", "inductor"], "aot_eager"))
+def test_fused_towers_train_as_eager_ones_do(backend, monkeypatch):
+    """A model as small as has a pool, as Inductor takes its time on a CPU too."""
+    if backend == "inductor" and not has_compiler():
+        pytest.skip("needs a C++ compiler")
     torch._dynamo.reset()
-    model = fresh(LITTLE, 0)
-    compiled, fused = (trained(model, MMCL, room=256, compiled=True, fused=fused) for fused in (False, True))
-    assert_alike(fused, compiled)
+    counter = CompileCounterWithBackend(backend)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    model = fresh(replace(SHALLOW_RN, vision_layers=(1, 1)), 0)
+    fused = trained(model, MMCL, room=ROOM, compiled=True, fused=True)
+    (graph,) = counter.graphs
+    assert not [node for node in graph.graph.nodes if node.target is torch._C._nn.avg_pool2d]
     assert_alike(fused, trained(model, MMCL))
 
 
@@ -237,15 +261,15 @@ def test_fused_is_compiled_wherever_it_is_asked_for(monkeypatch, tmp_path):
     assert is_compiled("fused", ONE) and is_compiled("on", ONE) and not is_compiled("auto", ONE)
 
 
-@pytest.mark.parametrize("parts", table([1, 2], 2))
-def test_compiled_parts_with_recomputed_activations_are_the_eager_ones(monkeypatch, parts):
-    """Running statistics too, which a second forward must not move twice."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    model = fresh(LITTLE, 0)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_compiled_parts_with_recomputed_activations_are_the_eager_ones(parts, compilations):
+    """Running statistics too, which a second forward must not move twice; parts have one without gradients."""
+    model = fresh(SHALLOW_RN, 0)
     share_statistics(model, 8)
     eager = trained(model, BOTH, steps=2)
     recompute(model)
-    assert_alike(trained(model, BOTH, steps=2, parts=parts, compiled=True), eager, 1e-3)
+    assert_alike(trained(model, BOTH, steps=2, parts=parts, room=ROOM, compiled=True), eager, 1e-3)
+    assert compilations.frame_count == parts
 
 
 def test_tokens_are_counted_once():
@@ -262,14 +286,15 @@ def test_only_norms_that_share_have_a_rate():
     assert len({id(norm.rate) for norm in batch_norms(model)}) == 1
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_tower_that_no_term_looks_at_stays_as_it_is(monkeypatch, compiled, parts):
+@pytest.mark.parametrize(
+    ("compiled", "parts"), table(product([False, True], [1, 2]), (False, 1), (False, 2), (True, 1))
+)
+def test_a_tower_that_no_term_looks_at_stays_as_it_is(compiled, parts, compilations):
     """Compiled code gives it gradients of zero, which weight decay would take for leave to shrink it."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    model = create("tiny-vit", 0)
+    model = fresh(SHALLOW_VIT, 0)
     before = deepcopy(model.state_dict())
     for objective, idle in ((Objective(0.0, 1.0, ssl_text=False), False), (Objective(0.0, 1.0, ssl_image=False), True)):
-        _, state = trained(model, objective, steps=2, parts=parts, compiled=compiled)
+        _, state = trained(model, objective, steps=2, parts=parts, room=ROOM, compiled=compiled)
         for name in set(state) - {"logit_scale"}:
             assert torch.equal(state[name], before[name]) == (name.startswith("visual.") == idle), name
+    assert compilations.frame_count == 2 * compiled * parts
