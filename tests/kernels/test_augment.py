@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from tables import table
 
 from fastbd.base import random
 from fastbd.kernels import augment_reference, policies, views
@@ -76,15 +77,17 @@ def operate(image: np.ndarray, operation: np.ndarray) -> np.ndarray:
 # The operations.
 
 
-@pytest.mark.parametrize("size", [(64, 64), (37, 53), (61, 130), (2, 5), (5, 2), (1, 1)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize(
+    "height, width", table([(64, 64), (37, 53), (61, 130), (2, 5), (5, 2), (1, 1)], (37, 53), (2, 5), (1, 1))
+)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_gives_pillows_bytes(name: str, size: tuple[int, int]) -> None:
-    operation, sizes = OPERATIONS[name], np.array([size])
-    every = {(b, 10) for b in range(10)} | {(b, 31) for b in range(31 if size == (37, 53) else 0)}
+def test_operation_gives_pillows_bytes(name: str, height: int, width: int) -> None:
+    operation, sizes = OPERATIONS[name], np.array([(height, width)])
+    every = {(b, 10) for b in range(10)} | {(b, 31) for b in range(31 if height == 37 else 0)}
     magnitudes = {operation.magnitudes(b, bins, sizes).item() for b, bins in every}
     for magnitude in magnitudes | {-m for m in magnitudes if operation.signed}:
         encoded = operation.encode(np.array([magnitude]), sizes)[0]
-        for image in samples(*size):
+        for image in samples(height, width):
             theirs = np.asarray(PILLOW[name](Image.fromarray(image), magnitude))
             np.testing.assert_array_equal(operate(image, encoded), theirs, err_msg=f"{name} {magnitude}")
 
@@ -119,7 +122,9 @@ def shift_hue(image: Image.Image, shift: int) -> Image.Image:
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
+@pytest.mark.full
 def test_hue_of_every_colour() -> None:
+    """All 16.8 million; those of the next test, by each shift, stand for them."""
     for red in range(0, 256, 8):
         colours = np.stack(np.mgrid[red : red + 8, :256, :256], -1).reshape(-1, 1024, 3).astype(np.uint8)
         theirs = np.asarray(shift_hue(Image.fromarray(colours), red))  # each slab by another shift
@@ -144,11 +149,12 @@ def test_blur_gives_pillows_bytes(size: tuple[int, int]) -> None:
             np.testing.assert_array_equal(ours, theirs, err_msg=str(sigma))
 
 
-def test_blur_arguments_of_many_sigmas() -> None:
+@pytest.mark.parametrize("count", table([300, 2000], 300))
+def test_blur_arguments_of_many_sigmas(count: int) -> None:
     """A single white pixel shows the kernel that came of them."""
     image = np.zeros((1, 41, 3), np.uint8)
     image[0, 20] = 255
-    sigmas = random.uniform(0, "sigma", np.arange(2000), 1)[:, 0] * 1.9 + 0.1
+    sigmas = random.uniform(0, "sigma", np.arange(count), 1)[:, 0] * 1.9 + 0.1
     for sigma, args in zip(sigmas.tolist(), views.blur_args(sigmas), strict=True):
         theirs = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
         np.testing.assert_array_equal(operate(image, views.operation(views.BLUR, *args.tolist())), theirs)

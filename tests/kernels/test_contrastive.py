@@ -240,7 +240,7 @@ def test_bf16_is_never_worse_than_autocast(way, kind, scale):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_bits_each_time(way):
-    towers = embeddings(50, 32)
+    towers = embeddings(35, 32)
 
     def run():
         return with_gradients(lambda x, s: contrastive_loss(**x, log_scale=s, way=way)[0], towers, 30.0, torch.float32)
@@ -331,7 +331,7 @@ def test_arguments_that_do_not_fit(bad, message):
 TERMS = (torch.tensor([[0.5, 0.5], [0.5, 0.0], [0.5, 0.0]], device=DEVICE), [0, 1, 1, 0, 2, 0, 1, 3, 0])
 
 
-@pytest.mark.parametrize("way", ["reference", "tile"])
+@pytest.mark.parametrize("way", table(["reference", "tile"], "tile"))
 def test_the_operations_are_registered_right(way):
     towers = [x.requires_grad_() for x in embeddings(20, 16).values()]
     scale, bias = (torch.tensor(v, device=DEVICE, requires_grad=True) for v in (2.0, -1.0))
@@ -348,7 +348,7 @@ def test_the_small_operation_is_registered_right():
     opcheck(torch.ops.fastbd.contrastive_small.default, (towers, scale, *TERMS, "", True))
 
 
-@pytest.mark.parametrize("way", ["reference", "tile", "small"])
+@pytest.mark.parametrize("way", table(["reference", "tile", "small"], "tile", "small"))
 def test_compiles_into_a_whole_graph(way):
     compiled = torch.compile(
         lambda x, s: contrastive_loss(**{k: v * 2 for k, v in x.items()}, log_scale=s, way=way)[0],
@@ -380,14 +380,16 @@ def test_autocast_does_not_reach_inside():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts the CPU's bytes")
-def test_memory_grows_with_the_batch_not_with_its_square():
+def test_memory_grows_with_the_batch_not_with_its_square(monkeypatch):
     """Bytes in use at once, forward and backward, sixteen times the rows."""
     from bench.measure import peak_bytes  # here, because the distributed test's worker imports this file elsewhere
 
     def peak(rows: int) -> int:
-        towers = {name: x.requires_grad_() for name, x in embeddings(rows, 128, 2).items()}
+        towers = {name: x.requires_grad_() for name, x in embeddings(rows, 64, 2).items()}
         scale = torch.tensor(3.0, requires_grad=True)
         return peak_bytes(lambda: contrastive_loss(**towers, log_scale=scale)[0].backward(), "cpu")
 
-    assert peak(8192) < 16.5 * peak(512)
-    assert peak(8192) < 8192**2 * 4 / 2  # half of the logits that the formula stores several times
+    monkeypatch.setattr(contrastive_reference, "ROWS", 128)
+    few, many = peak(128), peak(2048)
+    assert many < 16.5 * few
+    assert many < 2048**2 * 4 / 2  # half of the logits that the formula stores several times
