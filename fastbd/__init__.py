@@ -58,7 +58,7 @@ def sweep(study: Path | str | None = None, **flags: Any) -> list[Run]:
     folder = sweep.open_ledger(settings).folder
     if sweep.run(settings) > 1:
         raise KeyboardInterrupt(f"stopped; go on with fastbd.sweep(out={str(folder)!r})")
-    return find([folder / "runs"])
+    return find([folder.absolute() / "runs"])
 
 
 def load(run: Run | Path | str, checkpoint: str = "last", device: str = "auto") -> Loaded:
@@ -80,7 +80,7 @@ def _trained(command: Any, verb: str, flags: dict[str, Any]) -> Run:
     code, folder = command.train(_settings(verb, flags))
     if code:
         raise KeyboardInterrupt(f"stopped and saved; go on with fastbd.{verb}(resume={str(folder)!r})")
-    return read(folder)
+    return read(folder.absolute())  # it stays this run where the working directory changes
 
 
 def _folder(run: Run | Path | str) -> Path:

@@ -7,17 +7,25 @@ import re
 import shlex
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastbd import cli
+from fastbd.base import dist
 from fastbd.base.errors import UserError
 from fastbd.base.run_folder import find
+from fastbd.commands import clean
+from fastbd.config.cards import facts, remember
 from fastbd.data.demo import write_demo_set
 from fastbd.poison.plan import Plan
+from fastbd.poison.triggers import TriggerSpec, stamp
 from fastbd.study.grid import Study
 from fastbd.training import roofline
+from fastbd.training.reuse import Kept
+from fastbd.training.run import Run
 
 DOCS = Path(__file__).parents[1] / "docs"
 MACHINE = "--batch-size 24 --device cpu --decode pil --workers 1 --log-every 1"
@@ -219,3 +227,82 @@ def test_views_and_a_defence_of_ones_own(capsys):
     assert (settings.robust, settings.patience) == ("wild:Defence", 5)
     with pytest.raises(UserError, match="has the flag 'patience', which pretrain has not"):
         Study(name="x", about="", pretrain=({"patience": 5},), clean=({},))
+
+
+FIRST_SETTINGS = """
+from fastbd.methods.cleanclip import CleanClip
+
+SEEN = []
+
+
+class Remembers(CleanClip):
+    def __init__(self, config):
+        super().__init__(config)
+        self.lr = config.lr
+
+    def attach(self, training):
+        super().attach(training)
+        SEEN.append(self.lr)
+"""
+
+
+def test_a_method_of_ones_own_is_made_anew_for_each_run_of_a_process():
+    """It may keep any setting, or state, of the run that it was made for."""
+    Path("remembers.py").write_text(FIRST_SETTINGS)
+    kept = Kept()
+    for lr in (1e-3, 1e-4):
+        words = (
+            f"--run runs/start --method remembers:Remembers --lr {lr} --epochs 1 --force --out runs/lr{lr} {MACHINE}"
+        )
+        config, world = cli.parse("clean", shlex.split(words)), dist.join("cpu")
+        Run(config, clean.task(config, world), world, kept, quiet=True).train()
+    assert sys.modules["remembers"].SEEN == [1e-3, 1e-4]
+
+
+def test_a_module_of_another_folder_is_not_taken_for_that_of_this_one(tmp_path, monkeypatch, capsys):
+    (tmp_path / "spread.py").write_text("class Spread: pass\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["clean", "--run", "x", "--method", "spread:Spread"]) == 2
+    said = capsys.readouterr().err
+    assert f"is in {tmp_path}/spread.py, and another module of that name" in said
+
+
+def test_a_trigger_may_write_into_what_it_is_given(folder):
+    Path("writes.py").write_text("def dot(spec, seed, ids, images):\n    images[:, 0, 0] = 255\n    return images\n")
+    images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    stamped = stamp(images, TriggerSpec("writes:dot"), seed=0, ids=[0, 1])
+    assert stamped[:, 0, 0].eq(255).all() and not images.any()
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("{'step': 5}", "returned 'step', which a row has: call it otherwise."),
+        ("{'val_loss': 5}", "returned 'val_loss', which a row has"),
+        ("{'mine_low': 5}", "returned 'mine_low', which a row has"),
+        ("{'mine': float('nan')}", "it must return a dict of finite numbers by name."),
+        ("{7: 1.0}", "it must return a dict of finite numbers by name."),
+        (
+            "{'mine': data.clean.zero_().sum().item()}",
+            "has written into the images of the set: let it",
+        ),
+    ],
+)
+def test_an_evaluator_changes_nothing_that_is_there(returned, said, capsys):
+    name = f"returns{zlib.crc32(returned.encode())}"
+    Path(f"{name}.py").write_text(f"def numbers(towers, data):\n    return {returned}\n")
+    before = rows("start")
+    assert cli.main(["evaluate", "--run", "runs/start", "--device", "cpu", "--evaluator", f"{name}:numbers"]) == 2
+    assert said in capsys.readouterr().err and rows("start") == before
+
+
+def test_what_reports_could_not_draw_is_refused(capsys):
+    Path("banana.py").write_text("from spread import Spread\n\n\nclass Odd(Spread):\n    marker = 'banana'\n")
+    assert cli.main(["clean", "--run", "runs/start", "--method", "banana:Odd"]) == 2
+    assert "the method banana:Odd has the marker 'banana': give one of Matplotlib's" in capsys.readouterr().err
+    remember({"old:Odd": {"title": "$x$", "marker": "banana", "colour": "purpleish"}})
+    assert facts("method", "old:Odd").title == "old:Odd" and len(facts("method", "old:Odd").marker) == 1
+
+
+def test_two_methods_of_one_name_are_two_in_a_report():
+    assert facts("method", "a:Mine").title != facts("method", "b:Mine").title

@@ -14,10 +14,14 @@ from typing import Any, TypeVar, cast
 from fastbd.base.errors import UserError
 from fastbd.base.evaluation import AttackedEvaluation, Evaluation, RecordedEvaluation, measures_asr
 from fastbd.base.files import crc_of, read_json, read_jsonl
-from fastbd.config.cards import facts, is_outside, remember, short
+from fastbd.config.cards import facts, is_outside, remember
 
 E = TypeVar("E", bound=Evaluation)
 Row = TypeVar("Row", bound=Mapping[str, Any])
+LOGGED = frozenset(
+    ["step", "steps", "epoch", "pairs_per_s", "of_limit", "data_wait", "scale", "bad_images", "lr", "uncaptured"]
+)
+"""What a line of log.jsonl has besides the loss and its parts."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +255,7 @@ def method_name(run: Run) -> str:
 
 def slug(run: Run) -> str:
     """The cleaning method in one word; fine-tuning with its loss."""
-    return f"{run.method}_{short(run.objective)}" if run.method == "finetune" else short(run.method or "")
+    return f"{run.method}_{run.objective}" if run.method == "finetune" else run.method or ""
 
 
 def _attack_of(path: Path) -> str:

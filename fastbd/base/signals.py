@@ -41,8 +41,12 @@ def stoppable() -> Iterator[None]:
 def handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
     """Call handler(signum, the handler before) for STOPPING within the block; yields all the handlers before.
 
-    Of what is ignored, as SIGHUP under nohup, the handler does not hear. Handlers before come back at the end.
+    Of what is ignored, as SIGHUP under nohup, the handler does not hear. Handlers before come back at the end. In
+    another thread than the main one, where Python lets nobody handle signals, it hears of none.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield {}
+        return
     previous: dict[int, Any] = {}
     told: set[int] = set()
 
@@ -78,9 +82,6 @@ def _in_destructor(frame: FrameType | None) -> bool:
 def held_back() -> Iterator[None]:
     """Delay signals that ask to stop until the block has ended, which is not to be left half way."""
     came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # where none is answered anyway
-        yield
-        return
     try:
         with handled(lambda signum, before: came.append(signum)):
             yield

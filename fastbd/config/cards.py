@@ -10,11 +10,12 @@ import dataclasses
 import difflib
 import importlib
 import os
+import re
 import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 from fastbd.base.errors import UserError
@@ -102,6 +103,12 @@ KINDS = {
 }  # fmt: skip
 """The tables by the flag that chooses from them."""
 FACTS = ("title", "marker", "colour")  # that outside code may tell of itself
+DRAWN = {
+    "title": (r"[^$]+", "a text without $, which Matplotlib takes for a formula"),
+    "marker": (r"[.,ov^<>12348spP*hH+xXDd|_]", "one of Matplotlib's markers of one character, such as D"),
+    "colour": (r"#[0-9a-fA-F]{6}", "a colour such as #882255"),
+}
+"""What they may be, and in words."""
 MARKERS = "*DhH<>8d"
 COLOURS = ("#882255", "#44AA99", "#999933", "#332288", "#AA4499", "#117733")
 _recorded: dict[str, Card] = {}
@@ -128,12 +135,13 @@ def load(kind: str, name: str) -> Any:
     return _imported(kind, table[name].code if name in table else name)
 
 
-@cache
 def _imported(kind: str, code: str) -> Any:
+    """Return what MODULE:NAME stands for. UserError where that is not to be had, or would be another folder's."""
     module, _, attribute = code.partition(":")
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # python -m has it there already, a script has not
     importlib.invalidate_caches()  # the file may have been written a moment ago
+    _check_place(kind, code, Path(here, *module.split(".")).with_suffix(".py"))
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
@@ -148,6 +156,16 @@ def _imported(kind: str, code: str) -> Any:
     raise UserError(f"the {kind} {code} cannot be imported ({said}): put that right, or name another {kind}.")
 
 
+def _check_place(kind: str, code: str, file: Path) -> None:
+    """Raise a UserError where the file is there, and this process has a module of its name from elsewhere."""
+    loaded = getattr(sys.modules.get(code.partition(":")[0]), "__file__", None)
+    if loaded and file.is_file() and not os.path.samefile(loaded, file):
+        raise UserError(
+            f"the {kind} {code} is in {file}, and another module of that name, {loaded}, is loaded in this process: "
+            "give the file another name, or start another process."
+        )
+
+
 def check(kind: str, name: str) -> None:
     """UserError where there is no such thing: the name is not in the table, and cannot be imported."""
     if name not in KINDS[kind]:
@@ -160,20 +178,28 @@ def card(kind: str, name: str) -> Card:
         return KINDS[kind][name]
     found = load(kind, name)
     told = {fact: getattr(found, fact, None) for fact in FACTS}
+    for fact, value in told.items():
+        if value is not None and not _can_be_drawn(fact, value):
+            raise UserError(f"the {kind} {name} has the {fact} {value!r}: give {DRAWN[fact][1]}.")
     return _outside(name, told, _checked_settings(name, getattr(found, "Settings", None)))
 
 
 def _outside(name: str, told: Mapping[str, Any], settings: type | None = None) -> Card:
     """Return the card of an outside thing, with what it does not tell drawn from its name."""
     number = zlib.crc32(name.encode())
-    said = {fact: told[fact] for fact in FACTS if told.get(fact) and isinstance(told[fact], str)}
+    said = {fact: value for fact, value in told.items() if fact in FACTS and _can_be_drawn(fact, value)}
     return Card(
         code=name,
         settings=settings,
-        title=said.get("title", short(name)),
+        title=said.get("title", name),
         marker=said.get("marker", MARKERS[number % len(MARKERS)]),
         colour=said.get("colour", COLOURS[number % len(COLOURS)]),
     )
+
+
+def _can_be_drawn(fact: str, value: Any) -> bool:
+    """Return whether a report can show what outside code, or a run folder, says of itself."""
+    return isinstance(value, str) and bool(re.fullmatch(DRAWN[fact][0], value))
 
 
 def _checked_settings(name: str, settings: Any) -> type | None:

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 from fastbd.base.errors import UserError
-from fastbd.base.evaluation import Evaluation, evaluation_of
+from fastbd.base.evaluation import Evaluation, RecordedEvaluation, evaluation_of
 from fastbd.config.cards import load
 from fastbd.evals.sets import Captioned, Labelled
 from fastbd.evals.towers import Towers
+
+ENDINGS = ("_low", "_high", "_by_seed")
+"""Of names that tell how sure another number is."""
 
 
 def with_own(row: Evaluation, name: str, towers: Towers, data: Labelled | Captioned) -> Evaluation:
     """Return the row with what the evaluator `name`, MODULE:NAME, measures: it is called with the towers and the set.
 
-    UserError where that is no dict of numbers, or has a name that the row has already.
+    UserError where that is no dict of finite numbers, has a name that rows have already, or the images were changed.
     """
+    images = [data.clean, *(one.images for one in data.attacked)]
+    versions = [_version(each) for each in images]
     own = load("evaluator", name)(towers, data)
-    if not isinstance(own, dict) or not all(isinstance(number, int | float) for number in own.values()):
-        raise UserError(f"--evaluator {name} returned {own!r:.80}: it must return a dict of numbers.")
-    if twice := own.keys() & row.keys():
-        raise UserError(f"--evaluator {name} returned '{min(twice)}', which the row has: call it otherwise.")
-    return evaluation_of({**row, **own})
+    if not isinstance(own, dict) or not all(isinstance(key, str) and _is_finite(own[key]) for key in own):
+        raise UserError(f"--evaluator {name} returned {own!r:.80}: it must return a dict of finite numbers by name.")
+    known = row.keys() | RecordedEvaluation.__annotations__.keys()
+    if taken := [key for key in own if key in known or key.endswith(ENDINGS)]:
+        raise UserError(f"--evaluator {name} returned '{taken[0]}', which a row has: call it otherwise.")
+    if [_version(each) for each in images] != versions:
+        raise UserError(f"--evaluator {name} has written into the images of the set: let it write into a copy.")
+    return evaluation_of({**row, **{key: _plain(number) for key, number in own.items()}})
+
+
+def _version(images: object) -> int:
+    """Return how often a tensor has been written to; 0 for images that are read anew each time."""
+    return getattr(images, "_version", 0)
+
+
+def _is_finite(number: object) -> bool:
+    return isinstance(number, Real) and math.isfinite(number)
+
+
+def _plain(number: Real) -> float | int:
+    """Return a number as JSON has it, also one of NumPy's."""
+    return number if isinstance(number, int) else float(number)

@@ -82,7 +82,8 @@ class TriggerSpec:
 
 def stamp(images: Tensor, spec: TriggerSpec, *, seed: int, ids: Sequence[int] | np.ndarray) -> Tensor:
     """Triggered copies of uint8 images [B, H, W, 3]; `ids` [B] name the images. UserError if the patch is too large."""
-    made = load("trigger", spec.name)(spec, seed, np.asarray(ids, np.int64), images)
+    given = images.clone() if is_outside(spec.name) else images  # which code from outside may write into
+    made = load("trigger", spec.name)(spec, seed, np.asarray(ids, np.int64), given)
     if isinstance(made, Overlay):
         return kernel.stamp(images, made)
     if not isinstance(made, Tensor) or (made.shape, made.dtype) != (images.shape, images.dtype):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbd.base.run_folder import Run, method_name, objective_name, slug
+from fastbd.base.run_folder import LOGGED, Run, method_name, objective_name, slug
 from fastbd.base.tradeoff import CEILINGS, Point, front
 from fastbd.config.cards import facts
 from fastbd.report import published
@@ -217,7 +217,7 @@ def curves(runs: Sequence[Run]) -> Figure:
     """Each part of the training loss against epochs: pre-training above, cleaning below."""
     logged = [run for run in runs if run.log]
     rows = [verb for verb in VERBS if any(run.verb == verb for run in logged)] or ["pretrain"]
-    present = {key for run in logged for line in run.log for key in line} - NO_LOSSES
+    present = {key for run in logged for line in run.log for key in line} - LOGGED
     parts = sorted(present, key=lambda part: ([*LOSSES, part].index(part), part)) or ["loss"]
     figure, panels = _panels(len(rows), len(parts), width=3.2 * max(len(parts), 2), height=2.8 * len(rows) + 0.8)
     grid = iter(panels)
@@ -353,18 +353,6 @@ LOSSES = {
     "mmcl": "MMCL (image-text)",
     "ssl_image": "SSL (image)",
     "ssl_text": "SSL (text)",
-}
-NO_LOSSES = {  # of log.jsonl
-    "step",
-    "steps",
-    "epoch",
-    "pairs_per_s",
-    "of_limit",
-    "data_wait",
-    "scale",
-    "bad_images",
-    "lr",
-    "uncaptured",
 }
 STYLE = {
     "font.family": "DejaVu Sans",

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastbd.base.errors import UserError
+
 AHEAD = 1  # steps that the host may be ahead of a GPU: each keeps a batch in its memory
 
 
@@ -33,7 +35,12 @@ class Readback:
         if not self.names:
             self.names = tuple(losses)
             self.ring = torch.empty(self.room, len(losses), device=losses["loss"].device)
-        torch.stack(tuple(losses.values()), out=self.ring[self.count % self.room])
+        if losses.keys() != set(self.names):
+            raise UserError(
+                f"a step has the losses {', '.join(losses)}, and those before it {', '.join(self.names)}: an objective "
+                "must return the same parts in each step."
+            )
+        torch.stack([losses[name] for name in self.names], out=self.ring[self.count % self.room])
         self.step += 1
         self.count += 1
         if self.ring.is_cuda:

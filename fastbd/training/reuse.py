@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastbd.config.cards import is_outside
 from fastbd.config.fields import marked, to_dict
 from fastbd.config.flags import TRAINING
 from fastbd.training.task import Config, Task
@@ -61,9 +62,14 @@ def structure(config: Config, task: Task, precision: str) -> str:
 
 
 def reusable(kept: Kept, key: str, task: Task, compiled: bool, resumed: bool) -> Setup | None:
-    """Return the Setup of an earlier run if this run fits in it; else free that, before new memory is taken."""
+    """Return the Setup of an earlier run if this run fits in it; else free that, before new memory is taken.
+
+    None for code from outside: it may have kept any setting of the earlier run, and any state.
+    """
     found = kept.held("setup", key)
-    if found and not resumed and task.optimizer is None:  # optimizer states that are read lie elsewhere
+    names = (task.method_name, task.method.objective_name)
+    outside = any(is_outside(part) for name in names if name for part in name.split("+"))
+    if found and not outside and not resumed and task.optimizer is None:  # optimizer states that are read lie elsewhere
         return found
     kept.drop("setup", *LOOKING)
     if compiled:

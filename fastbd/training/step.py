@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastbd.base.dist import World
+from fastbd.base.errors import UserError
+from fastbd.base.run_folder import LOGGED
 from fastbd.data.loader import Batch
 from fastbd.kernels.text_pack import PackedText
 from fastbd.methods.method import Embedded, Losses, Method
@@ -169,6 +171,8 @@ class Step:
 
     def _loss(self, embedded: Embedded) -> tuple[Tensor, Losses]:
         loss, parts = self.method(embedded, self.world.group, self.weights)
+        if taken := parts.keys() & (LOGGED | {"loss"}):
+            raise UserError(f"a part of the loss is called '{min(taken)}', as another number of log.jsonl: rename it.")
         return loss, {"loss": loss.detach(), **parts, "scale": embedded.log_scale.detach().exp()}
 
     def _average_own(self) -> None:

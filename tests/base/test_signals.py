@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -66,6 +67,20 @@ def test_what_is_ignored_is_not_heard(caught):
     with handled(lambda signum, before: heard.append(signum)) as previous:
         signal.raise_signal(signal.SIGHUP)
     assert not heard and signal.SIGHUP not in previous and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_in_another_thread_none_is_heard(caught):
+    """Where Python lets nobody handle them: a training in a thread of a notebook goes on without."""
+    found = []
+
+    def work() -> None:
+        with handled(lambda signum, before: found.append(signum)) as previous:
+            found.append(previous)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [{}]
 
 
 def test_only_a_second_that_a_user_sends_is_heard_again(caught):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from fastbd.models import create
 from fastbd.models.batchnorm import BatchNorm, share_statistics
@@ -37,6 +38,37 @@ def test_the_copy_gives_what_the_model_gives_in_eval_mode(name):
     assert weights == [weight.data_ptr() for weight in folded.model.parameters()]
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
     assert not any(isinstance(module, BatchNorm) for module in folded.model.modules())
+
+
+class PreActivated(nn.Module):
+    """A layer from outside: norms before their convolutions, one of which has a bias, and one norm of PyTorch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.a = BatchNorm(3), nn.Conv2d(3, 4, 3, bias=True)
+        self.second, self.b = BatchNorm(4), nn.Conv2d(4, 5, 1)
+        self.third = nn.BatchNorm2d(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(self.b(self.second(self.a(self.first(x)).relu())))
+
+
+def test_layers_from_outside_are_copied_as_they_are():
+    model, images = PreActivated().double(), torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    folded = Folded(model, CPU)
+    for _ in range(2):
+        model.train()(images)  # moves the statistics
+        folded.refresh()
+        assert torch.allclose(folded.model(images), model.eval()(images), rtol=1e-10)
+
+
+def test_a_convolution_keeps_its_bias():
+    model = trained("tiny-rn")
+    model.visual.conv1.bias = nn.Parameter(torch.randn(model.visual.conv1.out_channels).double())
+    pixels = torch.randn(2, 3, model.image_size, model.image_size, dtype=torch.float64)
+    folded = Folded(model, CPU)
+    folded.refresh()
+    assert torch.allclose(folded.model.encode_image(pixels), model.eval().encode_image(pixels), rtol=1e-10)
 
 
 def test_norms_that_share_their_statistics_can_be_copied():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fastbd.base.errors import UserError
 from fastbd.training.readback import NotFinite, Readback
 
 
@@ -71,3 +72,14 @@ def test_a_mean_that_is_too_large_is_not_a_step_that_is_not_finite():
     readback.send({})
     assert next(readback.arrived())["loss"] == math.inf
     assert list(readback.arrived()) == []
+
+
+def test_parts_are_told_apart_by_their_names():
+    ring = Readback(4)
+    ring.add({"loss": torch.tensor(3.0), "a": torch.tensor(1.0), "b": torch.tensor(2.0)})
+    ring.add({"loss": torch.tensor(3.0), "b": torch.tensor(2.0), "a": torch.tensor(1.0)})
+    ring.send({})
+    (row,) = ring.arrived(wait=True)
+    assert (row["a"], row["b"]) == (1, 2)
+    with pytest.raises(UserError, match="a step has the losses loss, a, and those before it loss, a, b"):
+        ring.add({"loss": torch.tensor(3.0), "a": torch.tensor(1.0)})
