@@ -187,6 +187,7 @@ def test_a_plan_is_not_half_written(fastbd_process, place):
     assert list(place.glob("new*")) == []
 
 
+@pytest.mark.full
 def test_an_evaluation_on_a_full_disk_is_printed_and_said_to_be_lost(fastbd, fastbd_process, place):
     fastbd(*TRAIN, cwd=place)
     before = (place / "run/metrics.jsonl").read_bytes()

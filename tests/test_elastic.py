@@ -38,6 +38,7 @@ def main_rank(launcher: int) -> int:
     return next(int(pid) for pid in children if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes())
 
 
+@pytest.mark.full
 @pytest.mark.process
 def test_a_killed_process_costs_nothing_but_time(study, together, monkeypatch):
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

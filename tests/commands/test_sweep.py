@@ -22,6 +22,7 @@ import torch
 from cleanings import start
 from forked import command, end
 from matplotlib.figure import Figure
+from tables import table
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastbd import cli
@@ -373,6 +374,7 @@ exit $code
 """
 
 
+@pytest.mark.full
 def test_what_is_damaged_is_made_again_also_on_a_disk_that_is_full_for_a_while(undisturbed, study, tmp_path):
     """A pre-training is resumed from its checkpoint; a cleaning, which has none left, begins anew beside what it was.
 
@@ -399,7 +401,7 @@ def test_what_is_damaged_is_made_again_also_on_a_disk_that_is_full_for_a_while(u
     assert len(find([found])) == 5  # no run of a report
 
 
-@pytest.mark.parametrize("method", ["finetune", "cleanclip"])
+@pytest.mark.parametrize("method", table(["finetune", "cleanclip"], "cleanclip"))
 def test_a_second_run_is_compiled_no_more_and_stays_in_its_memory(method, undisturbed, tmp_path, monkeypatch):
     """Every address that a CUDA graph would have noted."""
     counter = CompileCounterWithBackend("eager")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from steps import ONE
+from tables import table
 
 from fastbd.commands import clean, poison, pretrain
 from fastbd.config.cards import METHODS, TRIGGERS
@@ -62,7 +63,14 @@ def test_each_method_and_each_trigger_is_among_the_cases():
     assert methods == set(METHODS) and triggers == set(TRIGGERS)
 
 
-@pytest.mark.parametrize(("method", "trigger"), CASES)
+USUAL = [
+    *((method, "badnet") for method in METHODS),
+    ("finetune", "blended"),  # a blend, and below a warp; badnet is a patch
+    ("finetune", "wanet"),
+]
+
+
+@pytest.mark.parametrize(("method", "trigger"), table(CASES, *USUAL))
 def test_a_method_goes_its_first_steps(method, trigger, starts, study, tmp_path):
     own = {"data": study / "val.beton", "rows": 60, "batch_size": 20} if method == "supervised" else {"rows": 72}
     config = config_of(CleanConfig, method)(

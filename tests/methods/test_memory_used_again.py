@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cleanings import cleaning, same, start, state
+from tables import table
 
 from fastbd.training.reuse import Kept
 
@@ -14,7 +15,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", table(METHODS, "deep_cluster"))
 def test_the_second_of_two_runs_is_as_alone(method, study, monkeypatch, tmp_path):
     monkeypatch.chdir(study)
     start(study)

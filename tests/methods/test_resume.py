@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from tables import table
 
 from fastbd.cli import main
 from fastbd.training.checkpoint import path_of
@@ -60,7 +61,7 @@ def place(study, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", table(CASES, "safeclip", "unlearn"))
 def test_half_and_resumed_is_the_whole(name, place, monkeypatch):
     monkeypatch.chdir(place)
     run(*CASES[name], "--out", name)

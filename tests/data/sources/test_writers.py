@@ -14,7 +14,10 @@ from fastbd.base.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 PYTHON = ROOT / ".venv-writers/bin/python"
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="needs img2dataset and webdataset: make writers")
+pytestmark = [
+    pytest.mark.skipif(not PYTHON.exists(), reason="needs img2dataset and webdataset: make writers"),
+    pytest.mark.full,
+]
 
 TARS = {  # names of members; the samples as webdataset reads them; the pairs that are read
     "fields": (
