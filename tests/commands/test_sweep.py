@@ -202,7 +202,7 @@ def living(group: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("processes", "signum"), [(1, signal.SIGUSR1), (2, signal.SIGHUP)])
+@pytest.mark.parametrize(("processes", "signum"), table([(1, signal.SIGUSR1), (2, signal.SIGHUP)], (2, signal.SIGHUP)))
 def test_a_signal_saves_and_the_study_goes_on(processes, signum, undisturbed, study, sweep):
     """One that the whole group is sent, as by a scheduler or a terminal that is lost."""
     folder = f"stopped{processes}"

@@ -32,7 +32,7 @@ def test_each_flag_with_a_choice_has_a_table():
 
 def test_outside_code_is_drawn_the_same_each_time_and_as_it_says():
     card = cards.facts("method", "some_pkg.mine:Mine")
-    assert card == cards.facts("method", "some_pkg.mine:Mine") and card.title == "Mine"
+    assert card == cards.facts("method", "some_pkg.mine:Mine") and card.title == "some_pkg.mine:Mine"
     assert card.marker in cards.MARKERS and card.colour in cards.COLOURS
     cards.remember({"some_pkg.mine:Other": {"title": "Another", "marker": 3}})
     other = cards.facts("method", "some_pkg.mine:Other")

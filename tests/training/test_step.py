@@ -261,7 +261,7 @@ def test_fused_is_compiled_wherever_it_is_asked_for(monkeypatch, tmp_path):
     assert is_compiled("fused", ONE) and is_compiled("on", ONE) and not is_compiled("auto", ONE)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", table([1, 2], 2))
 def test_compiled_parts_with_recomputed_activations_are_the_eager_ones(parts, compilations):
     """Running statistics too, which a second forward must not move twice; parts have one without gradients."""
     model = fresh(SHALLOW_RN, 0)
