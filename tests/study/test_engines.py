@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from functools import partial
@@ -33,9 +34,10 @@ def fails_once(folder: Path, device: str) -> None:
 
 
 @pytest.mark.parametrize("engine", table(["local", "ray"], "local"))
-def test_the_error_of_one_is_told_when_the_others_have_ended(engine, tmp_path):
+def test_the_error_of_one_is_told_when_the_others_have_ended(engine, tmp_path, monkeypatch):
     if engine == "ray":
         pytest.importorskip("ray")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # its processes import this file
     with pytest.raises(UserError, match="a process of the sweep has died: .*worker"):
         ENGINES[engine](partial(fails_once, tmp_path), tmp_path, 2, "cpu")
     assert (tmp_path / "ended").exists()
@@ -46,6 +48,7 @@ def test_the_error_of_one_is_told_when_the_others_have_ended(engine, tmp_path):
 def test_a_signal_is_told_rather_than_an_error(engine, tmp_path, monkeypatch):
     if engine == "ray":
         pytest.importorskip("ray")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # its processes import this file
 
     def send() -> None:
         while not (tmp_path / "first").exists():
