@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
+import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbd.base.dist import World
@@ -70,3 +74,11 @@ class Waits(TorchDispatchMode):
         ):
             self.seen.append(function)
         return function(*arguments, **keywords or {})
+
+
+def counting(patch: pytest.MonkeyPatch, backend: str = "aot_eager") -> CompileCounterWithBackend:
+    """Have torch.compile count what it compiles from here on, for a backend; the usual one needs no C++ compiler."""
+    torch._dynamo.reset()  # else a function that has been compiled often in this process would be no more
+    counter = CompileCounterWithBackend(backend)
+    patch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    return counter

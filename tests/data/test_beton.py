@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from containers import without_checksums
 from PIL import Image
+from tables import table
 
 from fastbd.base.errors import UserError
 from fastbd.data.beton import Beton, BetonWriter
@@ -225,9 +226,24 @@ def test_files_that_are_no_beton_are_refused(tmp_path):
         Beton(tmp_path / "b.beton")
 
 
-@pytest.mark.parametrize("os_cache", [True, False])
-def test_ffcv_reads_our_file(tmp_path, os_cache):
+@pytest.fixture
+def compiled(request, monkeypatch) -> None:
+    """Have FFCV compile what reads, as it does, or run it in Python: compiling takes it many times as long."""
     pytest.importorskip("ffcv")
+    from ffcv.pipeline.compiler import Compiler
+
+    monkeypatch.setattr(Compiler, "is_enabled", request.param)
+
+
+by_ffcv = pytest.mark.parametrize(
+    ("os_cache", "compiled"),
+    table([(True, True), (True, False), (False, True), (False, False)], (True, False), (False, False)),
+    indirect=["compiled"],
+)
+
+
+@by_ffcv
+def test_ffcv_reads_our_file(tmp_path, os_cache, compiled):
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.bytes import BytesDecoder
     from ffcv.fields.ndarray import NDArrayDecoder
@@ -261,10 +277,9 @@ def test_ffcv_reads_our_file(tmp_path, os_cache):
     assert row_id[:, 0].tolist() == [3 * i for i in range(7)] and label[:, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
-@pytest.mark.parametrize("os_cache", [True, False])
-def test_ffcv_reads_images_that_rows_share(tmp_path, os_cache):
+@by_ffcv
+def test_ffcv_reads_images_that_rows_share(tmp_path, os_cache, compiled):
     """Also from a page that lies before that of the row's other values."""
-    pytest.importorskip("ffcv")
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption

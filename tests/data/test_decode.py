@@ -5,15 +5,16 @@ import gc
 import importlib.util
 import io
 import os
+import resource
 import struct
-import subprocess
-import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from damage import damaged, harmless, scan_of
+from forked import forked
 from PIL import Image, ImageOps, features
 
 from fastbd.base.errors import UserError
@@ -301,15 +302,19 @@ def test_an_image_on_demand_is_made_when_asked_for():
 
 
 def test_decoding_threads_leave_the_number_of_this_one_as_it_is():
-    """In a process of its own, where nothing has asked for the number before."""
-    pool = "from fastbd.data.decode import open_decoder; pool = open_decoder('pil', 2, 'cpu').pool;"
-    inner = "print(*set(pool.map(lambda _: torch.get_num_threads(), range(8))));"
-    own, env = "import torch; print(torch.get_num_threads())", os.environ | {"OMP_NUM_THREADS": "2"}
-    with_pool, alone = (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
-        for code in ("import torch;" + pool + inner + own, own)
-    )
-    assert with_pool == "1\n" + alone
+    """In a thread that has not asked for it before."""
+
+    def numbers() -> tuple[set[int], int]:
+        pool = open_decoder("pil", 2, "cpu").pool
+        return set(pool.map(lambda _: torch.get_num_threads(), range(8))), torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(numbers).result() == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_decoder_that_is_not_installed(monkeypatch):
@@ -436,15 +441,20 @@ def test_the_middle_of_a_slender_image_is_cut_out_before_it_is_resized(size):
     assert off.mean() < 3
 
 
-def test_a_slender_image_takes_no_more_memory_than_another():
+def memory_of_a_slender_image() -> None:
+    """Print the kB that a process takes more for one."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 8000)).save(file, "PNG")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    to_stored(file.getvalue(), "crop224", 10**6)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def test_a_slender_image_takes_no_more_memory_than_another(tmp_path):
     """It was 1.7 GB."""
-    code = (
-        "import io, resource; from PIL import Image; from fastbd.data.decode import to_stored; file = io.BytesIO(); "
-        "Image.new('RGB', (1, 8000)).save(file, 'PNG'); most = lambda: resource.getrusage(resource.RUSAGE_SELF)[2];"
-        "before = most(); to_stored(file.getvalue(), 'crop224', 10**6); print(most() - before)"
-    )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert int(said) < 20_000  # kB
+    process = forked(memory_of_a_slender_image, cwd=tmp_path, said=tmp_path / "said.txt")
+    process.join()
+    assert process.exitcode == 0 and int((tmp_path / "said.txt").read_text()) < 20_000
 
 
 def test_sides_that_no_jpeg_can_have_are_refused():

@@ -114,7 +114,7 @@ def test_a_study_on_shards(fastbd, study, tmp_path):
         (tmp_path / f"{k}.csv").write_text("".join(lines[:1] + part))
         fastbd("build", "--source", f"{k}.csv", "--out", f"train-{k}.beton", cwd=tmp_path)
     fastbd("poison", "--data", "train-*.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo", cwd=tmp_path)
-    common = ("--epochs", 1, "--batch-size", 24, "--warmup", 1, "--device", "cpu", "--decode", "pil")
+    common = ("--epochs", 1, "--batch-size", 60, "--warmup", 1, "--device", "cpu", "--decode", "pil")
     train = ("--plan", "train.poison.json", "--model", "tiny-rn", *common)
     evaluated = ("--eval-data", study / "val.bet*", "--out", "run")
     fastbd("pretrain", "--data", "train-*.beton", *train, *evaluated, cwd=tmp_path)

@@ -6,23 +6,22 @@ import json
 import shutil
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from steps import BATCH, Waits, batch_of, captions_of, make_step
-from tables import table
+from cleanings import cleaning, start
+from steps import BATCH, ROOM, SHALLOW_RN, Waits, batch_of, captions_of, counting, make_step
 
 from fastbd import cli
 from fastbd.config.flags import CleanConfig, config_of
 from fastbd.kernels.text_pack import pack
 from fastbd.methods.method import Embedded
 from fastbd.methods.par import Par, nearest_rotation
-from fastbd.models import CLIP, create
 from fastbd.models.batchnorm import batch_norms
+from fastbd.models.clip import CLIP, MODELS, ModelSpec, fresh
 
 ROWS = np.arange(3, 3 + 2 * BATCH, 2)
 
@@ -48,9 +47,9 @@ class Around:
         return deepcopy(self.model).eval().encode_text(pack(captions_of(100, 0)[rows]))
 
 
-def poisoned_model(name: str = "tiny-rn", seed: int = 0) -> CLIP:
+def poisoned_model(seed: int = 0, spec: ModelSpec = MODELS["tiny-rn"]) -> CLIP:
     """With statistics of batch norm that have something to say."""
-    model = create(name, seed).train()
+    model = fresh(spec, seed).train()
     for at in range(3):
         model.encode_image(batch_of(1, at).views[0])
     return model
@@ -170,16 +169,16 @@ def test_a_step_begins_where_the_poisoned_model_is_and_moves_away(frozen):
     assert not method.state_dict() and not list(method.parameters())
 
 
-@pytest.mark.parametrize("settings", table([{"parts": 2}, {"compiled": True}], {"parts": 2}))
+@pytest.mark.parametrize("settings", [{"parts": 2}, {"compiled": True}])
 def test_in_parts_or_compiled_it_trains_the_same(monkeypatch, settings):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    states = []
+    counter, states = counting(monkeypatch), []
     for given in ({}, settings):
-        model = poisoned_model()
+        model = poisoned_model(spec=SHALLOW_RN)
         method = method_of(model, rows=np.arange(BATCH), compiled=given.get("compiled", False), train_scale=True)
         step = make_step(model, method, **given)
-        losses = [step(batch_of(1, at, given.get("parts", 1)))["loss"].item() for at in range(3)]
+        losses = [step(batch_of(1, at, given.get("parts", 1), ROOM))["loss"].item() for at in range(3)]
         states.append((losses, model.state_dict()))
+    assert counter.frame_count == (2 if "compiled" in settings else 0)  # the model, and the poisoned one
     assert states[0][0] == pytest.approx(states[1][0], rel=1e-4)
     torch.testing.assert_close(states[0][1], states[1][1], rtol=0, atol=1e-4)
 
@@ -214,38 +213,21 @@ def test_another_run_in_the_same_memory_compares_with_its_own_start():
     assert method(embedded)[0].item() == pytest.approx(method_of(other)(embedded)[0].item(), rel=1e-6)
 
 
-def test_a_run_that_goes_on_still_compares_with_the_poisoned_model(study, fastbd):
+def test_a_run_that_goes_on_still_compares_with_the_poisoned_model(study, monkeypatch, tmp_path):
     """In parts, too, which batch norm does not mind while it is frozen."""
-    start = (
-        "pretrain",
-        "--data",
-        "train.beton",
-        "--plan",
-        "train.poison.json",
-        "--eval-data",
-        "val.beton",
-        "--model",
-        "tiny-rn",
-        "--batch-size",
-        24,
-        "--epochs",
-        1,
-        "--templates",
-        "demo",
-    )
-    fastbd(*start, "--out", "runs/to-be-cleaned", cwd=study)
-    whole, cut = study / "runs/par", study / "runs/par-cut"
-    fastbd("clean", "--run", "runs/to-be-cleaned", "--method", "par", "--frozen-norms", "--accumulate", 2, "--force",
-           "--epochs", 2, "--batch-size", 24, "--eval-every", 0, "--save-every", 1, "--log-every", 1, "--out", whole,
-           cwd=study)  # fmt: skip
+    monkeypatch.chdir(study)
+    start(study)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = ("--method", "par", "--frozen-norms", "--accumulate", 2, "--rows", 48, "--save-every", 1)
+    cleaning(whole, *flags).train()
     shutil.copytree(whole, cut)
     shutil.copy(whole / "ckpt_epoch_001.pt", cut / "ckpt_last.pt")
-    fastbd("clean", "--resume", "runs/par-cut", cwd=study)
+    assert cli.main(["clean", "--resume", str(cut)]) == 0
     states = [torch.load(run / "ckpt_last.pt", weights_only=True)["model"] for run in (whole, cut)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     rows = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, cut)]
-    assert len(rows[0]) == 18 and rows[0][0]["distance_image"] < 1e-6
-    assert [row["distance_image"] for row in rows[0]] == [row["distance_image"] for row in rows[1]]
+    distances = [[row["distance_image"] for row in of_run] for of_run in rows]
+    assert len(distances[0]) == 4 and distances[0][0] < 1e-6 < distances[0][2] and distances[0] == distances[1]
 
 
 def test_two_processes_have_the_gates_and_the_rotation_of_the_whole_batch(together):

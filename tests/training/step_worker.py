@@ -8,23 +8,23 @@ from functools import partial
 
 import torch
 import torch.distributed as td
-from steps import BATCH, BOTH, EVERY, MMCL, ONE, batch_of, make_step
+from steps import BATCH, BOTH, EVERY, MMCL, ONE, ROOM, SHALLOW_RN, SHALLOW_VIT, batch_of, make_step
 
 from fastbd.base.dist import World
 from fastbd.methods.objectives import Objective
-from fastbd.models import create
 from fastbd.models.batchnorm import share_statistics
+from fastbd.models.clip import fresh
 
 IMAGES = Objective(mmcl_weight=0.0, ssl_weight=1.0, ssl_text=False)  # no gradient reaches the text tower
 # name: model, objective, settings of the step; of batch norm: (images, whether processes share)
 CASES = {
-    "groups of images": ("tiny-rn", BOTH, {}, (4, False)),
-    "all processes' images": ("tiny-rn", EVERY, {}, (0, True)),
-    "in parts": ("tiny-rn", EVERY, {"parts": 2}, (4, False)),
-    "one tower": ("tiny-vit", IMAGES, {}, (0, False)),
-    "one tower compiled": ("tiny-vit", IMAGES, {"compiled": True}, (0, False)),
-    "one tower in parts": ("tiny-vit", IMAGES, {"parts": 2}, (0, False)),
-    "compiled": ("tiny-rn", MMCL, {"compiled": True}, (0, True)),
+    "groups of images": (SHALLOW_RN, BOTH, {}, (4, False)),
+    "all processes' images": (SHALLOW_RN, EVERY, {}, (0, True)),
+    "in parts": (SHALLOW_RN, EVERY, {"parts": 2}, (4, False)),
+    "one tower": (SHALLOW_VIT, IMAGES, {}, (0, False)),
+    "one tower compiled": (SHALLOW_VIT, IMAGES, {"compiled": True}, (0, False)),
+    "one tower in parts": (SHALLOW_VIT, IMAGES, {"parts": 2}, (0, False)),
+    "compiled": (SHALLOW_RN, MMCL, {"compiled": True}, (0, True)),
 }
 
 
@@ -38,14 +38,14 @@ def trained(model, world: World, objective: Objective, norms: tuple[int, bool], 
     share = BATCH // world.size
     own = slice(world.rank * share, (world.rank + 1) * share)
     views = 2 if objective.ssl_weight else 1
-    losses = [step(batch_of(views, seed, parts, room=256, own=own))["loss"].item() for seed in range(3)]
+    losses = [step(batch_of(views, seed, parts, room=ROOM, own=own))["loss"].item() for seed in range(3)]
     return losses, model.state_dict()
 
 
 def main() -> None:
     world = World(td.get_rank(), td.get_world_size(), torch.device("cpu"))
     for name, (model, objective, settings, norms) in CASES.items():
-        start = create(model, 0)
+        start = fresh(model, 0)
         alone = trained(start, ONE, objective, norms)
         together = trained(start, world, objective, norms, **settings)
         for mine, theirs in zip(together[0], alone[0], strict=True):

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
-from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from cleanings import cleaning, start
-from steps import BOTH, EVERY, RATES, batch_of, make_step
+from steps import BOTH, EVERY, RATES, SHALLOW_RN, SHALLOW_VIT, batch_of, make_step
 
 from fastbd.base.errors import UserError
 from fastbd.base.run_folder import read
-from fastbd.models import create
+from fastbd.models import CLIP
 from fastbd.models.batchnorm import share_statistics
+from fastbd.models.clip import fresh
 from fastbd.report import plots
 from fastbd.training import capture, setup
 from fastbd.training.capture import WARM, Captured
@@ -86,6 +86,19 @@ def two_runs(step, objective, parts: int) -> tuple[list[dict], list[torch.Tensor
     return losses, state_of(step)
 
 
+def shared() -> CLIP:
+    """A model whose batch norms share their statistics."""
+    model = fresh(SHALLOW_RN, 0)
+    share_statistics(model, 8)
+    return model
+
+
+@cache
+def uncaptured(parts: int) -> tuple[list[dict], list[torch.Tensor]]:
+    """What both runs give without a capture."""
+    return two_runs(make_step(shared(), EVERY, parts=parts), EVERY, parts)
+
+
 @pytest.fixture
 def device(monkeypatch) -> Device:
     return Device(monkeypatch)
@@ -96,10 +109,8 @@ def device(monkeypatch) -> Device:
 )
 def test_steps_after_a_failed_capture_are_the_uncaptured_ones(place, parts, device, monkeypatch, capsys):
     """To the bit, wherever it breaks off; it is tried and said once, in the next run in the same memory too."""
-    model = create("tiny-rn", 0)
-    share_statistics(model, 8)
-    plain = two_runs(make_step(deepcopy(model), EVERY, parts=parts), EVERY, parts)
-    step = make_step(model, EVERY, parts=parts, captured=True, falls_back=True)
+    plain = uncaptured(parts)
+    step = make_step(shared(), EVERY, parts=parts, captured=True, falls_back=True)
     device.guarded = lambda: state_of(step)
     if place != "end":
         device.breaks(monkeypatch, *(step.optimizer, "step") if place == "optimizer" else (step, place))
@@ -116,7 +127,7 @@ def test_steps_after_a_failed_capture_are_the_uncaptured_ones(place, parts, devi
 
 
 def test_a_capture_that_has_to_be_and_fails_is_an_error(device, monkeypatch):
-    step = make_step(create("tiny-vit", 0), BOTH, captured=True)
+    step = make_step(fresh(SHALLOW_VIT, 0), BOTH, captured=True)
     device.breaks(monkeypatch, step, "_loss")
     for seed in range(WARM):
         step(batch_of(2, seed, room=512))
@@ -129,7 +140,7 @@ def test_a_capture_that_has_to_be_and_fails_is_an_error(device, monkeypatch):
 @pytest.mark.parametrize("collects", [True, False])
 def test_no_garbage_is_collected_in_a_capture(collects, device):
     """And all that there was has been, before it."""
-    step = make_step(create("tiny-vit", 0), BOTH, captured=True, falls_back=True)
+    step = make_step(fresh(SHALLOW_VIT, 0), BOTH, captured=True, falls_back=True)
     collected = []
     gc.callbacks.append(lambda phase, about: collected.append((phase, device.tries, device.capturing)))
     try:
@@ -182,7 +193,7 @@ def test_a_sweeps_runs_say_and_record_it(device, study, monkeypatch, tmp_path, c
     kept = Kept()
     capsys.readouterr()
     for seed in (0, 1):
-        training = cleaning(tmp_path / str(seed), "--seed", seed, kept=kept)
+        training = cleaning(tmp_path / str(seed), "--rows", 48, "--seed", seed, kept=kept)
         device.guarded = partial(state_of, training.step)
         training.train()
     assert device.tries == 1
@@ -192,7 +203,7 @@ def test_a_sweeps_runs_say_and_record_it(device, study, monkeypatch, tmp_path, c
     assert all(row["uncaptured"].startswith("RuntimeError: CUDA error: operation failed") for row in second.log)
     shown = {axes.get_title() for axes in plots.curves([first, second]).axes}
     assert not [title for title in shown if "captured" in title]
-    insisting = cleaning(tmp_path / "on", "--graph", "on", kept=kept)
+    insisting = cleaning(tmp_path / "on", "--rows", 48, "--graph", "on", kept=kept)
     device.guarded = partial(state_of, insisting.step)
     with pytest.raises(UserError, match="could not be captured"):
         insisting.train()

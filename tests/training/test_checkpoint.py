@@ -3,9 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import resource
 import signal
-import subprocess
-import sys
 import threading
 import weakref
 
@@ -140,22 +139,21 @@ def test_the_random_state_goes_on_where_it_was(tmp_path):
     assert torch.equal(torch.rand(4), drawn)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_to_do(tmp_path):
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_to_do(tmp_path, capfd):
     """A process that may write 100 kB to a file stands for a disk that fills while a checkpoint is written."""
     path = tmp_path / "ckpt_last.pt"
     checkpoint.save(path, STATE)
     before = path.read_bytes()
-    code = (
-        "import resource, sys, torch; from pathlib import Path; from fastbd.training import checkpoint\n"
-        "from fastbd.base.errors import UserError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "try: checkpoint.save(Path(sys.argv[1]), {'fastbd': '1', 'model': torch.zeros(100_000)})\n"
-        "except UserError as error: print(error)\n"
-    )
-    said = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
-    assert said.stdout.startswith(f"the checkpoint {path} could not be written (File too large; ")
-    assert said.stderr == ""
-    assert "make room, then go on with --resume" in said.stdout and said.stdout.count("\n") == 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError) as said:
+            checkpoint.save(path, {"fastbd": "1", "model": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(said.value).startswith(f"the checkpoint {path} could not be written (File too large; ")
+    assert "make room, then go on with --resume" in str(said.value) and "\n" not in str(said.value)
+    assert capfd.readouterr() == ("", "")
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["ckpt_last.pt"]
 
 

@@ -49,17 +49,17 @@ def test_a_run_that_diverges_names_the_step_and_its_rows_and_does_so_again_when_
 ):
     monkeypatch.chdir(study)
     start(study)
-    run = cleaning(tmp_path / "run", "--lr", 1e30, "--warmup", 0, "--log-every", 100, *flags)
-    # Fed to step 13 alone, the fourth of the second epoch, which the first one's checkpoint precedes.
+    run = cleaning(tmp_path / "run", "--lr", 1e30, "--warmup", 0, "--log-every", 100, "--rows", 96, *flags)
+    # Fed to step 7 alone, the third of the second epoch, which the first one's checkpoint precedes.
     run.step.rates[:] = 1e-3
-    run.step.rates[11] = 1e30
+    run.step.rates[5] = 1e30
     steps = given(run)
     said, file = diverged(run)
-    assert file["step"] == 13 and file["epoch"] == 13 / run.steps_per_epoch > 1
-    assert file["rows"] == steps[12].tolist() and len(file["rows"]) == 24 and file["data"].endswith("train.beton")
+    assert file["step"] == 7 and file["epoch"] == 7 / run.steps_per_epoch > 1
+    assert file["rows"] == steps[6].tolist() and len(file["rows"]) == 24 and file["data"].endswith("train.beton")
     assert file["lr"] == pytest.approx(1e-3) and file["losses"]["loss"] == "nan" and "mmcl" in file["not_finite"]
     path = tmp_path / "run/diverged.json"
-    assert said.startswith("the loss is nan at step 13 (not finite: mmcl")
+    assert said.startswith("the loss is nan at step 7 (not finite: mmcl")
     assert said.endswith(f"the run diverged; lower --lr (1e+30), or look at the batch's rows, in {path}.")
 
     config = cli.parse("clean", ["--resume", str(run.folder.path)])

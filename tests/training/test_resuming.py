@@ -14,7 +14,7 @@ from fastbd.training.resume import difference
 
 RUN = (
     "pretrain", "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model",
-    "tiny-rn", "--templates", "demo", "--batch-size", 24, "--epochs", 2, "--save-every", 1, "--log-every", 5,
+    "tiny-rn", "--templates", "demo", "--batch-size", 60, "--epochs", 2, "--save-every", 1, "--log-every", 2,
     "--device", "cpu",
 )  # fmt: skip
 TIMES = ("pairs_per_s", "of_limit", "data_wait", "seconds")
@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_gives_way_loudly_to_that_of_an_epoch(place, run, c
     for name in ("log.jsonl", "metrics.jsonl"):
         assert rows(run, name) == rows(place / "whole", name)
     ends = [torch.load(folder / "ckpt_last.pt", weights_only=True) for folder in (place / "whole", run)]
-    assert ends[0]["step"] == ends[1]["step"] == 20
+    assert ends[0]["step"] == ends[1]["step"] == 8
     assert all(torch.equal(ends[1]["model"][name], value) for name, value in ends[0]["model"].items())
 
 
@@ -101,10 +101,10 @@ def test_a_run_of_a_study_is_left_to_its_sweep(run, tmp_path, capsys):
 
 
 def test_rows_that_were_lost_are_told_of(run, capsys):
-    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)  # of steps 5, 10, 15 and 20
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)  # of steps 2, 4, 6 and 8
     (run / "log.jsonl").write_text(lines[0] + lines[3])
     assert fastbd("pretrain", "--resume", run) == 0
-    said = f"{run}/log.jsonl has lost 2 rows, the first of step 10: the run goes on without them\n"
+    said = f"{run}/log.jsonl has lost 2 rows, the first of step 4: the run goes on without them\n"
     assert said in capsys.readouterr().out
     (run / "log.jsonl").write_text("".join(lines))
     assert fastbd("pretrain", "--resume", run) == 0 and "has lost" not in capsys.readouterr().out
@@ -200,7 +200,7 @@ def test_a_step_that_the_run_has_not_is_refused(run, step, capsys):
     state = torch.load(run / "ckpt_last.pt", weights_only=True)
     torch.save(state | {"step": step}, run / "ckpt_last.pt")
     assert fastbd("pretrain", "--resume", run) == 2
-    assert f"is of step {step}, and its run has 20 steps" in capsys.readouterr().err
+    assert f"is of step {step}, and its run has 8 steps" in capsys.readouterr().err
 
 
 def test_another_runs_checkpoint_is_refused(place, run, capsys):
@@ -227,12 +227,12 @@ def test_an_older_checkpoint_is_still_resumed(run):
     state = torch.load(run / "ckpt_last.pt", weights_only=True)
     del state["inputs"]
     state["config"] |= {"gone": 1}
-    state["step"], state["epoch"] = 10, 1.0
+    state["step"], state["epoch"] = 4, 1.0
     torch.save(state, run / "ckpt_last.pt")
     written = json.loads((run / "config.json").read_text())
     edited(run / "config.json", lambda v: [v.pop(name) for name in ("start_step", "start_weights")])  # not known then
     assert fastbd("pretrain", "--resume", run) == 0
-    assert torch.load(run / "ckpt_last.pt", weights_only=True)["step"] == 20
+    assert torch.load(run / "ckpt_last.pt", weights_only=True)["step"] == 8
     assert fastbd("pretrain", "--resume", run) == 0  # from what has just been written
     assert written.keys() > json.loads((run / "config.json").read_text()).keys()
 

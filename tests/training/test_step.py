@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from itertools import product
 
 import pytest
@@ -24,6 +23,7 @@ from steps import (
     Waits,
     batch_of,
     captions_of,
+    counting,
     make_step,
 )
 from tables import table
@@ -223,11 +223,8 @@ def test_nothing_in_a_step_waits_for_the_device(objective, parts):
 
 @pytest.fixture
 def compilations(monkeypatch) -> CompileCounterWithBackend:
-    """Counts what is compiled from here on, for a backend that needs no C++ compiler."""
-    torch._dynamo.reset()  # else a function that has been compiled often in this process would be no more
-    counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    return counter
+    """What counts them."""
+    return counting(monkeypatch)
 
 
 def test_one_compilation_serves_captions_of_any_lengths(compilations):
@@ -243,9 +240,7 @@ def test_fused_towers_train_as_eager_ones_do(backend, monkeypatch):
     """A model as small as has a pool, as Inductor takes its time on a CPU too."""
     if backend == "inductor" and not has_compiler():
         pytest.skip("needs a C++ compiler")
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    counter = counting(monkeypatch, backend)
     model = fresh(replace(SHALLOW_RN, vision_layers=(1, 1)), 0)
     fused = trained(model, MMCL, room=ROOM, compiled=True, fused=True)
     (graph,) = counter.graphs

@@ -179,8 +179,8 @@ def test_recomputing_saves_memory():
 def test_a_run_as_the_device_allows_is_near_the_plain_one(study, fastbd):
     """Through the command line: on a GPU it is compiled and captured, in bf16."""
     arguments = ("pretrain", "--objective", "mmcl_ssl", "--data", "train.beton", "--plan", "train.poison.json",
-                 "--eval-data", "val.beton", "--model", "tiny-rn", "--batch-size", 24, "--templates", "demo",
-                 "--epochs", 2, "--bn-group", 24, "--log-every", 5)  # fmt: skip
+                 "--eval-data", "val.beton", "--model", "tiny-rn", "--batch-size", 60, "--templates", "demo",
+                 "--epochs", 2, "--bn-group", 24, "--log-every", 2)  # fmt: skip
     fastbd(*arguments, "--out", "runs/fast", cwd=study)
     fastbd(*arguments, "--compile", "off", "--graph", "off", "--precision", "fp32", "--out", "runs/plain", cwd=study)
     fast, plain = (
