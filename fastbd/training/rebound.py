@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -18,9 +20,32 @@ from fastbd.methods.objectives import Objective
 from fastbd.models import CLIP
 from fastbd.poison.plan import Plan
 from fastbd.training.optim import make_optimizer
+from fastbd.training.shares import Shares
 from fastbd.training.step import Step
+from fastbd.training.watch import Watch
 
 POINTS = 10  # evaluations along the way, the start not counted
+BATCH_SIZE, LR = 16, 1e-6
+
+
+def ready(
+    watch: Watch | None, model: CLIP, pairs: Pairs, plan: Plan | None, shares: Shares, world: World, *, steps: int
+) -> Callable[[], Evaluation]:
+    """Return what measures the rebound of a model, and leaves other weights behind; UserError where it could not."""
+    if watch is None or plan is None or not watch.data.measures_asr or world.size > 1:
+        raise UserError(
+            "--rebound watches ASR, in one process: it needs a plan, and --eval-data with its target and with "
+            "images of other classes."
+        )
+    if shares.group and BATCH_SIZE % shares.group:
+        raise UserError(f"--rebound takes {BATCH_SIZE} pairs a step: give a --bn-group that divides it.")
+    rows = clean_pairs(pairs, plan, steps * BATCH_SIZE)
+
+    def measured() -> Evaluation:
+        clean = Pairs(pairs.beton, pairs.decoder, pairs.size, max_bad=pairs.max_bad)
+        return rebound(model, watch.zeroshot, clean, rows, steps=steps, lr=LR, precision=watch.precision, world=world)
+
+    return measured
 
 
 def rebound(

@@ -61,7 +61,7 @@ def test_what_is_left_is_stamped_and_what_rebounds_is_measured(study, fastbd, tm
 def test_a_rebound_that_diverges_leaves_the_cleaning_finished(study, monkeypatch, tmp_path):
     monkeypatch.chdir(study)
     start(study)
-    monkeypatch.setattr("fastbd.training.run.REBOUND_LR", 1e30)
+    monkeypatch.setattr("fastbd.training.rebound.LR", 1e30)
     run = cleaning(tmp_path / "run", "--epochs", 1, "--rebound", 4)
     assert run.train() == "finished"
     result = json.loads((run.folder.path / "result.json").read_text())

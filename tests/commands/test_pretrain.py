@@ -95,7 +95,7 @@ def test_a_step_in_memory_is_not_used_for_another_activation(started, place, mon
         flags = ["--run", f"runs/{name}", "--rows", "48", "--batch-size", "24", "--epochs", "1", "--device", "cpu"]
         config = cli.parse("clean", [*flags, "--decode", "pil", "--force", "--out", str(tmp_path / name)])
         made = Run(config, clean.task(config, CPU), CPU, kept=kept, quiet=True)
-        models.append((made.model, made.step))
+        models.append((made.opened.model, made.opened.step))
     (first, one), (second, other) = models
     assert (first.spec.activation, second.spec.activation) == ("gelu", "quickgelu") and one is not other
 

@@ -417,9 +417,10 @@ def test_a_second_run_is_compiled_no_more_and_stays_in_its_memory(method, undist
         )
         run = Run(config, clean.task(config, world), world, kept, quiet=True)
         run.train()
-        states = [tensor for state in run.step.optimizer.state.values() for tensor in state.values()]
-        tensors = [*run.model.parameters(), *run.model.buffers(), *states, run.step.rates, run.step.at, run.step.lr]
-        addresses.append([tensor.data_ptr() for tensor in (*tensors, run.step.weights)])
+        model, step = run.opened.model, run.opened.step
+        states = [tensor for state in step.optimizer.state.values() for tensor in state.values()]
+        tensors = [*model.parameters(), *model.buffers(), *states, step.rates, step.at, step.lr, step.weights]
+        addresses.append([tensor.data_ptr() for tensor in tensors])
         frames.append(counter.frame_count)
     assert addresses[0] == addresses[1] and len(addresses[0]) > 50
     assert 0 < frames[0] == frames[1]

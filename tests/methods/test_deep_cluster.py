@@ -61,20 +61,21 @@ def test_loss_and_gradients_are_the_published_ones():
 
 def test_each_epoch_has_clusters_of_its_own_and_a_fresh_head(here, tmp_path):
     run = cleaning(tmp_path / "run", *FLAGS, "--epochs", 1)
-    head, optimizer = run.method.head, run.step.optimizer
-    run.batches(0, 0)
+    opened = run.opened
+    head, optimizer, rows = opened.method.head, opened.step.optimizer, opened.training.rows
+    opened.batches(0, 0)
     first = {name: value.clone() for name, value in head.state_dict().items()}
     assert len(first["labels"].unique()) == 12 and not first["linear.bias"].any()
     assert 0.008 < first["linear.weight"].std() < 0.012
     run.train()
-    moments = [optimizer.state[p]["exp_avg"] for p in (head.linear.weight, run.model.text_projection)]
+    moments = [optimizer.state[p]["exp_avg"] for p in (head.linear.weight, opened.model.text_projection)]
     assert all(m.any() for m in moments)
-    run.batches(1, 0)
+    opened.batches(1, 0)
     assert [bool(m.any()) for m in moments] == [False, True]
     assert optimizer.state[head.linear.weight]["step"] == 0
     assert not torch.equal(head.linear.weight, first["linear.weight"]) and not head.linear.bias.any()
     # The nearest of their own means: what k-means ends with, here found from the embeddings anew.
-    images = torch.nn.functional.normalize(run.training.embed_images(run.training.rows), dim=1)
+    images = torch.nn.functional.normalize(opened.training.embed_images(rows), dim=1)
     means = torch.stack([images[head.labels == k].sum(0) for k in range(12)])
     own = (images @ torch.nn.functional.normalize(means, dim=1).T).argmax(1)
     assert (own == head.labels).float().mean() > 0.95 and not torch.equal(first["labels"], head.labels)
@@ -87,9 +88,10 @@ def test_two_steps_and_the_rest_are_the_whole(labelled, here, tmp_path):
     whole = cleaning(tmp_path / "whole", *flags)
     whole.train()
     halves = resumed_after(cleaning(tmp_path / "halves", *flags), 2)
-    assert 2 <= halves.done < whole.total
+    assert 2 <= halves.opened.done < whole.opened.total
     halves.train()
-    assert same(state(whole), state(halves)) and halves.method.head.linear.out_features == (5 if labelled else 12)
+    assert same(state(whole), state(halves))
+    assert halves.opened.method.head.linear.out_features == (5 if labelled else 12)
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "halves")]
     assert [json.loads(line)["cluster"] for line in logs[0]] == [json.loads(line)["cluster"] for line in logs[1]]
 
@@ -97,12 +99,13 @@ def test_two_steps_and_the_rest_are_the_whole(labelled, here, tmp_path):
 def test_labels_of_a_file_and_their_head_stay(here, tmp_path):
     labels = np.random.default_rng(0).integers(0, 7, 240)
     (tmp_path / "labels.txt").write_text("\n".join(map(str, labels)))
-    run = cleaning(tmp_path / "run", *FLAGS, "--cluster-labels", tmp_path / "labels.txt")
-    run.batches(0, 0)
-    before = run.method.head.linear.weight.clone()
-    run.batches(1, 0)
-    assert torch.equal(run.method.head.labels, torch.from_numpy(labels[run.training.rows]))
-    assert torch.equal(run.method.head.linear.weight, before) and len(before) == labels.max() + 1
+    opened = cleaning(tmp_path / "run", *FLAGS, "--cluster-labels", tmp_path / "labels.txt").opened
+    head = opened.method.head
+    opened.batches(0, 0)
+    before = head.linear.weight.clone()
+    opened.batches(1, 0)
+    assert torch.equal(head.labels, torch.from_numpy(labels[opened.training.rows]))
+    assert torch.equal(head.linear.weight, before) and len(before) == labels.max() + 1
 
 
 @pytest.mark.parametrize(

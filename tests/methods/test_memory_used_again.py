@@ -26,6 +26,6 @@ def test_the_second_of_two_runs_is_as_alone(method, study, monkeypatch, tmp_path
     before = cleaning(tmp_path / "before", *flags, 0, kept=kept)
     before.train()
     second = cleaning(tmp_path / "second", *flags, 1, kept=kept)
-    assert second.step is before.step and second.method is before.method
+    assert second.opened.step is before.opened.step and second.opened.method is before.opened.method
     second.train()
     assert same(state(alone), state(second)) and not same(state(alone), state(before))

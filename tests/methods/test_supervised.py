@@ -46,14 +46,14 @@ def test_loss_and_gradients_are_those_of_a_linear_layer_on_the_embedding_as_it_i
 
 def test_the_image_tower_learns_the_classes_and_the_rest_stays(here, tmp_path):
     run = cleaning(tmp_path / "run", *FLAGS, "--epochs", 8)
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    head = run.method.head
-    assert torch.equal(head.labels, torch.from_numpy(Beton("val.beton").labels[run.training.rows]))
+    model, head = run.opened.model, run.opened.method.head
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert torch.equal(head.labels, torch.from_numpy(Beton("val.beton").labels[run.opened.training.rows]))
     assert head.linear.weight.std().item() == pytest.approx((3 * 32) ** -0.5, rel=0.1)  # nn.Linear's own
     run.train()
     after = state(run)
-    moved = {name for name, parameter in run.model.named_parameters() if not torch.equal(before[name], after[name])}
-    assert moved == {name for name, _ in run.model.named_parameters() if tower_of(name) == "image"}
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], after[name])}
+    assert moved == {name for name, _ in model.named_parameters() if tower_of(name) == "image"}
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     # The tuned tower is a run's: it is evaluated with the old text tower, and cleaned further.
@@ -85,7 +85,7 @@ def test_steps_that_are_stopped_and_gone_on_with_are_the_whole(here, tmp_path):
     whole = cleaning(tmp_path / "whole", *FLAGS)
     whole.train()
     halves = resumed_after(cleaning(tmp_path / "halves", *FLAGS), 3)
-    assert 3 <= halves.done < whole.total
+    assert 3 <= halves.opened.done < whole.opened.total
     halves.train()
     assert same(state(whole), state(halves))
 

@@ -30,7 +30,7 @@ def test_what_has_no_gradient_shrinks_by_rate_times_decay(flags, decay, study, m
     rows = np.arange(len(beton))
     used = np.union1d(beton.tokens(rows), beton.text_view(rows))
     absent = np.setdiff1d(np.arange(len(before["token_embedding.weight"])), used)
-    share = np.prod(1 - decay * learning_rates(1e-2, warmup=3, total=run.total).double().numpy())
+    share = np.prod(1 - decay * learning_rates(1e-2, warmup=3, total=run.opened.total).double().numpy())
     assert share < (0.8 if decay == 10 else 0.999) and len(absent) > 40_000
     torch.testing.assert_close(
         after["token_embedding.weight"][absent], before["token_embedding.weight"][absent] * share, rtol=1e-5, atol=1e-9

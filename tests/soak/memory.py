@@ -59,7 +59,7 @@ def inject(share: float, seed: int, folder: Path) -> Iterator[Tally]:
     warm = [mib for step, mib in seen if step > min(WARM, steps // 2)]
     end, growth = max(warm[-3:]), max(warm[-3:]) - warm[0]
     memory = f"{warm[0]} MiB after the warm-up, {end} at the end, at most {max(warm)}"
-    tally = Tally(f"{run.total:,} steps of training", f"its own memory, read at {len(seen)} of them: {memory}")
+    tally = Tally(f"{run.opened.total:,} steps of training", f"its own memory, read at {len(seen)} of them: {memory}")
     tally.count(SAME if growth <= BOUND else "memory grows", f"{memory}; each: {seen}")
     yield tally
 

@@ -194,7 +194,7 @@ def test_a_sweeps_runs_say_and_record_it(device, study, monkeypatch, tmp_path, c
     capsys.readouterr()
     for seed in (0, 1):
         training = cleaning(tmp_path / str(seed), "--rows", 48, "--seed", seed, kept=kept)
-        device.guarded = partial(state_of, training.step)
+        device.guarded = partial(state_of, training.opened.step)
         training.train()
     assert device.tries == 1
     assert capsys.readouterr().out.count("the step could not be captured in a CUDA graph (RuntimeError: CUDA") == 1
@@ -204,6 +204,6 @@ def test_a_sweeps_runs_say_and_record_it(device, study, monkeypatch, tmp_path, c
     shown = {axes.get_title() for axes in plots.curves([first, second]).axes}
     assert not [title for title in shown if "captured" in title]
     insisting = cleaning(tmp_path / "on", "--rows", 48, "--graph", "on", kept=kept)
-    device.guarded = partial(state_of, insisting.step)
+    device.guarded = partial(state_of, insisting.opened.step)
     with pytest.raises(UserError, match="could not be captured"):
         insisting.train()

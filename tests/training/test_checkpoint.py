@@ -103,7 +103,7 @@ def test_a_checkpoint_is_written_as_soon_as_its_copy_is_whole(study, monkeypatch
     start(study)
     monkeypatch.setattr(checkpoint, "Snapshot", Late)
     training = cleaning(tmp_path / "run")
-    weight = next(training.model.parameters())
+    weight = next(training.opened.model.parameters())
     for step in (1, 2):
         before = weight.detach().clone()
         training.save(step)

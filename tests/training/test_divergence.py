@@ -29,7 +29,7 @@ def diverged(run: Run) -> tuple[str, dict]:
 
 def given(run: Run) -> list[np.ndarray]:
     """The rows of each step that it does."""
-    steps, step = [], run.step
+    steps, step = [], run.opened.step
 
     class Noting:
         def __call__(self, batch):
@@ -39,7 +39,7 @@ def given(run: Run) -> list[np.ndarray]:
         def __getattr__(self, name):
             return getattr(step, name)
 
-    run.step = Noting()
+    run.opened.step = Noting()
     return steps
 
 
@@ -51,11 +51,11 @@ def test_a_run_that_diverges_names_the_step_and_its_rows_and_does_so_again_when_
     start(study)
     run = cleaning(tmp_path / "run", "--lr", 1e30, "--warmup", 0, "--log-every", 100, "--rows", 96, *flags)
     # Fed to step 7 alone, the third of the second epoch, which the first one's checkpoint precedes.
-    run.step.rates[:] = 1e-3
-    run.step.rates[5] = 1e30
+    run.opened.step.rates[:] = 1e-3
+    run.opened.step.rates[5] = 1e30
     steps = given(run)
     said, file = diverged(run)
-    assert file["step"] == 7 and file["epoch"] == 7 / run.steps_per_epoch > 1
+    assert file["step"] == 7 and file["epoch"] == 7 / run.opened.steps_per_epoch > 1
     assert file["rows"] == steps[6].tolist() and len(file["rows"]) == 24 and file["data"].endswith("train.beton")
     assert file["lr"] == pytest.approx(1e-3) and file["losses"]["loss"] == "nan" and "mmcl" in file["not_finite"]
     path = tmp_path / "run/diverged.json"
@@ -64,8 +64,8 @@ def test_a_run_that_diverges_names_the_step_and_its_rows_and_does_so_again_when_
 
     config = cli.parse("clean", ["--resume", str(run.folder.path)])
     again = Run(config, clean.task(config, WORLD), WORLD)
-    assert again.done == run.steps_per_epoch and not path.exists()
-    again.step.rates[:] = run.step.rates
+    assert again.opened.done == run.opened.steps_per_epoch and not path.exists()
+    again.opened.step.rates[:] = run.opened.step.rates
     assert diverged(again) == (said, file)
 
 
