@@ -24,7 +24,7 @@ LOGGED = frozenset(
 """What a line of log.jsonl has besides the loss and its parts."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """One run folder. `metrics` and `log` are in order of steps."""
 
@@ -47,6 +47,14 @@ class Run:
     """result.json, how the run ended; empty where there is none."""
     attack: str
     """The backdoor of plan.json in words; empty without a plan."""
+
+    def __repr__(self) -> str:
+        """Return one line: the name, how it was made, how far it is, and what was measured last."""
+        at = max((row["step"] for row in (*self.log, *self.metrics)), default=0)
+        last = next((row for row in reversed(self.metrics) if "top1" in row), {})
+        shares = {"top-1": last.get("top1"), "ASR": last.get("asr")}
+        told = [f"{name} {share:.1%}" for name, share in shares.items() if share is not None]
+        return f"<Run {self.name}: {', '.join([self.method or self.verb, f'step {at:,}', *told])}>"
 
     @property
     def attacks(self) -> tuple[AttackedEvaluation, ...]:
