@@ -11,12 +11,15 @@ the same while they work, and return what was made; a mistake is a fastbd.UserEr
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastbd.base.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from fastbd.base.evaluation import Evaluation
     from fastbd.base.run_folder import Run
     from fastbd.evals.loaded import Loaded
@@ -39,14 +42,14 @@ def clean(run: Run | Path | str | None = None, **flags: Any) -> Run:
     """
     from fastbd.commands import clean
 
-    return _trained(clean, "clean", {"run": run and _folder(run), **flags})
+    return _trained(clean, "clean", {"run": run, **flags})
 
 
 def evaluate(run: Run | Path | str, **flags: Any) -> list[Evaluation]:
     """Evaluate a run's model as `fastbd evaluate` does; returns the rows that were added to its metrics.jsonl."""
     from fastbd.commands import evaluate
 
-    return evaluate.measured(_settings("evaluate", {"run": _folder(run), **flags}))
+    return evaluate.measured(_settings("evaluate", {"run": run, **flags}))
 
 
 def sweep(study: Path | str | None = None, **flags: Any) -> list[Run]:
@@ -61,7 +64,7 @@ def sweep(study: Path | str | None = None, **flags: Any) -> list[Run]:
     return find([folder.absolute() / "runs"])
 
 
-def load(run: Run | Path | str, checkpoint: str = "last", device: str = "auto") -> Loaded:
+def load(run: Run | Path | str, checkpoint: str | int | None = None, device: torch.device | str = "auto") -> Loaded:
     """Return a run's model in eval mode on a device, with its image transform and its tokenizer.
 
     `checkpoint` is last, or the number of an epoch.
@@ -70,7 +73,8 @@ def load(run: Run | Path | str, checkpoint: str = "last", device: str = "auto") 
     from fastbd.commands.evaluate import open_model
     from fastbd.evals.loaded import Loaded
 
-    _, model = open_model(_folder(run), checkpoint, join(device).device)
+    asked = _settings("evaluate", {"run": run, "checkpoint": checkpoint, "device": device})
+    _, model = open_model(asked.run, asked.checkpoint, join(asked.device).device)
     return Loaded(model.eval())
 
 
@@ -79,33 +83,32 @@ def _trained(command: Any, verb: str, flags: dict[str, Any]) -> Run:
 
     code, folder = command.train(_settings(verb, flags))
     if code:
-        raise KeyboardInterrupt(f"stopped and saved; go on with fastbd.{verb}(resume={str(folder)!r})")
+        raise KeyboardInterrupt(f"stopped; go on with fastbd.{verb}(resume={str(folder)!r})")
     return read(folder.absolute())  # it stays this run where the working directory changes
 
 
-def _folder(run: Run | Path | str) -> Path:
-    return Path(run) if isinstance(run, str | Path) else run.path
-
-
 def _settings(verb: str, flags: dict[str, Any]) -> Any:
-    """Return the verb's flags as its command line would have them, with the same defaults and checks."""
+    """Return the verb's flags as its command line would have them, with the same defaults and checks.
+
+    None leaves a flag out.
+    """
     from fastbd import cli
 
-    try:
-        return cli.parse(verb, [word for name, value in flags.items() for word in _words(name, value)])
-    except SystemExit:  # of the parser, which has printed what is wrong
-        raise UserError(
-            f"fastbd.{verb}() does not take these flags, as told above; python -m fastbd {verb} --help lists them."
-        ) from None
+    return cli.settings_of(verb, {name: _plain(value) for name, value in flags.items() if value is not None})
 
 
-def _words(name: str, value: Any) -> list[str]:
-    """Return the words of a command line that give the flag this value; None leaves it out."""
-    flag = name.replace("_", "-")
-    if value is None:
-        return []
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    if isinstance(value, list | tuple):
-        return [f"--{flag}", *map(str, value)]
-    return [f"--{flag}={value}"]
+def _plain(value: Any) -> Any:
+    """Return a value as flags have it: the folder of a run, a path, a device's name, the numbers of an array."""
+    import torch
+
+    from fastbd.base.run_folder import Run
+
+    if isinstance(value, list | tuple | range):
+        return [_plain(item) for item in value]
+    if isinstance(value, Run):
+        return value.path
+    if isinstance(value, PathLike):
+        return Path(value)
+    if isinstance(value, torch.device):
+        return str(value)
+    return value.tolist() if hasattr(value, "tolist") else value  # of NumPy or torch

@@ -9,15 +9,16 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastbd.base.errors import UserError, machine_fault
 from fastbd.base.run_folder import read_config, run_of
 from fastbd.base.signals import Stopped
 from fastbd.config.cards import check, owners
-from fastbd.config.fields import flags_of, from_dict, outside, to_dict
+from fastbd.config.fields import as_told, flags_of, from_dict, outside, to_dict, typed_fields, types_of
 from fastbd.config.flags import (
     CHOOSERS,
     BuildConfig,
@@ -145,36 +146,69 @@ def parse(verb: str, flags: list[str]):
     """The verb's config from its flags; --preset and --run choose the defaults, --resume replaces everything."""
     import tyro
 
-    kind = VERBS[verb].config
-    description = kind.__doc__
-    default = tyro.MISSING_NONPROP
     first, others = _first(flags)
-    if kind in (PretrainConfig, CleanConfig):
-        if first.resume and not {"-h", "--help"} & set(others):
-            if others or first != First(resume=first.resume):
-                raise UserError("--resume takes every setting from the run folder; leave the other flags out.")
-            return _resumed(kind, first.resume)
-        name = first.preset or _preset_of_run(first.run)
-        if name in PRESETS:
-            preset = PRESETS[name]
-            default = preset().defaults(verb, getattr(first, CHOOSERS[kind]))
-            description = f"{kind.__doc__}\n\nPreset {name}: {preset.__doc__}"
-            _check_owners(kind, default, flags)
-            kind = type(default)
+    if first.resume and not {"-h", "--help"} & set(others) and (resumed := _resumed(verb, first, bool(others))):
+        return resumed
+    kind, default, description = _defaults(verb, first, [word for word in flags if word.startswith("--")])
+    default = tyro.MISSING_NONPROP if default is None else default
     settings = tyro.cli(kind, args=flags, default=default, prog=f"python -m fastbd {verb}", description=description)
+    return _checked(verb, settings, first)
+
+
+def settings_of(verb: str, given: Mapping[str, Any]):
+    """The verb's config from values by the names of its flags, as `parse` has it from words. UserError for others."""
+    early = types_of(First).keys()
+    first = First(**_typed(First, {name: value for name, value in given.items() if name in early}))
+    if first.resume and (resumed := _resumed(verb, first, bool(given.keys() - early))):
+        return resumed
+    kind, default, _ = _defaults(verb, first, [f"--{name.replace('_', '-')}" for name in given])
+    for name in given.keys() - types_of(kind).keys():
+        near = difflib.get_close_matches(name, types_of(kind), 1)
+        hint = f"did you mean {near[0]}?" if near else f"python -m fastbd {verb} --help lists them."
+        raise UserError(f"fastbd.{verb}() has no flag '{name}'; {hint}")
+    values = _typed(kind, given)
+    settings = kind(**values) if default is None else dataclasses.replace(default, **values)
+    return _checked(verb, settings, first)
+
+
+def _typed(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return typed_fields(kind, {name: as_told(types_of(kind)[name], value) for name, value in given.items()})
+    except TypeError as error:
+        raise UserError(f"{error}.") from None
+
+
+def _defaults(verb: str, first: First, words: list[str]) -> tuple[type, Any, str | None]:
+    """(the dataclass of the verb's flags, its defaults by the preset or None, what --help says of both).
+
+    UserError where the words name a flag that only another method, or another defence, has.
+    """
+    kind = VERBS[verb].config
+    name = (first.preset or _preset_of_run(first.run)) if kind in CHOOSERS else None
+    if name not in PRESETS:
+        return kind, None, kind.__doc__
+    preset = PRESETS[name]
+    default = preset().defaults(verb, getattr(first, CHOOSERS[kind]))
+    _check_owners(kind, default, words)
+    return type(default), default, f"{kind.__doc__}\n\nPreset {name}: {preset.__doc__}"
+
+
+def _checked(verb: str, settings, first: First):
+    """The settings with run folders for checkpoints that were named. UserError where one cannot be."""
     _check_choices(settings)
     _check_numbers(settings)
+    _check_lists(verb, settings)
     _check_files(settings)
     settings = _with_folders(settings, first)
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and kind in (PretrainConfig, CleanConfig):
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and VERBS[verb].config in CHOOSERS:
         return _restarted(settings)
     return settings
 
 
-def _check_owners(kind: type, default, flags: list[str]) -> None:
+def _check_owners(kind: type, default, words: list[str]) -> None:
     """Raise a UserError for a flag that only another method, or another defence, than that of the default has."""
     there, chooser = {field.name for field in dataclasses.fields(default)}, CHOOSERS[kind]
-    for word in (word.partition("=")[0] for word in flags if word.startswith("--")):
+    for word in (word.partition("=")[0] for word in words):
         flag = word[2:].replace("-", "_").removeprefix("no_")
         if flag not in there and (others := owners(chooser, flag)):
             raise UserError(f"{word} is a flag of --{chooser} {' or '.join(others)}, and this is --{chooser} "
@@ -194,6 +228,13 @@ def _check_numbers(settings) -> None:
         if numbers := outside(type(settings), name, value):
             given = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise UserError(f"--{name.replace('_', '-')} {given} is out of range: give {numbers}.")
+
+
+def _check_lists(verb: str, settings) -> None:
+    """Raise a UserError for a list that holds nothing, unless that is its default."""
+    for field in dataclasses.fields(VERBS[verb].config):
+        if getattr(settings, field.name) == () != field.default:
+            raise UserError(f"--{field.name.replace('_', '-')} has no value: give one or more, or leave it out.")
 
 
 def _check_files(settings) -> None:
@@ -247,10 +288,15 @@ def _preset_of_run(path: Path | None) -> str:
     return "demo"
 
 
-def _resumed(kind: type, path: Path):
-    folder = _run_at_its_end(path, "--resume")
+def _resumed(verb: str, first: First, others: bool):
+    """The settings of the run that --resume names; None where the verb has no such flag. UserError with other flags."""
+    kind = VERBS[verb].config
+    if kind not in CHOOSERS or first.resume is None:
+        return None
+    if others or first != First(resume=first.resume):
+        raise UserError("--resume takes every setting from the run folder; leave the other flags out.")
+    folder = _run_at_its_end(first.resume, "--resume")
     recorded = read_config(folder)
-    verb = {PretrainConfig: "pretrain", CleanConfig: "clean"}[kind]
     if recorded["verb"] != verb:
         raise UserError(
             f"{folder} was made by {recorded['verb']}: python -m fastbd {recorded['verb']} --resume {folder}"

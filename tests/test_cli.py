@@ -166,6 +166,31 @@ def test_each_number_of_a_list_is_looked_at():
         cli.parse("pretrain", ["--remove-epochs", "3", "-1", "6"])
 
 
+@pytest.mark.parametrize(
+    ("verb", "flag"),
+    [
+        ("evaluate", "--asr-seed"),
+        ("evaluate", "--eval-data"),
+        ("sweep", "--pretrained"),
+        ("sweep", "--seeds"),
+        ("doctor", "--data"),
+        ("report", "--runs"),
+    ],
+)
+def test_a_list_without_a_value_is_refused(verb, flag):
+    with pytest.raises(UserError, match=f"^{flag} has no value: give one or more, or leave it out.$"):
+        cli.parse(verb, [*REQUIRED.get(verb, ()), flag])
+
+
+def test_only_where_a_default_holds_none_a_list_may_be_empty():
+    """As there it means something: a new list is refused without a value unless its default is one."""
+    assert cli.parse("pretrain", ["--remove-epochs"]).remove_epochs == ()
+    empty = [
+        field.name for verb in cli.VERBS.values() for field in dataclasses.fields(verb.config) if field.default == ()
+    ]
+    assert empty == ["remove_epochs"]
+
+
 def test_the_help_of_a_preset_tells_its_commands_and_its_cost(tmp_path, fastbd):
     shown = " ".join(fastbd("pretrain", "--preset", "paper-cc3m", "--help", cwd=tmp_path).stdout.split())
     for line in presets.paper_cc3m.__doc__.split("\n"):

@@ -86,13 +86,67 @@ def test_an_evaluation_in_another_thread(example, study):
     assert rows[0]["top1"] == example["cleaned"].metrics[-1]["top1"]
 
 
-def test_mistakes_are_told(tmp_path, monkeypatch, capsys):
+def test_values_of_python_are_taken_for_those_of_flags(example):
+    run = read(example["trained"].path)
+    settings = fastbd._settings("clean", {"run": run, "checkpoint": 7, "lr": np.float64(0.5), "rows": np.int64(9)})
+    assert (settings.run, settings.checkpoint, settings.lr, settings.rows) == (run.path, "7", 0.5, 9)
+    settings = fastbd._settings("sweep", {"pretrained": [run, str(run.path)], "seeds": range(2), "study": Path("demo")})
+    assert (settings.pretrained, settings.seeds, settings.study) == ((run.path, run.path), (0, 1), "demo")
+    settings = fastbd._settings("pretrain", {"remove_epochs": np.array([1, 2]), "eval_every": 5, "plan": None})
+    assert (settings.remove_epochs, settings.eval_every, settings.batch_size) == ((1, 2), "5", 64)
+    assert fastbd._settings("pretrain", {"resume": run}).resume == run.path
+    assert fastbd._settings("evaluate", {"run": run, "eval_data": "val.beton"}).eval_data == (Path("val.beton"),)
+
+
+def test_a_checkpoint_by_its_number_on_a_device_of_torch(example):
+    run = example["trained"]
+    epoch = run.path / "ckpt_epoch_002.pt"
+    epoch.symlink_to("ckpt_last.pt")
+    there = (dict(run=run, checkpoint=np.int64(2)), dict(run=str(epoch)), dict(run=run.path))
+    loaded = [fastbd.load(**given, device=torch.device("cpu")).model.state_dict() for given in there]
+    assert all(torch.equal(one["logit_scale"], loaded[-1]["logit_scale"]) for one in loaded)
+    with pytest.raises(fastbd.UserError, match=r"there is no checkpoint .*ckpt_epoch_001\.pt"):
+        fastbd.load(run, checkpoint=1)
+    epoch.unlink()
+
+
+def test_a_run_is_shown_in_one_short_line(example):
+    last = example["cleaned"].metrics[-1]
+    said = f"cleanclip, step {last['step']}, top-1 {last['top1']:.1%}, ASR {last['asr']:.1%}>"
+    assert repr(example["cleaned"]) == f"<Run {example['cleaned'].name}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"epoch": 3}, r"fastbd\.pretrain\(\) has no flag 'epoch'; did you mean epochs\?"),
+        ({"no_poison": True}, r"has no flag 'no_poison'; did you mean poison\?"),
+        ({"xyz": 1}, r"has no flag 'xyz'; python -m fastbd pretrain --help lists them\."),
+        ({"objective": "mcml"}, "there is no objective 'mcml'; did you mean mmcl"),
+        ({"preset": "paper"}, "preset is 'paper', and must be one of demo, paper-cc3m,"),
+        ({"epochs": "3"}, r"epochs is '3', and must be a whole number\."),
+        ({"poison": 1}, r"poison is 1, and must be true or false\."),
+        ({"data": ["a.beton", "b.beton"]}, "data is .*, and must be a text"),
+        ({"plan": object()}, "plan is <object .*, and must be a path"),
+        ({"lr": -1.0}, "--lr -1.0 is out of range"),
+        ({"resume": "run", "epochs": 3}, "--resume takes every setting from the run folder"),
+        ({"device": 0}, "--device 0 is unknown"),
+    ],
+)
+def test_mistakes_are_one_error_and_nothing_else(flags, said, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(fastbd.UserError, match="does not take these flags"):
-        fastbd.pretrain(epoch=3)
-    assert "--epoch" in capsys.readouterr().err
-    with pytest.raises(fastbd.UserError, match="--lr -1.0 is out of range"):
-        fastbd.pretrain(lr=-1.0)
+    with pytest.raises(fastbd.UserError, match=said):
+        fastbd.pretrain(**flags)
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
+def test_mistakes_with_other_verbs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(fastbd.UserError, match="nowhere"):
         fastbd.load("nowhere")
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(fastbd.UserError, match="run is 7, and must be a path"):
+        fastbd.clean(7)
+    with pytest.raises(fastbd.UserError, match="--tau is a flag of --method par"):
+        fastbd.clean("runs/start", method="finetune", tau=1.0)
+    with pytest.raises(fastbd.UserError, match="--pretrained has no value: give one or more, or leave it out"):
+        fastbd.sweep("demo", pretrained=[])

@@ -49,14 +49,15 @@ def _verify(config: DoctorConfig) -> int:
     from fastbd.data.shards import open_beton
     from fastbd.data.verify import said_of
 
-    if config.out and len(config.data) != 1:
+    paths = config.data or ()
+    if config.out and len(paths) != 1:
         raise UserError("--out is a list of the rows of one --data that are whole: give one.")
     if config.out and config.out.exists():
         raise UserError(f"{config.out} exists already: name another file with --out.")
     if config.out:
         check_out(config.out, name="whole.rows")
     problems = []
-    for path in config.data:
+    for path in paths:
         data = open_beton(path)
         damaged = _look_at(data, config.out)
         if len(damaged):

@@ -136,7 +136,7 @@ def changed(study: Study, config: SweepConfig) -> Study:
         study = replace(study, pretrain=(), attacks=(), pretrained=config.pretrained)
     return with_overrides(
         study,
-        seeds=config.seeds or None,
+        seeds=config.seeds,
         pretrain_epochs=config.pretrain_epochs,
         clean_epochs=config.clean_epochs,
         data=config.data,

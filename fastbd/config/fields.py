@@ -125,14 +125,26 @@ def portable(value):
 
 def from_dict(kind: type, values: dict):
     """The inverse of to_dict; keys that `kind` no longer has are dropped. TypeError for a value of another type."""
-    hints = types_of(kind)
-    fields = {k: v for k, v in values.items() if k in hints}
-    for name, value in fields.items():
+    return kind(**typed_fields(kind, {k: v for k, v in values.items() if k in types_of(kind)}))
+
+
+def typed_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by the names of fields of `kind`, each as the type of its field. TypeError that tells of one."""
+    found = {}
+    for name, value in values.items():
         try:
-            fields[name] = typed(hints[name], value)
+            found[name] = typed(types_of(kind)[name], value)
         except TypeError as error:
             raise TypeError(f"{name} is {value!r:.80}, and must be {error}") from None
-    return kind(**fields)
+    return found
+
+
+def as_told(hint: Any, value: Any) -> Any:
+    """Return a value of Python as a command line gives the flag of type `hint`: a number as text, one as a list."""
+    parts = {hint, *typing.get_args(hint)}
+    if any(typing.get_origin(part) is tuple for part in parts) and not isinstance(value, tuple | list):
+        return (value,)
+    return str(value) if str in parts and type(value) is int else value
 
 
 def typed(hint: Any, value: Any) -> Any:

@@ -353,7 +353,7 @@ class EvaluateConfig:
     """Run folder; the results are added to its metrics.jsonl."""
     checkpoint: str = "last"
     """Which of its checkpoints: last, or an epoch's number."""
-    eval_data: Annotated[tuple[Path, ...], Flag(file=BETON)] = ()
+    eval_data: Annotated[tuple[Path, ...] | None, Flag(file=BETON)] = None
     """One or more .beton files [the run's]: zero-shot where they have classes, else retrieval."""
     classes: str | None = None
     """Class list: one that is shipped, such as imagenet1k, or a text file [the run's, on its set; else the shipped one
@@ -473,9 +473,9 @@ class SweepConfig:
     """Folder of the study; any number of processes on any machines that see it share out its runs [studies/NAME]."""
     preset: Preset | None = None
     """Scale of a shipped study [each has its own]."""
-    pretrained: tuple[Path, ...] = ()
+    pretrained: tuple[Path, ...] | None = None
     """Run folders to clean, in place of the study's pre-trainings."""
-    seeds: Annotated[tuple[int, ...], Flag(range=SEED)] = ()
+    seeds: Annotated[tuple[int, ...] | None, Flag(range=SEED)] = None
     """Seeds, each of pre-training and of cleaning [the study's]."""
     data: Annotated[str | None, Flag(file=BETON_OF_BUILD)] = None
     """Training data, as for pretrain [the preset's]."""
@@ -558,7 +558,7 @@ class PreviewConfig:
 class DoctorConfig:
     """Say what this machine has, and which path each part of fastbd takes on it; or whether data files are whole."""
 
-    data: Annotated[tuple[Path, ...], Flag(file=BETON_OF_BUILD)] = ()
+    data: Annotated[tuple[Path, ...] | None, Flag(file=BETON_OF_BUILD)] = None
     """.beton files, or quoted patterns, to verify row by row, in place of the machine."""
     out: Path | None = None
     """Row list to write, of the rows of --data that are whole, for --rows-file of pretrain and clean."""
