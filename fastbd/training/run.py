@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -39,23 +40,40 @@ from fastbd.training.watch import Watch
 def execute(config: Config, make_task: Callable[[World], Task]) -> tuple[int, Path]:
     """Do the task that make_task gives; returns an exit code and the run's folder.
 
-    The code is 0, or 128 + signal when the training was stopped (and saved).
+    The code is 0, or 128 + signal when the training was stopped (and saved), or by Ctrl-C before its first step.
+    KeyboardInterrupt where that came before there was a folder.
     """
     world = dist.join(config.device)
     if world.main:
         check_place(config)
-    run = Run(config, make_task(world), world)
+    folder, verb = config.resume, verb_of(config)
     try:
+        run = Run(config, make_task(world), world)
+        folder = run.folder.path
         run.train()
         exit_code = 0
     except Stopped as stopped:
-        if world.main:
-            go_on = f"python -m fastbd {run.verb} --resume {run.folder.path}"
-            console.print(f"stopped and saved; go on with: {go_on}", markup=False)
+        assert folder is not None, "what raises it is the training"
+        _say_how_to_go_on("stopped and saved", verb, folder, world)
         exit_code = stopped.exit_code
+    except KeyboardInterrupt:  # nothing is there to save: while it opens, or a second one while it saves
+        if folder is None:
+            raise
+        _say_how_to_go_on("stopped", verb, folder, world)
+        return 128 + signal.SIGINT, folder
     # Not after an error: the other ranks may be waiting for this one, and only its death lets torchrun end them.
     dist.leave()
-    return exit_code, run.folder.path
+    return exit_code, folder
+
+
+def _say_how_to_go_on(what: str, verb: str, folder: Path, world: World) -> None:
+    if world.main:
+        console.print(f"{what}; go on with: python -m fastbd {verb} --resume {folder}", markup=False)
+
+
+def verb_of(config: Config) -> str:
+    """Return the verb of a training."""
+    return "pretrain" if isinstance(config, PretrainConfig) else "clean"
 
 
 class Run:
@@ -84,7 +102,7 @@ class Run:
         self.config, self.task, self.world = config, task, world
         self.kept, self.extra, self.enough = kept or Kept(), extra or {}, enough
         self.quiet = quiet or not world.main
-        self.verb = "pretrain" if isinstance(config, PretrainConfig) else "clean"
+        self.verb = verb_of(config)
         torch.manual_seed(config.seed)  # which torch draws for each process; checkpoints hold its state
         self.folder = RunFolder(world, guard)
         if config.resume:

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from saved import write_safetensors
 
+import fastbd
 from fastbd import cli
 from fastbd.base.dist import World
 from fastbd.commands import clean, pretrain
 from fastbd.commands.evaluate import open_model
 from fastbd.config.flags import CleanConfig, PretrainConfig
 from fastbd.models import create
+from fastbd.training import run
 from fastbd.training.reuse import Kept
 from fastbd.training.run import Run
 
@@ -122,3 +125,42 @@ def test_weights_that_cannot_be_read_are_one_sentence(kind, place, monkeypatch, 
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and str(path) in said
     assert not (place / "runs/none").exists()
+
+
+def interrupt(*_, **__) -> None:
+    """What Ctrl-C does."""
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("opening", ["task", "inputs", "place", "make_step", "samples"])
+def test_ctrl_c_while_a_training_opens_leaves_nothing(opening, place, monkeypatch, capsys):
+    """There is nothing to go on with yet."""
+    where = {
+        "task": (pretrain, "open_beton"),
+        "inputs": (run, "inputs"),
+        "place": (run.setup, "place"),
+        "make_step": (run.setup, "make_step"),
+        "samples": (run.sheet, "samples"),
+    }
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(*where[opening], interrupt)
+    before = sorted(Path("runs").glob("*"))
+    assert cli.main([*START, "--out", "runs/stopped"]) == 130
+    assert capsys.readouterr().err == "stopped.\n" and sorted(Path("runs").glob("*")) == before
+
+
+def test_ctrl_c_before_the_first_step_says_how_to_go_on(place, monkeypatch, capsys):
+    """The folder is there, and the loop, which saves what it has done, has not begun."""
+    monkeypatch.chdir(place)
+    goes_on = "stopped; go on with: python -m fastbd pretrain --resume runs/early"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "pairs_limit", interrupt)
+        assert cli.main([*START, "--epochs", "1", "--out", "runs/early"]) == 130
+        assert capsys.readouterr().out.splitlines()[-1] == goes_on
+        with pytest.raises(KeyboardInterrupt, match=r"go on with fastbd\.pretrain\(resume='runs/early'\)"):
+            fastbd.pretrain(resume="runs/early")
+    with monkeypatch.context() as patch:
+        patch.setattr(run.setup, "place", interrupt)
+        assert cli.main(["pretrain", "--resume", "runs/early"]) == 130
+        assert capsys.readouterr().out.splitlines()[-1] == goes_on
+    assert fastbd.pretrain(resume="runs/early").result["reason"] == "finished"
