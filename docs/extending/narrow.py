@@ -4,7 +4,11 @@ from fastbd.models.clip import CLIP, ModelSpec
 
 
 def build(activation):
-    """Return a CLIP, or a class derived from it, with fresh weights; they are drawn from --seed."""
+    """Return a CLIP, or a class derived from it, with new weights at each call.
+
+    What is drawn from the global random state of torch, NumPy or Python is drawn from --seed; a generator of your own
+    has to be made anew at each call for two runs of a process to be the same.
+    """
     return CLIP(
         ModelSpec(
             image_size=32, embed_dim=48, vision_width=4, vision_layers=(1, 1, 1, 1), patch=None, text_width=32,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +25,7 @@ from fastbd.models.vit import VisionTransformer
 
 CONTEXT = 77
 VOCABULARY = 49_408
+_handed_out: WeakSet[nn.Module] = WeakSet()  # of models from outside, and with weights
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,10 @@ def _vision_tower(spec: ModelSpec) -> nn.Module:
 
 
 def create(name: str, seed: int | None, activation: str = "quickgelu") -> CLIP:
-    """The model of that name with fresh weights. UserError where one from outside is no CLIP."""
+    """The model of that name with fresh weights. UserError where one from outside is no CLIP, or not a new one.
+
+    The same for a seed, also from outside, where it is drawn from the global random state of torch, NumPy or Python.
+    """
     if name in MODELS:
         return fresh(replace(MODELS[name], activation=activation), seed)
     build = load("model", name)
@@ -103,6 +110,10 @@ def create(name: str, seed: int | None, activation: str = "quickgelu") -> CLIP:
         model = build(activation)
     if not isinstance(model, CLIP):
         raise UserError(f"the model {name} makes a {type(model).__name__}: it must return a CLIP of fastbd.models.")
+    parts = [part for part in model.modules() if next(part.parameters(), None) is not None]
+    if not _handed_out.isdisjoint(parts):
+        raise UserError(f"the model {name} has weights that it has given before: it must make new ones at each call.")
+    _handed_out.update(parts)
     return model
 
 
@@ -128,10 +139,20 @@ def fresh_like(model: CLIP, seed: int) -> CLIP:
 
 @contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
-    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+    """Seed the global random states of torch, NumPy and Python for the block; they are as before after it."""
+    if seed is None:
         yield
+        return
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 def image_size_of(name: str) -> int:

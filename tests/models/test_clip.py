@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import math
+import random
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -322,3 +325,51 @@ def test_runs_under_bf16_autocast(name):
         low_image, low_text, _ = model(pixels, captions)
     assert F.cosine_similarity(low_image.float(), image).min() > 0.98
     assert F.cosine_similarity(low_text.float(), text).min() > 0.98
+
+
+@pytest.fixture
+def builders(tmp_path, monkeypatch):
+    """A module of one's own, `builders`, in the current folder."""
+    (tmp_path / "builders.py").write_text(
+        "import random\n"
+        "import numpy as np\n"
+        "import torch\n"
+        "from fastbd.models.clip import CLIP, MODELS\n"
+        "ONE = CLIP(MODELS['tiny-vit'])\n"
+        "def drawn(activation):\n"
+        "    model = CLIP(MODELS['tiny-vit'])\n"
+        "    for draw in (np.random.randn, random.random):\n"
+        "        model.logit_scale.data += draw()\n"
+        "    return model\n"
+        "def same(activation):\n"
+        "    return ONE\n"
+        "def shared(activation):\n"
+        "    model = CLIP(MODELS['tiny-vit'])\n"
+        "    model.visual = ONE.visual\n"
+        "    return model\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "builders"
+    sys.modules.pop("builders", None)
+
+
+def test_a_model_of_ones_own_is_a_function_of_the_seed_whatever_it_draws_from(builders):
+    one, other = create(f"{builders}:drawn", 7), create(f"{builders}:drawn", -8)
+    np.random.seed(3), random.seed(3)
+    two = create(f"{builders}:drawn", 7)
+    assert torch.equal(one.logit_scale, two.logit_scale) and not torch.equal(one.logit_scale, other.logit_scale)
+    np.random.seed(3), random.seed(3)
+    here = np.random.randn(), random.random()
+    np.random.seed(3), random.seed(3)
+    create("tiny-vit", 7)
+    assert (np.random.randn(), random.random()) == here
+
+
+def test_weights_that_were_given_before_are_refused(builders):
+    """Two runs in one process would train the same."""
+    kept = create(f"{builders}:same", 0)
+    for name in ("same", "shared"):
+        with pytest.raises(UserError, match=rf"the model builders:{name} has weights that it has given before"):
+            create(f"{builders}:{name}", 0)
+    assert kept is not None
