@@ -85,6 +85,7 @@ class Ledger:
         self._ahead: dict[Path, tuple[float, float]] = {}
         self.later = ""
         self.short: Counter[str] = Counter()
+        _check_place(folder)
         if study is None and not _versions(folder):
             raise UserError(f"{folder} holds no study: name one with --study.")
         for made in (self._claims, self._failed):
@@ -110,7 +111,8 @@ class Ledger:
     def _write(self, study: Study, runs: Iterable[Planned]) -> bool:
         """As the next version; False where there is one of which we do not know."""
         rows = [{"id": r.id, "name": r.name, "verb": r.verb, "command": command(r.config)} for r in runs]
-        return _create(_version(self.folder, self._version + 1), {"study": to_values(study), "runs": rows})
+        version = {"study": to_values(study), "runs": rows, "begun_in": os.getcwd()}
+        return _create(_version(self.folder, self._version + 1), version)
 
     def of(self, entry: Entry) -> list[Planned]:
         """The cleanings of one entry of the study's."""
@@ -375,6 +377,41 @@ def _number(value: Any) -> float | None:
 
 def _version(folder: Path, number: int) -> Path:
     return folder / f"study.{number}" / "study.json"
+
+
+def _check_place(folder: Path) -> None:
+    """Raise a UserError where the study names files, or code, that lie in the folder it was begun in, and not here."""
+    begun, names = _names_in(folder)
+    for file, name in names.items():
+        if begun and (begun / file).is_file() and not os.path.exists(file):
+            raise UserError(
+                f"{folder} holds a study that was begun in {begun} and names {name}, which is not in {os.getcwd()}: go "
+                f"on with it in {begun}."
+            )
+
+
+def _names_in(folder: Path) -> tuple[Path | None, dict[str, str]]:
+    """(the folder that the study was begun in, names in it that may be of files, by the file that each would be).
+
+    None where that is not recorded: by an older version, or in a file that is damaged, of which others tell.
+    """
+    try:
+        version = read_json(_version(folder, 1), "")
+        begun, study, runs = Path(version["begun_in"]), version["study"], version["study"]["pretrained"]
+    except (UserError, OSError, KeyError, TypeError):
+        return None, {}
+    texts = list(_texts(study))
+    code = {f"{text.partition(':')[0].replace('.', '/')}.py": text for text in texts if ":" in text}
+    return begun, code | {text: text for text in texts if Path(text).suffix} | {f"{r}/config.json": r for r in runs}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _versions(folder: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -96,6 +97,39 @@ def test_two_ledgers_never_give_the_same_run_and_released_ones_go_on(tmp_path):
     first.release()
     again = there.take()
     assert again.run == first.run and again.held() and not first.held()
+
+
+@pytest.mark.parametrize(
+    ("changes", "absent", "named"),
+    [
+        ({"data": "train.beton"}, "train.beton", "train.beton"),
+        ({"classes": "lists/few.txt"}, "lists/few.txt", "lists/few.txt"),
+        ({"model": "mine.nets:build"}, "mine/nets.py", "mine.nets:build"),
+        ("models/start", "models/start/config.json", "models/start"),
+    ],
+)
+def test_what_a_study_names_is_looked_for_where_it_was_begun(changes, absent, named, tmp_path, monkeypatch):
+    begun, elsewhere = tmp_path / "begun", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (begun / absent).parent.mkdir(parents=True)
+    (begun / absent).write_text('{"verb": "pretrain", "config": {}}' if absent.endswith("json") else "build = None\n")
+    monkeypatch.chdir(begun)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    if isinstance(changes, str):
+        study = replace(SMALL, attacks=(), pretrain=(), pretrained=(Path(changes),))
+    else:
+        study = replace(SMALL, pretrain=({**changes, "eval_data": "x", "objective": "mmcl"},))
+    ids = [run.id for run in Ledger(tmp_path / "study", study).runs]
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(UserError) as said:
+        Ledger(tmp_path / "study")
+    begun_in = f"{tmp_path}/study holds a study that was begun in {begun}"
+    assert str(said.value) == f"{begun_in} and names {named}, which is not in {elsewhere}: go on with it in {begun}."
+    shutil.copytree(begun, elsewhere, dirs_exist_ok=True)  # as where all has moved
+    sys.path[:] = [place for place in sys.path if place != str(begun)]
+    for name in [name for name in sys.modules if name.split(".")[0] == "mine"]:
+        del sys.modules[name]
+    assert [run.id for run in Ledger(tmp_path / "study").runs] == ids
 
 
 def test_a_failed_run_blocks_what_needs_it_until_it_is_tried_again(tmp_path):
