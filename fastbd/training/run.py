@@ -100,14 +100,14 @@ class Run:
         self.began = time.perf_counter()
         resumed, task = task.resumed, replace(task, resumed=None)
         self.config, self.task, self.world = config, task, world
-        self.kept, self.extra, self.enough = kept or Kept(), extra or {}, enough
+        self.extra, self.enough = extra or {}, enough
         self.quiet = quiet or not world.main
         self.verb = verb_of(config)
         torch.manual_seed(config.seed)  # which torch draws for each process; checkpoints hold its state
         self.folder = RunFolder(world, guard)
         if config.resume:
             self.folder.resume(config.resume)
-        self.opened = Opened(config, task, world, self.kept, self.folder, resumed, self.quiet)
+        self.opened = Opened(config, task, world, kept or Kept(), self.folder, resumed, self.quiet)
         if resumed:
             self.began -= resumed["seconds"]
             self.folder.rewind(resumed["from"], self.opened.done)

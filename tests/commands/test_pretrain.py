@@ -15,7 +15,7 @@ from fastbd.commands import clean, pretrain
 from fastbd.commands.evaluate import open_model
 from fastbd.config.flags import CleanConfig, PretrainConfig
 from fastbd.models import create
-from fastbd.training import run
+from fastbd.training import opened, run, setup
 from fastbd.training.reuse import Kept
 from fastbd.training.run import Run
 
@@ -137,9 +137,9 @@ def test_ctrl_c_while_a_training_opens_leaves_nothing(opening, place, monkeypatc
     """There is nothing to go on with yet."""
     where = {
         "task": (pretrain, "open_beton"),
-        "inputs": (run, "inputs"),
-        "place": (run.setup, "place"),
-        "make_step": (run.setup, "make_step"),
+        "inputs": (opened, "inputs"),
+        "place": (setup, "place"),
+        "make_step": (setup, "make_step"),
         "samples": (run.sheet, "samples"),
     }
     monkeypatch.chdir(place)
@@ -154,13 +154,13 @@ def test_ctrl_c_before_the_first_step_says_how_to_go_on(place, monkeypatch, caps
     monkeypatch.chdir(place)
     goes_on = "stopped; go on with: python -m fastbd pretrain --resume runs/early"
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "pairs_limit", interrupt)
+        patch.setattr(opened.Opened, "pairs_limit", interrupt)
         assert cli.main([*START, "--epochs", "1", "--out", "runs/early"]) == 130
         assert capsys.readouterr().out.splitlines()[-1] == goes_on
         with pytest.raises(KeyboardInterrupt, match=r"go on with fastbd\.pretrain\(resume='runs/early'\)"):
             fastbd.pretrain(resume="runs/early")
     with monkeypatch.context() as patch:
-        patch.setattr(run.setup, "place", interrupt)
+        patch.setattr(setup, "place", interrupt)
         assert cli.main(["pretrain", "--resume", "runs/early"]) == 130
         assert capsys.readouterr().out.splitlines()[-1] == goes_on
     assert fastbd.pretrain(resume="runs/early").result["reason"] == "finished"
