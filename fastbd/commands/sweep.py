@@ -33,6 +33,7 @@ from fastbd.study.grid import Planned, Study, command, expand, material, with_ov
 from fastbd.study.ledger import Claim, Ledger
 from fastbd.study.patience import patiently
 from fastbd.study.studies import load
+from fastbd.training.folder import RunFolder
 from fastbd.training.reuse import Kept
 from fastbd.training.run import Run
 from fastbd.training.task import Config
@@ -263,7 +264,7 @@ def _train(claim: Claim, settings: Config, ledger: Ledger, config: SweepConfig, 
         kept,
         extra={"id": planned.id, "command": command(replace(planned.config, out=None))},
         enough=partial(_enough, _rules(planned, ledger, config)),
-        guard=guard,
+        folder=RunFolder(world, guard),
         quiet=True,
     )
     return training.train()

@@ -47,6 +47,11 @@ class RunFolder:
         self._lock: TextIO | None = None
         self._writer = Background(aside=True)
 
+    @property
+    def exists(self) -> bool:
+        """Whether it is there: made, or taken to be resumed."""
+        return self.path != Path() and self.path.is_dir()
+
     def resume(self, path: Path) -> None:
         """Take a folder that is there. UserError on all ranks where another process trains the run."""
         self.path = path

@@ -46,29 +46,25 @@ def execute(config: Config, make_task: Callable[[World], Task]) -> tuple[int, Pa
     world = dist.join(config.device)
     if world.main:
         check_place(config)
-    folder, verb = config.resume, verb_of(config)
+    folder, exit_code, saved = RunFolder(world), 0, True
     try:
-        run = Run(config, make_task(world), world)
-        folder = run.folder.path
-        run.train()
-        exit_code = 0
+        Run(config, make_task(world), world, folder=folder).train()
     except Stopped as stopped:
-        assert folder is not None, "what raises it is the training"
-        _say_how_to_go_on("stopped and saved", verb, folder, world)
         exit_code = stopped.exit_code
-    except KeyboardInterrupt:  # nothing is there to save: while it opens, or a second one while it saves
-        if folder is None:
+    except KeyboardInterrupt:  # while the training opens; or a second one, while it saves
+        if not (config.resume or folder.exists):
             raise
-        _say_how_to_go_on("stopped", verb, folder, world)
-        return 128 + signal.SIGINT, folder
+        exit_code, saved = 128 + signal.SIGINT, False
+    finally:
+        folder.release()
+    path = config.resume or folder.path
+    if exit_code and world.main:
+        how = "stopped and saved" if saved else "stopped"
+        console.print(f"{how}; go on with: python -m fastbd {verb_of(config)} --resume {path}", markup=False)
     # Not after an error: the other ranks may be waiting for this one, and only its death lets torchrun end them.
-    dist.leave()
-    return exit_code, folder
-
-
-def _say_how_to_go_on(what: str, verb: str, folder: Path, world: World) -> None:
-    if world.main:
-        console.print(f"{what}; go on with: python -m fastbd {verb} --resume {folder}", markup=False)
+    if saved:
+        dist.leave()
+    return exit_code, path
 
 
 def verb_of(config: Config) -> str:
@@ -80,8 +76,7 @@ class Run:
     """One training: everything is opened and checked before the folder is made.
 
     What `kept` holds of earlier runs is used again. `extra` goes into config.json. `enough` is asked after each
-    evaluation, with all of them, whether the run shall end, and why. `guard` is called before anything is written; it
-    is the judge of whose the run is, where it is given, and else the lock of the folder.
+    evaluation, with all of them, whether the run shall end, and why. `folder` is where the run is written.
     """
 
     def __init__(
@@ -92,7 +87,7 @@ class Run:
         kept: Kept | None = None,
         extra: dict | None = None,
         enough: Callable[[tuple[RecordedEvaluation, ...]], str | None] = lambda rows: None,
-        guard: Callable[[], None] | None = None,
+        folder: RunFolder | None = None,
         quiet: bool = False,
     ):
         if config.out and config.out.exists() and not config.resume:
@@ -104,7 +99,7 @@ class Run:
         self.quiet = quiet or not world.main
         self.verb = verb_of(config)
         torch.manual_seed(config.seed)  # which torch draws for each process; checkpoints hold its state
-        self.folder = RunFolder(world, guard)
+        self.folder = folder or RunFolder(world)
         if config.resume:
             self.folder.resume(config.resume)
         self.opened = Opened(config, task, world, kept or Kept(), self.folder, resumed, self.quiet)

@@ -151,16 +151,22 @@ def test_ctrl_c_while_a_training_opens_leaves_nothing(opening, place, monkeypatc
 
 def test_ctrl_c_before_the_first_step_says_how_to_go_on(place, monkeypatch, capsys):
     """The folder is there, and the loop, which saves what it has done, has not begun."""
+
+    def make(*given) -> None:
+        made(*given)
+        interrupt()
+
     monkeypatch.chdir(place)
-    goes_on = "stopped; go on with: python -m fastbd pretrain --resume runs/early"
+    made, goes_on = run.RunFolder.make, "stopped; go on with: python -m fastbd pretrain --resume runs/early"
     with monkeypatch.context() as patch:
-        patch.setattr(opened.Opened, "pairs_limit", interrupt)
+        patch.setattr(run.RunFolder, "make", make)
         assert cli.main([*START, "--epochs", "1", "--out", "runs/early"]) == 130
         assert capsys.readouterr().out.splitlines()[-1] == goes_on
-        with pytest.raises(KeyboardInterrupt, match=r"go on with fastbd\.pretrain\(resume='runs/early'\)"):
-            fastbd.pretrain(resume="runs/early")
-    with monkeypatch.context() as patch:
-        patch.setattr(setup, "place", interrupt)
-        assert cli.main(["pretrain", "--resume", "runs/early"]) == 130
-        assert capsys.readouterr().out.splitlines()[-1] == goes_on
+    for patched in ((setup, "place"), (opened.Opened, "pairs_limit")):
+        with monkeypatch.context() as patch:
+            patch.setattr(*patched, interrupt)
+            assert cli.main(["pretrain", "--resume", "runs/early"]) == 130
+            assert capsys.readouterr().out.splitlines()[-1] == goes_on
+            with pytest.raises(KeyboardInterrupt, match=r"go on with fastbd\.pretrain\(resume='runs/early'\)"):
+                fastbd.pretrain(resume="runs/early")
     assert fastbd.pretrain(resume="runs/early").result["reason"] == "finished"

@@ -12,6 +12,7 @@ from fastbd import cli
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.commands import clean
+from fastbd.training.folder import RunFolder
 from fastbd.training.inputs import same_pixels
 from fastbd.training.run import Run
 
@@ -47,7 +48,7 @@ def test_a_run_that_another_process_trains_is_not_resumed(study, monkeypatch, tm
     with pytest.raises(UserError, match=rf"run is being trained by process {os.getpid()} on .*: wait for it to end"):
         Run(config, clean.task(config, WORLD), WORLD)
     # A sweep's claim decides whose a run is, not the lock of a process that has stalled.
-    Run(config, clean.task(config, WORLD), WORLD, guard=lambda: None)
+    Run(config, clean.task(config, WORLD), WORLD, folder=RunFolder(WORLD, guard=lambda: None))
     first.folder.release()
     second = Run(config, clean.task(config, WORLD), WORLD)
     with pytest.raises(UserError, match="is being trained by"):
