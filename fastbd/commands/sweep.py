@@ -30,7 +30,7 @@ from fastbd.report.tables import best_of
 from fastbd.study import halting, live, search
 from fastbd.study.engines import ENGINES, load_ray
 from fastbd.study.grid import Planned, Study, command, expand, material, with_overrides
-from fastbd.study.ledger import Claim, Ledger
+from fastbd.study.ledger import Claim, Ledger, check_place
 from fastbd.study.patience import patiently
 from fastbd.study.studies import load
 from fastbd.training.folder import RunFolder
@@ -114,6 +114,8 @@ def open_ledger(config: SweepConfig) -> Ledger:
             raise UserError("sweep needs --study, a shipped one or a file, or --out, the folder of one to go on with.")
         files.check_out(config.out)
         ledger = Ledger(config.out, lease=config.lease)
+        if not all(run.finished for run in ledger.runs):
+            check_place(config.out)
         _check_data(ledger.runs)
         return ledger
     study = changed(load(config.study, config.preset), config)

@@ -85,12 +85,15 @@ class Ledger:
         self._ahead: dict[Path, tuple[float, float]] = {}
         self.later = ""
         self.short: Counter[str] = Counter()
-        _check_place(folder)
-        if study is None and not _versions(folder):
-            raise UserError(f"{folder} holds no study: name one with --study.")
-        for made in (self._claims, self._failed):
-            made.mkdir(parents=True, exist_ok=True)
-        self.study, self.runs = self._join(study)
+        try:
+            if study is None and not _versions(folder):
+                raise UserError(f"{folder} holds no study: name one with --study.")
+            for made in (self._claims, self._failed):
+                made.mkdir(parents=True, exist_ok=True)
+            self.study, self.runs = self._join(study)
+        except UserError:
+            check_place(folder)
+            raise
 
     def _join(self, study: Study | None) -> tuple[Study, tuple[Planned, ...]]:
         """The study and its runs, with those that searches have added; written down where they are new."""
@@ -379,7 +382,7 @@ def _version(folder: Path, number: int) -> Path:
     return folder / f"study.{number}" / "study.json"
 
 
-def _check_place(folder: Path) -> None:
+def check_place(folder: Path) -> None:
     """Raise a UserError where the study names files, or code, that lie in the folder it was begun in, and not here."""
     begun, names = _names_in(folder)
     for file, name in names.items():

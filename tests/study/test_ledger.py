@@ -20,6 +20,8 @@ from forked import forked
 from study import ledger_worker
 
 from fastbd.base.errors import UserError
+from fastbd.commands.sweep import open_ledger
+from fastbd.config.flags import SweepConfig
 from fastbd.study import ledger as ledgers
 from fastbd.study import live
 from fastbd.study.grid import Study
@@ -122,7 +124,7 @@ def test_what_a_study_names_is_looked_for_where_it_was_begun(changes, absent, na
     ids = [run.id for run in Ledger(tmp_path / "study", study).runs]
     monkeypatch.chdir(elsewhere)
     with pytest.raises(UserError) as said:
-        Ledger(tmp_path / "study")
+        open_ledger(SweepConfig(out=tmp_path / "study"))
     begun_in = f"{tmp_path}/study holds a study that was begun in {begun}"
     assert str(said.value) == f"{begun_in} and names {named}, which is not in {elsewhere}: go on with it in {begun}."
     shutil.copytree(begun, elsewhere, dirs_exist_ok=True)  # as where all has moved
