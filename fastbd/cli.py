@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from fastbd.base.errors import UserError, machine_fault
 from fastbd.base.run_folder import read_config, run_of
 from fastbd.base.signals import Stopped
-from fastbd.config.cards import check, owners
+from fastbd.config.cards import check_chosen, owners
 from fastbd.config.fields import as_told, flags_of, from_dict, outside, to_dict, typed_fields, types_of
 from fastbd.config.flags import (
     CHOOSERS,
@@ -35,6 +35,7 @@ from fastbd.config.flags import (
     SweepConfig,
     config_of,
 )
+from fastbd.config.imports import told_by_outside_code
 from fastbd.config.presets import PRESETS
 
 
@@ -108,8 +109,8 @@ def _main(argv: list[str] | None) -> int:
         return importlib.import_module(f"fastbd.commands.{verb}").run(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-    except Exception as error:
-        if (said := _told_by_the_machine(error)) is None:
+    except (Exception, SystemExit) as error:  # the parser ends by SystemExit, and code from outside may
+        if (said := _told_by_the_machine(error) or told_by_outside_code(error)) is None:
             raise
         print(f"error: {said}", file=sys.stderr)
     except (KeyboardInterrupt, Stopped) as stopped:
@@ -118,7 +119,7 @@ def _main(argv: list[str] | None) -> int:
     return 2
 
 
-def _told_by_the_machine(error: Exception) -> str | None:
+def _told_by_the_machine(error: BaseException) -> str | None:
     """Return a sentence about an error of a disk, of memory or of permissions; None for any other."""
     fault = machine_fault(error)
     if fault and not isinstance(fault, OSError):
@@ -195,7 +196,7 @@ def _defaults(verb: str, first: First, words: list[str]) -> tuple[type, Any, str
 
 def _checked(verb: str, settings, first: First):
     """The settings with run folders for checkpoints that were named. UserError where one cannot be."""
-    _check_choices(settings)
+    check_chosen(settings)
     _check_numbers(settings)
     _check_lists(verb, settings)
     _check_files(settings)
@@ -213,14 +214,6 @@ def _check_owners(kind: type, default, words: list[str]) -> None:
         if flag not in there and (others := owners(chooser, flag)):
             raise UserError(f"{word} is a flag of --{chooser} {' or '.join(others)}, and this is --{chooser} "
                             f"{getattr(default, chooser)}: give another --{chooser}, or leave it out.")  # fmt: skip
-
-
-def _check_choices(settings) -> None:
-    """Raise a UserError where a flag names what is not there, or what cannot be imported."""
-    for name, flag in flags_of(type(settings)).items():
-        value = getattr(settings, name)
-        if flag.choice and value not in (None, "none"):
-            check(flag.choice, value)
 
 
 def _check_numbers(settings) -> None:
@@ -309,7 +302,7 @@ def _resumed(verb: str, first: First, others: bool):
     except (TypeError, UserError) as error:
         said = str(error).removesuffix(".")
         raise UserError(f"{folder / 'config.json'} is damaged ({said}): put it back, or start the run again.") from None
-    _check_choices(settings)
+    check_chosen(settings)
     return dataclasses.replace(settings, resume=folder)
 
 

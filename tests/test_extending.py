@@ -200,9 +200,10 @@ def test_what_is_not_there_is_refused_in_a_sentence(line, said, capsys):
 def test_settings_of_a_method_are_checked():
     Path("bad.py").write_text(
         "from dataclasses import dataclass\n"
-        "class Thawed:\n    @dataclass\n    class Settings:\n        x: int = 0\n"
-        "class Asking:\n    @dataclass(frozen=True)\n    class Settings:\n        x: int\n"
-        "class Again:\n    @dataclass(frozen=True)\n    class Settings:\n        lr: float = 0.0\n"
+        "class Base:\n    def __init__(self, config): ...\n"
+        "class Thawed(Base):\n    @dataclass\n    class Settings:\n        x: int = 0\n"
+        "class Asking(Base):\n    @dataclass(frozen=True)\n    class Settings:\n        x: int\n"
+        "class Again(Base):\n    @dataclass(frozen=True)\n    class Settings:\n        lr: float = 0.0\n"
     )
     for name, said in (("Thawed", "frozen=True"), ("Asking", "no default for 'x'"), ("Again", "has the flag 'lr'")):
         with pytest.raises(UserError, match=said):
@@ -217,6 +218,7 @@ def test_views_and_a_defence_of_ones_own(capsys):
         "    @dataclass(frozen=True)\n"
         "    class Settings:\n"
         "        patience: int = 3\n"
+        "    def __init__(self, config): ...\n"
     )
     shown = "preview --data train.beton --model narrow:build --decode pil --count 1 --out sheet.png --views"
     assert cli.main(f"{shown} wild:views".split()) == 0 and Path("sheet.png").stat().st_size

@@ -24,7 +24,9 @@ from fastbd.base.evaluation import RecordedEvaluation
 from fastbd.base.run_folder import find, on_common_set
 from fastbd.base.signals import Stopped, stop_behind, stoppable
 from fastbd.commands import clean, demo, poison, pretrain, report
+from fastbd.config.cards import check_chosen
 from fastbd.config.flags import CleanConfig, PoisonConfig, ReportConfig, SweepConfig
+from fastbd.config.imports import told_by_outside_code
 from fastbd.data.shards import open_beton
 from fastbd.report.tables import best_of
 from fastbd.study import halting, live, search
@@ -116,18 +118,20 @@ def open_ledger(config: SweepConfig) -> Ledger:
         ledger = Ledger(config.out, lease=config.lease)
         if not all(run.finished for run in ledger.runs):
             check_place(config.out)
-        _check_data(ledger.runs)
+        _check_left(ledger.runs)
         return ledger
     study = changed(load(config.study, config.preset), config)
     folder = config.out or Path("studies") / study.name
     files.check_out(folder)
-    _check_data(expand(study, folder))
+    _check_left(expand(study, folder))
     return Ledger(folder, study, lease=config.lease)
 
 
-def _check_data(runs: Iterable[Planned]) -> None:
-    """UserError where a file that one of the runs has still to read cannot be opened."""
+def _check_left(runs: Iterable[Planned]) -> None:
+    """UserError where what one of the runs has still to read cannot be opened, or what it names is not to be had."""
     left = [run.config for run in runs if not run.finished]
+    for config in left:
+        check_chosen(config)
     named = {str(getattr(config, flag, None)) for config in left for flag in ("data", "eval_data")}
     for name in sorted(named - {"None", "demo"}):
         open_beton(name)
@@ -195,7 +199,7 @@ def _do(claim: Claim, ledger: Ledger, config: SweepConfig, kept: Kept, world: Wo
         how = _train(claim, run.config, ledger, config, kept, world)
     except Lost:
         return "taken over by another process"
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # which code from outside may end by
         if stop_behind(error):
             raise
         if fault := machine_fault(error):
@@ -236,12 +240,13 @@ def _never_fits(fault: BaseException) -> UserError:
     )
 
 
-def _failed(claim: Claim, error: Exception, kept: Kept, world: World) -> str:
+def _failed(claim: Claim, error: BaseException, kept: Kept, world: World) -> str:
     """So that no other process takes the run and dies of it too. Raises where the GPU answers no more."""
-    said = str(error)
-    if not isinstance(error, UserError):
+    said = str(error) if isinstance(error, UserError) else told_by_outside_code(error)
+    if said is None:
         console.print("".join(traceback.format_exception(error)), markup=False)
         said = traceback.format_exception_only(error)[0].splitlines()[0]
+    if not isinstance(error, UserError):
         kept.clear()  # of a step that ended in its middle
     claim.fail(said)
     if world.device.type == "cuda":

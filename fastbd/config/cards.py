@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import os
+import inspect
 import re
-import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastbd.base.errors import UserError
+from fastbd.config.fields import flags_of, is_flag_type, typed, types_of
+from fastbd.config.imports import check_call, check_unedited, imported, source
 from fastbd.config.method_flags import DeepClusterSettings, ParSettings, ShrinkPerturbSettings, UnlearnSettings
 
 
@@ -102,6 +102,11 @@ KINDS = {
     "evaluator": EVALUATORS,
 }  # fmt: skip
 """The tables by the flag that chooses from them."""
+CALLED = {
+    "method": ("config",), "robust": ("config",), "objective": ("config",), "model": ("activation",),
+    "trigger": ("spec", "seed", "ids", "images"), "evaluator": ("towers", "data"),
+}  # fmt: skip
+"""What each is called with, by place; views are a tuple."""
 FACTS = ("title", "marker", "colour")  # that outside code may tell of itself
 DRAWN = {
     "title": (r"[^$]+", "a text without $, which Matplotlib takes for a formula"),
@@ -132,44 +137,34 @@ def load(kind: str, name: str) -> Any:
         meant = f"; did you mean {near[0]}?" if near else "."
         known = f"There are {', '.join(map(repr, table))}; one" if table else "One"
         raise UserError(f"there is no {kind} '{name}'{meant} {known} of your own is named MODULE:NAME.")
-    return _imported(kind, table[name].code if name in table else name)
-
-
-def _imported(kind: str, code: str) -> Any:
-    """Return what MODULE:NAME stands for. UserError where that is not to be had, or would be another folder's."""
-    module, _, attribute = code.partition(":")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # python -m has it there already, a script has not
-    importlib.invalidate_caches()  # the file may have been written a moment ago
-    _check_place(kind, code, Path(here, *module.split(".")).with_suffix(".py"))
-    try:
+    if name in table:
+        module, _, attribute = table[name].code.partition(":")
         return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name and (module == error.name or module.startswith(f"{error.name}.")):
-            said = f"there is no module {error.name} in {here}, nor is one installed"
-        else:
-            said = f"{module} imports {error.name}, which is not installed"
-    except AttributeError as error:
-        said = str(error)
-    except Exception as error:
-        said = f"{module} fails with {type(error).__name__}: {error}"
-    raise UserError(f"the {kind} {code} cannot be imported ({said}): put that right, or name another {kind}.")
-
-
-def _check_place(kind: str, code: str, file: Path) -> None:
-    """Raise a UserError where the file is there, and this process has a module of its name from elsewhere."""
-    loaded = getattr(sys.modules.get(code.partition(":")[0]), "__file__", None)
-    if loaded and file.is_file() and not os.path.samefile(loaded, file):
-        raise UserError(
-            f"the {kind} {code} is in {file}, and another module of that name, {loaded}, is loaded in this process: "
-            "give the file another name, or start another process."
-        )
+    found, file = imported(kind, name), source(name)
+    if kind in CALLED:
+        said = f", in {file.file}," if file and not callable(found) else ""
+        check_call(f"the {kind} {name}{said}", found, *CALLED[kind])
+    return found
 
 
 def check(kind: str, name: str) -> None:
     """UserError where there is no such thing: the name is not in the table, and cannot be imported."""
     if name not in KINDS[kind]:
         load(kind, name)
+
+
+def chosen(config: Any) -> list[tuple[str, str]]:
+    """Return (kind, name) of all that a verb's flags choose by name."""
+    flags = ((flag.choice, getattr(config, name)) for name, flag in flags_of(type(config)).items() if flag.choice)
+    return [(kind, name) for kind, name in flags if name not in (None, "none")]
+
+
+def check_chosen(config: Any) -> None:
+    """UserError where a flag names what is not there, or what this process has imported before it was edited."""
+    for kind, name in chosen(config):
+        check(kind, name)
+        if is_outside(name):
+            check_unedited(name)
 
 
 def card(kind: str, name: str) -> Card:
@@ -208,16 +203,47 @@ def _checked_settings(name: str, settings: Any) -> type | None:
     made = getattr(settings, "__dataclass_params__", None)
     if not isinstance(settings, type) or made is None or not made.frozen:
         raise UserError(f"the Settings of {name} hold its flags: make them a class with @dataclass(frozen=True).")
+    try:
+        hints = types_of(settings)
+    except (NameError, TypeError) as error:  # annotations may be texts
+        raise UserError(f"the Settings of {name} have a type that is not there ({error}): import it.") from None
     for field in dataclasses.fields(settings):
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"the Settings of {name} have no default for '{field.name}': give one.")
+        _check_setting(f"the Settings of {name}", field, hints[field.name])
     return settings
 
 
+def _check_setting(where: str, field: dataclasses.Field, hint: Any) -> None:
+    """Raise a UserError where the field cannot be a flag, whose value config.json records."""
+    made = field.default_factory
+    default = field.default if made is dataclasses.MISSING else made()
+    if default is dataclasses.MISSING:
+        raise UserError(f"{where} have no default for '{field.name}': give one.")
+    if not field.init:
+        raise UserError(
+            f"{where} have the field '{field.name}' with init=False, which no flag could set: leave that out."
+        )
+    if not is_flag_type(hint):
+        raise UserError(
+            f"{where} have the field '{field.name}' of type {inspect.formatannotation(hint)}, which no flag can have: "
+            "make it int, float, bool, str, Path, a Literal, a tuple such as tuple[int, ...], or one of these or None."
+        )
+    try:
+        typed(hint, default)
+    except TypeError as error:
+        raise UserError(f"{where} have the default {default!r:.80} for '{field.name}': it must be {error}.") from None
+
+
 def recorded(named: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return what a run folder keeps of the outside ones of {name: kind}, so that reports need not import them."""
-    found = {name: card(kind, name) for name, kind in named.items() if is_outside(name)}
-    return {name: {fact: getattr(c, fact) for fact in FACTS} for name, c in found.items()}
+    """Return what a run folder keeps of the outside ones of {name: kind}: what reports need, and which code they were.
+
+    Reports do not import that code.
+    """
+    found = {}
+    for name, kind in named.items():
+        if is_outside(name):
+            own, file = card(kind, name), source(name)
+            found[name] = {fact: getattr(own, fact) for fact in FACTS} | ({"sha256": file.sha256} if file else {})
+    return found
 
 
 def remember(told: Mapping[str, Mapping[str, str]]) -> None:

@@ -173,5 +173,20 @@ def typed(hint: Any, value: Any) -> Any:
         return Path(value)
     if hint is str and isinstance(value, Path):
         return str(value)
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
-    raise TypeError(words.get(hint, "nothing"))
+    raise TypeError(WORDS.get(hint, "nothing"))
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+"""The plain types of flags."""
+
+
+def is_flag_type(hint: Any) -> bool:
+    """Return whether a flag can have this type, so that `typed` reads its values."""
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Literal:
+        return all(type(part) in WORDS for part in parts)
+    if kind in (types.UnionType, typing.Union):
+        return all(map(is_flag_type, parts))
+    if kind is tuple:
+        return parts[1:] == (...,) and is_flag_type(parts[0])
+    return hint in (*WORDS, type(None))
