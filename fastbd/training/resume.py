@@ -17,6 +17,7 @@ from fastbd.base.errors import UserError
 from fastbd.base.run_folder import read_config
 from fastbd.config.fields import marked, to_dict
 from fastbd.config.flags import IMMATERIAL, TRAINING
+from fastbd.config.imports import source
 from fastbd.data.shards import open_beton
 from fastbd.poison.plan import Plan
 from fastbd.training import checkpoint
@@ -32,7 +33,9 @@ _INPUTS = {
     "cluster_labels": "other content of the file --cluster-labels",
 }
 
-FREE_ON_RESUME = IMMATERIAL | marked("free_on_resume", *TRAINING) | {"start"}  # which config.json has beside the flags
+FREE_ON_RESUME = (
+    IMMATERIAL | marked("free_on_resume", *TRAINING) | {"start", "cards"}
+)  # config.json has these beside the flags
 """Settings that may be others when a run is resumed; what moved files hold is compared by inputs()."""
 _PARTS = {"about": dict, "config": dict, "model": dict, "optimizer": dict, "step": int, "random": dict,
           "plan": dict | None}  # fmt: skip
@@ -57,7 +60,17 @@ def resumed(config: Config, world: World) -> dict | None:
     if wrong and world.main:
         said = f"{wrong}: the run resumes from {path}, and the steps after that are done again"
         console.print(said, markup=False)
+    if world.main:
+        _say_what_code_changed(config.resume)
     return {**state, "from": path}
+
+
+def _say_what_code_changed(folder: Path) -> None:
+    """Tell of code from outside that is not what the run in `folder` began with, as far as the run names it."""
+    for name, card in read_config(folder).get("cards", {}).items():
+        found = source(name)
+        if found and found.sha256 != card.get("sha256", found.sha256):
+            console.print(f"{name} is not what the run began with: {found.file} has changed", markup=False)
 
 
 def _check_parts(path: Path, state: dict) -> None:

@@ -118,7 +118,7 @@ class Run:
         samples = sheet.samples(
             self.opened.pairs, task.rows, self.opened.policies, seed=config.seed, text_view=self.opened.text_view(0)
         )
-        about = {"name": path.name, "fastbd": __version__, **task.about(self.verb), **self.extra}
+        about = {"name": path.name, "fastbd": __version__, **task.about(self.verb, config), **self.extra}
         about |= {
             "start_step": task.start_step,
             "start_weights": opened.inputs["start"],
@@ -295,7 +295,7 @@ class Run:
         opened = self.opened
         return {
             "fastbd": __version__,
-            "about": self.task.about(self.verb),
+            "about": self.task.about(self.verb, self.config),
             "config": to_dict(self.config),
             "model": opened.model.state_dict(),
             "method": opened.method.state_dict(),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastbd.base.errors import UserError
-from fastbd.config.cards import recorded
+from fastbd.config.cards import chosen, recorded
 from fastbd.config.fields import portable
 from fastbd.config.flags import CleanConfig, PretrainConfig
 from fastbd.data.beton import Beton
@@ -60,12 +60,14 @@ class Task:
     resumed: dict | None = None
     """State of the run to resume, which has been compared with the files in its folder."""
 
-    def about(self, verb: str) -> dict:
+    def about(self, verb: str, config: Config) -> dict:
         """What config.json says of the run beside the flags."""
         objective, *robust = self.pretrain_objective.split("+")
-        named = {self.method.objective_name: "objective", objective: "objective", self.method_name or "": "method"}
-        named |= dict.fromkeys(robust, "robust")
-        outside = self.cards | recorded({name: kind for name, kind in named.items() if name not in self.cards})
+        before = {objective: "objective"} | dict.fromkeys(robust, "robust")
+        now = {self.model_name: "model", self.method.objective_name: "objective"}
+        now |= {attack.trigger.name: "trigger" for attack in (self.plan.attacks if self.plan else ())}
+        now |= {name: kind for kind, name in chosen(config)}
+        outside = self.cards | recorded({k: v for k, v in before.items() if k not in self.cards} | now)
         return {
             "verb": verb,
             "method": self.method_name,

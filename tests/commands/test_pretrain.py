@@ -74,7 +74,9 @@ def test_what_follows_a_run_has_its_activation(started, place, monkeypatch):
         clean.task(CleanConfig(run=started, device="cpu", decode="pil"), CPU),
         pretrain.task(PretrainConfig(**config, weights=started), CPU),
     ):
-        assert made.model.spec.activation == "gelu" and made.about("x")["activation"] == "gelu"
+        assert (
+            made.model.spec.activation == "gelu" and made.about("x", PretrainConfig(**config))["activation"] == "gelu"
+        )
         if made.method_name or made.poisoned is False:
             assert torch.equal(made.model.ln_final.weight, weights["ln_final.weight"])
     fresh = pretrain.task(PretrainConfig(**config), CPU)
