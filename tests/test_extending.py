@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -13,16 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbd import cli
+from fastbd import cli, evaluate
 from fastbd.base import dist
 from fastbd.base.errors import UserError
 from fastbd.base.run_folder import find
-from fastbd.commands import clean
+from fastbd.commands import clean, sweep
 from fastbd.config.cards import facts, remember
+from fastbd.config.flags import SweepConfig
 from fastbd.data.demo import write_demo_set
 from fastbd.poison.plan import Plan
 from fastbd.poison.triggers import TriggerSpec, stamp
 from fastbd.study.grid import Study
+from fastbd.study.ledger import Ledger
 from fastbd.training import roofline
 from fastbd.training.reuse import Kept
 from fastbd.training.run import Run
@@ -94,6 +97,11 @@ def test_names_are_recorded_with_what_reports_need():
     assert "tau" not in cleaned["config"]
     assert cleaned["cards"]["spread:Spread"]["title"] == "Spreading"
     assert cleaned["cards"]["one_way:make"] == start["cards"]["one_way:make"]
+    digests = {name: card["sha256"] for name, card in (start["cards"] | cleaned["cards"]).items()}
+    assert digests == {
+        name: hashlib.sha256(Path(f"{name.partition(':')[0]}.py").read_bytes()).hexdigest()
+        for name in ("chequers:corner", "narrow:build", "one_way:make", "similarity:alike", "spread:Spread")
+    }
     assert Plan.load("train.poison.json").attacks[0].trigger.name == "chequers:corner"
 
 
@@ -128,6 +136,7 @@ def test_a_run_is_resumed_by_the_recorded_name(capsys):
     settings = cli.parse("clean", ["--resume", "runs/spread"])
     assert (settings.method, settings.strength) == ("spread:Spread", 0.5)
     assert cli.main(["clean", "--resume", "runs/spread"]) == 0
+    assert "has changed" not in capsys.readouterr().out
     recorded = config("spread")
     shutil.copytree("runs/spread", "runs/gone")
     text = json.dumps(recorded).replace("spread:Spread", "no_such_module:Spread")
@@ -308,3 +317,171 @@ def test_what_reports_could_not_draw_is_refused(capsys):
 
 def test_two_methods_of_one_name_are_two_in_a_report():
     assert facts("method", "a:Mine").title != facts("method", "b:Mine").title
+
+
+MINE = """
+from fastbd.kernels.stamp import Overlay
+from fastbd.methods.method import Method
+from fastbd.methods.objectives import Objective, make_objective
+
+def fails(spec, seed, ids, images):
+    return images / spec.colour  # HERE fails
+
+def floats(spec, seed, ids, images):
+    return images / 2
+
+def covers(spec, seed, ids, images):
+    return Overlay(images, images, None)
+
+def numbers(towers, data):
+    return {"mine": 1 / len(data.gone)}  # HERE numbers
+
+class Bare:
+    def __init__(self, config): ...
+
+class Forgetful(Method):
+    def __init__(self, config): ...
+
+class Inheriting(Method): ...
+
+class Own(Method):
+    def __init__(self, config):
+        super().__init__(make_objective("mmcl", config), "mmcl")
+
+class Short(Own):
+    def forward(self, embedded): ...  # HERE Short
+
+class Early(Own):
+    def attach(self, training):
+        training.gone  # HERE Early
+
+class Late(Own):
+    def forward(self, embedded, group=None, weights=None):
+        return embedded.gone  # HERE Late
+
+class Alone(Own):
+    def forward(self, embedded, group=None, weights=None):
+        return super().forward(embedded, group, weights)[0]
+
+class OfPairs(Objective):
+    def __call__(self, images, texts): ...  # HERE of_pairs
+
+def of_pairs(config):
+    return OfPairs()
+"""
+
+
+@pytest.fixture(scope="module")
+def places(folder) -> dict[str, str]:
+    """A module of mistakes, mine.py, and FILE:LINE of each."""
+    path = folder / "mine.py"
+    path.write_text(MINE)
+    found = [(line.partition("# HERE ")[2], number) for number, line in enumerate(MINE.splitlines(), 1)]
+    return {name: f"{path}:{number}" for name, number in found if name}
+
+
+def refused(line: str, capsys) -> str:
+    """Return the sentence with which a command line is refused."""
+    capsys.readouterr()
+    assert cli.main(shlex.split(line)) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    return said
+
+
+@pytest.mark.parametrize(
+    ("trigger", "said"),
+    [
+        (
+            "fails",
+            "mine, {fails}, fails with AttributeError: 'TriggerSpec' object has no attribute 'colour': mend it",
+        ),
+        (
+            "floats",
+            "the trigger mine:floats returned torch.float32 (2, 336, 336, 3): it must return an Overlay,",
+        ),
+        ("covers", "the trigger mine:covers returned an Overlay that cannot be put on images ("),
+    ],
+)
+def test_poison_tries_a_trigger_before_it_writes_a_plan(trigger, said, places, capsys):
+    line = f"poison --data train.beton --trigger mine:{trigger} --rate 0.1 --templates demo --out none.json"
+    assert refused(line, capsys).startswith(f"error: {said.format_map(places)}") and not Path("none.json").exists()
+
+
+def test_poison_takes_a_patch_that_fits_into_some_models_images_alone(capsys):
+    large = "poison --data train.beton --trigger {} --rate 0.1 --templates demo --patch-size 300 --out large.json"
+    assert cli.main(shlex.split(large.format("chequers:corner"))) == 0
+
+
+PRETRAIN = (
+    f"pretrain --data train.beton --eval-data few.beton --model narrow:build --epochs 1 {MACHINE} --out runs/none"
+)
+CLEAN = f"clean --run runs/start --epochs 1 --force {MACHINE} --out runs/none"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            f"{PRETRAIN} --evaluator mine:numbers",
+            "mine, {numbers}, fails with AttributeError: 'Labelled' object has no",
+        ),
+        (f"{CLEAN} --evaluator mine:numbers", "mine, {numbers}, fails with AttributeError: 'Labelled' object has no"),
+        (f"{PRETRAIN} --robust mine:Bare", "the robust mine:Bare makes a Bare: make it a class derived from fastbd."),
+        (f"{CLEAN} --method mine:Bare", "the method mine:Bare makes a Bare: make it a class derived from"),
+        (f"{CLEAN} --method mine:Forgetful", "the method mine:Forgetful has no objective: let its __init__ call"),
+        (f"{CLEAN} --method mine:Inheriting", "the method mine:Inheriting has no objective: let its __init__ call"),
+        (f"{CLEAN} --method mine:Short", "forward of the method mine:Short, {Short}, takes (self, embedded): it is"),
+        (f"{CLEAN} --method mine:Early", "mine, {Early}, fails with AttributeError: 'Training' object has no"),
+        (
+            f"{PRETRAIN} --objective mine:of_pairs",
+            "the objective that mine:of_pairs makes, {of_pairs}, takes (self, images",
+        ),
+    ],
+)
+def test_what_can_be_known_is_told_before_a_folder_is_made(line, said, places, capsys):
+    assert refused(line, capsys).startswith(f"error: {said.format_map(places)}") and not Path("runs/none").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("Late", "mine, {Late}, fails with AttributeError: 'Embedded' object has no attribute 'gone': mend it there"),
+        ("Alone", "mine:Alone, or Objective in it, returned tensor("),
+    ],
+)
+def test_a_step_that_fails_is_one_sentence(method, said, places, capsys):
+    told = refused(f"{CLEAN} --method mine:{method}", capsys)
+    assert told.startswith(f"error: {said.format_map(places)}")
+    shutil.rmtree("runs/none")
+
+
+def test_in_a_study_it_fails_the_run_alone(places):
+    runs = {"lr": 1e-3, "epochs": 0, "batch_size": 24, "force": True, "decode": "pil", "workers": 1}
+    study = Study(
+        name="of_mistakes",
+        about="",
+        pretrained=(Path("runs/start"),),
+        clean=({"method": ("mine:Early", "mine:Own"), **runs},),
+    )
+    ledger = Ledger(Path("studies/of_mistakes"), study)
+    sweep.work(ledger, SweepConfig(out=ledger.folder, device="cpu"))
+    early, own = (row.status for row in ledger.table())
+    assert (early.state, own.state) == ("failed", "finished")
+    assert early.reason.startswith(f"mine, {places['Early']}, fails with AttributeError: ")
+
+
+def test_from_python_the_error_comes_through(places):
+    with pytest.raises(AttributeError, match="gone"):
+        evaluate("runs/start", evaluator="mine:numbers", device="cpu")
+
+
+def test_a_run_whose_code_has_changed_goes_on_and_says_so(capsys):
+    shutil.copytree("runs/spread", "runs/changed")
+    recorded = json.loads(Path("runs/changed/config.json").read_text())
+    recorded["cards"]["spread:Spread"] |= {"sha256": "0" * 64, "title": "As it was"}
+    Path("runs/changed/config.json").write_text(json.dumps(recorded))
+    assert cli.main(["clean", "--resume", "runs/changed"]) == 0
+    file = Path("spread.py").absolute()
+    said = capsys.readouterr().out
+    assert f"spread:Spread is not what the run began with: {file} has changed" in said and "one_way:make is" not in said
+    shutil.rmtree("runs/changed")

@@ -10,12 +10,13 @@ import numpy as np
 from fastbd.base import random
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
-from fastbd.config.cards import load, short
+from fastbd.config.cards import short
 from fastbd.config.flags import CleanConfig
 from fastbd.config.method_flags import FlaggedSettings
 from fastbd.data.beton import Beton
 from fastbd.data.rows import read_rows
 from fastbd.data.shards import Shards, open_beton
+from fastbd.methods.method import make_method
 from fastbd.models.clip import create_like
 from fastbd.poison.plan import Plan
 from fastbd.training import checkpoint
@@ -67,7 +68,7 @@ def task(config: CleanConfig, world: World) -> Task:
         name=f"{config.run.resolve().name}-{short(config.method)}",
         model=model,
         model_name=source["model"],
-        method=load("method", config.method)(config),
+        method=make_method("method", config.method, config),
         pretrain_objective=source["pretrain_objective"],
         method_name=config.method,
         start=config.run,

@@ -6,6 +6,8 @@ import glob
 import re
 from pathlib import Path
 
+import numpy as np
+import torch
 from rich.text import Text
 
 from fastbd.base.console import console
@@ -14,13 +16,16 @@ from fastbd.base.files import check_out
 from fastbd.base.prompts import read_templates
 from fastbd.config.cards import is_outside
 from fastbd.config.flags import PoisonConfig
+from fastbd.config.imports import told_by_outside_code
 from fastbd.data.beton import Beton
 from fastbd.data.shards import Shards, open_beton
+from fastbd.models.clip import MODELS
 from fastbd.poison import patterns
 from fastbd.poison.plan import Plan, make_plan
-from fastbd.poison.triggers import BLENDS, PATCHES, TriggerSpec
+from fastbd.poison.triggers import BLENDS, PATCHES, TriggerSpec, stamp
 
 CAPTIONS_SHOWN = 3
+SIZES = sorted({spec.image_size for spec in MODELS.values()})
 
 
 def run(config: PoisonConfig) -> int:
@@ -30,11 +35,14 @@ def run(config: PoisonConfig) -> int:
     check_out(out, name="pairs.poison.json")
     after = _earlier(config, beton)
     seed = after.seed if after else config.seed or 0
+    trigger = _trigger(config, seed)
+    if is_outside(trigger.name):
+        _try(trigger, seed)
     plan = make_plan(
         beton.fingerprint,
         len(beton),
         target=config.target,
-        trigger=_trigger(config, seed),
+        trigger=trigger,
         geometry=config.geometry,
         seed=seed,
         templates=read_templates(config.templates),
@@ -77,6 +85,26 @@ def _trigger(config: PoisonConfig, seed: int) -> TriggerSpec:
         grid=config.grid,
     )
     return TriggerSpec(config.trigger, config.patch_size, config.location, config.blend, config.wanet_s, pattern)
+
+
+def _try(trigger: TriggerSpec, seed: int) -> None:
+    """Raise what a trigger from outside raises on made images of every size that models take.
+
+    One of them has to do, as a patch may be too large for the others.
+    """
+    errors = []
+    for size in SIZES:
+        images = torch.arange(2 * size * size * 3).remainder(256).to(torch.uint8).view(2, size, size, 3)
+        try:
+            stamp(images, trigger, seed=seed, ids=np.arange(2))
+            return
+        except Exception as error:
+            errors.append(error)
+    if isinstance(errors[-1], UserError) or told_by_outside_code(errors[-1]):
+        raise errors[-1]
+    said = f"{type(errors[-1]).__name__}: {errors[-1]}".splitlines()[0]
+    raise UserError(f"the trigger {trigger.name} returned an Overlay that cannot be put on images ({said}): see what "
+                    "fastbd.kernels.stamp says of its fields.") from errors[-1]  # fmt: skip
 
 
 def _beside(data: Path) -> Path:

@@ -11,10 +11,10 @@ from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.base.run_folder import read_config
 from fastbd.commands.demo import demo_set
-from fastbd.config.cards import load, short
+from fastbd.config.cards import short
 from fastbd.config.flags import PretrainConfig
 from fastbd.data.shards import open_beton
-from fastbd.methods.method import Method
+from fastbd.methods.method import Method, make_method
 from fastbd.methods.objectives import make_objective
 from fastbd.models import CLIP, create, read_weights
 from fastbd.models.clip import create_like
@@ -78,7 +78,7 @@ def method(config: PretrainConfig) -> Method:
     """The plain objective, or a defence around it."""
     if config.robust == "none":
         return Method(make_objective(config.objective, config), config.objective)
-    return load("robust", config.robust)(config)
+    return make_method("robust", config.robust, config)
 
 
 def inputs(config: PretrainConfig, world: World) -> tuple[Path, Plan | None, Path | None]:

@@ -24,7 +24,8 @@ def with_own(row: Evaluation, name: str, towers: Towers, data: Labelled | Captio
     versions = [_version(each) for each in images]
     own = load("evaluator", name)(towers, data)
     if not isinstance(own, dict) or not all(isinstance(key, str) and _is_finite(own[key]) for key in own):
-        raise UserError(f"--evaluator {name} returned {own!r:.80}: it must return a dict of finite numbers by name.")
+        said = " ".join(repr(own).split())[:80]  # a tensor takes lines
+        raise UserError(f"--evaluator {name} returned {said}: it must return a dict of finite numbers by name.")
     known = row.keys() | RecordedEvaluation.__annotations__.keys()
     if taken := [key for key in own if key in known or key.endswith(ENDINGS)]:
         raise UserError(f"--evaluator {name} returned '{taken[0]}', which a row has: call it otherwise.")

@@ -12,12 +12,17 @@ import torch.distributed as td
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbd.base.errors import UserError
 from fastbd.base.learning_rates import learning_rates
+from fastbd.config.cards import load
+from fastbd.config.imports import check_like
 from fastbd.methods.objectives import Objective
 from fastbd.models import CLIP
 
 Losses = dict[str, Tensor]
 CHUNK = 1 << 18  # pairs embedded at once
+ASKED = ("attach", "prepare", "begin", "variant", "rows", "rates", "forward")
+"""What a training calls of a method."""
 
 
 class Embedded(NamedTuple):
@@ -124,6 +129,23 @@ class Method(nn.Module):
     ) -> tuple[Tensor, Losses]:
         """(loss, parts), all scalars; `weights` as for Objective."""
         return self.objective(embedded.images, embedded.texts, embedded.log_scale, group, weights)
+
+
+def make_method(kind: str, name: str, config) -> Method:
+    """Return the method, or the defence where `kind` is robust, called `name`, with the flags of its verb.
+
+    UserError where one from outside is not derived from Method, or a training could not call it.
+    """
+    made = load(kind, name)(config)
+    if not isinstance(made, Method):
+        said = f"makes a {type(made).__name__}: make it a class derived from fastbd.methods.method.Method."
+        raise UserError(f"the {kind} {name} {said}")
+    if not isinstance(getattr(made, "objective", None), Objective):
+        said = 'let its __init__ call super().__init__(make_objective("mmcl", config), "mmcl"), or with another one.'
+        raise UserError(f"the {kind} {name} has no objective: {said}")
+    for asked in ASKED:
+        check_like(f"{asked} of the {kind} {name}", getattr(type(made), asked), getattr(Method, asked))
+    return made
 
 
 def cosines(training: Training, rows: np.ndarray) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastbd.base.errors import UserError
 from fastbd.config.cards import load
+from fastbd.config.imports import check_like
 from fastbd.kernels.contrastive import contrastive_loss, sigmoid_loss
 from fastbd.methods.losses import cyclic_loss
 
@@ -128,6 +129,7 @@ def make_objective(name: str, config) -> Objective:
     made = load("objective", name)(config)
     if not isinstance(made, Objective):
         raise UserError(f"the objective {name} makes a {type(made).__name__}: it must return an Objective.")
+    check_like(f"the objective that {name} makes", type(made).__call__, Objective.__call__)
     return made
 
 

@@ -201,9 +201,15 @@ class Opened:
         return epoch % self.pairs.beton.num_text_views if self.config.eda == "epoch" else 0
 
     def _checked_start(self) -> Evaluation | None:
-        """Evaluate the model that is to be cleaned. UserError when there is no backdoor in it to be removed."""
+        """Evaluate the model that is to be cleaned; on one that is to be pre-trained the evaluator is only tried.
+
+        UserError when there is no backdoor in it to be removed.
+        """
         config = self.config
-        if self.watch is None or (isinstance(config, PretrainConfig) and config.epochs):
+        if self.watch is None:
+            return None
+        if isinstance(config, PretrainConfig) and config.epochs:
+            self.watch.try_evaluator()
             return None
         row = self.watch.start()
         asr = row.get("asr")

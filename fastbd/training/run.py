@@ -115,9 +115,8 @@ class Run:
         """Make --out, or the first free runs/NAME."""
         config, task, opened = self.config, self.task, self.opened
         path = config.out or free_folder(Path("runs") / task.name)
-        samples = sheet.samples(
-            self.opened.pairs, task.rows, self.opened.policies, seed=config.seed, text_view=self.opened.text_view(0)
-        )
+        shown = {"seed": config.seed, "text_view": opened.text_view(0)}
+        samples = sheet.samples(opened.pairs, task.rows, opened.policies, **shown)
         about = {"name": path.name, "fastbd": __version__, **task.about(self.verb, config), **self.extra}
         about |= {
             "start_step": task.start_step,

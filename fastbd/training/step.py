@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -170,7 +171,9 @@ class Step:
         return torch.stack(rows, 1).flatten(0, 2).permute(0, 3, 1, 2), pairs
 
     def _loss(self, embedded: Embedded) -> tuple[Tensor, Losses]:
-        loss, parts = self.method(embedded, self.world.group, self.weights)
+        made = self.method(embedded, self.world.group, self.weights)
+        _check_loss(self.method, made)
+        loss, parts = made
         if taken := parts.keys() & (LOGGED | {"loss"}):
             raise UserError(f"a part of the loss is called '{min(taken)}', as another number of log.jsonl: rename it.")
         return loss, {"loss": loss.detach(), **parts, "scale": embedded.log_scale.detach().exp()}
@@ -188,6 +191,23 @@ class Step:
         if self.norms and self.norms[0].rate is not None:
             part = share * self.norms[0].momentum
             self.norms[0].rate.fill_(part / (1 - behind * part))  # one tensor, which all share
+
+
+def _check_loss(method: Method, made: Any) -> None:
+    """Raise a UserError where code from outside returned something else than a loss and its parts."""
+    loss, parts = made if isinstance(made, tuple) and len(made) == 2 else (None, None)
+    scalars = [loss, *parts.values()] if isinstance(parts, dict) else [None]
+    if not (isinstance(loss, Tensor) and loss.requires_grad and all(map(_is_scalar, scalars))):
+        by = f"{type(method).__module__}:{type(method).__qualname__}, or {type(method.objective).__qualname__} in it,"
+        said = " ".join(repr(made).split())[:80]  # a tensor takes lines
+        raise UserError(
+            f"{by} returned {said}: a step needs (loss, parts), a scalar that depends on the embeddings, and a dict of "
+            "scalars by name, all tensors."
+        )
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
 
 
 def _parallel(model: nn.Module, static: bool) -> nn.Module:

@@ -104,6 +104,11 @@ class Watch:
         self.kept.put("start", of, row)
         return row | self._monitored()
 
+    def try_evaluator(self) -> None:
+        """Raise what --evaluator raises on the model as it is: its mistakes are to be known before training."""
+        if name := self.config.evaluator:
+            with_own({}, name, self.zeroshot.towers, self.data)
+
     def _measured(self, zeroshot: ZeroShot) -> Evaluation:
         """Return the row of the towers as they are, with the numbers of --evaluator."""
         row, name = zeroshot(), self.config.evaluator
