@@ -323,6 +323,8 @@ MINE = """
 from fastbd.kernels.stamp import Overlay
 from fastbd.methods.method import Method
 from fastbd.methods.objectives import Objective, make_objective
+from fastbd.models.clip import CLIP
+from narrow import build
 
 def fails(spec, seed, ids, images):
     return images / spec.colour  # HERE fails
@@ -362,6 +364,23 @@ class Late(Own):
 class Alone(Own):
     def forward(self, embedded, group=None, weights=None):
         return super().forward(embedded, group, weights)[0]
+
+class Few(Own):
+    def rates(self, peak, *, warmup, total):
+        return super().rates(peak, warmup=warmup, total=total)[1:]
+
+class Listed(Own):
+    def rows(self, epoch, rows):
+        return rows.tolist()
+
+class Hollow(CLIP):
+    def __init__(self, activation): ...
+
+class Pixels(CLIP):
+    def __init__(self, activation):
+        super().__init__(build(activation).spec)
+
+    def encode_image(self, pixels, scale): ...  # HERE Pixels
 
 class OfPairs(Objective):
     def __call__(self, images, texts): ...  # HERE of_pairs
@@ -447,6 +466,7 @@ def test_what_can_be_known_is_told_before_a_folder_is_made(line, said, places, c
     [
         ("Late", "mine, {Late}, fails with AttributeError: 'Embedded' object has no attribute 'gone': mend it there"),
         ("Alone", "mine:Alone, or Objective in it, returned tensor("),
+        ("Listed", "rows of mine:Listed returned a list: it must return a ndarray of shape (2"),
     ],
 )
 def test_a_step_that_fails_is_one_sentence(method, said, places, capsys):

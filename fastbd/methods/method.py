@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -146,6 +146,15 @@ def make_method(kind: str, name: str, config) -> Method:
     for asked in ASKED:
         check_like(f"{asked} of the {kind} {name}", getattr(type(made), asked), getattr(Method, asked))
     return made
+
+
+def check_returned(method: Method, asked: str, value: Any, kind: type, count: int) -> None:
+    """Raise a UserError where what a method from outside returned is not one of `kind` with so many numbers."""
+    if not isinstance(value, kind) or value.shape != (count,):
+        name = f"{type(method).__module__}:{type(method).__qualname__}"
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
+        wanted = f"a {kind.__name__} of shape ({count},)"
+        raise UserError(f"{asked} of {name} returned a {type(value).__name__}{shape}: it must return {wanted}.")
 
 
 def cosines(training: Training, rows: np.ndarray) -> Tensor:

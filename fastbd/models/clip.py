@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fastbd.base.errors import UserError
 from fastbd.config.cards import load
+from fastbd.config.imports import check_like
 from fastbd.kernels.text_pack import PackedText
 from fastbd.kernels.text_tree import TextTree
 from fastbd.models.resnet import ModifiedResNet, SmallResNet
@@ -99,7 +100,7 @@ def _vision_tower(spec: ModelSpec) -> nn.Module:
 
 
 def create(name: str, seed: int | None, activation: str = "quickgelu") -> CLIP:
-    """The model of that name with fresh weights. UserError where one from outside is no CLIP, or not a new one.
+    """The model of that name with fresh weights. UserError where one from outside is no CLIP, or not new.
 
     The same for a seed, also from outside, where it is drawn from the global random state of torch, NumPy or Python.
     """
@@ -110,6 +111,10 @@ def create(name: str, seed: int | None, activation: str = "quickgelu") -> CLIP:
         model = build(activation)
     if not isinstance(model, CLIP):
         raise UserError(f"the model {name} makes a {type(model).__name__}: it must return a CLIP of fastbd.models.")
+    if not isinstance(getattr(model, "spec", None), ModelSpec):
+        raise UserError(f"the model {name} has no spec: let its __init__ call super().__init__(ModelSpec(...)).")
+    for asked in ("encode_image", "encode_text", "forward"):
+        check_like(f"{asked} of the model {name}", getattr(type(model), asked), getattr(CLIP, asked))
     parts = [part for part in model.modules() if next(part.parameters(), None) is not None]
     if not _handed_out.isdisjoint(parts):
         raise UserError(f"the model {name} has weights that it has given before: it must make new ones at each call.")

@@ -23,7 +23,7 @@ from fastbd.data.verify import check_whole
 from fastbd.evals.embedding import embed_images, embed_texts
 from fastbd.evals.towers import Towers
 from fastbd.kernels.text_pack import room_for
-from fastbd.methods.method import Training
+from fastbd.methods.method import Training, check_returned
 from fastbd.training import checkpoint, divergence, rebound, setup
 from fastbd.training.folder import RunFolder
 from fastbd.training.inputs import decoder_of, open_pairs, policies_of
@@ -175,6 +175,7 @@ class Opened:
         self.steps_per_epoch = len(rows) // config.batch_size
         self.total = config.epochs * self.steps_per_epoch
         rates = self.method.rates(config.lr, warmup=min(config.warmup, self.total // 2), total=self.total)
+        check_returned(self.method, "rates", rates, torch.Tensor, self.total)
         if self._reused:
             self.room, self.step = self._reused.room, self._reused.step
             self.step.restart(rates)
@@ -230,6 +231,7 @@ class Opened:
         self.step.begin(epoch)
         narrow = self.numerics.precision == "bf16" and self.world.device.type == "cuda"
         rows, seed = self.method.rows(epoch, self.task.rows), self.config.seed
+        check_returned(self.method, "rows", rows, np.ndarray, len(self.task.rows))
         return batches(
             self.pairs,
             rows,
