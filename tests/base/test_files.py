@@ -50,6 +50,17 @@ def test_what_cannot_be_made_is_known_before(odd, path, why, name):
     assert sorted(odd.rglob("*")) == before
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name_and_the_name_before_all_ends(tmp_path, monkeypatch):
+    """Else a loss of power could leave an empty file under the name."""
+    done, path = [], tmp_path / "file"
+    monkeypatch.setattr(os, "fsync", lambda number: done.append(Path(os.readlink(f"/proc/self/fd/{number}")).name))
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("renamed"), rename(*names)))
+    with files.replacing(path) as temporary:
+        temporary.write_text("new")
+    assert done == ["file.tmp", "renamed", tmp_path.name] and path.read_text() == "new"
+
+
 def test_what_can_be_made_is_not_made_yet(odd, monkeypatch):
     monkeypatch.chdir(odd)
     for path in ("new", "new/deep/out", "folder/new", str(odd / "new")):

@@ -34,6 +34,8 @@ def test_outside_code_is_drawn_the_same_each_time_and_as_it_says():
     card = cards.facts("method", "some_pkg.mine:Mine")
     assert card == cards.facts("method", "some_pkg.mine:Mine") and card.title == "some_pkg.mine:Mine"
     assert card.marker in cards.MARKERS and card.colour in cards.COLOURS
+    some = [cards.facts("method", f"mine:M{k}") for k in range(100)]
+    assert {each.marker for each in some} == set(cards.MARKERS) and {each.colour for each in some} == set(cards.COLOURS)
     cards.remember({"some_pkg.mine:Other": {"title": "Another", "marker": 3}})
     other = cards.facts("method", "some_pkg.mine:Other")
     assert other.title == "Another" and other.marker in cards.MARKERS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastbd.config.fields import SHARE, Flag, flags_of, marked, outside
+from fastbd.config.fields import SHARE, Flag, flags_of, marked, outside, typed
 from fastbd.config.flags import IMMATERIAL, TRAINING, CleanConfig
 from fastbd.report.write import FLAGS
 
@@ -30,6 +30,11 @@ def test_marks_are_read_from_the_fields_of_a_class_and_of_its_bases():
 def test_a_number_or_one_of_several_may_be_outside_of_a_range_and_words_are_not():
     assert outside(One, "share", 1.5) == SHARE and outside(One, "shares", (0.5, 2.0)) == SHARE
     assert not outside(One, "share", None) and not outside(One, "shares", (0.5,)) and not outside(One, "plain", -1)
+
+
+def test_a_whole_number_is_taken_for_a_float_and_becomes_one():
+    """As a resumed run is compared with its checkpoint, types included."""
+    assert type(typed(float, 1)) is float and type(typed(float | None, 1)) is float and type(typed(int, 1)) is int
 
 
 def test_a_flag_without_marks_makes_another_run():
