@@ -43,9 +43,9 @@ def weights(run):
 
 
 def test_build_poison_pretrain_clean_evaluate_report(study, fastbd, fastbd_process):
-    """Each in a process of its own, two started as a user does; the study's own files were made within this one."""
+    """Each in a process of its own, one started as a user does; the study's own files were made within this one."""
     new, forked, here = (partial(run, cwd=study) for run in (fastbd_process, ran, fastbd))
-    new("build", "--source", "train.csv", "--out", "built.beton", "--workers", 2)
+    forked("build", "--source", "train.csv", "--out", "built.beton", "--workers", 2)
     assert (study / "built.beton").read_bytes() == (study / "train.beton").read_bytes()
     forked("poison", "--data", "built.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo")
     assert (study / "built.poison.json").read_bytes() == (study / "train.poison.json").read_bytes()
@@ -162,6 +162,8 @@ def test_slips_views_kept_or_decoded_and_text_views_that_change_with_the_epoch(s
         "mmcl_ssl",
         "--views",
         "slip",
+        "--batch-size",
+        60,
         "--epochs",
         2,
         "--eval-every",
@@ -173,8 +175,8 @@ def test_slips_views_kept_or_decoded_and_text_views_that_change_with_the_epoch(s
     fastbd(*arguments, "--resident", "ram", "--eda", "frozen", "--out", "runs/frozen", cwd=study)
     changing, frozen = (rows(study / "runs" / name / "log.jsonl") for name in ("slip", "frozen"))
     assert {"mmcl", "ssl_image", "ssl_text"} <= set(changing[0]) and changing[0]["bad_images"] == 0
-    assert [row["loss"] for row in changing[:10]] == [row["loss"] for row in frozen[:10]]
-    assert changing[10]["mmcl"] == frozen[10]["mmcl"] and changing[10]["ssl_text"] != frozen[10]["ssl_text"]
+    assert [row["loss"] for row in changing[:4]] == [row["loss"] for row in frozen[:4]]
+    assert changing[4]["mmcl"] == frozen[4]["mmcl"] and changing[4]["ssl_text"] != frozen[4]["ssl_text"]
 
 
 def test_finetuning_keeps_the_optimizer_when_asked(study, fastbd):
