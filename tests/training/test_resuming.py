@@ -227,12 +227,13 @@ def test_an_older_checkpoint_is_still_resumed(run):
     state = torch.load(run / "ckpt_last.pt", weights_only=True)
     del state["inputs"]
     state["config"] |= {"gone": 1}
-    state["step"], state["epoch"] = 4, 1.0
+    state["step"], state["epoch"], state["seconds"] = 4, 1.0, 5000.0
     torch.save(state, run / "ckpt_last.pt")
     written = json.loads((run / "config.json").read_text())
     edited(run / "config.json", lambda v: [v.pop(name) for name in ("start_step", "start_weights")])  # not known then
     assert fastbd("pretrain", "--resume", run) == 0
     assert torch.load(run / "ckpt_last.pt", weights_only=True)["step"] == 8
+    assert 5000 < json.loads((run / "result.json").read_text())["seconds"] < 6000  # with those before it was stopped
     assert fastbd("pretrain", "--resume", run) == 0  # from what has just been written
     assert written.keys() > json.loads((run / "config.json").read_text()).keys()
 

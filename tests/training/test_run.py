@@ -56,6 +56,19 @@ def test_a_run_that_another_process_trains_is_not_resumed(study, monkeypatch, tm
     second.folder.release()
 
 
+def test_a_warmup_longer_than_the_run_is_half_of_it(study, monkeypatch, tmp_path):
+    monkeypatch.chdir(study)
+    start(study)
+    run = cleaning(tmp_path / "run", "--warmup", 1000, "--rows", 96)
+    run.folder.release()
+    rates = run.opened.step.rates
+    assert (
+        len(rates) == 8
+        and rates.max().item() == pytest.approx(3e-3)
+        and rates[:4].tolist() == pytest.approx([3e-3 * k / 4 for k in range(1, 5)])
+    )
+
+
 def test_of_two_runs_that_make_one_folder_the_second_is_told(study, monkeypatch, tmp_path):
     monkeypatch.chdir(study)
     start(study)
