@@ -12,11 +12,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from fastbd.base.errors import UserError, machine_fault
 from fastbd.base.run_folder import read_config, run_of
-from fastbd.base.signals import Stopped
+from fastbd.base.signals import Stopped, handled
 from fastbd.config.cards import check_chosen, owners
 from fastbd.config.fields import as_told, flags_of, from_dict, outside, to_dict, typed_fields, types_of
 from fastbd.config.flags import (
@@ -106,7 +107,7 @@ def _main(argv: list[str] | None) -> int:
             hint = f"did you mean {near[0]}?" if near else "python -m fastbd lists them."
             raise UserError(f"there is no verb '{verb}'; {hint}")
         settings = parse(verb, flags)
-        return importlib.import_module(f"fastbd.commands.{verb}").run(settings)
+        return _command(verb).run(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except (Exception, SystemExit) as error:  # the parser ends by SystemExit, and code from outside may
@@ -117,6 +118,20 @@ def _main(argv: list[str] | None) -> int:
         print("stopped.", file=sys.stderr)
         return getattr(stopped, "exit_code", 130)
     return 2
+
+
+def _command(verb: str) -> ModuleType:
+    """Return the module of a verb. What asks to stop ends the process meanwhile, at once, as there is nothing to save.
+
+    As an exception it could be lost: torch goes on without NumPy where that is interrupted while torch loads it.
+    """
+
+    def end(signum: int, before: Any) -> None:
+        os.write(2, b"stopped.\n")
+        os._exit(128 + signum)
+
+    with handled(end):
+        return importlib.import_module(f"fastbd.commands.{verb}")
 
 
 def _told_by_the_machine(error: BaseException) -> str | None:

@@ -130,6 +130,24 @@ def test_ctrl_c_after_the_work_gives_no_traceback(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_ctrl_c_while_torch_loads_numpy_is_not_lost(tmp_path):
+    """It was: torch takes any exception there for NumPy not being installed, and a training went on, or broke later."""
+    (tmp_path / "ctrl_c.py").write_text(
+        "import signal\nimport sys\nfrom importlib.abc import MetaPathFinder\n"
+        "class CtrlC(MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'numpy._core':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, CtrlC())\n"
+        "from fastbd import cli\n"
+        "sys.exit(cli.program())\n"
+    )
+    command = [sys.executable, "ctrl_c.py", "pretrain", "--data", "nowhere.beton"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (128 + signal.SIGINT, "stopped.\n", "")
+
+
 def test_a_signal_within_a_destructor_is_answered_after_it():
     class Gone:
         def __del__(self):
