@@ -295,8 +295,10 @@ def test_a_trigger_may_write_into_what_it_is_given(folder):
         ("{7: 1.0}", "it must return a dict of finite numbers by name."),
         (
             "{'mine': data.clean.zero_().sum().item()}",
-            "has written into the images of the set: let it",
+            "has written into the set's images or labels: let it",
         ),
+        ("{'mine': data.labels.zero_().sum().item()}", "has written into the set's images or labels: let it"),
+        ("{'mine': 10**400}", "it must return a dict of finite numbers by name."),
     ],
 )
 def test_an_evaluator_changes_nothing_that_is_there(returned, said, capsys):
@@ -449,11 +451,11 @@ CLEAN = f"clean --run runs/start --epochs 1 --force {MACHINE} --out runs/none"
         (f"{CLEAN} --method mine:Bare", "the method mine:Bare makes a Bare: make it a class derived from"),
         (f"{CLEAN} --method mine:Forgetful", "the method mine:Forgetful has no objective: let its __init__ call"),
         (f"{CLEAN} --method mine:Inheriting", "the method mine:Inheriting has no objective: let its __init__ call"),
-        (f"{CLEAN} --method mine:Short", "forward of the method mine:Short, {Short}, takes (self, embedded): it is"),
+        (f"{CLEAN} --method mine:Short", "forward of the method mine:Short, {Short}, takes (embedded): it is"),
         (f"{CLEAN} --method mine:Early", "mine, {Early}, fails with AttributeError: 'Training' object has no"),
         (
             f"{PRETRAIN} --objective mine:of_pairs",
-            "the objective that mine:of_pairs makes, {of_pairs}, takes (self, images",
+            "the objective that mine:of_pairs makes, {of_pairs}, takes (images",
         ),
     ],
 )

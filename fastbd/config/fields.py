@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -142,16 +143,30 @@ def typed_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
 def as_told(hint: Any, value: Any) -> Any:
     """Return a value of Python as a command line gives the flag of type `hint`: a number as text, one as a list."""
     parts = {hint, *typing.get_args(hint)}
-    if any(typing.get_origin(part) is tuple for part in parts) and not isinstance(value, tuple | list):
-        return (value,)
-    return str(value) if str in parts and type(value) is int else value
+    if lists := [part for part in parts if typing.get_origin(part) is tuple]:
+        items = (value,) if isinstance(value, str | Path | int | float) else value
+        return tuple(as_told(typing.get_args(lists[0])[0], item) for item in items) if _is_list(items) else value
+    return str(value) if str in parts and not parts & {int, float} and type(value) is int else value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, tuple | list)
+
+
+def _plain(value: Any) -> Any:
+    """Return a text or a number of a class of its own, such as an enumeration's, as one of Python's."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    return next((kind(value) for kind in (bool, int, float) if isinstance(value, kind)), value)
 
 
 def typed(hint: Any, value: Any) -> Any:
     """Return the value as the type `hint` of a flag. TypeError, of which the message is what it must be."""
+    value = _plain(value)
     if typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint):
-            return value
+        for part in typing.get_args(hint):
+            if type(part) is type(value) and part == value:  # True == 1 == 1.0
+                return part
         raise TypeError(f"one of {', '.join(map(str, typing.get_args(hint)))}")
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         wanted = []
@@ -162,12 +177,12 @@ def typed(hint: Any, value: Any) -> Any:
                 wanted.append(str(error))
         raise TypeError(" or ".join(wanted))
     if typing.get_origin(hint) is tuple:
-        if isinstance(value, tuple | list):
+        if _is_list(value):
             return tuple(typed(typing.get_args(hint)[0], item) for item in value)
         raise TypeError("a list")
     if type(value) is hint or (hint is Path and isinstance(value, Path)):
         return value
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)

@@ -21,6 +21,7 @@ class Source(NamedTuple):
 
     file: str
     sha256: str
+    """Empty where it was imported before this package asked for it, and nobody knows what the file held then."""
     spec: Any
     """The module's own, of which importlib.reload makes another."""
 
@@ -36,7 +37,9 @@ def imported(kind: str, code: str) -> Any:
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # python -m has it there already, a script has not
     importlib.invalidate_caches()  # the file may have been written a moment ago
-    _check_place(kind, code, Path(here, *module.split(".")).with_suffix(".py"))
+    file = Path(here, *module.split("."))
+    _check_place(kind, code, file / "__init__.py" if file.is_dir() else file.with_suffix(".py"))
+    earlier = sys.modules.get(module)
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -48,7 +51,7 @@ def imported(kind: str, code: str) -> Any:
         lines = [(f.f_code.co_filename, n) for f, n in traceback.walk_tb(error.__traceback__) if _is_of_module(f)]
         said = f"{module} fails with {_said(error)}" + (", {}:{}".format(*lines[-1]) if lines else "")
     else:
-        _keep_source(module, loaded)
+        _keep_source(module, loaded, earlier is loaded)
         if hasattr(loaded, attribute):
             return getattr(loaded, attribute)
         said = f"module '{module}' has no attribute '{attribute}'"
@@ -87,11 +90,15 @@ def _check_place(kind: str, code: str, file: Path) -> None:
         )
 
 
-def _keep_source(module: str, loaded: Any) -> None:
-    """Keep what the module's file holds, where it was loaded, or reloaded, since this was asked last."""
+def _keep_source(module: str, loaded: Any, before: bool) -> None:
+    """Keep what the module's file holds, where it was loaded, or reloaded, since this was asked last.
+
+    `before`: others had imported it already.
+    """
     file, spec = getattr(loaded, "__file__", None), getattr(loaded, "__spec__", None)
     if file and (module not in _sources or _sources[module].spec is not spec):
-        _sources[module] = Source(file, _digest(file), spec)
+        unknown = before and module not in _sources
+        _sources[module] = Source(file, "" if unknown else _digest(file), spec)
 
 
 def _digest(file: str) -> str:
@@ -107,24 +114,33 @@ def source(code: str) -> Source | None:
 def check_unedited(code: str) -> None:
     """Raise a UserError where the file of MODULE:NAME is not what this process has imported."""
     found = source(code)
-    if found and _digest(found.file) != found.sha256:
+    if found and found.sha256 and _digest(found.file) != found.sha256:
         raise UserError(
             f"{found.file} has been edited since this process loaded it: start another process, or importlib.reload it."
         )
 
 
 def told_by_outside_code(error: BaseException) -> str | None:
-    """Return a sentence about an error that outside code raised, or met in what it called; None for any other."""
-    modules = {each.file: module for module, each in _sources.items()}
+    """Return a sentence about an error that outside code raised, or met in what it called; None for any other.
+
+    Modules that lie beside one that was named are outside code, too, as are the parts of its package.
+    """
     for one in chain(error):
-        lines = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(one.__traceback__)]
-        if own := [line for line in lines if line[0] in modules]:
-            file, number = own[-1]
+        lines = [(frame.f_globals.get("__name__", ""), frame, n) for frame, n in traceback.walk_tb(one.__traceback__)]
+        if own := [line for line in lines if _is_ours(line[0], line[1].f_code.co_filename)]:
+            module, frame, number = own[-1]
             return (
-                f"{modules[file]}, {file}:{number}, fails with {_said(one)}: mend it there; the functions of "
-                "fastbd, called from Python, show the whole traceback."
+                f"{module}, {frame.f_code.co_filename}:{number}, fails with {_said(one)}: mend it there; the functions "
+                "of fastbd, called from Python, show the whole traceback."
             )
     return None
+
+
+def _is_ours(module: str, file: str) -> bool:
+    """Whether a module was named, lies beside one that was, or is part of its package."""
+    packages = {name.partition(".")[0] for name in _sources}
+    folders = {os.path.dirname(each.file) for each in _sources.values()}
+    return module.partition(".")[0] in packages or os.path.dirname(file) in folders
 
 
 def check_call(what: str, code: Any, *given: str, **named: str) -> None:
@@ -141,8 +157,8 @@ def check_call(what: str, code: Any, *given: str, **named: str) -> None:
 
 
 def check_like(what: str, code: Any, like: Callable) -> None:
-    """Raise a UserError where the code, which `what` names, cannot be called as `like` is."""
-    known = inspect.signature(like).parameters.values()
+    """Raise a UserError where a method of an object, which `what` names, cannot be called as `like` of a class is."""
+    _, *known = inspect.signature(like).parameters.values()
     named = {each.name: each.name for each in known if each.kind is each.KEYWORD_ONLY}
     check_call(what, code, *(each.name for each in known if each.name not in named), **named)
 

@@ -144,16 +144,16 @@ def make_method(kind: str, name: str, config) -> Method:
         said = 'let its __init__ call super().__init__(make_objective("mmcl", config), "mmcl"), or with another one.'
         raise UserError(f"the {kind} {name} has no objective: {said}")
     for asked in ASKED:
-        check_like(f"{asked} of the {kind} {name}", getattr(type(made), asked), getattr(Method, asked))
+        check_like(f"{asked} of the {kind} {name}", getattr(made, asked), getattr(Method, asked))
     return made
 
 
 def check_returned(method: Method, asked: str, value: Any, kind: type, count: int) -> None:
     """Raise a UserError where what a method from outside returned is not one of `kind` with so many numbers."""
-    if not isinstance(value, kind) or value.shape != (count,):
+    if not isinstance(value, kind) or value.shape != (count,) or (kind is Tensor and not value.isfinite().all()):
         name = f"{type(method).__module__}:{type(method).__qualname__}"
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
-        wanted = f"a {kind.__name__} of shape ({count},)"
+        wanted = f"a {kind.__name__} of shape ({count},), of finite numbers"
         raise UserError(f"{asked} of {name} returned a {type(value).__name__}{shape}: it must return {wanted}.")
 
 

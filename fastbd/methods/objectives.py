@@ -129,7 +129,7 @@ def make_objective(name: str, config) -> Objective:
     made = load("objective", name)(config)
     if not isinstance(made, Objective):
         raise UserError(f"the objective {name} makes a {type(made).__name__}: it must return an Objective.")
-    check_like(f"the objective that {name} makes", type(made).__call__, Objective.__call__)
+    check_like(f"the objective that {name} makes", made.__call__, Objective.__call__)
     return made
 
 

@@ -111,10 +111,12 @@ def create(name: str, seed: int | None, activation: str = "quickgelu") -> CLIP:
         model = build(activation)
     if not isinstance(model, CLIP):
         raise UserError(f"the model {name} makes a {type(model).__name__}: it must return a CLIP of fastbd.models.")
-    if not isinstance(getattr(model, "spec", None), ModelSpec):
+    if not isinstance(getattr(model, "spec", None), ModelSpec) or not hasattr(model, "image_size"):
         raise UserError(f"the model {name} has no spec: let its __init__ call super().__init__(ModelSpec(...)).")
+    if kinds := {str(weight.dtype) for weight in model.parameters()} - {"torch.float32"}:
+        raise UserError(f"the model {name} has weights of {min(kinds)}: let them be torch.float32.")
     for asked in ("encode_image", "encode_text", "forward"):
-        check_like(f"{asked} of the model {name}", getattr(type(model), asked), getattr(CLIP, asked))
+        check_like(f"{asked} of the model {name}", getattr(model, asked), getattr(CLIP, asked))
     parts = [part for part in model.modules() if next(part.parameters(), None) is not None]
     if not _handed_out.isdisjoint(parts):
         raise UserError(f"the model {name} has weights that it has given before: it must make new ones at each call.")

@@ -230,13 +230,11 @@ class Opened:
             self.step.forget(self.method.renewed)
         self.step.begin(epoch)
         narrow = self.numerics.precision == "bf16" and self.world.device.type == "cuda"
-        rows, seed = self.method.rows(epoch, self.task.rows), self.config.seed
-        check_returned(self.method, "rows", rows, np.ndarray, len(self.task.rows))
         return batches(
             self.pairs,
-            rows,
+            self._rows(epoch),
             self.config.batch_size,
-            seed=seed,
+            seed=self.config.seed,
             policies=self.policies,
             text_view=self.text_view(epoch),
             world=self.world,
@@ -247,10 +245,20 @@ class Opened:
             room=self.room,
         )
 
+    def _rows(self, epoch: int) -> np.ndarray:
+        """Return the rows of an epoch, as the method has them. UserError where they are none of the run's."""
+        own = self.task.rows
+        rows = self.method.rows(epoch, own.copy())  # which a method from outside may write into
+        check_returned(self.method, "rows", rows, np.ndarray, len(own))
+        if not (np.issubdtype(rows.dtype, np.integer) and np.isin(rows, own).all()):
+            name = f"{type(self.method).__module__}:{type(self.method).__qualname__}"
+            raise UserError(f"rows of {name} returned others than the run's: it must return some of those it is given.")
+        return rows
+
     def rows_of(self, step: int) -> np.ndarray:
         """The rows of a step, counted from 1, of its whole batch: all parts of all processes."""
         epoch, offset = divmod(step - 1, self.steps_per_epoch)
-        rows = self.method.rows(epoch, self.task.rows)
+        rows = self._rows(epoch)
         return rows[next(sampler.batches(len(rows), self.config.batch_size, self.config.seed, epoch, start=offset))]
 
     def pairs_limit(self) -> float:

@@ -60,16 +60,14 @@ def resumed(config: Config, world: World) -> dict | None:
     if wrong and world.main:
         said = f"{wrong}: the run resumes from {path}, and the steps after that are done again"
         console.print(said, markup=False)
-    if world.main:
-        _say_what_code_changed(config.resume)
     return {**state, "from": path}
 
 
-def _say_what_code_changed(folder: Path) -> None:
+def say_what_code_changed(folder: Path) -> None:
     """Tell of code from outside that is not what the run in `folder` began with, as far as the run names it."""
     for name, card in read_config(folder).get("cards", {}).items():
         found = source(name)
-        if found and found.sha256 != card.get("sha256", found.sha256):
+        if found and found.sha256 and found.sha256 != card.get("sha256", found.sha256):
             console.print(f"{name} is not what the run began with: {found.file} has changed", markup=False)
 
 

@@ -31,6 +31,7 @@ from fastbd.training.folder import RunFolder, check_place, free_folder
 from fastbd.training.loop import Enough, train
 from fastbd.training.opened import Opened
 from fastbd.training.readback import NotFinite
+from fastbd.training.resume import say_what_code_changed
 from fastbd.training.reuse import Kept
 from fastbd.training.task import ROWS, SPARED, Config, Task
 from fastbd.training.timetable import Timetable, every
@@ -104,6 +105,8 @@ class Run:
             self.folder.resume(config.resume)
         self.opened = Opened(config, task, world, kept or Kept(), self.folder, resumed, self.quiet)
         if resumed:
+            if world.main:
+                say_what_code_changed(self.folder.path)
             self.began -= resumed["seconds"]
             self.folder.rewind(resumed["from"], self.opened.done)
             if resumed["config"].get("log_every") == config.log_every:

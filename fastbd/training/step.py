@@ -207,7 +207,7 @@ def _check_loss(method: Method, made: Any) -> None:
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0
+    return isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex()
 
 
 def _parallel(model: nn.Module, static: bool) -> nn.Module:

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from fastbd.base.errors import UserError
 from fastbd.config import cards
 from fastbd.config.flags import PretrainConfig
-from fastbd.config.imports import told_by_outside_code
+from fastbd.config.imports import check_like, source, told_by_outside_code
 
 
 @pytest.fixture
@@ -112,6 +113,61 @@ def test_an_error_within_outside_code_is_told_with_the_last_line_of_it(write):
     later.__cause__ = met
     assert told_by_outside_code(later) == told_by_outside_code(met)
     assert told_by_outside_code(raised(lambda: 1 / 0)) is None
+
+
+def test_what_lies_beside_outside_code_or_in_its_package_is_outside_code(write, tmp_path):
+    write("from beside import fails\n\ndef make(config):\n    return fails()\n")
+    Path("beside.py").write_text("def fails():\n    return 1 / 0\n")
+    Path("parts").mkdir()
+    Path("parts/__init__.py").write_text("from .inner import make\n")
+    Path("parts/inner.py").write_text("def make(config):\n    return 1 / 0\n")
+    for name, file, line in (("mine", "beside.py", 2), ("parts", "parts/inner.py", 2)):
+        make = cards.load("objective", f"{name}:make")
+        said = str(told_by_outside_code(raised(partial(make, None))))
+        assert f"{tmp_path / file}:{line}, fails with ZeroDivisionError" in said
+    for name in ("beside", "parts", "parts.inner"):
+        sys.modules.pop(name, None)
+
+
+def test_a_package_of_the_current_folder_is_not_taken_for_another_that_is_loaded(write, tmp_path):
+    loaded = tmp_path / "other/mine.py"
+    loaded.parent.mkdir()
+    write("")
+    Path("mine.py").rename(loaded)
+    sys.path.insert(0, str(loaded.parent))
+    importlib.import_module("mine")
+    Path("mine").mkdir()
+    Path("mine/__init__.py").write_text("def make(config): return 1\n")
+    with pytest.raises(UserError, match=r"mine/__init__.py, and another module of that name, .*other/mine.py, is"):
+        cards.load("objective", "mine:make")
+
+
+def test_of_a_module_that_was_imported_before_nobody_knows_what_its_file_held(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "early.py"
+    file.write_text("def make(config): return 1\n")
+    importlib.import_module("early")
+    file.write_text("def make(config): return 2\n")
+    assert cards.load("objective", "early:make")(None) == 1 and source("early:make").sha256 == ""
+    del sys.modules["early"]
+
+
+def test_static_methods_and_those_of_classes_are_called_as_others():
+    class Known:
+        def rows(self, epoch, rows): ...
+        def variant(self, epoch): ...
+
+    class Mine(Known):
+        @staticmethod
+        def rows(epoch, rows): ...
+        @classmethod
+        def variant(cls, epoch): ...
+
+    for name in ("rows", "variant"):
+        check_like(name, getattr(Mine(), name), getattr(Known, name))
+    with pytest.raises(UserError, match=r"rows.* takes \(epoch, rows\): it is called with \(epoch, rows, more\)"):
+        check_like("rows", Mine().rows, lambda self, epoch, rows, more: None)
 
 
 SETTINGS = """

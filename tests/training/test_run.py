@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cleanings import START, WORLD, cleaning, start
 
@@ -67,6 +68,31 @@ def test_a_warmup_longer_than_the_run_is_half_of_it(study, monkeypatch, tmp_path
         and rates.max().item() == pytest.approx(3e-3)
         and rates[:4].tolist() == pytest.approx([3e-3 * k / 4 for k in range(1, 5)])
     )
+
+
+@pytest.mark.parametrize(
+    ("made", "refused"),
+    [
+        (lambda rows: np.random.default_rng(0).shuffle(rows) or rows, False),  # in place
+        (lambda rows: rows.astype(np.int32), False),
+        (lambda rows: rows.astype(float), True),
+        (lambda rows: rows + 1000, True),
+        (lambda rows: rows[:-1], True),
+    ],
+)
+def test_a_method_gives_rows_of_the_run_and_changes_none(made, refused, study, monkeypatch, tmp_path):
+    monkeypatch.chdir(study)
+    start(study)
+    run = cleaning(tmp_path / "run", "--rows", 48)
+    run.folder.release()
+    own, opened = run.opened.task.rows.copy(), run.opened
+    monkeypatch.setattr(opened.method, "rows", lambda epoch, rows: made(rows))
+    if refused:
+        with pytest.raises(UserError, match=r"^rows of .* returned"):
+            next(iter(opened.batches(0, 0)))
+    else:
+        assert len(next(iter(opened.batches(0, 0))).ids) == 24
+    assert np.array_equal(opened.task.rows, own)
 
 
 def test_of_two_runs_that_make_one_folder_the_second_is_told(study, monkeypatch, tmp_path):
