@@ -33,10 +33,11 @@ _INPUTS = {
     "cluster_labels": "other content of the file --cluster-labels",
 }
 
-FREE_ON_RESUME = (
-    IMMATERIAL | marked("free_on_resume", *TRAINING) | {"start", "cards"}
-)  # config.json has these beside the flags
-"""Settings that may be others when a run is resumed; what moved files hold is compared by inputs()."""
+FREE_ON_RESUME = IMMATERIAL | marked("free_on_resume", *TRAINING) | {"start", "cards"}
+"""Settings that may be others when a run is resumed; what moved files hold is compared by inputs().
+
+The last two stand beside the flags in config.json.
+"""
 _PARTS = {"about": dict, "config": dict, "model": dict, "optimizer": dict, "step": int, "random": dict,
           "plan": dict | None}  # fmt: skip
 _ABSENT = "not there"

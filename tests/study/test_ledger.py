@@ -114,7 +114,8 @@ def test_what_a_study_names_is_looked_for_where_it_was_begun(changes, absent, na
     begun, elsewhere = tmp_path / "begun", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (begun / absent).parent.mkdir(parents=True)
-    (begun / absent).write_text('{"verb": "pretrain", "config": {}}' if absent.endswith("json") else "def build(activation): ...\n")
+    made = '{"verb": "pretrain", "config": {}}' if absent.endswith("json") else "def build(activation): ...\n"
+    (begun / absent).write_text(made)
     monkeypatch.chdir(begun)
     monkeypatch.setattr(sys, "path", list(sys.path))
     if isinstance(changes, str):
