@@ -195,7 +195,7 @@ def _typed(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults(verb: str, first: First, words: list[str]) -> tuple[type, Any, str | None]:
-    """(the dataclass of the verb's flags, its defaults by the preset or None, what --help says of both).
+    """Return the dataclass of the verb's flags, its defaults by the preset or None, and what --help says of both.
 
     UserError where the words name a flag that only another method, or another defence, has.
     """
@@ -210,7 +210,7 @@ def _defaults(verb: str, first: First, words: list[str]) -> tuple[type, Any, str
 
 
 def _checked(verb: str, settings, first: First):
-    """The settings with run folders for checkpoints that were named. UserError where one cannot be."""
+    """Return the settings with run folders for checkpoints that were named. UserError where one of them cannot be."""
     check_chosen(settings)
     _check_numbers(settings)
     _check_lists(verb, settings)
@@ -297,7 +297,10 @@ def _preset_of_run(path: Path | None) -> str:
 
 
 def _resumed(verb: str, first: First, others: bool):
-    """The settings of the run that --resume names; None where the verb has no such flag. UserError with other flags."""
+    """Return the settings of the run that --resume names; None where the verb has no such flag.
+
+    UserError with other flags.
+    """
     kind = VERBS[verb].config
     if kind not in CHOOSERS or first.resume is None:
         return None

@@ -497,6 +497,17 @@ def test_from_python_the_error_comes_through(places):
         evaluate("runs/start", evaluator="mine:numbers", device="cpu")
 
 
+def test_of_a_run_that_does_not_know_its_code_nothing_is_said(capsys):
+    """As where the module had been imported before."""
+    shutil.copytree("runs/spread", "runs/unknown")
+    recorded = json.loads(Path("runs/unknown/config.json").read_text())
+    recorded["cards"]["spread:Spread"] |= {"sha256": ""}
+    Path("runs/unknown/config.json").write_text(json.dumps(recorded))
+    assert cli.main(["clean", "--resume", "runs/unknown"]) == 0
+    assert "is not what the run began with" not in capsys.readouterr().out
+    shutil.rmtree("runs/unknown")
+
+
 def test_a_run_whose_code_has_changed_goes_on_and_says_so(capsys):
     shutil.copytree("runs/spread", "runs/changed")
     recorded = json.loads(Path("runs/changed/config.json").read_text())

@@ -148,13 +148,19 @@ def make_method(kind: str, name: str, config) -> Method:
     return made
 
 
+def name_of(method: Method) -> str:
+    """Return MODULE:NAME of a method's class, for messages."""
+    return f"{type(method).__module__}:{type(method).__qualname__}"
+
+
 def check_returned(method: Method, asked: str, value: Any, kind: type, count: int) -> None:
     """Raise a UserError where what a method from outside returned is not one of `kind` with so many numbers."""
     if not isinstance(value, kind) or value.shape != (count,) or (kind is Tensor and not value.isfinite().all()):
-        name = f"{type(method).__module__}:{type(method).__qualname__}"
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor | np.ndarray) else ""
-        wanted = f"a {kind.__name__} of shape ({count},), of finite numbers"
-        raise UserError(f"{asked} of {name} returned a {type(value).__name__}{shape}: it must return {wanted}.")
+        said = (
+            f"returned a {type(value).__name__}{shape}: it must return a {kind.__name__} of shape ({count},), of finite"
+        )
+        raise UserError(f"{asked} of {name_of(method)} {said} numbers.")
 
 
 def cosines(training: Training, rows: np.ndarray) -> Tensor:

@@ -394,9 +394,9 @@ def check_place(folder: Path) -> None:
 
 
 def _names_in(folder: Path) -> tuple[Path | None, dict[str, str]]:
-    """(the folder that the study was begun in, names in it that may be of files, by the file that each would be).
+    """Return the folder that the study was begun in, and the names in it that may be of files, by the file of each.
 
-    None where that is not recorded: by an older version, or in a file that is damaged, of which others tell.
+    None for the folder where that is not recorded: by an older version, or in a damaged file, of which others tell.
     """
     try:
         version = read_json(_version(folder, 1), "")

@@ -23,7 +23,7 @@ from fastbd.data.verify import check_whole
 from fastbd.evals.embedding import embed_images, embed_texts
 from fastbd.evals.towers import Towers
 from fastbd.kernels.text_pack import room_for
-from fastbd.methods.method import Training, check_returned
+from fastbd.methods.method import Training, check_returned, name_of
 from fastbd.training import checkpoint, divergence, rebound, setup
 from fastbd.training.folder import RunFolder
 from fastbd.training.inputs import decoder_of, open_pairs, policies_of
@@ -251,8 +251,8 @@ class Opened:
         rows = self.method.rows(epoch, own.copy())  # which a method from outside may write into
         check_returned(self.method, "rows", rows, np.ndarray, len(own))
         if not (np.issubdtype(rows.dtype, np.integer) and np.isin(rows, own).all()):
-            name = f"{type(self.method).__module__}:{type(self.method).__qualname__}"
-            raise UserError(f"rows of {name} returned others than the run's: it must return some of those it is given.")
+            said = "returned others than the run's: it must return some of those it is given."
+            raise UserError(f"rows of {name_of(self.method)} {said}")
         return rows
 
     def rows_of(self, step: int) -> np.ndarray:

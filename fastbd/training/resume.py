@@ -67,8 +67,8 @@ def resumed(config: Config, world: World) -> dict | None:
 def say_what_code_changed(folder: Path) -> None:
     """Tell of code from outside that is not what the run in `folder` began with, as far as the run names it."""
     for name, card in read_config(folder).get("cards", {}).items():
-        found = source(name)
-        if found and found.sha256 and found.sha256 != card.get("sha256", found.sha256):
+        found, was = source(name), card.get("sha256")
+        if found and found.sha256 and was and found.sha256 != was:
             console.print(f"{name} is not what the run began with: {found.file} has changed", markup=False)
 
 

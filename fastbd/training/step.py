@@ -20,7 +20,7 @@ from fastbd.base.errors import UserError
 from fastbd.base.run_folder import LOGGED
 from fastbd.data.loader import Batch
 from fastbd.kernels.text_pack import PackedText
-from fastbd.methods.method import Embedded, Losses, Method
+from fastbd.methods.method import Embedded, Losses, Method, name_of
 from fastbd.models import CLIP
 from fastbd.models.batchnorm import batch_norms, unrecorded
 from fastbd.models.blocks import fuse_pools
@@ -198,7 +198,7 @@ def _check_loss(method: Method, made: Any) -> None:
     loss, parts = made if isinstance(made, tuple) and len(made) == 2 else (None, None)
     scalars = [loss, *parts.values()] if isinstance(parts, dict) else [None]
     if not (isinstance(loss, Tensor) and loss.requires_grad and all(map(_is_scalar, scalars))):
-        by = f"{type(method).__module__}:{type(method).__qualname__}, or {type(method.objective).__qualname__} in it,"
+        by = f"{name_of(method)}, or {type(method.objective).__qualname__} in it,"
         said = " ".join(repr(made).split())[:80]  # a tensor takes lines
         raise UserError(
             f"{by} returned {said}: a step needs (loss, parts), a scalar that depends on the embeddings, and a dict of "
