@@ -18,7 +18,7 @@ help:              ## show this list
 
 install: .venv/installed  ## make .venv and install fastbd into it; HASHES=1 takes only files of the known hashes
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt $(wildcard kernels/cpp/*)
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || { echo "fastbd needs Python 3.11 or 3.12; name one: make PYTHON=/path/to/python3.12"; exit 2; }
 	@echo "installing into .venv (PyTorch and DALI are large: a few minutes)"
 	$(PYTHON) -m venv .venv
@@ -95,7 +95,7 @@ audit: .venv-lock  ## ask PyPI for known vulnerabilities of the pinned packages
 	.venv-lock/bin/pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 || { rm -r .venv-lock; exit 2; }
 
 clean:             ## remove .venv and caches; runs/ and data/ stay
-	rm -rf .venv .venv-writers .venv-lock .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-writers .venv-lock .pytest_cache .ruff_cache *.egg-info build kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help install ffcv cluster writers demo study test bench gpu-check soak lint lock audit clean

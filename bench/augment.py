@@ -64,6 +64,9 @@ def augment_case(name: str, batch: int, device: str) -> Case:
     def fused(i: int, view: View, out: Tensor) -> None:
         render(lying[i : i + 1], view[i : i + 1], SIZE, out=out[None])
 
+    def in_pytorch(i: int, view: View, out: Tensor) -> None:
+        augment_reference.render(lying[i : i + 1], view[i : i + 1], SIZE, dtype, out[None])
+
     def in_torch(compiled: bool) -> Callable[[], Callable[[], Output]]:
         def build() -> Callable[[], Output]:
             call = two_views(torch.stack(images), second, SIZE, dtype, compiled)
@@ -92,6 +95,7 @@ def augment_case(name: str, batch: int, device: str) -> Case:
         providers = {
             "Pillow, as published": provider(partial(in_threads, pillow), TOLERANCE),
             "torch operations": provider(in_torch(False), TOLERANCE),
+            "reference in PyTorch": provider(partial(in_threads, in_pytorch), {"": 0.0}),
             "fastbd": provider(partial(in_threads, fused), {"": 0.0}, ours=True),
         }
     read_once, written = sum(x.numel() for x in lying), 2 * batch * SIZE * SIZE * 3 * dtype.itemsize

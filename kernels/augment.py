@@ -1,6 +1,6 @@
 """Image views: from decoded images of any sizes to normalised network inputs, on the CPU or in Triton kernels.
 
-`views` says what a view is, `policies` draw its parameters, `render` makes it. Both ways give the same bytes.
+`views` says what a view is, `policies` draw its parameters, `render` makes it. All ways give the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbd.kernels import augment_reference
+from fastbd.kernels import augment_native, augment_reference
 from fastbd.kernels.views import View
 
 
@@ -56,14 +56,15 @@ def render(
     """One view of each of B images uint8 [H, W, 3]: [B, 3, S, S] in channels_last memory, normalised in float32.
 
     With dtype uint8 the pixels before noise and normalisation, [B, S, S, 3]. Images on a GPU, or Ragged, go through
-    the kernels; they must not change until the work that is queued is done. On the CPU `out` may be given, contiguous
-    [B, S, S, 3].
+    the kernels; they must not change until the work that is queued is done. On the CPU, in C++ where that was compiled,
+    `out` may be given, contiguous [B, S, S, 3].
     """
     if len(images) != len(view.params):
         raise ValueError(f"{len(images)} images, but parameters for {len(view.params)}")
     if not isinstance(images, Ragged):
         if not len(images) or not images[0].is_cuda:
-            return augment_reference.render(images, view, size, dtype, out)
+            here = augment_native if augment_native.takes(dtype) else augment_reference
+            return here.render(images, view, size, dtype, out)
         images = Ragged.of(images)
     from fastbd.kernels import augment_triton
 

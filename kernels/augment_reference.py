@@ -1,4 +1,4 @@
-"""Views in plain PyTorch, image by image: the CPU's way, and what the kernels are held to, bit for bit.
+"""Views in plain PyTorch, image by image: what the kernels and the C++ are held to, bit for bit, and the way without.
 
 Every operation on uint8 [H, W, 3] gives the bytes that Pillow gives, its rounding included. Resizing is PyTorch's own
 antialiased uint8 one, five times as fast as Pillow's: 99.5 % of the bytes are the same as there, the others one level

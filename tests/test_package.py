@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +48,7 @@ def built(tmp_path_factory) -> Built:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     for name in ("fastbd", "kernels"):
-        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     sdist = _build("sdist", tree, folder)
     with tarfile.open(sdist) as tar:
         tar.extractall(folder, filter="data")
@@ -62,7 +64,7 @@ def _sources() -> set[str]:
         f"{name}/{path.relative_to(folder).as_posix()}"
         for name, folder in folders.items()
         for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
 
 
@@ -74,7 +76,14 @@ def _files(wheel: Path) -> dict[str, bytes]:
 def test_a_wheel_holds_all_sources_and_nothing_else(built):
     sources = _sources()
     assert {f"{KERNELS}/augment.py", "fastbd/evals/classes/demo.txt", "fastbd/report/published.csv"} <= sources
-    assert _files(built.wheel) == {name: (ROOT / name).read_bytes() for name in sources}
+    files = _files(built.wheel)
+    compiled = {name for name in files if name.endswith(EXTENSION_SUFFIXES[0])}
+    assert {name: files[name] for name in files.keys() - compiled} == {
+        name: (ROOT / name).read_bytes() for name in sources
+    }
+    has_compiler = shutil.which(sysconfig.get_config_var("CXX").split()[0])
+    libraries = {f"{KERNELS}/_{path.stem}{EXTENSION_SUFFIXES[0]}" for path in (ROOT / KERNELS / "cpp").glob("*.cpp")}
+    assert compiled == (libraries if has_compiler else set())
 
 
 def test_an_sdist_holds_all_sources_and_makes_the_same_wheel(built):

@@ -184,8 +184,13 @@ def _decode() -> Finding:
 
 
 def _augment() -> Finding:
-    way = "Triton" if _device() == "cuda" else "PyTorch"
-    return f"{way} on {_device()}", "views are made from decoded images while the step before runs"
+    from fastbd.kernels import augment_native
+
+    if _device() == "cuda":
+        return "Triton on cuda", "views are made from decoded images while the step before runs"
+    if ways := augment_native.ways():
+        return f"C++ ({ways[-1]}) on cpu", "views are made from decoded images while the step before runs"
+    return "PyTorch on cpu", "no compiled library, which is some four times as fast: install again with a C++ compiler"
 
 
 def _losses() -> Finding:
