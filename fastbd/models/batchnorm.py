@@ -13,6 +13,8 @@ import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastbd.kernels.batchnorm import Norm, batch_norm, followed
+
 _recording = True  # whether running statistics are kept; process-wide, as backward passes have threads of their own
 
 
@@ -30,12 +32,22 @@ class BatchNorm(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not (self.group or self.processes):
+    def forward(
+        self, x: Tensor, shortcut: Tensor | None = None, relu: bool = False, pool: nn.AvgPool2d | None = None
+    ) -> Tensor:
+        """pool(relu(norm(x) + shortcut)) of x [N, C, H, W], each of them where it is asked for."""
+        if not self.training:
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        elif self.group or self.processes:
+            y = self._by_groups(x)
+        else:
             momentum = self.momentum if _recording else 0.0
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum, self.eps
-            )
+            norm = Norm(self.weight, self.bias, self.running_mean, self.running_var, momentum, self.eps)
+            return batch_norm(x, norm, shortcut, relu, pool)
+        return followed(y, shortcut, relu, pool)
+
+    def _by_groups(self, x: Tensor) -> Tensor:
+        """norm(x), with the statistics of groups, which may lie on several processes."""
         y = x.unflatten(0, (-1, self.group or len(x)))
         y = y.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(y, (1, 3, 4), correction=0)

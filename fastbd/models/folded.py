@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastbd.kernels.batchnorm import followed
 from fastbd.models.batchnorm import BatchNorm
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,8 +30,7 @@ class Folded(nn.Module, Generic[M]):
             for path, parent in live.named_modules()
             for name, convolution, norm in _norms(parent)
         ]
-        # A copy of a norm is this: it has nothing left to do.
-        self.model = copy.deepcopy(live, {id(norm): nn.Identity() for _, _, norm in pairs})
+        self.model = copy.deepcopy(live, {id(norm): _FoldedNorm() for _, _, norm in pairs})
         self.model.to(device).eval().requires_grad_(False)
         self._folds, folded = [], set()
         for path, convolution, norm in pairs:
@@ -58,6 +58,15 @@ class Folded(nn.Module, Generic[M]):
             own.weight.copy_(convolution.weight * scale[:, None, None, None])
             bias = 0 if convolution.bias is None else convolution.bias
             own.bias.copy_(norm.bias + (bias - norm.running_mean) * scale)
+
+
+class _FoldedNorm(nn.Module):
+    """The copy of a batch norm that the convolution before it has taken in: what followed it is left."""
+
+    def forward(
+        self, x: Tensor, shortcut: Tensor | None = None, relu: bool = False, pool: nn.AvgPool2d | None = None
+    ) -> Tensor:
+        return followed(x, shortcut, relu, pool)
 
 
 def _norms(parent: nn.Module) -> Iterator[tuple[str, nn.Conv2d, BatchNorm]]:
