@@ -14,6 +14,7 @@ import torch.distributed as td
 from torch import Tensor
 
 from fastbd.base.errors import UserError
+from fastbd.base.memory import keep_freed
 
 T = TypeVar("T")
 
@@ -97,6 +98,8 @@ def join(device: str) -> World:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+    else:
+        keep_freed()
     if size > 1 and not td.is_initialized():
         # The other ranks wait while the first one evaluates; the default of ten minutes is too short for that.
         td.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=4))
