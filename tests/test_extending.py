@@ -33,6 +33,7 @@ from fastbd.training.run import Run
 DOCS = Path(__file__).parents[1] / "docs"
 MACHINE = "--batch-size 24 --device cpu --decode pil --workers 1 --log-every 1"
 TRAINED = ("pretrain", "clean")
+SWEPT = " --device cpu --processes 1"
 
 
 def commands() -> list[str]:
@@ -46,7 +47,7 @@ def lines(verb: str) -> list[str]:
 
 
 def fastbd(line: str) -> None:
-    extra = f" {MACHINE}" if line.startswith(TRAINED) else " --device cpu" if line.startswith("sweep") else ""
+    extra = f" {MACHINE}" if line.startswith(TRAINED) else SWEPT if line.startswith("sweep") else ""
     assert cli.main(shlex.split(line + extra)) == 0, line
 
 

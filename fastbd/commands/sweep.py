@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -21,13 +22,15 @@ from fastbd.base.console import console
 from fastbd.base.dist import World
 from fastbd.base.errors import Diverged, UserError, lacks_memory, machine_fault
 from fastbd.base.evaluation import RecordedEvaluation
-from fastbd.base.run_folder import find, on_common_set
+from fastbd.base.run_folder import find, on_common_set, read_config
 from fastbd.base.signals import Stopped, stop_behind, stoppable
 from fastbd.commands import clean, demo, poison, pretrain, report
 from fastbd.config.cards import check_chosen
-from fastbd.config.flags import CleanConfig, PoisonConfig, ReportConfig, SweepConfig
+from fastbd.config.flags import CleanConfig, PoisonConfig, PretrainConfig, ReportConfig, SweepConfig
 from fastbd.config.imports import told_by_outside_code
+from fastbd.data.resident import free_memory
 from fastbd.data.shards import open_beton
+from fastbd.models.clip import MODELS
 from fastbd.report.tables import best_of
 from fastbd.study import halting, live, search
 from fastbd.study.engines import ENGINES, load_ray
@@ -41,6 +44,8 @@ from fastbd.training.run import Run
 from fastbd.training.task import Config
 
 POLL = 2.0  # seconds between looks for a run, where others are at work
+SMALL = 64  # px of a model's images, up to which runs on a CPU have one thread each, side by side
+MEMORY = 2 << 30  # bytes that such a run may need, libraries and data with it
 TRIES = 12  # of a run that lacks memory: with the pauses between them about 20 minutes
 
 
@@ -60,7 +65,7 @@ def run(config: SweepConfig) -> int:
     console.print(live.opening(ledger), markup=False)
     try:
         with _watched(ledger):
-            engine(partial(_work_in, ledger.folder, config), ledger.folder, config.processes, config.device)
+            engine(partial(_work_in, ledger.folder, config), ledger.folder, processes_of(config, ledger), config.device)
     except Stopped as stopped:
         console.print(f"stopped; go on with: python -m fastbd sweep --out {ledger.folder}", markup=False)
         return stopped.exit_code
@@ -69,6 +74,29 @@ def run(config: SweepConfig) -> int:
             raise
         console.print(str(error), markup=False)
     return patiently(partial(_conclude, ledger, began), ledger.folder)
+
+
+def processes_of(config: SweepConfig, ledger: Ledger) -> int:
+    """Return --processes; on CPUs, where it is 0, one a core for models so small that a second thread helps little.
+
+    0 leaves it to the engine. Each has a core for itself and at least MEMORY bytes.
+    """
+    on_gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+    if config.processes or on_gpu or config.engine != "local":
+        return config.processes
+    models = {_model_of(run) for run in ledger.runs if run.verb != "poison"} - {None}
+    if any(name not in MODELS or MODELS[name].image_size > SMALL for name in models):
+        return 1
+    trainings = sum(run.verb != "poison" and not run.finished for run in ledger.runs)
+    return max(1, min(os.cpu_count() or 1, trainings, free_memory() // MEMORY))
+
+
+def _model_of(run: Planned) -> str | None:
+    """Name of the model that a run trains; None where that is the one of an earlier run of the study."""
+    if isinstance(run.config, PretrainConfig):
+        return run.config.model
+    assert isinstance(run.config, CleanConfig), "the only other training"
+    return None if run.needs else str(read_config(run.config.run).get("model"))
 
 
 def _conclude(ledger: Ledger, began: float) -> int:

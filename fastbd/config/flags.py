@@ -496,7 +496,7 @@ class SweepConfig:
     clean_epochs: Annotated[int | None, Flag(range=COUNT)] = None
     """Epochs of cleaning [the study's]."""
     processes: Annotated[int, Flag(range=COUNT)] = 0
-    """Processes; 0 means one for each GPU."""
+    """Processes; 0 means one for each GPU, and without one a process for each core where models are small (64 px)."""
     engine: Literal["local", "ray"] = "local"
     """Where they run: on this machine, or where Ray places them, in the cluster of RAY_ADDRESS."""
     device: str = "auto"

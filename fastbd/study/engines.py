@@ -43,7 +43,8 @@ def on_this_machine(work: Work, folder: Path, count: int, device: str) -> None:
     spawn = multiprocessing.get_context("spawn")
     logs = [folder / f"worker-{k}.log" for k in range(count)]
     workers = [
-        spawn.Process(target=_beside, args=(partial(work, devices[k % len(devices)]), logs[k])) for k in range(count)
+        spawn.Process(target=_beside, args=(partial(work, devices[k % len(devices)]), logs[k], count))
+        for k in range(count)
     ]
 
     def pass_on() -> None:
@@ -175,9 +176,10 @@ def _open_log(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BufferedWriter(_Log(path, "a")), encoding="utf-8", line_buffering=True)
 
 
-def _beside(work: Callable[[], None], path: Path) -> None:
-    """Do the work in a process of several on this machine; it ends with code 2 after a UserError."""
+def _beside(work: Callable[[], None], path: Path, count: int) -> None:
+    """Do the work in one of `count` processes on this machine; it ends with code 2 after a UserError."""
     signals.end_with_parent()
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(count))  # as from torchrun: cores and memory are shared out by it
     try:
         _logged(work, path)
     except UserError:  # which the log tells

@@ -96,7 +96,8 @@ def sweep(study, fastbd):
 
     def run(folder: str, *flags, code: int = 0, of: Study = SMALL) -> dict:
         (study / f"{of.name}.py").write_text(f"from fastbd.study.grid import Study\nstudy = {of!r}\n")
-        return json.loads(fastbd("sweep", *started(folder, of), *flags, cwd=study, code=code).stdout.splitlines()[-1])
+        line = ("sweep", *started(folder, of), "--processes", 1, *flags)
+        return json.loads(fastbd(*line, cwd=study, code=code).stdout.splitlines()[-1])
 
     return run
 
@@ -141,7 +142,7 @@ def test_a_finished_study_is_left_alone(undisturbed, sweep):
 
 def test_a_finished_study_needs_no_data(undisturbed, fastbd, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "moved")  # to where train.beton is not
-    result = json.loads(fastbd("sweep", "--out", "moved", cwd=tmp_path).stdout.splitlines()[-1])
+    result = json.loads(fastbd("sweep", "--out", "moved", "--processes", 1, cwd=tmp_path).stdout.splitlines()[-1])
     assert (result["runs"], result["finished"]) == (5, 5)
 
 
@@ -234,7 +235,7 @@ def here(study, monkeypatch, tmp_path, capsys):
 
     def run(of: Study, *flags, code: int) -> tuple[Ledger, dict]:
         out = Ledger(tmp_path / of.name, of).folder
-        assert cli.main(["sweep", "--out", str(out), "--device", "cpu", *map(str, flags)]) == code
+        assert cli.main(["sweep", "--out", str(out), "--device", "cpu", "--processes", "1", *map(str, flags)]) == code
         said = capsys.readouterr().out.splitlines()
         return Ledger(out), {**json.loads(said[-1]), "said": said[:-1]}
 
@@ -464,3 +465,29 @@ def test_a_search_goes_on_beyond_the_grid(here):
     rates = [run.config.lr for run in found]
     assert len({1e-4, 1e-2, *rates}) == 5 and all(1e-4 < rate < 1e-2 for rate in rates)
     assert {run.config.method for run in found} == {"finetune"} and {run.config.epochs for run in found} == {1}
+
+
+@pytest.mark.parametrize(
+    ("flags", "model", "free", "processes"),
+    [
+        ({}, "tiny-rn", 64 << 30, 5),  # one a training
+        ({}, "tiny-rn", 5 << 30, 2),  # as memory allows
+        ({}, "tiny-rn", 1 << 30, 1),
+        ({}, "rn50", 64 << 30, 1),
+        ({"processes": 3}, "rn50", 1 << 30, 3),
+        ({"engine": "ray"}, "tiny-rn", 64 << 30, 0),
+    ],
+)
+def test_small_models_train_side_by_side_on_a_cpu(flags, model, free, processes, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(sweep_command, "free_memory", lambda: free)
+    ledger = Ledger(tmp_path / "study", replace(SMALL, pretrain=({**PRETRAIN, "model": model},)))
+    assert sweep_command.processes_of(SweepConfig(device="cpu", **flags), ledger) == processes
+
+
+def test_cleanings_of_a_model_that_is_there_train_side_by_side(study, tmp_path, monkeypatch):
+    monkeypatch.chdir(study)
+    start(study)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    ledger = Ledger(tmp_path / "study", replace(SMALL, pretrain=(), pretrained=(Path("runs/start"),)))
+    assert sweep_command.processes_of(SweepConfig(device="cpu"), ledger) == 3
