@@ -186,7 +186,7 @@ def modified_resnet(visual: ModifiedResNet, x: Tensor) -> Tensor:
     x = F.avg_pool2d(x, 2)
     for block in of_kind(Bottleneck, visual):
         y = activated(activated(x, block.conv1, block.bn1), block.conv2, block.bn2)
-        y = block.bn3(block.conv3(block.avgpool(y)))
+        y = block.bn3(block.conv3(y if block.avgpool is None else block.avgpool(y)))
         y += x if block.downsample is None else block.downsample(x)
         x = F.relu(y, inplace=True)
     return attention_pool(visual.attnpool, x)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -39,6 +40,10 @@ class Towers:
         self._share = 1  # of the usual batch, as a denominator
         # Not captured: so large a batch outlasts the start of its kernels, and a graph would keep its memory.
         self._call = torch.compile(self._embed, dynamic=False) if compiled else self._embed
+        self._map: Callable[[Callable[[int], Tensor], Iterable[int]], Iterable[Tensor]] = map
+        if device.type == "cpu" and not compiled and (threads := torch.get_num_threads()) > 1:
+            # A batch for each thread takes less time than all threads at each layer of a batch.
+            self._map = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)).map
         self.folded.refresh()
 
     def refresh(self) -> None:
@@ -65,14 +70,18 @@ class Towers:
         """None where memory is too short for such batches: training has taken its part."""
         pixels = PIXELS[self.device.type] // self._share
         batch = min(count, max(1, pixels // self.folded.model.image_size**2))
-        out = None
+        out, starts = None, [min(start, count - batch) for start in range(0, count, batch)]
+
+        @torch.no_grad()  # which each thread has for itself
+        def embed(first: int) -> Tensor:
+            return self._call(get(slice(first, first + batch)).to(self.device, non_blocking=True))
+
         try:
-            for start in range(0, count, batch):
-                first = min(start, count - batch)  # the last one reaches back, so that all have one shape
-                embedded = self._call(get(slice(first, first + batch)).to(self.device, non_blocking=True))
+            # The last batch reaches back, so that all have one shape.
+            for first, embedded in zip(starts, self._map(embed, starts), strict=True):
                 out = embedded.new_empty(count, embedded.shape[1]) if out is None else out
                 out[first : first + batch] = embedded
-                self.advance(min(batch, count - start))
+                self.advance(min(batch, count - batch * (-(-first // batch))))
         except RuntimeError as error:
             if self._share >= SMALLEST or not is_short_of_memory(error):
                 raise

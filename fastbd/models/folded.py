@@ -9,7 +9,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastbd.kernels.batchnorm import followed
 from fastbd.models.batchnorm import BatchNorm
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,12 +60,17 @@ class Folded(nn.Module, Generic[M]):
 
 
 class _FoldedNorm(nn.Module):
-    """The copy of a batch norm that the convolution before it has taken in: what followed it is left."""
+    """The copy of a batch norm that the convolution before it has taken in: what followed it is left.
+
+    In place, as nothing else has hold of what a convolution gave.
+    """
 
     def forward(
         self, x: Tensor, shortcut: Tensor | None = None, relu: bool = False, pool: nn.AvgPool2d | None = None
     ) -> Tensor:
-        return followed(x, shortcut, relu, pool)
+        x = x if shortcut is None else x.add_(shortcut)
+        x = x.relu_() if relu else x
+        return x if pool is None else pool(x)
 
 
 def _norms(parent: nn.Module) -> Iterator[tuple[str, nn.Conv2d, BatchNorm]]:

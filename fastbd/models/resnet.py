@@ -25,11 +25,11 @@ class Conv1x1(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self._is_product(input):
             return super().forward(input)
-        return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+        return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
     def _is_product(self, x: Tensor) -> bool:
         eager_on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        return eager_on_cpu and self.training and x.is_contiguous(memory_format=torch.channels_last)
+        return eager_on_cpu and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class Bottleneck(nn.Module):
