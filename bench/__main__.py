@@ -23,6 +23,7 @@ from types import ModuleType
 import torch
 
 from bench import records
+from bench.base import NoCommit, against, asked, checkout
 from bench.case import Case, Cases
 from bench.limits import Limits, measure_limits
 from bench.run import Effort, Result, reason, release, run
@@ -47,7 +48,10 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     chosen = {"type": listed, "default": []}
     parser.add_argument("--cases", metavar="PART", help=f"cases with this in their names, {several}", **chosen)
     parser.add_argument("--providers", metavar="START", help=f"providers whose names begin so, {several}", **chosen)
-    parser.add_argument("--kernels", type=int, default=0, metavar="N", help="list the N largest kernels of a call")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--kernels", type=int, default=0, metavar="N", help="list the N largest kernels of a call")
+    either.add_argument("--base", metavar="COMMIT", help="time our ways in turns with those of the tree of this commit")
+    parser.add_argument("--rounds", type=int, metavar="N", help="time each provider so often at least")
     parser.add_argument("--json", action="store_true", help="print the last line only, one JSON object")
     parser.add_argument("--out", type=Path, default=records.RESULTS, help="folder of the .csv files")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so long")
@@ -88,8 +92,11 @@ def main(words: list[str] | None = None) -> int:
     unknown = [part for part in options.cases if not any(part in case for case in cases)]
     if unknown and not report.failed:
         return unknown_names("case", unknown, cases)
-    for name, module in modules.items():
-        session.run(name, module.cases)
+    try:
+        session.run_all(modules)
+    except NoCommit as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     session.say(f"{len(report.rows)} rows added to {options.out}")
     print(json.dumps({key: getattr(report, key) for key in ("rows", "skipped", "refused", "failed")}), flush=True)
     unknown = [start for start in options.providers if not any(name.startswith(start) for name in session.providers)]
@@ -115,12 +122,12 @@ class Session:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.effort = Effort(
             seconds=SECONDS[options.quick],
-            rounds=ROUNDS[options.quick],
+            rounds=options.rounds or ROUNDS[options.quick],
             only=options.providers,
             slow=not options.quick,
             kernels=options.kernels,
         )
-        self.providers, self.complete = set(), True
+        self.providers, self.complete, self.headed = set(), True, ""
 
     def say(self, text: str) -> None:
         if not self.options.json:
@@ -142,24 +149,39 @@ class Session:
         trace = "".join(traceback.format_exception(error)) if error else ""
         self.say(f"FAILED: {name}: {why}\n{trace}")
 
+    def run_all(self, modules: dict[str, ModuleType]) -> None:
+        """Run the benches; with --base what they have in the tree of that commit too. NoCommit where there is none."""
+        if not self.options.base:
+            for name, module in modules.items():
+                self.run(name, module.cases)
+            return
+        with checkout(self.options.base) as tree:
+            for name, module in modules.items():
+                about = module.__name__, self.options.cases, self.effort, self.say
+                try:
+                    with against(tree, *about) as cases:
+                        self.run(name, cases)
+                except Exception as error:  # of a process of one of the trees
+                    self.fail(name, error)
+
     def run(self, name: str, cases: Callable[[str, bool], Cases]) -> None:
         """Run the cases of one bench. It fails where it was asked for something and measured nothing."""
-        before, asked = len(self.report.rows), False
+        before, wanted = len(self.report.rows), False
         for case, build in cases(self.device, self.options.quick):
-            if self.options.cases and not any(part in case for part in self.options.cases):
+            if not asked(case, self.options.cases):
                 continue
             if time.monotonic() > self.end:
-                asked, self.complete = True, False
+                wanted, self.complete = True, False
                 self.report.skipped[case] = f"the {self.options.seconds:.0f} seconds of this run were over"
                 self.say(f"{case} is skipped: {self.report.skipped[case]}")
                 continue
             try:
-                asked |= self.run_case(build)
+                wanted |= self.run_case(build)
             except Exception as error:
-                asked = True
+                wanted = True
                 self.fail(case, error)
             release(self.device)
-        if asked and len(self.report.rows) == before:
+        if wanted and len(self.report.rows) == before:
             self.fail(name)
 
     def run_case(self, build: Callable[[], Case]) -> bool:
@@ -169,7 +191,9 @@ class Session:
         if not any(map(self.effort.takes, case.providers)):
             return False
         limits, about = circumstances(case.device)
-        self.say(heading(case, limits, about["device"]))
+        if case.name != self.headed:
+            self.say(heading(case, limits, about["device"]))
+            self.headed = case.name
         for result in run(case, limits, self.effort):
             if result.row:
                 path = self.options.out / records.file_for(case.device)
@@ -196,12 +220,13 @@ def circumstances(device: str) -> tuple[Limits, dict]:
 
 def heading(case: Case, limits: Limits, device: str) -> str:
     rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in limits.matmul.items())
-    columns = "provider", "ms", "20 % - 80 %", case.unit, "ratio", "of limit", "peak MB", "error", "built in s"
+    spread = "20 % - 80 %"
+    columns = "provider", "ms", spread, case.unit, "ratio", spread, "of limit", "peak MB", "error", "built in s"
     return f"\n{case.name}\n{device}: {rates}, copy {limits.bandwidth / 1e9:.3g} GB/s\n{table_row(*columns)}"
 
 
 def table_row(name: str, *values: str) -> str:
-    widths = 9, 19, 11, 6, 8, 9, 8, 10
+    widths = 9, 19, 11, 6, 13, 8, 9, 8, 10
     return f"{name:<40}" + "".join(f" {value:>{width}}" for value, width in zip(values, widths, strict=True))
 
 
@@ -224,6 +249,7 @@ def line(case: Case, result: Result) -> str:
         f"{low:.4g} - {high:.4g}",
         f"{row['rate']:,.0f}",
         f"{row['ratio']:.2f}",
+        f"{row['ratio_p20']:.2f} - {row['ratio_p80']:.2f}",
         "" if share is None else f"{share:.1%}",
         "" if peak is None else f"{peak / 1e6:,.1f}",
         f"{row['error']:.1e}",

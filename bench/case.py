@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -26,7 +26,8 @@ class Provider:
     output, by name, "" standing for the rest. `no_worse_than` names a provider whose largest error bounds this one's.
     `compared` turns what a call returns into the outputs of the other providers; its time does not count. `memory`
     tells where the peak is found: in the tensors of one "call", in what a CUDA "graph" keeps, or nowhere. `slow` is
-    why --quick leaves this provider out unless it is named in full.
+    why --quick leaves this provider out unless it is named in full. One that is not `timed` has no row: others are
+    compared with it, and timed in turns with it.
     """
 
     build: Callable[[], Call]
@@ -37,6 +38,7 @@ class Provider:
     compared: Callable[[Output], Output] = dict
     memory: Literal["call", "graph", ""] = "call"
     slow: str = ""
+    timed: bool = True
     note: str = ""
 
 
@@ -47,7 +49,7 @@ class Case:
     `truth` computes the outputs for the gate, mostly in float64; without it the first provider is the truth. `flops`
     and `bytes` are the fewest that the work needs; 0 means not counted. `least` takes their place where the work has
     many parts: the fewest seconds at some rates in a number format. `sizes` says below which norm an output's error is
-    not taken relative to the output itself.
+    not taken relative to the output itself. `clock` times a call in the place of the device's.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Case:
     least: Callable[[Rates, str], float] | None = None
     rate: str = "fp32"
     sizes: dict[str, float] = field(default_factory=dict)
+    clock: Callable[[Any], float] | None = None
 
 
 Cases = Iterator[tuple[str, Callable[[], Case]]]  # each case's name, and what makes its data when it is wanted

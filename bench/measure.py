@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,13 @@ MOST = 200  # rounds
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """Median and the 20 % and 80 % quantiles over the rounds."""
+class Spread:
+    """Median and the 20 % and 80 % quantiles over the rounds, and what each of them gave."""
 
     median: float
     low: float
     high: float
+    each: Sequence[float]
 
 
 Clock = Callable[[Callable[[], object]], float]
@@ -65,7 +66,7 @@ def clock_of(device: str) -> Clock:
     return cuda_clock() if device == "cuda" else cpu_clock
 
 
-def measure(calls: Mapping[str, Callable[[], object]], clock: Clock, seconds: float, least: int) -> dict[str, Seconds]:
+def measure(calls: Mapping[str, Callable[[], object]], clock: Clock, seconds: float, least: int) -> dict[str, Spread]:
     """Time the calls in turn, round after round, after a round of warm-up.
 
     Rounds follow for so many `seconds` by the clock; `least` and MOST bound them. A drift of the machine then meets
@@ -83,10 +84,10 @@ def measure(calls: Mapping[str, Callable[[], object]], clock: Clock, seconds: fl
     return {name: spread(values) for name, values in times.items()}
 
 
-def spread(values: list[float]) -> Seconds:
+def spread(values: Sequence[float]) -> Spread:
     """The quantiles of two or more values."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return Seconds(statistics.median(values), fifths[0], fifths[3])
+    return Spread(statistics.median(values), fifths[0], fifths[3], values)
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from bench.case import Call, Case, Output, Unavailable, errors, objection
 from bench.limits import Limits
-from bench.measure import Clock, Seconds, Share, clock_of, graph_bytes, largest, measure, peak_bytes
+from bench.measure import Clock, Share, Spread, clock_of, graph_bytes, largest, measure, peak_bytes, spread
 
 TRUTH_SECONDS = 10.0  # as much as float64 may take by the measured rate; larger cases trust their first provider
 
@@ -34,6 +34,9 @@ class Effort:
 
     def takes(self, name: str) -> bool:
         return not self.only or name.startswith(tuple(self.only))
+
+    def takes_slow(self, name: str) -> bool:
+        return self.slow or name in self.only
 
 
 @dataclass(frozen=True)
@@ -90,16 +93,17 @@ class Gate:
 
 def run(case: Case, limits: Limits, effort: Effort) -> Iterator[Result]:
     """Check and time the providers one after the other, each in turns with the first of those that passed."""
-    gate, clock = Gate(case, limits), clock_of(case.device)
+    gate, clock = Gate(case, limits), case.clock or clock_of(case.device)
     first: dict[str, Call] = {}
     for name, provider in case.providers.items():
         if not effort.takes(name):
             continue
-        if provider.slow and not effort.slow and name not in effort.only:
+        if provider.slow and not effort.takes_slow(name):
             yield Result(name, skipped=f"{provider.slow}, too long for --quick unless --providers names it in full")
             continue
         result, call = attempt(gate, limits, name, first, clock, effort)
-        yield result
+        if result != Result(name):
+            yield result
         if call and effort.kernels:
             yield profiled(case, name, call, effort.kernels)
         if call and not first:
@@ -116,7 +120,8 @@ def attempt(
     try:
         before = graph_bytes(gate.case.device)
         ready = gate.build(name)
-        return Result(name, timed(gate.case, limits, name, ready, first, clock, effort, before)), ready.call
+        row = timed(gate.case, limits, name, ready, first, clock, effort, before) if provider.timed else None
+        return Result(name, row), ready.call
     except Refused as error:
         return Result(name, refused=str(error)), None
     except Exception as error:
@@ -142,9 +147,12 @@ def timed(
     if provider.memory == "graph":  # after the timing: some are captured only at their second call
         peak = graph_bytes(case.device) - graphs_before
     baseline = next(iter(calls))
+    ratios = spread([a / b for a, b in zip(times[baseline].each, times[name].each, strict=True)])
     return row(case, name, times[name], limits.seconds(case, provider)) | {
         "baseline": baseline,
-        "ratio": times[baseline].median / times[name].median,
+        "ratio": ratios.median,
+        "ratio_p20": ratios.low,
+        "ratio_p80": ratios.high,
         "peak_bytes": peak,
         "build_seconds": ready.seconds,
         "error": ready.error,
@@ -180,7 +188,7 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def row(case: Case, name: str, time: Seconds, least: float | None) -> dict:
+def row(case: Case, name: str, time: Spread, least: float | None) -> dict:
     """One line of the results; rates in the case's unit, seconds a call."""
     return {
         "name": case.name,

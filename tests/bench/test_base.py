@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from shutil import which
+from types import ModuleType
+
+import pytest
+
+from bench import base
+from bench.__main__ import main
+from bench.base import NoCommit, against, checkout
+from bench.limits import Limits
+from bench.run import Effort, run
+
+pytestmark = pytest.mark.skipif(not which("git"), reason="git is not installed")
+LIMITS = Limits("cpu", {"fp32": 1e9, "bf16": 1e9, "fp64": 1e9}, 1e9)
+
+# Of an older tree: the least that its benches are made of, and a bench that yields the cases themselves.
+MEASURE = """
+import time
+
+def clock_of(device):
+    def clock(call):
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    return clock
+"""
+CASE = """
+from types import SimpleNamespace
+
+class Unavailable(Exception):
+    pass
+
+def provider(build, tolerance=0.0, ours=True):
+    return SimpleNamespace(build=build, tolerance={"": tolerance}, ours=ours, note="")
+
+def case(name, **providers):
+    return SimpleNamespace(name=name, unit="x/s", units=4, sizes={}, providers=providers)
+"""
+BENCH = """
+import time
+import torch
+from bench.case import Unavailable, case, provider
+
+def work(value, seconds):
+    def call():
+        print("a library says this")
+        time.sleep(seconds)
+        return {"x": torch.full((4,), value)}
+    return lambda: call
+
+def absent():
+    raise Unavailable("needs a GPU")
+
+def broken():
+    raise ValueError("no such kernel")
+
+def cases(device, quick):
+"""
+BEFORE = """
+    yield case("old", fast=provider(work(1.0, 0)))
+    yield case("sum", slow=provider(work(1.0, 0.02)), wrong=provider(work(1.0, 0), 0.01), absent=provider(absent),
+               broken=provider(work(1.0, 0)), peer=provider(work(1.0, 0), ours=False))
+"""
+AFTER = """
+    yield "sum", lambda: case("sum", slow=provider(work(1.0, 0.005)), wrong=provider(work(1.1, 0), 0.01),
+                              absent=provider(absent), broken=provider(broken), other=provider(work(1.0, 0)))
+    yield "new", lambda: 1 / 0
+"""
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    """A repository whose working tree is four times as fast as its last commit."""
+    root = tmp_path / "repository"
+    files = {"bench/__init__.py": "", "bench/measure.py": MEASURE, "bench/case.py": CASE, "fastbd/__init__.py": ""}
+    for name, text in (files | {"kernels/__init__.py": "", "bench/tiny.py": BENCH + BEFORE}).items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    git = ["git", "-C", root, "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "before"]):
+        subprocess.run([*git, *words], check=True)
+    (root / "bench" / "tiny.py").write_text(BENCH + AFTER)
+    monkeypatch.setattr(base, "ROOT", root)
+    return root
+
+
+def trees(repository: Path) -> int:
+    words = ["git", "-C", repository, "worktree", "list"]
+    return len(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines())
+
+
+def test_the_working_tree_is_timed_in_turns_with_a_commits(repository, monkeypatch, capfd, tmp_path):
+    module = ModuleType("bench.tiny")
+    module.cases = lambda device, quick: iter([("sum", None), ("new", None)])
+    monkeypatch.setitem(sys.modules, "bench.tiny", module)
+    monkeypatch.setattr("bench.__main__.BENCHES", {"tiny": "bench.tiny"})
+    monkeypatch.setattr("bench.__main__.circumstances", lambda device: (LIMITS, {"device": "a CPU"}))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["tiny", "--quick", "--rounds", "9", "--base", "HEAD", "--out", str(tmp_path)]) == 1
+    said = capfd.readouterr().out.splitlines()
+    report, name = json.loads(said[-1]), base.git("rev-parse", "--short=7", "HEAD")
+    (row,) = report["rows"]
+    assert (row["name"], row["provider"], row["baseline"]) == ("sum", "slow", f"slow at {name}")
+    assert 2 < row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"] < 5 and row["error"] == 0
+    assert report["refused"] == {
+        "sum: wrong": "x is off by 1.0e-01; 1e-02 is allowed",
+        "sum: broken": "RuntimeError: ValueError: no such kernel",
+    }
+    assert report["skipped"] == {
+        f"sum: absent at {name}": "needs a GPU",
+        "sum: absent": "there is nothing to compare it with",
+    }
+    assert [line for line in said if "only" in line] == [
+        f"only at {name}: old",
+        "only in the working tree: new",
+        "sum: only in the working tree: other",
+    ]
+    assert trees(repository) == 1 and (tmp_path / "cpu.csv").read_text().count("\n") == 2
+
+
+def test_a_tree_is_removed_after_an_interrupt(repository):
+    with pytest.raises(KeyboardInterrupt), checkout("HEAD") as tree:
+        assert trees(repository) == 2 and (tree / "fastbd" / "kernels" / "__init__.py").exists()
+        raise KeyboardInterrupt
+    assert trees(repository) == 1 and not tree.exists()
+
+
+def test_without_such_a_commit_there_is_nothing_to_compare_with(repository, monkeypatch, tmp_path):
+    with pytest.raises(NoCommit), checkout("nothing"):
+        pass
+    monkeypatch.setattr(base, "ROOT", tmp_path)
+    with pytest.raises(NoCommit, match="not a git repository"), checkout("HEAD"):
+        pass
+
+
+@pytest.mark.full
+def test_a_tree_does_the_same_as_itself():
+    """The real benches; a process's rate is that of the other."""
+    said, effort = [], Effort(rounds=5, only=["fastbd reference"])
+    with against(base.ROOT, "bench.loss", ["D=1024 mmcl fp32"], effort, said.append) as cases:
+        (found,) = cases("cpu", True)
+        (result,) = run(found[1](), LIMITS, effort)
+    assert result.row["error"] == 0 and 0.3 < result.row["ratio"] < 3 and not said
