@@ -1,5 +1,5 @@
 """python -m bench [NAMES]: check what each way of doing the same work computes, then time it in turns with the first.
-And python -m bench codegen, which counts (bench/codegen.py).
+And python -m bench codegen, which counts (bench/codegen.py), and study, which times whole commands (bench/study.py).
 
 A ratio is measured within one run; times of different runs or machines do not compare. Each row is written and printed
 as soon as it is there. The last line of the output is one JSON object.
@@ -37,6 +37,7 @@ BENCHES = {
     "augment": "bench.augment",
     "data": "bench.data",
 }
+COMMANDS = {"codegen": "bench.codegen", "study": "bench.study"}  # name -> module with main(words), of other options
 SECONDS, ROUNDS = {True: 0.5, False: 2.0}, {True: 3, False: 5}  # of timing a provider, by --quick; and rounds at least
 
 
@@ -79,8 +80,8 @@ def main(words: list[str] | None = None) -> int:
     A provider that cannot run here is skipped, which is no failure as long as its bench measures another one.
     """
     words = sys.argv[1:] if words is None else words
-    if words[:1] == ["codegen"]:  # counts, and times nothing
-        return import_module("bench.codegen").main(words[1:])
+    if words and words[0] in COMMANDS:
+        return import_module(COMMANDS[words[0]]).main(words[1:])
     options = arguments(words)
     unknown = [name for name in options.names if name not in BENCHES]
     if unknown:
@@ -197,7 +198,7 @@ class Session:
         for result in run(case, limits, self.effort):
             if result.row:
                 path = self.options.out / records.file_for(case.device)
-                records.append(path, [rounded(result.row) | about])
+                records.append(path, [records.rounded(result.row) | about])
                 self.report.rows.append(result.row | {"device": about["device"]})
             elif result.skipped:
                 self.report.skipped[f"{case.name}: {result.provider}"] = result.skipped
@@ -256,11 +257,6 @@ def line(case: Case, result: Result) -> str:
         f"{row['build_seconds']:.1f}",
     )
     return f"{text}\n    ({row['note']})" if row["note"] else text
-
-
-def rounded(row: dict) -> dict:
-    """Five digits are more than a time is good for."""
-    return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def measure(calls: Mapping[str, Callable[[], object]], clock: Clock, seconds: fl
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The quantiles of two or more values."""
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    """The quantiles of values; one alone is all of them."""
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [*values] * 4
     return Spread(statistics.median(values), fifths[0], fifths[3], values)
 
 

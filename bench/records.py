@@ -65,6 +65,11 @@ def file_for(device: str) -> str:
     return "gpu-" + re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-") + ".csv"
 
 
+def rounded(row: dict) -> dict:
+    """Five digits are more than a time is good for."""
+    return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
 def append(path: Path, rows: list[dict]) -> None:
     """Add rows to a .csv file. A column that the file lacks goes to its end, empty in the rows before."""
     if not rows:
