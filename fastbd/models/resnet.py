@@ -73,13 +73,23 @@ class AttentionPool(nn.Module):
             nn.init.normal_(projection.weight, std=width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Keys and values are made for no position: with one query, q . (K x) = (K' q) . x, and the mean of the values
+        is the value of the mean. For 50 positions that is a sixth of the work.
+        """
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding
-        query, key, value = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for y in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x))
-        )
-        return self.c_proj(F.scaled_dot_product_attention(query, key, value).flatten(1))
+        query = self._by_heads(self.q_proj(x[:, 0]))
+        key, value = (y.weight.unflatten(0, (self.heads, -1)) for y in (self.k_proj, self.v_proj))
+        by_input = (query @ key).transpose(0, 1)  # [B, heads, width], with which the inputs' products are the scores
+        by_bias = (query @ self._by_heads(self.k_proj.bias)[..., None]).transpose(0, 1)  # alike for all positions
+        scores = by_input @ x.mT + by_bias
+        mean = (scores * query.shape[-1] ** -0.5).softmax(-1) @ x  # [B, heads, width]
+        y = (mean.transpose(0, 1) @ value.mT).transpose(0, 1).flatten(1)
+        return self.c_proj(y + self.v_proj.bias)
+
+    def _by_heads(self, x: Tensor) -> Tensor:
+        """[..., width] -> [heads, ..., width / heads]"""
+        return x.unflatten(-1, (self.heads, -1)).movedim(-2, 0)
 
 
 class ModifiedResNet(nn.Module):

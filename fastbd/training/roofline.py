@@ -132,11 +132,13 @@ def _in_turn(module: nn.Module, channels: int, side: int) -> Iterator[Op]:
 
 
 def _attention_pool(pool: AttentionPool) -> Iterator[Op]:
-    """Keys and values of all positions for the one query that is used."""
+    """The one query, what its scores are the inputs' products with, their means, and the value of these."""
     positions, width = pool.positional_embedding.shape
-    yield from _linear(positions, width, 2 * width)
+    by_head = pool.heads * width
     yield from _linear(1, width, width)
-    yield from _attention(width, 1, positions, attended=positions)
+    yield from 3 * [Op(0, 2 * width)]  # the keys' bias
+    yield from 2 * 3 * [Op(width + by_head, 2 * width**2)]  # the keys' matrix, and the values'
+    yield from 2 * 3 * [Op(positions * width + by_head, 2 * positions * by_head)]  # the scores, and the means
     yield from _linear(1, width, pool.c_proj.out_features)
 
 
