@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastbd.kernels import attention_native
+
 TRITON = find_spec("triton") is not None
-WAYS = ("auto", "triton", "reference")
+WAYS = ("auto", "triton", "native", "reference")
 END = 49_407  # the end token, CLIP's highest id
 
 
@@ -74,7 +76,8 @@ def packed_attention(qkv: Tensor, starts: Tensor, heads: int, way: str = "auto")
     if way not in WAYS:
         raise ValueError(f"way is one of {WAYS}, not {way!r}")
     if way == "auto":
-        way = "triton" if qkv.is_cuda and TRITON else "reference"
+        native = qkv.device.type == "cpu" and attention_native.library() is not None
+        way = "triton" if qkv.is_cuda and TRITON else "native" if native else "reference"
     return torch.ops.fastbd.packed_attention(qkv, starts, heads, way)[0]
 
 
@@ -85,6 +88,8 @@ def _attention(qkv: Tensor, starts: Tensor, heads: int, way: str) -> tuple[Tenso
         from fastbd.kernels import text_pack_triton  # triton is loaded only where it is used
 
         return text_pack_triton.attention(qkv, starts, heads)
+    if way == "native":
+        return attention_native.attention(qkv, starts, heads), qkv.new_empty(0)
     padded, inside = _by_caption(qkv, starts, heads)
     with torch.autocast(qkv.device.type, enabled=False):
         query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)
@@ -108,6 +113,8 @@ def _attention_backward(
         from fastbd.kernels import text_pack_triton
 
         return text_pack_triton.attention_backward(gradient, qkv, starts, out, saved, heads)
+    if way == "native":
+        return attention_native.attention_backward(gradient, qkv, starts, heads)
     wide = torch.promote_types(qkv.dtype, torch.float32)  # large scores in bf16 would be wrong by factors of e
     padded, inside = _by_caption(qkv.to(wide), starts, heads)
     query, key, value = padded.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, L, d] each

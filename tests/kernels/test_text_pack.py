@@ -10,13 +10,15 @@ import torch
 from tables import table
 from torch.library import opcheck
 
+from fastbd.kernels import attention_native
 from fastbd.kernels.text_pack import END, pack, packed_attention
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:overflow encountered:RuntimeWarning"
 )  # masked lanes, in the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WAYS = ["reference", "triton"]
+ON_CPU = "native" if attention_native.library() else "reference"
+WAYS = ["reference", "triton", *(["native"] if ON_CPU == "native" and DEVICE == "cpu" else [])]
 LENGTHS = [2, 3, 15, 0, 16, 17, 31, 1, 32, 33, 77]
 
 
@@ -185,9 +187,9 @@ def test_arguments_that_do_not_fit():
         packed_attention(qkv, starts, 5)
 
 
-def test_a_gpu_takes_the_kernels_and_a_cpu_the_reference():
+def test_a_gpu_takes_the_kernels_and_a_cpu_what_is_compiled():
     qkv, starts, _ = captions([9, 30], 2, 16)
-    usual = packed_attention(qkv, starts, 2, "triton" if DEVICE == "cuda" else "reference")
+    usual = packed_attention(qkv, starts, 2, "triton" if DEVICE == "cuda" else ON_CPU)
     assert torch.equal(packed_attention(qkv, starts, 2), usual)
 
 
