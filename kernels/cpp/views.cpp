@@ -251,7 +251,9 @@ Region read_by(const Operation& operation, Region made, Shape shape) {
 
 // Memory of one thread, taken again for the next image.
 struct Scratch {
-  std::vector<Byte> images[2], squares[2], rows, edge, line, turned, others;
+  std::vector<Byte> images[2], squares[2], before, rows, edge, line, turned, others;
+  std::vector<const Byte*> lines;
+  std::vector<uint16_t> narrowed;
   std::vector<uint32_t> words;
   std::vector<float> values, scale_shift;
   Axes axes;

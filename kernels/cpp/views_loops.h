@@ -3,9 +3,44 @@
 
 // Operations on levels.
 
+#ifdef FASTBD_AVX2
+
+inline __m128i load16(const Byte* p) { return _mm_loadu_si128((const __m128i*)p); }
+
+inline __m256i load32(const Byte* p) { return _mm256_loadu_si256((const __m256i*)p); }
+
+inline void store32(Byte* p, __m256i x) { _mm256_storeu_si256((__m256i*)p, x); }
+
+// 16 bytes from each of two places.
+inline __m256i two_of_16(const Byte* first, const Byte* second) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(load16(first)), load16(second), 1);
+}
+
+inline __m256 floats(const Byte* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+
+// 32 numbers as bytes, each the nearest one that a byte has.
+inline __m256i narrowed(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));  // packs work by halves
+}
+
+#endif
+
 // q = other + factor (p - other), clipped and truncated like Pillow's blend.
-void blend(const Byte* __restrict other, const Byte* __restrict p, Byte* __restrict q, int n, float factor) {
-  for (int i = 0; i < n; i++) q[i] = clipped(blended(float(other[i]), float(p[i]), factor));
+void blend(const Byte* other, const Byte* p, Byte* q, int n, float factor) {
+  int i = 0;
+#ifdef FASTBD_AVX2
+  const auto eight = [&](int at) {
+    const __m256 from = floats(other + at);
+    const __m256 x = _mm256_mul_ps(_mm256_sub_ps(floats(p + at), from), _mm256_set1_ps(factor));
+    const __m256 least = _mm256_max_ps(_mm256_add_ps(x, from), _mm256_setzero_ps());  // 0 where it is not a number
+    return _mm256_cvttps_epi32(_mm256_min_ps(least, _mm256_set1_ps(255)));
+  };
+  for (; i + 32 <= n; i += 32) store32(q + i, narrowed(eight(i), eight(i + 8), eight(i + 16), eight(i + 24)));
+#endif
+  for (; i < n; i++) q[i] = clipped(blended(float(other[i]), float(p[i]), factor));
 }
 
 // Pillow's luma (ITU-R 601 in 16-bit fixed point).
@@ -25,7 +60,7 @@ void greys(const Byte* p, Byte* q, int n) {
   const __m256i first = _mm256_set1_epi32(19595 | 19235 << 16), second = _mm256_set1_epi32(19235 | 7471 << 16);
   const __m256i half = _mm256_set1_epi32(32768);
   for (; i + 10 <= n; i += 8) {  // eight pixels, of loads that reach over nearly two more
-    const __m256i pixels = _mm256_loadu2_m128i((const __m128i*)(p + 3 * i + 12), (const __m128i*)(p + 3 * i));
+    const __m256i pixels = two_of_16(p + 3 * i, p + 3 * i + 12);
     __m256i sum = _mm256_add_epi32(half, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, red_green), first));
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, green_blue), second));
     const __m256i made = _mm256_shuffle_epi8(_mm256_srli_epi32(sum, 16), thrice);
@@ -66,61 +101,145 @@ Channels<Counts> histogram(const Byte* p, size_t n) {
   return sets[0];
 }
 
-void look_up(const Byte* __restrict p, Byte* __restrict q, int n, const Channels<Table>& tables) {
-  for (int i = 0; i < n; i++, p += 3, q += 3) {
-    q[0] = tables[0][p[0]];
-    q[1] = tables[1][p[1]];
-    q[2] = tables[2][p[2]];
+#ifdef FASTBD_AVX2
+
+// Each byte's entry: of 16 parts of the table, in which the low half of a byte is looked up, its high half chooses.
+inline __m256i look_up(const Table& table, __m256i bytes) {
+  const __m256i low = _mm256_and_si256(bytes, _mm256_set1_epi8(15));
+  __m256i parts[16];
+  for (int k = 0; k < 16; k++)
+    parts[k] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load16(table.data() + 16 * k)), low);
+  for (int bit = 4, left = 8; left > 0; bit++, left /= 2) {
+    const __m256i on = _mm256_slli_epi16(bytes, 7 - bit);  // the bit is each byte's highest
+    for (int k = 0; k < left; k++) parts[k] = _mm256_blendv_epi8(parts[2 * k], parts[2 * k + 1], on);
   }
+  return parts[0];
 }
 
-// Through Pillow's 8-bit HSV and back. Single and double precision in turns, as there.
-void shift_hue(const Byte* __restrict p, Byte* __restrict q, int n, int shift) {
-  for (int i = 0; i < n; i++, p += 3, q += 3) {
-    const int r = p[0], g = p[1], b = p[2], value = std::max(r, std::max(g, b));
+// 255 at every third byte, from the first one on.
+constexpr Byte THIRDS[] = {255, 0, 0, 255, 0, 0, 255, 0, 0, 255, 0, 0, 255, 0, 0, 255, 0,
+                           0, 255, 0, 0, 255, 0, 0, 255, 0, 0, 255, 0, 0, 255, 0, 0, 255};
+
+// Of each place the byte of `first` where a third is, of `second` where the next one is, else of `last`.
+inline __m256i chosen(__m256i first, __m256i second, __m256i last, __m256i third, __m256i next) {
+  return _mm256_blendv_epi8(_mm256_blendv_epi8(last, second, next), first, third);
+}
+
+#endif
+
+void look_up(const Byte* p, Byte* q, int n, const Channels<Table>& tables) {
+  int i = 0;
+#ifdef FASTBD_AVX2
+  // Of three times 32 bytes those of a channel lie at places that differ, and fill one vector. Choosing twice restores
+  // the order.
+  const __m256i at0 = load32(THIRDS), at1 = load32(THIRDS + 2), at2 = load32(THIRDS + 1);
+  for (; i + 32 <= n; i += 32, p += 96, q += 96) {
+    const __m256i a = load32(p), b = load32(p + 32), c = load32(p + 64);
+    const __m256i red = look_up(tables[0], chosen(a, b, c, at0, at1));
+    const __m256i green = look_up(tables[1], chosen(a, b, c, at1, at2));
+    const __m256i blue = look_up(tables[2], chosen(a, b, c, at2, at0));
+    store32(q, chosen(red, green, blue, at0, at1));
+    store32(q + 32, chosen(red, green, blue, at1, at2));
+    store32(q + 64, chosen(red, green, blue, at2, at0));
+  }
+#endif
+  for (; i < n; i++, p += 3, q += 3)
+    for (int channel = 0; channel < 3; channel++) q[channel] = tables[channel][p[channel]];
+}
+
+// Some pixels' channels, or their hue, saturation and value: 32 bits each, as much as a float, for the vectoriser.
+struct Pixels {
+  static constexpr int MOST = 64;
+  int32_t a[MOST], b[MOST], c[MOST];
+};
+
+// From red, green, blue to Pillow's 8-bit hue, saturation, value. Single and double precision in turns, as there.
+void to_hsv(Pixels& pixels, int shift) {
+  for (int i = 0; i < Pixels::MOST; i++) {
+    const int r = pixels.a[i], g = pixels.b[i], b = pixels.c[i], value = std::max(r, std::max(g, b));
     const int spread = value - std::min(r, std::min(g, b));
     // Where grey, dividing by 1 instead of 0 leaves hue and saturation 0, as they must be.
     const float by = float(std::max(spread, 1));
     const float red = float(value - r) / by, green = float(value - g) / by, blue = float(value - b) / by;
-    const float x = r == value   ? blue - green
-                    : g == value ? float(2 + double(red) - double(blue))
-                                 : float(4 + double(green) - double(red));
-    double turn = double(x) / 6 + 1;
-    turn = double(float(turn - int(turn)));
-    const Byte hue = Byte(int(turn * 255) + shift);
-    const int saturation = int(double(float(spread) / float(std::max(value, 1))) * 255);
+    const float if_red = blue - green, if_green = float(2 + double(red) - double(blue));
+    const float if_blue = float(4 + double(green) - double(red));
+    const float x = r == value ? if_red : g == value ? if_green : if_blue;
+    const double turn = double(x) / 6 + 1;
+    const double part = double(float(turn - int(turn)));
+    pixels.a[i] = (int(part * 255) + shift) & 255;
+    pixels.b[i] = int(double(float(spread) / float(std::max(value, 1))) * 255);
+    pixels.c[i] = value;
+  }
+}
 
-    const double sixth = hue * 6.0 / 255;
+// Back to red, green, blue.
+void from_hsv(Pixels& pixels) {
+  for (int i = 0; i < Pixels::MOST; i++) {
+    const int value = pixels.c[i];
+    const double sixth = pixels.a[i] * 6.0 / 255, v = value;
     const int sector = int(sixth);
-    const double part = double(float(sixth - sector)), s = double(float(saturation / 255.0)), v = value;
-    const Byte low = Byte(int((1 - s) * v + 0.5)), down = Byte(int((1 - s * part) * v + 0.5));
-    const Byte up = Byte(int((1 - s * (1 - part)) * v + 0.5)), top = Byte(value);
-    switch (sector) {
-      case 1: q[0] = down, q[1] = top, q[2] = low; break;
-      case 2: q[0] = low, q[1] = top, q[2] = up; break;
-      case 3: q[0] = low, q[1] = down, q[2] = top; break;
-      case 4: q[0] = up, q[1] = low, q[2] = top; break;
-      case 5: q[0] = top, q[1] = low, q[2] = down; break;
-      default: q[0] = top, q[1] = up, q[2] = low;
-    }
+    const double part = double(float(sixth - sector)), s = double(float(pixels.b[i] / 255.0));
+    const int low = int((1 - s) * v + 0.5), down = int((1 - s * part) * v + 0.5);
+    const int up = int((1 - s * (1 - part)) * v + 0.5);
+    // The seventh sector (hue 255) is the first again.
+    pixels.a[i] = sector == 1 ? down : sector == 2 || sector == 3 ? low : sector == 4 ? up : value;
+    pixels.b[i] = sector == 1 || sector == 2 ? value : sector == 3 ? down : sector == 4 || sector == 5 ? low : up;
+    pixels.c[i] = sector == 2 ? up : sector == 3 || sector == 4 ? value : sector == 5 ? down : low;
+  }
+}
+
+// The hue of n pixels, shifted.
+void shift_hue(const Byte* p, Byte* q, int n, int shift) {
+  Pixels pixels = {};
+  for (int start = 0; start < n; start += Pixels::MOST, p += 3 * Pixels::MOST, q += 3 * Pixels::MOST) {
+    const int count = std::min(Pixels::MOST, n - start);
+    for (int i = 0; i < count; i++) pixels.a[i] = p[3 * i], pixels.b[i] = p[3 * i + 1], pixels.c[i] = p[3 * i + 2];
+    to_hsv(pixels, shift);
+    from_hsv(pixels);
+    for (int i = 0; i < count; i++)
+      q[3 * i] = Byte(pixels.a[i]), q[3 * i + 1] = Byte(pixels.b[i]), q[3 * i + 2] = Byte(pixels.c[i]);
   }
 }
 
 // Operations that look at other pixels.
 
+// Whether start + step x leaves int32 for an x of [0, end).
+inline bool wraps(uint32_t start, uint32_t step, int end) {
+  const int64_t last = int64_t(int32_t(start)) + int64_t(int32_t(step)) * (end - 1);
+  return last != int32_t(last);
+}
+
 // Each pixel from the nearest one at x' = a x + b y + c and y' likewise, in 16.16 fixed point that wraps around.
 void affine(const Byte* p, Byte* q, Shape shape, Region made, const int32_t* args) {
   const uint32_t a = args[0], b = args[1], c = args[2], d = args[3], e = args[4], f = args[5];
+  const unsigned width = shape.width, height = shape.height;
+  const size_t stride = shape.stride();
   for (int y = made.top; y < made.bottom; y++) {
     const uint32_t row_x = c + b * uint32_t(y), row_y = f + e * uint32_t(y);
-    Byte* to = q + y * shape.stride();
-    for (int x = made.left; x < made.right; x++) {
-      const int from_x = int32_t(row_x + a * uint32_t(x)) >> 16, from_y = int32_t(row_y + d * uint32_t(x)) >> 16;
-      const bool inside = unsigned(from_x) < unsigned(shape.width) && unsigned(from_y) < unsigned(shape.height);
-      if (inside)
-        std::memcpy(to + 3 * x, p + from_y * shape.stride() + 3 * from_x, 3);
-      else
-        std::memset(to + 3 * x, 0, 3);
+    const auto from_x = [&](int x) { return int32_t(row_x + a * uint32_t(x)) >> 16; };
+    const auto from_y = [&](int x) { return int32_t(row_y + d * uint32_t(x)) >> 16; };
+    const auto inside = [&](int x) { return unsigned(from_x(x)) < width && unsigned(from_y(x)) < height; };
+    Byte* to = q + y * stride;
+    int left = made.left, right = made.right;
+    while (left < right && !inside(left)) left++;
+    while (left < right && !inside(right - 1)) right--;
+    std::memset(to + 3 * made.left, 0, 3 * size_t(left - made.left));
+    std::memset(to + 3 * right, 0, 3 * size_t(made.right - right));
+    // Between two places inside all are, unless the numbers wrap around.
+    if (wraps(row_x, a, right) || wraps(row_y, d, right)) {
+      for (int x = left; x < right; x++)
+        if (inside(x))
+          std::memcpy(to + 3 * x, p + from_y(x) * stride + 3 * from_x(x), 3);
+        else
+          std::memset(to + 3 * x, 0, 3);
+      continue;
+    }
+    constexpr int PART = 64;
+    uint32_t places[PART];
+    for (; left < right; left += PART) {
+      const int count = std::min(PART, right - left);
+      for (int i = 0; i < count; i++) places[i] = uint32_t(from_y(left + i)) * width + uint32_t(from_x(left + i));
+      for (int i = 0; i < count; i++) std::memcpy(to + 3 * (left + i), p + 3 * size_t(places[i]), 3);
     }
   }
 }
@@ -145,18 +264,27 @@ void sharpen(const Byte* p, Byte* q, Shape shape, Region made, float factor, Scr
   }
 }
 
-// `box` times the sum of the inner lines and `ends` times that of the two outer ones, over 2^24, rounded.
-void box_sum(const Byte* const* lines, int count, Byte* __restrict q, int n, uint32_t box, uint32_t ends,
-             uint32_t* __restrict sums) {
-  std::fill(sums, sums + n, 0);
-  for (int k = 1; k < count - 1; k++) {
-    const Byte* __restrict line = lines[k];
-    for (int i = 0; i < n; i++) sums[i] += line[i];
-  }
-  const Byte *__restrict first = lines[0], *__restrict last = lines[count - 1];
+// `box` times the sum of the inner ones of `count` lines and `ends` times that of the two outer ones, over 2^24, rounded.
+// COUNT is a number of lines that is compiled in, or 0.
+template <int COUNT>
+void box_sum(const Byte* const* lines, int count, Byte* __restrict q, int n, uint32_t box, uint32_t ends) {
+  if (COUNT) count = COUNT;
+  const Byte* line[COUNT ? COUNT : 1];
+  for (int k = 0; k < COUNT; k++) line[k] = lines[k];
+  const Byte* const* from = COUNT ? line : lines;
   for (int i = 0; i < n; i++) {
-    const uint32_t outer = uint32_t(first[i]) + last[i];
-    q[i] = Byte((sums[i] * box + outer * ends + (1u << 23)) >> 24);
+    uint32_t inner = 0;
+    for (int k = 1; k < count - 1; k++) inner += from[k][i];
+    const uint32_t outer = uint32_t(from[0][i]) + from[count - 1][i];
+    q[i] = Byte((inner * box + outer * ends + (1u << 23)) >> 24);
+  }
+}
+
+void box_sum(const Byte* const* lines, int count, Byte* q, int n, uint32_t box, uint32_t ends) {
+  switch (count) {
+    case 3: return box_sum<3>(lines, count, q, n, box, ends);
+    case 5: return box_sum<5>(lines, count, q, n, box, ends);
+    default: return box_sum<0>(lines, count, q, n, box, ends);
   }
 }
 
@@ -165,27 +293,24 @@ void blur(const Byte* p, Byte* q, Shape shape, const int32_t* args, Scratch& scr
   const int radius = args[0], count = 2 * radius + 3, n = int(shape.stride());
   const uint32_t box = uint32_t(args[1]), ends = uint32_t(args[2]);
   const size_t stride = shape.stride(), side = 3 * (size_t(radius) + 1);
-  uint32_t* sums = room(scratch.words, stride);
-  std::vector<const Byte*> lines(count);
+  const Byte** lines = room(scratch.lines, count);
   Byte* padded = room(scratch.others, stride + 2 * side);
-  for (int k = 0; k < count; k++) lines[k] = padded + 3 * size_t(k);
   for (int y = 0; y < shape.height; y++) {
+    for (int k = 0; k < count; k++) lines[k] = padded + 3 * size_t(k);
     for (int turn = 0; turn < 3; turn++) {
       const Byte* row = (turn ? q : p) + y * stride;
       for (size_t i = 0; i < side; i++) padded[i] = row[i % 3], padded[side + stride + i] = row[stride - 3 + i % 3];
       std::memcpy(padded + side, row, stride);
-      box_sum(lines.data(), count, q + y * stride, n, box, ends, sums);
+      box_sum(lines, count, q + y * stride, n, box, ends);
     }
   }
-  std::vector<Byte> other(shape.bytes());
+  Byte* before = room(scratch.before, shape.bytes());
   for (int turn = 0; turn < 3; turn++) {
-    std::memcpy(other.data(), q, shape.bytes());
+    std::memcpy(before, q, shape.bytes());
     for (int y = 0; y < shape.height; y++) {
-      for (int k = 0; k < count; k++) {
-        const int from = std::min(std::max(y + k - radius - 1, 0), shape.height - 1);
-        lines[k] = other.data() + from * stride;
-      }
-      box_sum(lines.data(), count, q + y * stride, n, box, ends, sums);
+      for (int k = 0; k < count; k++)
+        lines[k] = before + std::min(std::max(y + k - radius - 1, 0), shape.height - 1) * stride;
+      box_sum(lines, count, q + y * stride, n, box, ends);
     }
   }
 }
@@ -288,83 +413,104 @@ class Chain {
   Channels<Counts> histogram_;
 };
 
-// Resizing: four rows at once along x into a buffer, from which each row of the view is summed along y.
+// Resizing: four rows at once along x into a ring, from which each row of the view is summed along y.
 
-// Bytes of a row in that buffer. With AVX2 two rows lie there byte by byte in turns.
-size_t buffer_stride(int size) { return (3 * size_t(size) + 31) / 32 * 32 + 32; }
+// The last rows that were resized along x, few enough for the nearest cache. With AVX2 every two rows lie there byte by
+// byte in turns. A row has some bytes more, for stores that are wider than what is left.
+class Ring {
+ public:
+  Ring(int top, int taps, int size, std::vector<Byte>& memory)
+      : top_(top), stride_((3 * size_t(size) + 31) / 32 * 32 + 32) {
+    while (rows_ < taps + 4) rows_ *= 2;
+    memory_ = room(memory, rows_ * stride_);
+  }
+
+  size_t stride() const { return stride_; }
+  Byte* at(int row) const { return memory_ + ((row - top_) & (rows_ - 1)) * stride_; }
+
+ private:
+  int top_, rows_ = 8;
+  size_t stride_;
+  Byte* memory_;
+};
 
 #ifdef FASTBD_AVX2
 
-// The window's columns of four rows. Rows are read up to 16 bytes past the last tap.
-void along_x(const Byte* const* rows, const Axis& axis, int start, int size, Byte* out) {
+// Two weights as one word for all lanes.
+inline __m256i two_weights(const int16_t* weights) {
+  int32_t both;
+  std::memcpy(&both, weights, sizeof both);
+  return _mm256_set1_epi32(both);
+}
+
+// The window's columns of four rows, by a number of taps that is compiled in, or any with 0.
+template <int TAPS>
+void along_x(const Byte* const* rows, const Axis& axis, int start, int size, Byte* out, size_t stride) {
   // Of 16 bytes two pixels as pairs of 16 bits for each channel, then the next two.
   const __m256i near = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1));
   const __m256i far = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1));
-  const __m128i paired = _mm_setr_epi8(0, 4, 1, 5, 2, 6, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  // Of the four rows' bytes, in the order 0, 2, 1, 3, two rows in turns.
+  const __m128i paired01 = _mm_setr_epi8(0, 8, 1, 9, 2, 10, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m128i paired23 = _mm_setr_epi8(4, 12, 5, 13, 6, 14, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
   const __m256i half = _mm256_set1_epi32(1 << axis.bits >> 1);
   const __m128i shift = _mm_cvtsi32_si128(axis.bits);
-  const size_t pair = 2 * buffer_stride(size);
-  for (int o = 0; o < size; o++) {
-    const size_t from = 3 * size_t(axis.first[start + o]);
-    const int16_t* weights = axis.weights_of(start + o);
-    __m256i sums[2] = {half, half};
-    int k = 0;
-    for (; k + 4 <= axis.taps; k += 4) {
-      int32_t two[2];
-      std::memcpy(two, weights + k, 8);
-      const __m256i first = _mm256_set1_epi32(two[0]), second = _mm256_set1_epi32(two[1]);
-      for (int r = 0; r < 2; r++) {
-        const __m256i pixels = _mm256_loadu2_m128i((const __m128i*)(rows[2 * r + 1] + from + 3 * k),
-                                                   (const __m128i*)(rows[2 * r] + from + 3 * k));
-        sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, near), first));
-        sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, far), second));
-      }
+  const Byte *const row0 = rows[0], *const row1 = rows[1], *const row2 = rows[2], *const row3 = rows[3];
+  const int taps = TAPS ? TAPS : axis.taps;
+  const int* first = axis.first.data() + start;
+  const int16_t* weights = axis.weights_of(start);
+  Byte* second = out + 2 * stride;
+  for (int o = 0; o < size; o++, weights += taps) {
+    const size_t from = 3 * size_t(first[o]);
+    __m256i sum01 = half, sum23 = half;
+    const auto add = [&](__m256i pixels01, __m256i pixels23, __m256i which, const int16_t* two) {
+      const __m256i weight = two_weights(two);
+      sum01 = _mm256_add_epi32(sum01, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels01, which), weight));
+      sum23 = _mm256_add_epi32(sum23, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels23, which), weight));
+    };
+    for (int k = 0; k < taps; k += 4) {
+      const size_t at = from + 3 * size_t(k);
+      const __m256i pixels01 = two_of_16(row0 + at, row1 + at), pixels23 = two_of_16(row2 + at, row3 + at);
+      add(pixels01, pixels23, near, weights + k);
+      if (k + 2 < taps) add(pixels01, pixels23, far, weights + k + 2);
     }
-    if (k < axis.taps) {
-      int32_t two;
-      std::memcpy(&two, weights + k, 4);
-      for (int r = 0; r < 2; r++) {
-        const __m256i pixels = _mm256_loadu2_m128i((const __m128i*)(rows[2 * r + 1] + from + 3 * k),
-                                                   (const __m128i*)(rows[2 * r] + from + 3 * k));
-        sums[r] = _mm256_add_epi32(
-            sums[r], _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, near), _mm256_set1_epi32(two)));
-      }
-    }
-    for (int r = 0; r < 2; r++) {
-      const __m256i sum = _mm256_sra_epi32(sums[r], shift);
-      const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-      const __m128i bytes = _mm_shuffle_epi8(_mm_packus_epi16(words, words), paired);
-      _mm_storel_epi64((__m128i*)(out + r * pair + 6 * size_t(o)), bytes);
-    }
+    sum01 = _mm256_sra_epi32(sum01, shift), sum23 = _mm256_sra_epi32(sum23, shift);
+    const __m256i words = _mm256_packs_epi32(sum01, sum23);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storel_epi64((__m128i*)(out + 6 * size_t(o)), _mm_shuffle_epi8(bytes, paired01));
+    _mm_storel_epi64((__m128i*)(second + 6 * size_t(o)), _mm_shuffle_epi8(bytes, paired23));
   }
 }
 
-// Output `o` of the sums over the rows of the buffer that begin with the axis's input `top`, an even one.
-void along_y(const Byte* buffer, const Axis& axis, int o, int top, int size, Byte* line) {
-  const size_t pair = 2 * buffer_stride(size);
-  const Byte* from = buffer + size_t(axis.first[o] - top) / 2 * pair;
+// Rows are read up to 16 bytes past the last tap.
+void along_x(const Byte* const* rows, const Axis& axis, int start, int size, Byte* out, size_t stride) {
+  switch (axis.taps) {
+    case 4: return along_x<4>(rows, axis, start, size, out, stride);
+    case 6: return along_x<6>(rows, axis, start, size, out, stride);
+    case 8: return along_x<8>(rows, axis, start, size, out, stride);
+    default: return along_x<0>(rows, axis, start, size, out, stride);
+  }
+}
+
+// Output `o`, from a row for each of its taps.
+void along_y(const Byte* const* rows, const Axis& axis, int o, int size, Byte* line) {
+  const int taps = axis.taps;
   const int16_t* weights = axis.weights_of(o);
   const __m256i half = _mm256_set1_epi32(1 << axis.bits >> 1);
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const __m128i shift = _mm_cvtsi32_si128(axis.bits);
   for (int i = 0; i < 3 * size; i += 32) {
     __m256i sums[4] = {half, half, half, half};
-    for (int k = 0; k < axis.taps; k += 2) {
-      int32_t two;
-      std::memcpy(&two, weights + k, 4);
-      const __m256i weight = _mm256_set1_epi32(two);
-      const Byte* bytes = from + k / 2 * pair + 2 * size_t(i);
+    for (int k = 0; k < taps; k += 2) {
+      const __m256i weight = two_weights(weights + k);
+      const Byte* pair = rows[k] + 2 * i;
       for (int part = 0; part < 4; part++) {
-        const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(bytes + 16 * part)));
+        const __m256i pairs = _mm256_cvtepu8_epi16(load16(pair + 16 * part));
         sums[part] = _mm256_add_epi32(sums[part], _mm256_madd_epi16(pairs, weight));
       }
     }
     for (__m256i& sum : sums) sum = _mm256_sra_epi32(sum, shift);
-    const __m256i words[2] = {_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3])};
-    const __m256i levels = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words[0], words[1]), order);
-    _mm256_storeu_si256((__m256i*)(line + i), levels);
+    store32(line + i, narrowed(sums[0], sums[1], sums[2], sums[3]));
   }
 }
 
@@ -372,9 +518,9 @@ void along_y(const Byte* buffer, const Axis& axis, int o, int top, int size, Byt
 
 inline Byte rounded(int32_t sum, int bits) { return Byte(std::min(std::max(sum >> bits, 0), 255)); }
 
-void along_x(const Byte* const* rows, const Axis& axis, int start, int size, Byte* out) {
+void along_x(const Byte* const* rows, const Axis& axis, int start, int size, Byte* out, size_t stride) {
   const int32_t half = 1 << axis.bits >> 1;
-  for (int r = 0; r < 4; r++, out += buffer_stride(size)) {
+  for (int r = 0; r < 4; r++, out += stride) {
     for (int o = 0; o < size; o++) {
       const Byte* from = rows[r] + 3 * size_t(axis.first[start + o]);
       const int16_t* weights = axis.weights_of(start + o);
@@ -391,16 +537,15 @@ void along_x(const Byte* const* rows, const Axis& axis, int start, int size, Byt
   }
 }
 
-void along_y(const Byte* buffer, const Axis& axis, int o, int top, int size, Byte* line) {
+void along_y(const Byte* const* rows, const Axis& axis, int o, int size, Byte* line) {
   constexpr int PART = 256;
-  const size_t stride = buffer_stride(size);
   const int16_t* weights = axis.weights_of(o);
   for (int start = 0; start < 3 * size; start += PART) {
     const int count = std::min(PART, 3 * size - start);
     int32_t sums[PART];
     std::fill(sums, sums + count, 1 << axis.bits >> 1);
     for (int k = 0; k < axis.taps; k++) {
-      const Byte* from = buffer + size_t(axis.first[o] - top + k) * stride + start;
+      const Byte* from = rows[k] + start;
       const int16_t weight = weights[k];
       for (int i = 0; i < count; i++) sums[i] += weight * int16_t(from[i]);
     }
@@ -482,20 +627,22 @@ void resize(const Byte* image, Shape shape, const Plan& plan, int size, Scratch&
   }
   int top, bottom;
   taken(*plan.y, plan.top, size, top, bottom);
-  const size_t stride = buffer_stride(size);
-  // Some rows more, of whatever content: their weights are 0.
-  Byte* buffer = room(scratch.rows, (size_t(bottom - top) + 4 + plan.y->taps) * stride);
-  Byte* line = room(scratch.line, stride);
+  const int taps = plan.y->taps;
+  const Ring ring(top, taps, size, scratch.rows);
+  const Byte** lines = room(scratch.lines, taps);
+  Byte* made = room(scratch.line, ring.stride());
   SourceRows source(image, shape, plan.box, plan.x->taps, scratch.edge);
   int there = top;
   for (int o = 0; o < size; o++) {
-    for (; there < std::min(plan.y->first[plan.top + o] + plan.y->taps, bottom); there += 4) {
+    const int first = plan.y->first[plan.top + o];
+    for (; there < std::min(first + taps, bottom); there += 4) {
       const Byte* rows[4];
       source.four(there, bottom, rows);
-      along_x(rows, *plan.x, plan.left, size, buffer + (there - top) * stride);
+      along_x(rows, *plan.x, plan.left, size, ring.at(there), ring.stride());
     }
-    along_y(buffer, *plan.y, plan.top + o, top, size, line);
-    row(o, line);
+    for (int k = 0; k < taps; k++) lines[k] = ring.at(first + k);
+    along_y(lines, *plan.y, plan.top + o, size, made);
+    row(o, made);
   }
 }
 
@@ -508,12 +655,27 @@ inline uint32_t mixed(uint32_t x) {
   return x ^ x >> 16;
 }
 
+// A row to the view. With AVX2 past the caches, which are smaller than a batch: a store into them would read first what
+// it replaces.
+void write(Byte* to, const void* row, size_t bytes) {
+  size_t done = 0;
+#ifdef FASTBD_AVX2
+  if (uintptr_t(to) % 32 == 0)
+    for (; done + 32 <= bytes; done += 32) {
+      const Byte* from = static_cast<const Byte*>(row) + done;
+      _mm256_stream_si256((__m256i*)(to + done), _mm256_loadu_si256((const __m256i*)from));
+    }
+#endif
+  std::memcpy(to + done, static_cast<const Byte*>(row) + done, bytes - done);
+}
+
 class Finish {
  public:
   Finish(const Params& view, const Job& job, Scratch& scratch, void* out)
       : view_(view), job_(job), n_(3 * job.size), out_(static_cast<Byte*>(out)) {
     turned_ = room(scratch.turned, n_);
     values_ = room(scratch.values, n_);
+    narrowed_ = room(scratch.narrowed, n_);
     words_ = room(scratch.words, n_);
     if (scratch.scale_shift.size() != 2 * size_t(n_)) {
       scratch.scale_shift.resize(2 * size_t(n_));
@@ -525,18 +687,23 @@ class Finish {
 
   void row(int y, const Byte* line) {
     if (view_.flip) line = turned(line);
-    Byte* to = out_ + size_t(y) * n_ * WIDTHS[job_.kind];
+    const size_t bytes = size_t(n_) * WIDTHS[job_.kind];
+    Byte* to = out_ + y * bytes;
     if (job_.kind == UINT8) {
-      std::memcpy(to, line, n_);
+      write(to, line, bytes);
       return;
     }
-    float* values = job_.kind == FLOAT32 ? reinterpret_cast<float*>(to) : values_;
     if (view_.noise[0])
-      normalise(with_noise(y, line), values);
+      normalise(with_noise(y, line));
     else
-      normalise(line, values);
-    if (job_.kind == BFLOAT16) narrow(values, reinterpret_cast<uint16_t*>(to));
-    erase(y, to);
+      normalise(line);
+    if (y >= view_.erase[0] && y < view_.erase[0] + view_.erase[2]) erase();
+    if (job_.kind == BFLOAT16) {
+      narrow(values_, narrowed_);
+      write(to, narrowed_, bytes);
+    } else {
+      write(to, values_, bytes);
+    }
   }
 
  private:
@@ -550,17 +717,20 @@ class Finish {
   const float* with_noise(int y, const Byte* line) {
     const uint32_t first = uint32_t(y) * n_, key = uint32_t(view_.noise[1]), other = uint32_t(view_.noise[2]);
     const float amplitude = as_float(view_.noise[0]);
-    for (int i = 0; i < n_; i++) words_[i] = mixed(mixed((first + i) ^ key) + other) >> 16;
-    for (int i = 0; i < n_; i++) {
-      const float noise = job_.noise_levels[words_[i]] * amplitude, level = float(line[i]) + noise;
+    const float* levels = job_.noise_levels;
+    const int n = n_;
+    for (int i = 0; i < n; i++) words_[i] = mixed(mixed((first + i) ^ key) + other) >> 16;
+    for (int i = 0; i < n; i++) {
+      const float noise = levels[words_[i]] * amplitude, level = float(line[i]) + noise;
       values_[i] = level < 255 ? level : 255;
     }
     return values_;
   }
 
   template <class Level>
-  void normalise(const Level* levels, float* values) {
-    const float *__restrict scale = scale_, *__restrict shift = shift_;
+  void normalise(const Level* levels) {
+    const float *scale = scale_, *shift = shift_;
+    float* values = values_;
     for (int i = 0; i < n_; i++) {
       const float scaled = float(levels[i]) * scale[i];
       values[i] = scaled + shift[i];
@@ -576,12 +746,9 @@ class Finish {
     }
   }
 
-  void erase(int y, Byte* to) {
-    const auto [top, left, height, width] = view_.erase;
-    if (y < top || y >= top + height) return;
-    const int start = std::min(std::max(left, 0), job_.size), end = std::min(left + width, job_.size);
-    const size_t pixel = 3 * size_t(WIDTHS[job_.kind]);
-    if (end > start) std::memset(to + start * pixel, 0, (end - start) * pixel);
+  void erase() {
+    const int start = std::max(view_.erase[1], 0), end = std::min(view_.erase[1] + view_.erase[3], job_.size);
+    std::fill(values_ + 3 * start, values_ + 3 * std::max(start, end), 0.0f);
   }
 
   const Params& view_;
@@ -590,6 +757,7 @@ class Finish {
   Byte* out_;
   Byte* turned_;
   float* values_;
+  uint16_t* narrowed_;
   uint32_t* words_;
   const float *scale_, *shift_;
 };
