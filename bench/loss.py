@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.case import Call, Case, Cases, Output, Provider, Unavailable
-from bench.peers import Form, autocast, inf_cl, memeff, of_pairs, one_matrix, two_matrices
+from bench.peers import Form, autocast, float32, inf_cl, memeff, of_pairs, one_matrix, two_matrices
 
 SMALL = 512  # the largest batch of the way "small"
 TOWERS = {"mmcl": ("image", "text"), "mmcl_ssl": ("image", "text", "image_aug", "text_aug")}
@@ -47,7 +47,7 @@ def sizes(device: str, quick: bool) -> list[Size]:
     both = ("mmcl", "mmcl_ssl")
     if device == "cpu":
         batches = (128,) if quick else (128, 512, 2048)
-        return [Size(batch, 1024, terms, "fp32") for batch in batches for terms in both]
+        return [Size(batch, 1024, terms, dtype) for batch in batches for terms in both for dtype in ("fp32", "bf16")]
     if quick:
         # A usual batch, a large one and one between; then where the ways small, tile and hybrid meet.
         found = [Size(batch, 1024, "mmcl", "bf16") for batch in (256, 32768, 2048, 512, 1024)]
@@ -69,7 +69,7 @@ def loss_case(size: Size, device: str) -> Case:
     """All providers on the same embeddings."""
     towers, log_scale = embeddings(size, device)
     square = size.batch**2 * size.width
-    products = 8 if size.terms == "mmcl" else 8 + 6 + 6  # a term of rows alone can be finished row by row
+    products = 6 if size.terms == "mmcl" else 6 + 6 + 6  # of each term the logits, and the gradients of both sides
     return Case(
         name=str(size),
         unit="pairs/s",
@@ -106,16 +106,21 @@ def providers(size: Size, device: str, towers: dict[str, Tensor], log_scale: Ten
     def provider(make: Callable[[], Form], tolerance: str, **about) -> Provider:
         return Provider(lambda: gradients(make(), towers, log_scale), TOLERANCE[tolerance], **about)
 
-    plain, exact = autocast(two_matrices), "fp32" if size.dtype == "fp32" else "bf16"
+    plain, full = partial(mixed_precision, size, device), partial(full_precision, device)
+    exact = "fp32" if size.dtype == "fp32" else "bf16"
     bf16, in_tf32 = {"tolerance": "autocast", "rate": "bf16"}, {"tolerance": "tf32", "rate": tf32(device)}
-    compiled = partial(compile_form, plain, device)
+    compiled, slow = partial(compile_form, plain, device), "it is compiled" if device == "cpu" else ""
     found = {
-        BASELINE: provider(lambda: plain, **bf16),
+        BASELINE: provider(plain, **bf16),
+        "open_clip form, float32": provider(full, exact, rate="fp32"),
         **{
             f"fastbd {way}": provider(partial(our_form, way, size, device), exact, no_worse_than=BASELINE, ours=True)
             for way in ("auto", "small", "tile", "hybrid", "reference")
         },
-        "open_clip form, compiled": provider(compiled, slow="it is compiled" if device == "cpu" else "", **bf16),
+        "open_clip form, compiled": provider(compiled, slow=slow, **bf16),
+        "open_clip form, float32, compiled": provider(
+            partial(compile_form, full, device), exact, rate="fp32", slow=slow
+        ),
         "open_clip form, reduce-overhead": provider(
             partial(compiled, "reduce-overhead", size.batch), memory="graph", **bf16
         ),
@@ -134,7 +139,7 @@ def providers(size: Size, device: str, towers: dict[str, Tensor], log_scale: Ten
         ),
     }
     if device == "cuda" and size.batch <= SMALL:
-        for name, make in {BASELINE: lambda: plain, "fastbd small": partial(our_form, "small", size, device)}.items():
+        for name, make in {BASELINE: plain, "fastbd small": partial(our_form, "small", size, device)}.items():
             build = partial(captured, make, towers, log_scale)
             found[f"{name}, in a CUDA graph"] = replace(found[name], build=build, memory="graph")
     return found
@@ -176,18 +181,32 @@ def captured(make: Callable[[], Form], towers: dict[str, Tensor], log_scale: Ten
     return replay
 
 
+def mixed_precision(size: Size, device: str) -> Form:
+    """open_clip's form with matmuls in bf16. Unavailable where a CPU without instructions for them takes too long."""
+    if device == "cpu" and size.batch > SMALL and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise Unavailable("this CPU has no bf16 instructions: seconds a call")
+    return autocast(two_matrices)
+
+
+def full_precision(device: str) -> Form:
+    """open_clip's form in float32, which is its fastest on many a CPU."""
+    if device != "cpu":
+        raise Unavailable("slower than bf16 on a GPU")
+    return float32(two_matrices)
+
+
 def our_form(way: str, size: Size, device: str) -> Form:
     """fastbd's loss. Unavailable where this way does not apply."""
-    if device == "cpu" and way != "reference":
-        raise Unavailable("reference is what it takes on a CPU" if way == "auto" else "needs a GPU")
+    if device == "cpu" and way not in ("auto", "reference"):
+        raise Unavailable("needs a GPU")
     if way == "small" and size.batch > SMALL:
         raise Unavailable(f"for batches up to {SMALL}")
     loss = import_module("fastbd.kernels.contrastive").contrastive_loss
     return lambda towers, log_scale: loss(*towers, log_scale=log_scale, way=way)[0]
 
 
-def compile_form(form: Form, device: str, mode: str = "default", batch: int = 0) -> Form:
-    """The form through torch.compile."""
+def compile_form(make: Callable[[], Form], device: str, mode: str = "default", batch: int = 0) -> Form:
+    """The form that `make` returns through torch.compile."""
     if mode == "reduce-overhead":
         if device == "cpu":
             raise Unavailable("CUDA graphs need a GPU")
@@ -195,7 +214,7 @@ def compile_form(form: Form, device: str, mode: str = "default", batch: int = 0)
             raise Unavailable("launches cost nothing at this size")
     if mode == "default":  # built first in each case: forget the sizes before, of which only a few may be kept
         torch._dynamo.reset()
-    compiled = torch.compile(form, mode=mode, dynamic=False)
+    compiled = torch.compile(make(), mode=mode, dynamic=False)
 
     def run(towers: list[Tensor], log_scale: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()

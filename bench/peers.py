@@ -50,6 +50,11 @@ def autocast(form: Form) -> Form:
     return cast
 
 
+def float32(form: Form) -> Form:
+    """The form as it is run without mixed precision, embeddings of bf16 converted first."""
+    return lambda towers, log_scale: form([tower.float() for tower in towers], log_scale)
+
+
 def of_pairs(pair_loss: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> Form:
     """A form from pair_loss(rows, columns, scale, both directions), which takes normalised embeddings."""
 

@@ -1,8 +1,8 @@
 """Contrastive losses on raw embeddings: normalisation, all terms, temperature, forward and backward in one operation.
 
-The N x N logits are never stored. Notation: s = exp(log_scale); a, b normalised embeddings; L = s a b^T. A term
-compares the rows of one tower with those of another: MMCL in both directions, SSL in one as published (CleanCLIP,
-arXiv 2303.03323).
+The N x N logits are not stored, but on a CPU where they take no more memory than the gradients. Notation: s =
+exp(log_scale); a, b normalised embeddings; L = s a b^T. A term compares the rows of one tower with those of another:
+MMCL in both directions, SSL in one as published (CleanCLIP, arXiv 2303.03323).
 
     G_ij = w_r p^row_ij + w_c p^col_ij (i != j),  G_ii = -(w_r (1 - p^row_ii) + w_c (1 - p^col_ii)) = dLoss/dL
     dx_i = s (v_i - (xh_i . v_i) xh_i),  v_i = sum_j r_i G_ij r_j y_j,  r = 1 / |.|,  xh = r x
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastbd.kernels import contrastive_reference
 
-WAYS = ("auto", "small", "tile", "hybrid", "reference")
+WAYS = ("auto", "small", "tile", "hybrid", "whole", "reference")
 GATHERS = ("exact", "local-grad")
 TRITON = find_spec("triton") is not None
 _reduce_scatter = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor  # its name before 2.13
@@ -111,9 +111,11 @@ def _loss(towers, terms, weights, log_scale, bias, gather, group, way) -> tuple[
     towers = [x.to(low) for x in towers]
     columns = len(towers[0]) * (1 if group is None else group.size())
     if way == "auto":
-        way = _choose(towers[0], columns, sigmoid=bias is not None)
+        way = _choose(towers, log_scale, columns, sigmoid=bias is not None)
     if way == "small" and (columns > SMALL or bias is not None):
         raise ValueError(f"way small is for contrastive_loss of up to {SMALL} rows in all; there are {columns}")
+    if way == "whole" and (columns > len(towers[0]) or bias is not None):
+        raise ValueError("way whole is for contrastive_loss in one process")
     if low == torch.float16 and way != "reference":
         raise ValueError("the kernels take bf16 and fp32, for fp16 cannot hold small gradients: give way reference")
     name = "" if group is None else group.group_name
@@ -121,15 +123,21 @@ def _loss(towers, terms, weights, log_scale, bias, gather, group, way) -> tuple[
     arguments = (_table(weights, log_scale.device), flat, name, gather == "exact")
     if way == "small":
         loss, parts, *_ = torch.ops.fastbd.contrastive_small(towers, log_scale, *arguments)
+    elif way == "whole":
+        loss, parts, *_ = torch.ops.fastbd.contrastive_whole(towers, log_scale, *arguments[:2])
     else:
         loss, parts, *_ = torch.ops.fastbd.contrastive(towers, log_scale, bias, *arguments, way)
     return loss, parts.detach()
 
 
-def _choose(x: Tensor, columns: int, sigmoid: bool) -> str:
-    if not x.is_cuda or x.dtype == torch.float16 or not TRITON:
-        return "reference"
-    return "small" if columns <= SMALL and not sigmoid else "tile"
+def _choose(towers: list[Tensor], log_scale: Tensor, columns: int, sigmoid: bool) -> str:
+    (rows, dim), x = towers[0].shape, towers[0]
+    if x.is_cuda and x.dtype != torch.float16 and TRITON:
+        return "small" if columns <= SMALL and not sigmoid else "tile"
+    plain = x.device.type == "cpu" and x.dtype != torch.float16 and not sigmoid and columns == rows
+    small = rows <= 2 * dim  # a matrix of logits takes no more memory than the gradients of two towers
+    wanted = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in (*towers, log_scale))
+    return "whole" if plain and small and wanted else "reference"
 
 
 def _backend(way: str):
@@ -263,7 +271,7 @@ def _backward(ctx, gradient, *_):
 contrastive.register_autograd(_backward, setup_context=_save)
 
 
-# ---- the operation: small ----
+# ---- the operations that make the gradients in the forward: small and whole ----
 
 
 @torch.library.custom_op("fastbd::contrastive_small", mutates_args=())
@@ -290,17 +298,43 @@ def _(towers, log_scale, weights, terms, group, exact):
     return new(()), new(len(terms) // 3, 2), [torch.empty_like(x) for x in towers], new(())
 
 
-def _save_small(ctx, inputs, output):
-    ctx.save_for_backward(inputs[1], *output[2], output[3])
+@torch.library.custom_op("fastbd::contrastive_whole", mutates_args=())
+def contrastive_whole(
+    towers: list[Tensor], log_scale: Tensor, weights: Tensor, terms: list[int]
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """-> loss [], parts [n, 2], gradients of the towers, fp32 until they are scaled, and of log_scale."""
+    with torch.autocast(log_scale.device.type, enabled=False):
+        parts, gradients, of_scale = contrastive_reference.losses_and_gradients(
+            towers, log_scale.float().exp(), weights, _triples(terms)
+        )
+        return (weights * parts).sum(), parts, gradients, of_scale
 
 
-def _backward_small(ctx, gradient, *_):
+@contrastive_whole.register_fake
+def _(towers, log_scale, weights, terms):
+    new = log_scale.float().new_empty
+    return new(()), new(len(terms) // 3, 2), [new(x.shape) for x in towers], new(())
+
+
+def _save_gradients(ctx, inputs, output):
+    towers, log_scale, *others = inputs
+    ctx.mark_non_differentiable(output[1], *output[2], output[3])
+    ctx.set_materialize_grads(False)  # of what was marked: zeros as large as the towers
+    ctx.dtypes, ctx.others = [x.dtype for x in towers], len(others)
+    ctx.save_for_backward(log_scale, *output[2], output[3])
+
+
+def _scale_gradients(ctx, gradient, *_):
+    if torch.is_grad_enabled() and gradient.requires_grad:
+        raise RuntimeError("the contrastive loss has no second derivative")
     log_scale, *of_towers, of_scale = ctx.saved_tensors
     of_scale = (of_scale * gradient).to(log_scale.dtype).view_as(log_scale)
-    return [x * gradient.to(x.dtype) for x in of_towers], of_scale, *[None] * 4
+    of_towers = [(x * gradient).to(dtype) for x, dtype in zip(of_towers, ctx.dtypes, strict=True)]
+    return of_towers, of_scale, *[None] * ctx.others
 
 
-contrastive_small.register_autograd(_backward_small, setup_context=_save_small)
+contrastive_small.register_autograd(_scale_gradients, setup_context=_save_gradients)
+contrastive_whole.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
 # ---- several processes ----

@@ -198,7 +198,7 @@ def _losses() -> Finding:
 
     if _device() == "cuda" and TRITON:
         return "Triton on cuda", f"in two launches up to {SMALL} pairs, by tiles above"
-    return f"PyTorch on {_device()}", "by blocks of rows; the kernels need a GPU and Triton"
+    return f"PyTorch on {_device()}", "by blocks of rows where logits are many; the kernels need a GPU and Triton"
 
 
 def _precision() -> Finding:

@@ -32,7 +32,7 @@ from bench.case import Case, Cases, Provider, Unavailable, errors, objection
 from bench.eval import every_other, protocol_case
 from bench.limits import Limits
 from bench.measure import MOST, largest, measure, most_in_use, peak_bytes, spread
-from bench.peers import autocast, of_pairs, one_matrix, two_matrices
+from bench.peers import autocast, float32, of_pairs, one_matrix, two_matrices
 from bench.published_step import text_tower, trimmed
 from bench.run import Effort, Gate, run
 from bench.text import text_case
@@ -479,7 +479,8 @@ def test_the_float64_truth_of_the_loss_is_what_autograd_gives(terms):
 def test_the_peers_compute_the_loss(terms):
     towers, log_scale = loss.embeddings(loss.Size(96, 64, terms, "fp32"), "cpu")
     want = loss.truth(towers, log_scale)
-    for form, tolerance in ((two_matrices, "fp32"), (one_matrix, "fp32"), (autocast(two_matrices), "autocast")):
+    full, mixed = float32(two_matrices), autocast(two_matrices)
+    for form, tolerance in ((full, "fp32"), (one_matrix, "fp32"), (mixed, "autocast")):
         found = errors(loss.gradients(form, towers, log_scale)(), want, {})
         assert objection(found, loss.TOLERANCE[tolerance]) == ""
 
@@ -537,7 +538,7 @@ def test_the_command_ends_with_one_json_object(tmp_path, monkeypatch, capfd):
         assert row["rate"] > 0 and row["limit_share"] > 0 and row["peak_bytes"] > 0 and row["build_seconds"] > 0
         assert row["name"] == "loss B=32 D=64 mmcl fp32" and row["baseline"] == "open_clip form, autocast"
     ways = [row["provider"] for row in result["rows"]]
-    assert ways == ["open_clip form, autocast", "fastbd reference", "CleanCLIP form, float32"]
+    assert ways == ["open_clip form, autocast", "fastbd auto", "fastbd reference", "CleanCLIP form, float32"]
     assert result["skipped"]["loss B=32 D=64 mmcl fp32: fastbd tile"] == "needs a GPU"
     assert "fastbd tile: skipped: needs a GPU" in said
     assert sum("aten::mm" in line for line in said) == len(ways)  # of each

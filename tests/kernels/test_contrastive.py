@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:overflow encountered:RuntimeWarning"
 )  # masked lanes, in the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WAYS = ["reference", "tile", "hybrid", "small"]
+WAYS = ["reference", "whole", "tile", "hybrid", "small"]
 NAMES = ["image", "text", "image_aug", "text_aug"]
 
 
@@ -141,6 +141,45 @@ def test_blocks_that_do_not_divide(way, rows, monkeypatch):
     monkeypatch.setattr(contrastive_reference, "ROWS", rows)
     monkeypatch.setattr(contrastive_tile, "WORKSPACE", rows * 70 * 4 * (1 if way == "hybrid" else 3))
     check(embeddings(70, 24), 100.0, way, ssl=1.3)
+
+
+@pytest.mark.parametrize("rows", table([16, 48], 16))
+def test_whole_matrices_agree_with_blocks(rows, monkeypatch):
+    """Whether one exponential of a logit serves all, or each row and each column has its own."""
+    towers = embeddings(70, 40)
+    monkeypatch.setattr(contrastive_reference, "ROWS", rows)
+    gradients = []
+    for way, furthest in (("reference", 0.0), ("whole", math.inf), ("whole", -1.0)):
+        monkeypatch.setattr(contrastive_reference, "RANGE", furthest)
+        gradients.append(gradients_by(way, towers)[1])
+    for name, expected in gradients[0].items():
+        for found in gradients[1:]:
+            assert (found[name] - expected).norm() < 1e-5 * expected.norm(), name
+
+
+def gradients_by(way: str, towers: dict, scale: float = 30.0, factor: float = 1.0):
+    dtype = towers["image"].dtype
+    return with_gradients(lambda x, s: contrastive_loss(**x, log_scale=s, way=way)[0], towers, scale, dtype, factor)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="what a CPU takes")
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_cpu_takes_whole_matrices_up_to_the_size_of_two_gradients(count):
+    for rows, way in ((32, "whole"), (33, "reference")):
+        towers = embeddings(rows, 16, count)
+        (_, found), (_, expected) = gradients_by("auto", towers), gradients_by(way, towers)
+        assert all(torch.equal(found[name], expected[name]) for name in expected), rows
+        with torch.no_grad():  # the gradients would be made in vain
+            scale = torch.tensor(3.0)
+            losses = [contrastive_loss(**towers, log_scale=scale, way=way)[0] for way in ("auto", "reference")]
+        assert torch.equal(*losses)
+
+
+def test_bf16_gradients_are_rounded_once():
+    """Whatever the loss is multiplied by: two roundings would make an error of 2.3e-3."""
+    towers = geometry("trained", 64, 128)
+    found = errors(towers, 20.0, "whole", dtype=torch.bfloat16, factor=0.7)
+    assert max(found.values()) < 2e-3, found
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -328,6 +367,12 @@ def test_arguments_that_do_not_fit(bad, message):
         contrastive_loss(**{**towers, "log_scale": torch.tensor(1.0), **bad})
 
 
+def test_whole_matrices_are_for_one_process_and_softmax():
+    one = torch.tensor(1.0)
+    with pytest.raises(ValueError, match="one process"):
+        sigmoid_loss(torch.ones(4, 8), torch.ones(4, 8), log_scale=one, bias=one, way="whole")
+
+
 TERMS = (torch.tensor([[0.5, 0.5], [0.5, 0.0], [0.5, 0.0]], device=DEVICE), [0, 1, 1, 0, 2, 0, 1, 3, 0])
 
 
@@ -348,8 +393,16 @@ def test_the_small_operation_is_registered_right():
     opcheck(torch.ops.fastbd.contrastive_small.default, (towers, scale, *TERMS, "", True))
 
 
-@pytest.mark.parametrize("way", table(["reference", "tile", "small"], "tile", "small"))
+def test_the_whole_operation_is_registered_right():
+    for dtype in (torch.float32, torch.bfloat16):
+        towers = [x.requires_grad_() for x in embeddings(20, 16, dtype=dtype).values()]
+        scale = torch.tensor(2.0, device=DEVICE, requires_grad=True)
+        opcheck(torch.ops.fastbd.contrastive_whole.default, (towers, scale, *TERMS))
+
+
+@pytest.mark.parametrize("way", table(["auto", "reference", "whole", "tile", "small"], "auto", "tile", "small"))
 def test_compiles_into_a_whole_graph(way):
+    torch._dynamo.reset()  # of one function only a few graphs may be kept
     compiled = torch.compile(
         lambda x, s: contrastive_loss(**{k: v * 2 for k, v in x.items()}, log_scale=s, way=way)[0],
         backend="aot_eager",
@@ -364,11 +417,13 @@ def test_compiles_into_a_whole_graph(way):
         assert all((gradients[name] - true[name]).norm() < 5e-5 * true[name].norm() for name in true)
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("way", ["reference", "whole", "small"])
+def test_a_second_derivative_is_refused(way, power):
     towers = {name: x.requires_grad_() for name, x in embeddings(6, 8).items()}
-    loss, _ = contrastive_loss(**towers, log_scale=torch.tensor(1.0, device=DEVICE), way="reference")
-    (gradient,) = torch.autograd.grad(loss, [towers["image"]], create_graph=True)
+    loss, _ = contrastive_loss(**towers, log_scale=torch.tensor(1.0, device=DEVICE), way=way)
     with pytest.raises(RuntimeError):
+        (gradient,) = torch.autograd.grad(loss**power, [towers["image"]], create_graph=True)
         gradient.sum().backward()
 
 
@@ -379,17 +434,28 @@ def test_autocast_does_not_reach_inside():
     assert torch.equal(inside, contrastive_loss(**towers, log_scale=scale)[0])
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="counts the CPU's bytes")
-def test_memory_grows_with_the_batch_not_with_its_square(monkeypatch):
-    """Bytes in use at once, forward and backward, sixteen times the rows."""
+def peak(rows: int, dim: int = 64, way: str = "auto", count: int = 2, dtype=torch.float32) -> int:
+    """Bytes in use at once, forward and backward."""
     from bench.measure import peak_bytes  # here, because the distributed test's worker imports this file elsewhere
 
-    def peak(rows: int) -> int:
-        towers = {name: x.requires_grad_() for name, x in embeddings(rows, 64, 2).items()}
-        scale = torch.tensor(3.0, requires_grad=True)
-        return peak_bytes(lambda: contrastive_loss(**towers, log_scale=scale)[0].backward(), "cpu")
+    towers = {name: x.requires_grad_() for name, x in embeddings(rows, dim, count, dtype).items()}
+    scale = torch.tensor(3.0, requires_grad=True)
+    return peak_bytes(lambda: contrastive_loss(**towers, log_scale=scale, way=way)[0].backward(), "cpu")
 
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts the CPU's bytes")
+def test_memory_grows_with_the_batch_not_with_its_square(monkeypatch):
+    """Sixteen times the rows, from where the logits are no longer kept whole."""
     monkeypatch.setattr(contrastive_reference, "ROWS", 128)
-    few, many = peak(128), peak(2048)
+    few, many = peak(256), peak(4096)
     assert many < 16.5 * few
-    assert many < 2048**2 * 4 / 2  # half of the logits that the formula stores several times
+    assert many < 4096**2 * 4 / 2  # half of the logits that the formula stores several times
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts the CPU's bytes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [2, 4])
+def test_whole_matrices_take_no_more_memory_than_blocks(count, dtype):
+    """Up to the largest batch for which they are taken."""
+    for rows in (128, 1024):
+        assert peak(rows, 512, "whole", count, dtype) <= peak(rows, 512, "reference", count, dtype)
