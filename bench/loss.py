@@ -109,12 +109,13 @@ def providers(size: Size, device: str, towers: dict[str, Tensor], log_scale: Ten
     plain, full = partial(mixed_precision, size, device), partial(full_precision, device)
     exact = "fp32" if size.dtype == "fp32" else "bf16"
     bf16, in_tf32 = {"tolerance": "autocast", "rate": "bf16"}, {"tolerance": "tf32", "rate": tf32(device)}
+    ours = {"no_worse_than": BASELINE, "ours": True, "rate": "fp32" if device == "cpu" else size.dtype}
     compiled, slow = partial(compile_form, plain, device), "it is compiled" if device == "cpu" else ""
     found = {
         BASELINE: provider(plain, **bf16),
         "open_clip form, float32": provider(full, exact, rate="fp32"),
         **{
-            f"fastbd {way}": provider(partial(our_form, way, size, device), exact, no_worse_than=BASELINE, ours=True)
+            f"fastbd {way}": provider(partial(our_form, way, size, device), exact, **ours)
             for way in ("auto", "small", "tile", "hybrid", "reference")
         },
         "open_clip form, compiled": provider(compiled, slow=slow, **bf16),

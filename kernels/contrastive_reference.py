@@ -8,6 +8,8 @@ offset + i.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,7 @@ RANGE = 150.0  # logits this far apart have exponentials, and sums of a million 
 
 def inverse_norms(towers: list[Tensor]) -> Tensor:
     """1 / |x| of each row, [T, b]; 0 for a zero vector, which so gets logits 0 and gradient 0."""
-    norms = torch.stack([x.float().norm(dim=1) for x in towers])
+    norms = torch.stack([torch.linalg.vector_norm(x.float(), dim=1) for x in towers])
     return torch.where(norms > 1e-12, 1 / norms, 0)
 
 
@@ -121,35 +123,40 @@ def losses_and_gradients(
     """Towers [N, D], weights [n, 2] -> parts [n, 2], and the loss's gradients: fp32 of the towers, of log_scale.
 
     A product for the logits and one for each gradient, where blocks multiply the logits out twice. One N x N matrix
-    exists at a time. Unit vectors are made anew for each product: that takes a hundredth of its time, and no memory.
+    exists at a time. Where it is larger than half a tower, unit vectors are made anew for each product: that takes a
+    hundredth of its time and leaves the peak of memory below that of blocks.
     """
-    rn = inverse_norms(towers)
+    rn, (rows, dim) = inverse_norms(towers), towers[0].shape
+    kept = {t: _unit(x, rn[t]) for t, x in enumerate(towers)} if rows <= dim / 2 else {}
+
+    def unit(t: int) -> Tensor:
+        return kept[t] if t in kept else _unit(towers[t], rn[t])
+
     v: dict[int, Tensor] = {}
-    parts = [_add_term(v, towers, rn, scale, term, w) for term, w in zip(terms, weights, strict=True)]
-    of_scale = scale.new_zeros(())
+    parts = [_add_term(v, unit, scale, term, w) for term, w in zip(terms, weights, strict=True)]
+    dots = torch.empty_like(rn)
     for t, (x, r) in enumerate(zip(towers, rn, strict=True)):  # the gradient is s r (v - (xh . v) xh), xh = r x
-        dots = (x * v[t]).sum(1) * r
-        of_scale += dots.sum()
-        v[t].addcmul_(x, (dots * r)[:, None], value=-1).mul_((scale * r)[:, None])
+        torch.sum(unit(t).mul_(v[t]), 1, out=dots[t])
+        kept.pop(t, None)
+        v[t].addcmul_(x, (dots[t] * r)[:, None], value=-1).mul_((scale * r)[:, None])
     # Each logit is in the dots of its row and of its column.
-    return torch.stack(parts), [v[t] for t in range(len(towers))], of_scale * scale / 2
-
-
-def _add_term(
-    v: dict[int, Tensor], towers: list[Tensor], rn: Tensor, scale: Tensor, term: Term, weights: Tensor
-) -> Tensor:
-    """Add to v of a term's towers the sums over j of G_ij r_j y_j; returns the term's parts [2]."""
-    q, k, both = term[0], term[1] + 1, term[2]
-    logits = _unit(towers[q], scale * rn[q]) @ _unit(towers[k], rn[k]).T
-    parts = _to_gradient(logits, weights, both)
-    for t, other, g in ((q, k, logits), (k, q, logits.T)):
-        unit = _unit(towers[other], rn[other])
-        v[t] = v[t].addmm_(g, unit) if t in v else g @ unit
-    return parts
+    return torch.stack(parts), [v[t] for t in range(len(towers))], dots.sum() * scale / 2
 
 
 def _unit(x: Tensor, r: Tensor) -> Tensor:
     return x * r[:, None]
+
+
+def _add_term(
+    v: dict[int, Tensor], unit: Callable[[int], Tensor], scale: Tensor, term: Term, weights: Tensor
+) -> Tensor:
+    """Add to v of a term's towers the sums over j of G_ij xh_j; returns the term's parts [2]."""
+    q, k, both = term[0], term[1] + 1, term[2]
+    logits = (unit(q) @ unit(k).T).mul_(scale)
+    parts = _to_gradient(logits, weights, both)
+    for t, other, g in ((q, k, logits), (k, q, logits.T)):
+        v[t] = v[t].addmm_(g, unit(other)) if t in v else g @ unit(other)
+    return parts
 
 
 def _to_gradient(logits: Tensor, weights: Tensor, both: bool) -> Tensor:
@@ -158,7 +165,8 @@ def _to_gradient(logits: Tensor, weights: Tensor, both: bool) -> Tensor:
     One exponential, by a shift that suits all, serves the sums of the rows, of the columns and the gradient. Logits too
     far apart for that have one for their row and one for their column.
     """
-    positive, (low, high), w = logits.diagonal().clone(), logits.aminmax(), weights[:, None] / len(logits)
+    low, high = (extreme.item() for extreme in logits.aminmax())
+    positive, w = logits.diagonal().clone(), weights[:, None] / len(logits)
     logits.fill_diagonal_(-torch.inf)
     if high - low > RANGE:
         sums = torch.stack([logits.logsumexp(1), logits.logsumexp(0)])
@@ -168,8 +176,8 @@ def _to_gradient(logits: Tensor, weights: Tensor, both: bool) -> Tensor:
             torch.add(torch.exp(block - of_rows), torch.exp(block - log[1]), out=block)
     else:
         shift = (low + high) / 2
-        sums = torch.stack([logits.sub_(shift).exp_().sum(1), logits.sum(0)])
-        factor, odds = w / (sums + torch.exp(positive - shift)), sums.log() - (positive - shift)
+        sums, own = torch.stack([logits.sub_(shift).exp_().sum(1), logits.sum(0)]), positive - shift
+        factor, odds = w / (sums + own.exp()), sums.log() - own
         diagonal = (factor * sums).sum(0)
         for block, of_rows in zip(logits.split(ROWS), factor[0, :, None].split(ROWS), strict=True):
             block.mul_(of_rows + factor[1])
