@@ -76,18 +76,18 @@ struct Region {
 };
 
 // How one axis is resized: output o is the sum of `taps` inputs from first[o] on, each times its weight, over 2^bits.
-// With `even`, first[o] is even and taps too, so that rows can be taken two by two.
+// Weights can be taken two by two: an odd number of them is followed by a 0. So can the inputs with `even`: first[o] is.
 struct Axis {
   int inputs = 0, outputs = 0;
   bool cubic = false, even = false;
-  int taps = 0, bits = 0;
+  int taps = 0, stride = 0, bits = 0;
   std::vector<int> first;
   std::vector<int16_t> weights;
 
   bool is(int from, int to, bool with_cubic, bool with_even) const {
     return inputs == from && outputs == to && cubic == with_cubic && even == with_even;
   }
-  const int16_t* weights_of(int output) const { return weights.data() + size_t(output) * taps; }
+  const int16_t* weights_of(int output) const { return weights.data() + size_t(output) * stride; }
 };
 
 // Pillow's filters, as PyTorch evaluates them in double.
@@ -106,7 +106,7 @@ Axis axis_of(int inputs, int outputs, bool cubic, bool even) {
   axis.inputs = inputs, axis.outputs = outputs, axis.cubic = cubic, axis.even = even;
   axis.first.resize(outputs);
   if (inputs == outputs) {  // beside an axis that is resized: as it is
-    axis.taps = 2, axis.bits = 14;
+    axis.taps = axis.stride = 2, axis.bits = 14;
     axis.weights.assign(size_t(outputs) * 2, 0);
     for (int o = 0; o < outputs; o++) {
       axis.first[o] = even ? o & ~1 : o;
@@ -129,16 +129,17 @@ Axis axis_of(int inputs, int outputs, bool cubic, bool even) {
     for (int k = 0; k < count; k++) sum += weights[k] = filtered((low + k - centre + 0.5) * inverse, cubic);
     for (int k = 0; sum != 0 && k < count; k++) largest = std::max(largest, weights[k] /= sum);
     axis.first[o] = low, counts[o] = count;
-    axis.taps = std::max(axis.taps, (count + (even ? low & 1 : 0) + 1) & ~1);
+    axis.taps = std::max(axis.taps, count + (even ? low & 1 : 0));
   }
   for (double doubled = largest * 2; axis.bits < 22 && doubled + 0.5 < 32768; doubled *= 2) axis.bits++;
-  axis.weights.assign(size_t(outputs) * axis.taps, 0);
+  axis.stride = (axis.taps + 1) & ~1;
+  axis.weights.assign(size_t(outputs) * axis.stride, 0);
   for (int o = 0; o < outputs; o++) {
     const int skipped = even ? axis.first[o] & 1 : 0;
     axis.first[o] -= skipped;
     for (int k = 0; k < counts[o]; k++) {
       const double scaled = exact[size_t(o) * room + k] * (1 << axis.bits);
-      axis.weights[size_t(o) * axis.taps + skipped + k] = int16_t(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
+      axis.weights[size_t(o) * axis.stride + skipped + k] = int16_t(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
     }
   }
   return axis;

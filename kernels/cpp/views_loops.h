@@ -443,25 +443,26 @@ inline __m256i two_weights(const int16_t* weights) {
   return _mm256_set1_epi32(both);
 }
 
-// The window's columns of four rows, by a number of taps that is compiled in, or any with 0.
-template <int TAPS>
+// The window's columns of four rows, which are read up to 16 bytes past the last tap.
 void along_x(const Byte* const* rows, const Axis& axis, int start, int size, Byte* out, size_t stride) {
-  // Of 16 bytes two pixels as pairs of 16 bits for each channel, then the next two.
+  // Of the five pixels in 16 bytes two as pairs of 16 bits for each channel, then the next two, then the last alone.
   const __m256i near = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1));
   const __m256i far = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1));
+  const __m256i last = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(12, -1, -1, -1, 13, -1, -1, -1, 14, -1, -1, -1, -1, -1, -1, -1));
   // Of the four rows' bytes, in the order 0, 2, 1, 3, two rows in turns.
   const __m128i paired01 = _mm_setr_epi8(0, 8, 1, 9, 2, 10, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
   const __m128i paired23 = _mm_setr_epi8(4, 12, 5, 13, 6, 14, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
   const __m256i half = _mm256_set1_epi32(1 << axis.bits >> 1);
   const __m128i shift = _mm_cvtsi32_si128(axis.bits);
   const Byte *const row0 = rows[0], *const row1 = rows[1], *const row2 = rows[2], *const row3 = rows[3];
-  const int taps = TAPS ? TAPS : axis.taps;
+  const int taps = axis.taps;
   const int* first = axis.first.data() + start;
   const int16_t* weights = axis.weights_of(start);
   Byte* second = out + 2 * stride;
-  for (int o = 0; o < size; o++, weights += taps) {
+  for (int o = 0; o < size; o++, weights += axis.stride) {
     const size_t from = 3 * size_t(first[o]);
     __m256i sum01 = half, sum23 = half;
     const auto add = [&](__m256i pixels01, __m256i pixels23, __m256i which, const int16_t* two) {
@@ -474,22 +475,16 @@ void along_x(const Byte* const* rows, const Axis& axis, int start, int size, Byt
       const __m256i pixels01 = two_of_16(row0 + at, row1 + at), pixels23 = two_of_16(row2 + at, row3 + at);
       add(pixels01, pixels23, near, weights + k);
       if (k + 2 < taps) add(pixels01, pixels23, far, weights + k + 2);
+      if (k + 5 == taps) {
+        add(pixels01, pixels23, last, weights + k + 4);
+        break;
+      }
     }
     sum01 = _mm256_sra_epi32(sum01, shift), sum23 = _mm256_sra_epi32(sum23, shift);
     const __m256i words = _mm256_packs_epi32(sum01, sum23);
     const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storel_epi64((__m128i*)(out + 6 * size_t(o)), _mm_shuffle_epi8(bytes, paired01));
     _mm_storel_epi64((__m128i*)(second + 6 * size_t(o)), _mm_shuffle_epi8(bytes, paired23));
-  }
-}
-
-// Rows are read up to 16 bytes past the last tap.
-void along_x(const Byte* const* rows, const Axis& axis, int start, int size, Byte* out, size_t stride) {
-  switch (axis.taps) {
-    case 4: return along_x<4>(rows, axis, start, size, out, stride);
-    case 6: return along_x<6>(rows, axis, start, size, out, stride);
-    case 8: return along_x<8>(rows, axis, start, size, out, stride);
-    default: return along_x<0>(rows, axis, start, size, out, stride);
   }
 }
 
@@ -572,6 +567,7 @@ class SourceRows {
     for (int r = 0; r < 4; r++) {
       const size_t start = (box_.top + std::min(from + r, end - 1)) * shape_.stride() + 3 * size_t(box_.left);
       rows[r] = image_ + start;
+      for (size_t ahead = 0; ahead < width; ahead += 64) __builtin_prefetch(rows[r] + 4 * shape_.stride() + ahead);
       if (start + room_of_one > shape_.bytes()) {
         Byte* copy = room(edge_, 4 * room_of_one) + r * room_of_one;
         std::memcpy(copy, rows[r], width);
