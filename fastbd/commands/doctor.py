@@ -216,11 +216,14 @@ def _step() -> Finding:
     import torch
 
     from fastbd.base.dist import World
+    from fastbd.kernels import native
     from fastbd.models.precision import is_captured, is_compiled
 
     world = World(0, 1, torch.device(_device()))
     if not is_compiled("auto", world):
-        return "eager", "on a GPU towers are compiled and the step is one CUDA graph; --compile on works here too"
+        built = all(map(native.library, ("batchnorm", "attention")))
+        how = "eager, norms and captions' attention in C++" if built else "eager, nothing of it compiled"
+        return how, "on a GPU towers are compiled and the step is one CUDA graph; --compile on works here too"
     captured = ", captured in a CUDA graph" if is_captured("auto", world) else ""
     return f"compiled{captured}", "--compile off or fused and --graph off change it; several GPUs run without the graph"
 

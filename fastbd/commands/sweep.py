@@ -95,7 +95,7 @@ def _model_of(run: Planned) -> str | None:
     """Name of the model that a run trains; None where that is the one of an earlier run of the study."""
     if isinstance(run.config, PretrainConfig):
         return run.config.model
-    assert isinstance(run.config, CleanConfig), "the only other training"
+    assert isinstance(run.config, CleanConfig) and run.config.run, "the only other training, of a model"
     return None if run.needs else str(read_config(run.config.run).get("model"))
 
 
