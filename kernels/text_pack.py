@@ -18,6 +18,7 @@ from torch import Tensor
 from fastbd.kernels import attention_native
 
 TRITON = find_spec("triton") is not None
+NATIVE = attention_native.library() is not None
 WAYS = ("auto", "triton", "native", "reference")
 END = 49_407  # the end token, CLIP's highest id
 
@@ -76,7 +77,7 @@ def packed_attention(qkv: Tensor, starts: Tensor, heads: int, way: str = "auto")
     if way not in WAYS:
         raise ValueError(f"way is one of {WAYS}, not {way!r}")
     if way == "auto":
-        native = qkv.device.type == "cpu" and attention_native.library() is not None
+        native = qkv.device.type == "cpu" and qkv.dtype != torch.float64 and NATIVE
         way = "triton" if qkv.is_cuda and TRITON else "native" if native else "reference"
     return torch.ops.fastbd.packed_attention(qkv, starts, heads, way)[0]
 
