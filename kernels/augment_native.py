@@ -29,6 +29,8 @@ def library() -> ctypes.CDLL | None:
     layout = [PARAMS.itemsize, *OFFSETS.values(), OPERATION.itemsize]
     if list((ctypes.c_int32 * len(layout)).in_dll(found, "view_layout")) != layout:
         raise RuntimeError("the compiled library of views is of another version of fastbd: install fastbd again.")
+    pointer, whole = ctypes.c_void_p, ctypes.c_int32
+    found.render.argtypes = [pointer, pointer, pointer, ctypes.c_int64, *[whole] * 3, pointer, pointer, whole, pointer]
     found.render.restype = ctypes.c_int64
     return found
 
@@ -64,20 +66,20 @@ def render(
         raise ValueError(f"out must be {dtype} {[len(images), size, size, 3]}, contiguous")
     images = [image.contiguous() for image in images]
     addresses = np.array([image.data_ptr() for image in images], np.int64)
-    sizes = np.array([image.shape[:2] for image in images], np.int32)
+    sizes = np.array([(image.size(0), image.size(1)) for image in images], np.int32)
     params = np.ascontiguousarray(view.params)
     failed = found.render(
-        ctypes.c_void_p(addresses.ctypes.data),
-        ctypes.c_void_p(sizes.ctypes.data),
-        ctypes.c_void_p(params.ctypes.data),
-        ctypes.c_int64(len(images)),
-        ctypes.c_int32(size),
-        ctypes.c_int32(view.cubic),
-        ctypes.c_int32(KINDS[dtype]),
-        ctypes.c_void_p(normalisation(CPU).data_ptr()),
-        ctypes.c_void_p(noise_levels(CPU).data_ptr()),
-        ctypes.c_int32(WAYS.index(way) + 1 if way else found.ways()),
-        ctypes.c_void_p(out.data_ptr()),
+        addresses.ctypes.data,
+        sizes.ctypes.data,
+        params.ctypes.data,
+        len(images),
+        size,
+        view.cubic,
+        KINDS[dtype],
+        normalisation(CPU, size).data_ptr(),
+        noise_levels(CPU).data_ptr(),
+        WAYS.index(way) + 1 if way else found.ways(),
+        out.data_ptr(),
     )
     if failed >= 0:
         raise ValueError(f"a view that leaves its image of {sizes[failed].tolist()} px: {view.params[failed]}")

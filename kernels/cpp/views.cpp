@@ -76,7 +76,8 @@ struct Region {
 };
 
 // How one axis is resized: output o is the sum of `taps` inputs from first[o] on, each times its weight, over 2^bits.
-// Weights can be taken two by two: an odd number of them is followed by a 0. So can the inputs with `even`: first[o] is.
+// Weights can be taken two by two, as an odd number of them is followed by a 0; so can the inputs with `even`, as
+// first[o] is.
 struct Axis {
   int inputs = 0, outputs = 0;
   bool cubic = false, even = false;
@@ -145,21 +146,19 @@ Axis axis_of(int inputs, int outputs, bool cubic, bool even) {
   return axis;
 }
 
-// Axes that a thread has met last: most images of a set share a few sizes.
+// Axes that a thread has met, each in the one slot that its sizes choose: images of a set share some sizes.
 class Axes {
  public:
-  // Valid until `KEPT - 1` more are asked for.
+  // Valid until the next such axis, with the same `even`, is asked for.
   const Axis& get(int inputs, int outputs, bool cubic, bool even) {
-    for (const Axis& axis : kept_)
-      if (axis.is(inputs, outputs, cubic, even)) return axis;
-    oldest_ = (oldest_ + 1) % KEPT;
-    return kept_[oldest_] = axis_of(inputs, outputs, cubic, even);
+    Axis& axis = kept_[even][(31 * unsigned(inputs) + unsigned(outputs)) % SLOTS];
+    if (!axis.is(inputs, outputs, cubic, even)) axis = axis_of(inputs, outputs, cubic, even);
+    return axis;
   }
 
  private:
-  static constexpr int KEPT = 32;
-  std::array<Axis, KEPT> kept_;
-  int oldest_ = 0;
+  static constexpr int SLOTS = 128;
+  std::array<Axis, SLOTS> kept_[2];
 };
 
 // A table for each channel, of operations that look at nothing but a level, and the histograms behind some of them.
@@ -252,14 +251,18 @@ Region read_by(const Operation& operation, Region made, Shape shape) {
 
 // Memory of one thread, taken again for the next image.
 struct Scratch {
-  std::vector<Byte> images[2], squares[2], before, rows, edge, line, turned, others;
+  std::vector<Byte> images[2], squares[2];  // of operations before and after the resize
+  std::vector<Byte> others, before;         // of a single operation
+  std::vector<uint16_t> columns;
   std::vector<const Byte*> lines;
+  std::vector<Byte> edge, rows, line;  // of the resize
+  Axes axes;
+  std::vector<Byte> turned;  // of a row that is finished
+  std::vector<float> values;
   std::vector<uint16_t> narrowed;
   std::vector<uint32_t> words;
-  std::vector<float> values, scale_shift;
-  Axes axes;
 
-  size_t bytes() const { return images[0].capacity() + images[1].capacity() + rows.capacity(); }
+  size_t bytes() const { return images[0].capacity() + images[1].capacity() + before.capacity() + rows.capacity(); }
 };
 
 template <class T>
@@ -275,7 +278,7 @@ struct Job {
   int size;
   bool cubic;
   Kind kind;
-  const float* normalisation;  // scale of each channel, then its shift
+  const float* normalisation;  // scale of each value of a row [3 size], then its shift
   const float* noise_levels;   // [65536]
 };
 
@@ -355,8 +358,12 @@ int64_t render(const int64_t* addresses, const int32_t* sizes, const Params* par
     for (int64_t i = 0; i < count; i++) {
       const Shape shape{sizes[2 * i], sizes[2 * i + 1]};
       if (!possible(params[i], shape, size)) return i;
-      one(reinterpret_cast<const Byte*>(addresses[i]), shape, params[i], job, scratch, static_cast<Byte*>(out) + i * bytes);
+      const Byte* image = reinterpret_cast<const Byte*>(addresses[i]);
+      one(image, shape, params[i], job, scratch, static_cast<Byte*>(out) + i * bytes);
     }
+#if defined(__x86_64__)
+    _mm_sfence();  // stores past the caches are ordered by nothing else
+#endif
     if (scratch.bytes() > KEPT) scratch = Scratch();
   } catch (const std::bad_alloc&) {
     return -2;

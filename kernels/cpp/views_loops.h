@@ -127,6 +127,7 @@ inline __m256i chosen(__m256i first, __m256i second, __m256i last, __m256i third
 
 #endif
 
+// The entries of n pixels, each channel's in its table.
 void look_up(const Byte* p, Byte* q, int n, const Channels<Table>& tables) {
   int i = 0;
 #ifdef FASTBD_AVX2
@@ -248,8 +249,8 @@ void affine(const Byte* p, Byte* q, Shape shape, Region made, const int32_t* arg
 void sharpen(const Byte* p, Byte* q, Shape shape, Region made, float factor, Scratch& scratch) {
   const int n = int(shape.stride());
   const size_t stride = shape.stride();
-  Byte* smooth = room(scratch.others, 3 * stride);
-  uint16_t* columns = reinterpret_cast<uint16_t*>(smooth + stride + (stride & 1));
+  Byte* smooth = room(scratch.others, stride);
+  uint16_t* columns = room(scratch.columns, stride);
   for (int y = made.top; y < made.bottom; y++) {
     const Byte* row = p + y * stride;
     std::memcpy(smooth, row, stride);
@@ -264,10 +265,10 @@ void sharpen(const Byte* p, Byte* q, Shape shape, Region made, float factor, Scr
   }
 }
 
-// `box` times the sum of the inner ones of `count` lines and `ends` times that of the two outer ones, over 2^24, rounded.
-// COUNT is a number of lines that is compiled in, or 0.
+// `box` times the sum of the inner ones of `count` lines and `ends` times that of the two outer ones, over 2^24,
+// rounded. COUNT is a number of lines that is compiled in, or 0.
 template <int COUNT>
-void box_sum(const Byte* const* lines, int count, Byte* __restrict q, int n, uint32_t box, uint32_t ends) {
+inline void box_sum(const Byte* const* lines, int count, Byte* __restrict q, int n, uint32_t box, uint32_t ends) {
   if (COUNT) count = COUNT;
   const Byte* line[COUNT ? COUNT : 1];
   for (int k = 0; k < COUNT; k++) line[k] = lines[k];
@@ -514,20 +515,22 @@ void along_y(const Byte* const* rows, const Axis& axis, int o, int size, Byte* l
 inline Byte rounded(int32_t sum, int bits) { return Byte(std::min(std::max(sum >> bits, 0), 255)); }
 
 void along_x(const Byte* const* rows, const Axis& axis, int start, int size, Byte* out, size_t stride) {
-  const int32_t half = 1 << axis.bits >> 1;
+  const int taps = axis.taps, bits = axis.bits, half = 1 << bits >> 1;
   for (int r = 0; r < 4; r++, out += stride) {
-    for (int o = 0; o < size; o++) {
-      const Byte* from = rows[r] + 3 * size_t(axis.first[start + o]);
-      const int16_t* weights = axis.weights_of(start + o);
+    const int* first = axis.first.data() + start;
+    const int16_t* weights = axis.weights_of(start);
+    for (int o = 0; o < size; o++, weights += axis.stride) {
+      const Byte* from = rows[r] + 3 * size_t(first[o]);
       int32_t red = half, green = half, blue = half;
-      for (int k = 0; k < axis.taps; k++) {
-        red += weights[k] * from[3 * k];
-        green += weights[k] * from[3 * k + 1];
-        blue += weights[k] * from[3 * k + 2];
+      for (int k = 0; k < taps; k++) {
+        const int32_t weight = weights[k];
+        red += weight * from[3 * k];
+        green += weight * from[3 * k + 1];
+        blue += weight * from[3 * k + 2];
       }
-      out[3 * o] = rounded(red, axis.bits);
-      out[3 * o + 1] = rounded(green, axis.bits);
-      out[3 * o + 2] = rounded(blue, axis.bits);
+      out[3 * o] = rounded(red, bits);
+      out[3 * o + 1] = rounded(green, bits);
+      out[3 * o + 2] = rounded(blue, bits);
     }
   }
 }
@@ -542,7 +545,9 @@ void along_y(const Byte* const* rows, const Axis& axis, int o, int size, Byte* l
     for (int k = 0; k < axis.taps; k++) {
       const Byte* from = rows[k] + start;
       const int16_t weight = weights[k];
-      for (int i = 0; i < count; i++) sums[i] += weight * int16_t(from[i]);
+      int16_t levels[PART];  // for multiplication of 16 bits by 16
+      for (int i = 0; i < count; i++) levels[i] = from[i];
+      for (int i = 0; i < count; i++) sums[i] += weight * levels[i];
     }
     for (int i = 0; i < count; i++) line[start + i] = rounded(sums[i], axis.bits);
   }
@@ -567,6 +572,7 @@ class SourceRows {
     for (int r = 0; r < 4; r++) {
       const size_t start = (box_.top + std::min(from + r, end - 1)) * shape_.stride() + 3 * size_t(box_.left);
       rows[r] = image_ + start;
+      // The next four are on their way while these are worked on.
       for (size_t ahead = 0; ahead < width; ahead += 64) __builtin_prefetch(rows[r] + 4 * shape_.stride() + ahead);
       if (start + room_of_one > shape_.bytes()) {
         Byte* copy = room(edge_, 4 * room_of_one) + r * room_of_one;
@@ -665,6 +671,7 @@ void write(Byte* to, const void* row, size_t bytes) {
   std::memcpy(to + done, static_cast<const Byte*>(row) + done, bytes - done);
 }
 
+// What follows the square of pixels, row by row, into the view.
 class Finish {
  public:
   Finish(const Params& view, const Job& job, Scratch& scratch, void* out)
@@ -673,12 +680,7 @@ class Finish {
     values_ = room(scratch.values, n_);
     narrowed_ = room(scratch.narrowed, n_);
     words_ = room(scratch.words, n_);
-    if (scratch.scale_shift.size() != 2 * size_t(n_)) {
-      scratch.scale_shift.resize(2 * size_t(n_));
-      for (int i = 0; i < n_; i++)
-        for (int k = 0; k < 2; k++) scratch.scale_shift[k * size_t(n_) + i] = job.normalisation[3 * k + i % 3];
-    }
-    scale_ = scratch.scale_shift.data(), shift_ = scale_ + n_;
+    scale_ = job.normalisation, shift_ = scale_ + n_;
   }
 
   void row(int y, const Byte* line) {
@@ -764,8 +766,7 @@ void render(const Byte* image, Shape shape, const Params& view, const Job& job, 
   const Plan plan = plan_of(view, job, scratch.axes);
   const Byte* source = Chain(image, shape, scratch.images, scratch).run(view.before, BEFORE, read_by(plan, size));
   Finish finish(view, job, scratch, out);
-  const bool more = std::any_of(view.after, view.after + AFTER, [](const Operation& one) { return one.code != NONE; });
-  if (!more) {
+  if (!std::any_of(view.after, view.after + AFTER, [](const Operation& one) { return one.code != NONE; })) {
     resize(source, shape, plan, size, scratch, [&](int y, const Byte* line) { finish.row(y, line); });
     return;
   }
