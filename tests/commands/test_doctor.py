@@ -14,6 +14,7 @@ from fastbd.commands import doctor
 from fastbd.config.flags import DoctorConfig
 from fastbd.data.beton import Beton
 from fastbd.data.rows import read_rows
+from fastbd.kernels import augment_native
 
 
 def test_says_what_is_here(capsys):
@@ -32,6 +33,15 @@ def test_nothing_is_broken():
     memory = float(found["memory"][0].removesuffix(" GiB free"))
     kept = int(found["memory"][1].split()[5].replace(",", ""))
     assert abs(kept * 224 * 224 * 3 * 4 / 2**30 - memory) < 0.06
+
+
+def test_says_what_makes_views(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if ways := augment_native.ways():
+        assert doctor.PATHS["augment"]()[0] == f"C++ ({ways[-1]}) on cpu"
+    monkeypatch.setattr(augment_native, "library", lambda: None)
+    found, why = doctor.PATHS["augment"]()
+    assert found == "PyTorch on cpu" and "C++ compiler" in why
 
 
 def test_a_probe_that_fails_is_a_finding():

@@ -6,6 +6,7 @@ import ctypes
 import io
 import itertools
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -240,6 +241,23 @@ def test_a_huge_image() -> None:
     view = drawn("plain", [huge], 32)
     view.params["before"][0, 0] = OPERATIONS["brighter"]
     assert_same([huge], view, 32, torch.uint8)
+
+
+def test_threads_at_once_make_the_same_views() -> None:
+    images = photos(6)
+    view = drawn("auto_augment", images, 224)
+    want = reference.render(images, view, 224, torch.float32)
+    with ThreadPoolExecutor(4) as pool:
+        for made in pool.map(lambda _: render(images, view, 224), range(8)):
+            assert torch.equal(made, want)
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "OFFSETS", views.OFFSETS | {"erase": views.OFFSETS["erase"] + 4})
+    native.library.cache_clear()
+    with pytest.raises(RuntimeError, match="install fastbd again"):
+        native.ways()
+    native.library.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
