@@ -150,9 +150,9 @@ def epoch_case(
 
     def ours(decode: str, load: float = 0.0, where: str = "none") -> Call:
         pairs = opened(path, decode, load, device)
-        resident.keep(
-            pairs, np.arange(len(files)), where, base=recipe == ("plain",), world=one_process(device), quiet=True
-        )
+        base, rows = recipe == ("plain",), np.arange(len(files))
+        beside = not base and "plain" in recipe
+        resident.keep(pairs, rows, where, base=base, beside=beside, world=one_process(device), quiet=True)
 
         def call() -> Output:
             views = first_of(batch.views for batch in an_epoch(pairs, recipe, device))

@@ -113,7 +113,7 @@ def batches(
     depth = 2 if parts == 1 else 1  # a batch that is used in parts is large
     if world.device.type == "cuda":
         return _received(_ahead(_made_on_gpu(pairs, order, draw, texts, dtype, world.device), depth))
-    return _ahead(_made_on_cpu(pairs, order, draw, texts, dtype), depth)
+    return _ahead(_made_on_cpu(pairs, order, policies, draw, texts, dtype), depth)
 
 
 def text_lengths(pairs: Pairs, rows: np.ndarray, text_view: int | None) -> np.ndarray:
@@ -123,17 +123,20 @@ def text_lengths(pairs: Pairs, rows: np.ndarray, text_view: int | None) -> np.nd
 
 
 def _made_on_cpu(
-    pairs: Pairs, order: Sequence[np.ndarray], draw: Draw, texts: Texts, dtype
+    pairs: Pairs, order: Sequence[np.ndarray], policies: Sequence[str], draw: Draw, texts: Texts, dtype
 ) -> Generator[Batch, None, None]:
     rooms = _Rooms()
     for ids, sources in zip(order, pairs.sources(order), strict=True):
-        views = _views(pairs, ids, sources, draw, partial(rooms.empty, dtype=dtype))
+        views = _views(pairs, ids, sources, policies, draw, partial(rooms.empty, dtype=dtype))
         yield Batch(torch.from_numpy(ids), views, texts(ids))
 
 
-def _views(pairs: Pairs, ids: np.ndarray, sources: Sequence[Tensor], draw: Draw, empty) -> tuple[Tensor, ...]:
+def _views(
+    pairs: Pairs, ids: np.ndarray, sources: Sequence[Tensor], policies: Sequence[str], draw: Draw, empty
+) -> tuple[Tensor, ...]:
     """One task takes a few images from their bytes to all their views, while they are in a core's cache."""
     size, sizes = pairs.size, pairs.sizes(ids)
+    squares = pairs.resident_squares
     drawn = draw(ids, sizes)
     views = [empty((len(ids), size, size, 3)) for _ in drawn]
 
@@ -143,8 +146,12 @@ def _views(pairs: Pairs, ids: np.ndarray, sources: Sequence[Tensor], draw: Draw,
         found = np.array([image.shape[:2] for image in images])
         if not np.array_equal(found, sizes[part]):  # a substitute
             mine = draw(ids[part], found)
-        for out, view in zip(views, mine, strict=True):
-            render(images, view, size, out.dtype, out=out[part])
+        for out, view, policy in zip(views, mine, policies, strict=True):
+            if policy == "plain" and squares:  # made before: it is only normalised
+                whole = plain([(size, size)] * len(out[part]), size)
+                render(squares.images(ids[part]), whole, size, out.dtype, out=out[part])
+            else:
+                render(images, view, size, out.dtype, out=out[part])
 
     list(pairs.decoder.pool.map(make, range(0, len(ids), TASK)))
     return tuple(view.permute(0, 3, 1, 2) for view in views)

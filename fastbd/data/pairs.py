@@ -36,14 +36,16 @@ class Pairs:
     """The image-caption pairs of a .beton, with the triggers and captions of a plan.
 
     A damaged image is named in the log, kept in `bad` (row to reason) and replaced by the next whole one of the file;
-    more than `max_bad` of them are a UserError. With `resident`, source images are taken from there; `where` names the
-    place that resident.keep() has found for them, "none" where they are decoded in each epoch.
+    more than `max_bad` of them are a UserError. With `resident`, source images are taken from there, and with
+    `resident_squares` plain views; `where` names the place that resident.keep() has found for them, "none" where they
+    are decoded in each epoch.
     """
 
     def __init__(self, beton: Beton | Shards, decoder: Decoder, size: int, plan: Plan | None = None, max_bad: int = 0):
         self.beton, self.decoder, self.size, self.plan, self.max_bad = beton, decoder, size, plan, max_bad
         self.bad: dict[int, str] = {}
         self.resident: Pixels | None = None
+        self.resident_squares: Pixels | None = None
         self.where = "none"
         self._lock = threading.Lock()
         # planned[i] is the place of row i in the plan, or -1

@@ -35,6 +35,7 @@ def keep(
     where: str,
     *,
     base: bool,
+    beside: bool = False,
     world: World,
     folder: Path | None = None,
     quiet: bool = False,
@@ -42,8 +43,9 @@ def keep(
     """Decode the source images of `rows` once, for good, on the host; returns a line of text that says where they are.
 
     `where` is "gpu", "ram", "disk", "none" or "auto", the same on all ranks; the file of "disk" lies in `folder`, or
-    else beside the data. With `base` only their base views are kept, S x S. UserError on all ranks for a place that one
-    of them does not have, or where they do not fit.
+    else beside the data. With `base` only their base views are kept, S x S; with `beside` these too, in main memory for
+    a run on the CPU, where all fills at most a quarter of it. UserError on all ranks for a place that one of them does
+    not have, or where they do not fit.
     """
     sizes = np.full((len(rows), 2), pairs.size) if base else pairs.sizes(rows)
     need = int(bytes_of(sizes).sum())
@@ -58,8 +60,16 @@ def keep(
         kept = world.main_first(partial(_on_disk, path, pairs, rows, sizes, base, quiet))
         numbers = f"{need / 1e9:.2f} GB in {path}"
     else:
+        squares = None
+        if beside and where == "ram" and world.device.type == "cpu":
+            more = len(rows) * 3 * pairs.size**2
+            if 4 * (need + more) <= _free_memory(world):
+                memory = torch.empty(more, dtype=torch.uint8)
+                squares = Pixels(rows, len(pairs.beton), np.full((len(rows), 2), pairs.size), memory)
+                numbers += f", and {more / 1e9:.2f} GB of base views"
         kept = Pixels(rows, len(pairs.beton), sizes, _memory(where, need, world.device))
-        _fill(kept, pairs, base, quiet)
+        _fill(kept, pairs, base, quiet, squares)
+        pairs.resident_squares = squares
     pairs.resident = kept
     return f"images are decoded once by {pairs.decoder.about}, --resident {where}: {numbers}"
 
@@ -68,7 +78,7 @@ def _choose(where: str, need: int, world: World) -> tuple[str, str]:
     """The place, which is there on every rank, and the numbers that led to it; those of the rank with the least."""
     device = world.device
     gpu = world.least(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0)
-    ram = world.least(free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    ram = _free_memory(world)
     free = f"{ram / 1e9:.2f} GB free in memory" + (f", {gpu / 1e9:.2f} GB on the GPU" if gpu else "")
     if where == "auto":
         where = "gpu" if 2 * need <= gpu else "ram" if 4 * need <= ram else "none"
@@ -77,6 +87,11 @@ def _choose(where: str, need: int, world: World) -> tuple[str, str]:
     elif need > {"gpu": gpu, "ram": ram}.get(where, need):
         raise UserError(f"--resident {where} needs {need / 1e9:.2f} GB, of {free}: give --resident disk or none.")
     return where, f"{need / 1e9:.2f} GB decoded, {free}" + (" on each of the ranks" if world.size > 1 else "")
+
+
+def _free_memory(world: World) -> int:
+    """Bytes that each rank can still take, those of the one with the least."""
+    return world.least(free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def free_memory(root: Path = Path("/")) -> int:
@@ -112,13 +127,17 @@ def _memory(where: str, need: int, device: torch.device) -> Tensor:
     return pixels
 
 
-def _fill(kept: Pixels, pairs: Pairs, base: bool, quiet: bool) -> None:
+def _fill(kept: Pixels, pairs: Pairs, base: bool, quiet: bool, squares: Pixels | None = None) -> None:
     starts = range(0, len(kept.rows), CHUNK)
     chunks = [kept.rows[start : start + CHUNK] for start in starts]
     with progress("decoding", len(kept.rows), quiet=quiet) as advance:
         for start, sources in zip(starts, pairs.sources(chunks, host=True), strict=True):
-            for k, image in enumerate(pairs.squares(sources) if base else pairs.each(sources)):
+            images = [*pairs.squares(sources)] if base else pairs.each(sources)
+            for k, image in enumerate(images):
                 kept.put(start + k, image)
+            if squares:
+                for k, square in enumerate(pairs.squares(images)):
+                    squares.put(start + k, square)
             advance(len(sources))
     if kept.pixels.is_cuda:
         torch.cuda.synchronize()  # another stream will read them

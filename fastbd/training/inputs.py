@@ -54,7 +54,8 @@ def open_pairs(
         most_bad = int(config.max_bad * len(task.rows))
         pairs = Pairs(beton, decoder_of(config, world, decode), task.model.image_size, plan, most_bad)
         folder = config.resident_dir
-        said = resident.keep(pairs, task.rows, where, base=base, world=world, folder=folder, quiet=quiet)
+        beside = not base and "plain" in policies
+        said = resident.keep(pairs, task.rows, where, base=base, beside=beside, world=world, folder=folder, quiet=quiet)
         if not quiet:
             console.print(said, markup=False)
         return pairs

@@ -93,6 +93,39 @@ def test_epochs_decode_nothing_and_are_those_of_streaming(beton, policies, where
         base_views(kept, [2, 4])
 
 
+@pytest.mark.parametrize("policies", [RECIPES["cleanclip"], ("auto_augment", "plain", "light")], ids=str)
+def test_plain_views_beside_whole_images_are_those_of_streaming(beton, monkeypatch, policies):
+    data = bytearray(beton.path.read_bytes())
+    start = bytes(data).index(beton.jpeg(4).tobytes())
+    data[start : start + 200] = bytes(200)
+    beton.path.write_bytes(data)
+    rows = np.array([0, 2, 4, 5, 6, 8])
+    kept, streaming = pairs_of(Beton(beton.path), max_bad=1), pairs_of(Beton(beton.path), max_bad=1)
+    resident.keep(kept, rows, "ram", base=False, beside=True, world=ONE, quiet=True)
+    for number in (3, 4):
+        assert alike(epoch(kept, rows, policies, number), epoch(streaming, rows, policies, number))
+    assert torch.equal(kept.resident_squares.pixels.view(-1, SIZE, SIZE, 3), base_views(streaming, rows))
+    before = epoch(kept, rows, policies, 5)
+    kept.resident_squares.pixels.zero_()
+    changed = [not torch.equal(old, new) for old, new in zip(before, epoch(kept, rows, policies, 5), strict=True)]
+    views = len(policies)
+    assert np.array(changed).reshape(2, -1)[:, :views].tolist() == 2 * [[policy == "plain" for policy in policies]]
+
+
+@pytest.mark.parametrize(("where", "times", "kept"), [("auto", 4, True), ("ram", 4, True), ("ram", 3.9, False)])
+def test_plain_views_are_kept_where_all_fills_a_quarter_of_the_free_memory(beton, monkeypatch, where, times, kept):
+    rows = np.array([0, 1, 3])
+    need = sum(3 * (20 + row) * (30 - row) for row in rows.tolist()) + 3 * len(rows) * SIZE**2
+    monkeypatch.setattr(resident, "free_memory", lambda: int(times * need))
+    pairs = pairs_of(beton)
+    said = resident.keep(pairs, rows, where, base=False, beside=True, world=ONE, quiet=True)
+    assert pairs.where == "ram" and (pairs.resident_squares is not None) == kept
+    assert said.endswith("GB of base views") == kept
+    without = pairs_of(beton)
+    resident.keep(without, rows, where, base=False, world=ONE, quiet=True)
+    assert without.resident is not None and without.resident_squares is None
+
+
 def test_addresses_are_those_of_the_images(beton):
     """As a GPU reads them; here in main memory."""
     data = bytearray(beton.path.read_bytes())
