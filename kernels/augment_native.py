@@ -68,6 +68,8 @@ def render(
     addresses = np.array([image.data_ptr() for image in images], np.int64)
     sizes = np.array([(image.size(0), image.size(1)) for image in images], np.int32)
     params = np.ascontiguousarray(view.params)
+    # Held until the call is over: what a cache returns to one of two threads that come first is not what it keeps.
+    levels, noise = normalisation(CPU, size), noise_levels(CPU)
     failed = found.render(
         addresses.ctypes.data,
         sizes.ctypes.data,
@@ -76,8 +78,8 @@ def render(
         size,
         view.cubic,
         KINDS[dtype],
-        normalisation(CPU, size).data_ptr(),
-        noise_levels(CPU).data_ptr(),
+        levels.data_ptr(),
+        noise.data_ptr(),
         WAYS.index(way) + 1 if way else found.ways(),
         out.data_ptr(),
     )

@@ -8,6 +8,7 @@ import itertools
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fastbd.kernels import augment_reference as reference
 from fastbd.kernels import native as libraries
 from fastbd.kernels import views
 from fastbd.kernels.augment import render
+from fastbd.kernels.constants import normalisation
 from fastbd.kernels.policies import POLICIES
 from fastbd.kernels.views import View, operation
 
@@ -250,6 +252,22 @@ def test_threads_at_once_make_the_same_views() -> None:
     with ThreadPoolExecutor(4) as pool:
         for made in pool.map(lambda _: render(images, view, 224), range(8)):
             assert torch.equal(made, want)
+
+
+def test_threads_that_come_first_share_tables_that_stay() -> None:
+    """Each of several threads that find no table makes one, of which one is kept: the others' must live as long."""
+    images = photos(1)
+    view = drawn("plain", images, 64)
+    want = reference.render(images, view, 64, torch.float32)
+
+    def first(threads: Barrier) -> torch.Tensor:
+        threads.wait()
+        return render(images, view, 64)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(40):
+            normalisation.cache_clear()
+            assert all(torch.equal(made, want) for made in pool.map(first, 4 * [Barrier(4)]))
 
 
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
