@@ -8,13 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GLIBC__)
-// Compiled for new processors and for old ones; the first call takes what this one has.
-#define EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define EACH_CPU
-#endif
-#define RESTRICT __restrict__
+#include "each_cpu.h"
 
 namespace {
 
