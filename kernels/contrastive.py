@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbd.kernels import contrastive_reference
+from fastbd.kernels.operator import operator
 
 WAYS = ("auto", "small", "tile", "hybrid", "whole", "reference")
 GATHERS = ("exact", "local-grad")
@@ -156,7 +157,7 @@ def _triples(terms: list[int]) -> list[contrastive_reference.Term]:
 # ---- the operation: tile and reference ----
 
 
-@torch.library.custom_op("fastbd::contrastive", mutates_args=())
+@operator("contrastive")
 def contrastive(
     towers: list[Tensor],
     log_scale: Tensor,
@@ -200,7 +201,7 @@ def _sigmoid(positive: Tensor, rows: Tensor, columns: Tensor, w: Tensor, bias: T
     return parts, row_log, columns, w * torch.sigmoid(-(positive + bias)), (w * columns).sum()
 
 
-@contrastive.register_fake
+@torch.library.register_fake("fastbd::contrastive")
 def _(towers, log_scale, bias, weights, terms, group, exact, way):
     n, (rows, dim), size = len(terms) // 3, towers[0].shape, _Processes(group).size
     new = log_scale.float().new_empty
@@ -212,7 +213,7 @@ def _(towers, log_scale, bias, weights, terms, group, exact, way):
     return new(()), new(n, 2), saved
 
 
-@torch.library.custom_op("fastbd::contrastive_backward", mutates_args=())
+@operator("contrastive_backward", is_gradient=True)
 def contrastive_backward(
     gradient: Tensor,
     towers: list[Tensor],
@@ -248,7 +249,7 @@ def contrastive_backward(
         return gradients, sum_gl * gradient * processes.size
 
 
-@contrastive_backward.register_fake
+@torch.library.register_fake("fastbd::contrastive_backward")
 def _(gradient, towers, log_scale, *_):
     return [torch.empty_like(x) for x in towers], torch.empty_like(gradient)
 
@@ -268,13 +269,13 @@ def _backward(ctx, gradient, *_):
     return of_towers, of_scale.to(log_scale.dtype).view_as(log_scale), of_bias, *[None] * 5
 
 
-contrastive.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("fastbd::contrastive", _backward, setup_context=_save)
 
 
 # ---- the operations that make the gradients in the forward: small and whole ----
 
 
-@torch.library.custom_op("fastbd::contrastive_small", mutates_args=())
+@operator("contrastive_small")
 def contrastive_small(
     towers: list[Tensor], log_scale: Tensor, weights: Tensor, terms: list[int], group: str, exact: bool
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
@@ -292,13 +293,13 @@ def contrastive_small(
     return loss, parts, gradients, of_scale
 
 
-@contrastive_small.register_fake
+@torch.library.register_fake("fastbd::contrastive_small")
 def _(towers, log_scale, weights, terms, group, exact):
     new = log_scale.float().new_empty
     return new(()), new(len(terms) // 3, 2), [torch.empty_like(x) for x in towers], new(())
 
 
-@torch.library.custom_op("fastbd::contrastive_whole", mutates_args=())
+@operator("contrastive_whole")
 def contrastive_whole(
     towers: list[Tensor], log_scale: Tensor, weights: Tensor, terms: list[int]
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
@@ -310,7 +311,7 @@ def contrastive_whole(
         return (weights * parts).sum(), parts, gradients, of_scale
 
 
-@contrastive_whole.register_fake
+@torch.library.register_fake("fastbd::contrastive_whole")
 def _(towers, log_scale, weights, terms):
     new = log_scale.float().new_empty
     return new(()), new(len(terms) // 3, 2), [new(x.shape) for x in towers], new(())
@@ -333,8 +334,8 @@ def _scale_gradients(ctx, gradient, *_):
     return of_towers, of_scale, *[None] * ctx.others
 
 
-contrastive_small.register_autograd(_scale_gradients, setup_context=_save_gradients)
-contrastive_whole.register_autograd(_scale_gradients, setup_context=_save_gradients)
+torch.library.register_autograd("fastbd::contrastive_small", _scale_gradients, setup_context=_save_gradients)
+torch.library.register_autograd("fastbd::contrastive_whole", _scale_gradients, setup_context=_save_gradients)
 
 
 # ---- several processes ----

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbd.kernels import attention_native
+from fastbd.kernels.operator import operator
 
 TRITON = find_spec("triton") is not None
 NATIVE = attention_native.library() is not None
@@ -82,7 +83,7 @@ def packed_attention(qkv: Tensor, starts: Tensor, heads: int, way: str = "auto")
     return torch.ops.fastbd.packed_attention(qkv, starts, heads, way)[0]
 
 
-@torch.library.custom_op("fastbd::packed_attention", mutates_args=())
+@operator("packed_attention")
 def _attention(qkv: Tensor, starts: Tensor, heads: int, way: str) -> tuple[Tensor, Tensor]:
     """-> the output, and what the backward of a way needs beside it."""
     if way == "triton":
@@ -100,13 +101,13 @@ def _attention(qkv: Tensor, starts: Tensor, heads: int, way: str) -> tuple[Tenso
     return out, qkv.new_empty(0)
 
 
-@_attention.register_fake
+@torch.library.register_fake("fastbd::packed_attention")
 def _(qkv, starts, heads, way):
     saved = qkv.new_empty(qkv.shape[0], heads, dtype=torch.float32) if way == "triton" else qkv.new_empty(0)
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), saved
 
 
-@torch.library.custom_op("fastbd::packed_attention_backward", mutates_args=())
+@operator("packed_attention_backward", is_gradient=True)
 def _attention_backward(
     gradient: Tensor, qkv: Tensor, starts: Tensor, out: Tensor, saved: Tensor, heads: int, way: str
 ) -> Tensor:
@@ -134,7 +135,7 @@ def _attention_backward(
     return of_qkv
 
 
-@_attention_backward.register_fake
+@torch.library.register_fake("fastbd::packed_attention_backward")
 def _(gradient, qkv, starts, out, saved, heads, way):
     return qkv.new_empty(qkv.shape)
 
@@ -151,7 +152,7 @@ def _backward(ctx, gradient, _):
     return torch.ops.fastbd.packed_attention_backward(gradient, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
-_attention.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("fastbd::packed_attention", _backward, setup_context=_save)
 
 
 def _by_caption(qkv: Tensor, starts: Tensor, heads: int) -> tuple[Tensor, Tensor]:
