@@ -81,7 +81,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _cheap_rates() -> Iterator[None]:
     """Each training measures the machine, for half a second: how fast it is does not matter here."""
-    with patch.dict(roofline.SIDE, cpu=64), patch.dict(roofline.COPIED, cpu=1 << 16):
+    with patch.dict(roofline.SIDES, cpu=(64,)), patch.dict(roofline.COPIED, cpu=1 << 16):
         yield
 
 

@@ -87,7 +87,7 @@ def _measure_little() -> None:
     """Each training measures the machine, for a second: how fast it is does not matter here."""
     from fastbd.training import roofline
 
-    roofline.SIDE["cpu"], roofline.COPIED["cpu"] = 64, 1 << 16
+    roofline.SIDES["cpu"], roofline.COPIED["cpu"] = (64,), 1 << 16
 
 
 def run_command(*words: str) -> int:

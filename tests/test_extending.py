@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
     known, path = set(sys.modules), list(sys.path)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setitem(roofline.SIDE, "cpu", 64)
+        patch.setitem(roofline.SIDES, "cpu", (64,))
         patch.setitem(roofline.COPIED, "cpu", 1 << 16)
         for verb in ("build", "poison", "pretrain", "clean", "evaluate", "report"):
             for line in lines(verb):

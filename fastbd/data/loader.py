@@ -34,8 +34,6 @@ T = TypeVar("T")
 Draw = Callable[[np.ndarray, np.ndarray], list[View]]  # (row ids, sizes of their source images)
 Texts = Callable[[np.ndarray], tuple[PackedText, ...]]  # of row ids
 
-TASK = 8  # images that one thread takes at a time
-
 RECIPES = {
     "cleanclip": ("plain", "auto_augment"),
     "randaugment": ("plain", "rand_augment"),
@@ -140,9 +138,9 @@ def _views(
     drawn = draw(ids, sizes)
     views = [empty((len(ids), size, size, 3)) for _ in drawn]
 
-    def make(first: int) -> None:
-        part = slice(first, min(first + TASK, len(ids)))
-        images, mine = [sources[k] for k in range(part.start, part.stop)], [view[part] for view in drawn]
+    def make(places: range) -> None:
+        images, part = [sources[k] for k in places], slice(places.start, places.stop)
+        mine = [view[part] for view in drawn]
         found = np.array([image.shape[:2] for image in images])
         if not np.array_equal(found, sizes[part]):  # a substitute
             mine = draw(ids[part], found)
@@ -153,7 +151,7 @@ def _views(
             else:
                 render(images, view, size, out.dtype, out=out[part])
 
-    list(pairs.decoder.pool.map(make, range(0, len(ids), TASK)))
+    pairs.side_by_side(len(ids), make)
     return tuple(view.permute(0, 3, 1, 2) for view in views)
 
 
@@ -222,7 +220,7 @@ def _uploaded(pairs: Pairs, sources: Sequence[Tensor], device: torch.device) -> 
     def place(k: int) -> None:
         locked[starts[k] : starts[k] + images[k].numel()].copy_(images[k].flatten())
 
-    list(pairs.decoder.pool.map(place, range(len(images))))
+    pairs.side_by_side(len(images), lambda part: [place(k) for k in part])
     flat = locked.to(device, non_blocking=True)
     return Ragged(flat.data_ptr() + np.array(starts, np.int64), sizes, flat.device, flat)
 

@@ -7,10 +7,11 @@ S x S and stamped, as published programs saved it. So a trigger comes before eve
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, overload
+from itertools import chain
+from typing import Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -29,7 +30,9 @@ from fastbd.kernels.augment import Ragged, render
 from fastbd.kernels.views import plain
 from fastbd.poison.plan import Plan
 
+T = TypeVar("T")
 Images = Sequence[Tensor] | Ragged
+TASK = 8  # images that one thread takes at a time
 
 
 class Pairs:
@@ -137,19 +140,24 @@ class Pairs:
 
     def each(self, images: Sequence[Tensor]) -> list[Tensor]:
         """All of the images, made side by side."""
-        return list(self.decoder.pool.map(images.__getitem__, range(len(images))))
+        return list(chain(*self.side_by_side(len(images), lambda part: [images[k] for k in part])))
 
     def squares(self, images: Sequence[Tensor], squash: bool = False) -> Tensor:
         """Their base views, uint8 [B, S, S, 3]; or all squashed."""
         squares = torch.empty(len(images), self.size, self.size, 3, dtype=torch.uint8)
 
-        def fit(k: int) -> None:
-            image = images[k]
-            view = plain([image.shape[:2]], self.size, squash)
-            render([image], view, self.size, torch.uint8, out=squares[k : k + 1])
+        def fit(part: range) -> None:
+            mine = [images[k] for k in part]
+            views = plain([image.shape[:2] for image in mine], self.size, squash)
+            render(mine, views, self.size, torch.uint8, out=squares[part.start : part.stop])
 
-        list(self.decoder.pool.map(fit, range(len(images))))
+        self.side_by_side(len(images), fit)
         return squares
+
+    def side_by_side(self, count: int, work: Callable[[range], T]) -> list[T]:
+        """work(part) for all parts of range(count), by the decoder's threads, each part a few images."""
+        parts = [range(first, min(first + TASK, count)) for first in range(0, count, TASK)]
+        return list(self.decoder.pool.map(work, parts))
 
     def tokens(self, ids: np.ndarray, view: int | None = None) -> np.ndarray:
         """uint16 [B, 77]: captions, or their augmented versions number `view`; poisoned rows have the plan's."""

@@ -27,7 +27,8 @@ from fastbd.models.vit import VisionTransformer
 
 ADAMW_BYTES = 28  # a parameter, in float32: reads it, its gradient and two moments, writes all but the gradient
 FORMATS = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
-SIDE = {"cpu": 1536, "cuda": 8192}  # of the matrices
+SIDES = {"cpu": (256, 512, 1024, 2048), "cuda": (8192,)}  # of the matrices
+ENOUGH = 0.01  # seconds of a product, from which a larger one tells nothing more
 COPIED = {"cpu": 128 << 20, "cuda": 1 << 30}  # bytes: far more than a cache holds
 TRIES = 4
 
@@ -177,13 +178,18 @@ def measure_rates(device: torch.device, precision: str) -> Rates:
 
 def matmul_rate(device: torch.device, number_format: str) -> float:
     """FLOP/s, on random data: zeros multiply faster than numbers. A run's random state stays as it is."""
-    side = SIDE[device.type] // (2 if number_format == "fp64" else 1)  # few GPUs are fast at fp64
-    drawn = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(side, side, device=device, generator=drawn).to(FORMATS[number_format]) for _ in range(2))
-    before = torch.get_float32_matmul_precision()
+    before, rate = torch.get_float32_matmul_precision(), 0.0
     torch.set_float32_matmul_precision("high" if number_format == "tf32" else "highest")
     try:
-        return 2 * side**3 / _shortest(device, lambda: a @ b)
+        for side in SIDES[device.type]:
+            side //= 2 if number_format == "fp64" else 1  # few GPUs are fast at fp64
+            drawn = torch.Generator(device).manual_seed(0)
+            a, b = (torch.randn(side, side, device=device, generator=drawn).to(FORMATS[number_format]) for _ in "ab")
+            seconds = _shortest(device, lambda a=a, b=b: a @ b)
+            rate = max(rate, 2 * side**3 / seconds)
+            if seconds > ENOUGH:
+                break
+        return rate
     finally:
         torch.set_float32_matmul_precision(before)
 

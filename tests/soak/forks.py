@@ -111,7 +111,7 @@ def _import_all() -> None:
     for name in (*late, *(f"fastbd.commands.{verb}" for verb in cli.VERBS)):
         importlib.import_module(name)
     sys.modules["fastbd.commands.build"].SAVE_EVERY = 0.02  # else no short build had anything to resume from
-    roofline.SIDE["cpu"], roofline.COPIED["cpu"] = 64, 1 << 16  # how fast the machine is does not matter here
+    roofline.SIDES["cpu"], roofline.COPIED["cpu"] = (64,), 1 << 16  # how fast the machine is does not matter here
     torch.set_num_threads(1)
     gc.freeze()  # else each child copies all of it, to look for garbage
 

@@ -25,6 +25,6 @@ def write_data(folder: Path) -> None:
 def fastbd(folder: Path, *lines: str) -> None:
     """Run command lines in the folder, within this process; AssertionError where one fails."""
     # how fast the machine is does not matter here
-    with patch.dict(roofline.SIDE, cpu=64), patch.dict(roofline.COPIED, cpu=1 << 16):
+    with patch.dict(roofline.SIDES, cpu=(64,)), patch.dict(roofline.COPIED, cpu=1 << 16):
         for line in lines:
             command_line.fastbd(*line.split(), cwd=folder)

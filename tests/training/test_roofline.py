@@ -184,7 +184,7 @@ class Watch(TorchDispatchMode):
     [("fp32", torch.float32, "highest"), ("tf32", torch.float32, "high"), ("bf16", torch.bfloat16, "highest")],
 )
 def test_rates_are_measured_in_the_runs_own_arithmetic(monkeypatch, precision, dtype, arithmetic):
-    monkeypatch.setitem(roofline.SIDE, "cpu", 64)
+    monkeypatch.setitem(roofline.SIDES, "cpu", (64,))
     monkeypatch.setitem(roofline.COPIED, "cpu", 1 << 16)
     before = torch.get_float32_matmul_precision()
     with Watch() as watch:
@@ -197,16 +197,25 @@ def test_rates_are_measured_in_the_runs_own_arithmetic(monkeypatch, precision, d
 
 def test_the_shortest_call_counts(monkeypatch):
     """The first call warms up; a rate comes from the best of the others: 2 n^3 FLOPs, every byte read and written."""
-    monkeypatch.setitem(roofline.SIDE, "cpu", 10)
+    monkeypatch.setitem(roofline.SIDES, "cpu", (10,))
     monkeypatch.setitem(roofline.COPIED, "cpu", 300)
     clock = [0.0, 5.0, 7.0, 11.0, 14.0] * 2
     monkeypatch.setattr(roofline.time, "perf_counter", lambda: clock.pop(0))
     assert measure_rates(CPU, "fp32") == Rates(2 * 10**3 / 2.0, 2 * 300 / 2.0)
 
 
+def test_matrices_grow_until_a_product_takes_long(monkeypatch):
+    """The best rate counts: a large matrix may be slower than one that fits into the cache."""
+    monkeypatch.setitem(roofline.SIDES, "cpu", (10, 20, 40))
+    clock = [*(0.002 * k for k in range(5)), *(1 + 0.02 * k for k in range(5))]
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: clock.pop(0))
+    assert roofline.matmul_rate(CPU, "fp32") == pytest.approx(max(2 * 10**3 / 0.002, 2 * 20**3 / 0.02))
+    assert not clock  # no product of 40
+
+
 def test_measuring_leaves_the_random_state_as_it_is(monkeypatch):
     """Else a run that is resumed, and so measures once more, had another one than a run that was not stopped."""
-    monkeypatch.setitem(roofline.SIDE, "cpu", 16)
+    monkeypatch.setitem(roofline.SIDES, "cpu", (16,))
     monkeypatch.setitem(roofline.COPIED, "cpu", 16)
     before = torch.get_rng_state()
     measure_rates(CPU, "fp32")
