@@ -1,4 +1,4 @@
-"""AdamW with CLIP's two groups, which moves no rows of an embedding that no gradient has met; the temperature's bounds."""
+"""AdamW with CLIP's two groups, quick where few rows of an embedding are trained; the temperature's bounds."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class AdamW(TORCH):
             parameter.grad = gradient
 
     def _step_of_rows(self, parameter: Tensor, group: dict) -> bool:
-        """Do the step of a parameter whose gradient is sparse; or make that dense, for torch's step, and return False."""
+        """Do the step of a parameter with a sparse gradient; or make that dense, for torch's step, and return False."""
         assert parameter.grad is not None, "it has one"
         gradient, state = parameter.grad.coalesce(), self.state[parameter]
         if not state:
