@@ -1,4 +1,4 @@
-"""What a process and those that it starts take: seconds, CPU seconds, resident memory."""
+"""What a process and those that it starts take: seconds, CPU seconds, memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
+TICKS = os.sysconf("SC_CLK_TCK")  # a second
 LOOK = 0.02, 0.25  # seconds between looks whether it is done, and between those at its memory
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds by the clock, and of the CPU, user and system; the most resident bytes, as they were looked at; the exit
-    code, None for a process that was not waited for."""
+    """Seconds by the clock; CPU seconds, user and system, and the most bytes of memory, as they were looked at, of the
+    process and of those that it starts; the exit code, None for a process that was not waited for."""
 
     seconds: float
     cpu_seconds: float
@@ -30,18 +30,21 @@ def run(
 ) -> Taken:
     """Run a command in a folder, its output in the file `output` there, until it ends or is `done`; then it is killed.
 
-    Its memory is not asked of the system at the end, which would say that of this process if it is more.
+    What it takes is not asked of the system at the end: that would say the memory of this process if it is more, and
+    nothing of processes that others have waited for.
     """
     with open(folder / "output", "w") as output:
         began = time.perf_counter()
         process = subprocess.Popen(
             words, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    peak, look, ended = 0, began, False
+    peak, cpu, look, ended = 0, {}, began, False
     try:
         while not (ended or done()):
             if time.perf_counter() > look:
-                peak, look = max(peak, resident_bytes(process.pid)), look + LOOK[1]
+                seen = looked_at(process.pid)
+                peak, look = max(peak, sum(memory for _, memory in seen.values())), look + LOOK[1]
+                cpu |= {pid: seconds for pid, (seconds, _) in seen.items()}
             time.sleep(LOOK[0])
             ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         seconds = time.perf_counter() - began
@@ -50,17 +53,20 @@ def run(
             os.killpg(process.pid, signal.SIGKILL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    return Taken(seconds, usage.ru_utime + usage.ru_stime, peak, process.returncode if ended else None)
+    cpu[process.pid] = usage.ru_utime + usage.ru_stime
+    return Taken(seconds, sum(cpu.values()), peak, process.returncode if ended else None)
 
 
-def resident_bytes(session: int) -> int:
-    """Resident memory of all processes of a session; pages that two of them share count twice."""
-    total = 0
-    for path in Path("/proc").glob("[0-9]*/stat"):
+def looked_at(session: int) -> dict[int, tuple[float, int]]:
+    """CPU seconds and bytes of memory of the processes of a session; pages that several share are shared out."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            fields = path.read_text().rpartition(")")[2].split()  # behind the name, which may hold anything
-        except OSError:
+            fields = (path / "stat").read_text().rpartition(")")[2].split()  # behind the name, which may hold anything
+            if int(fields[3]) == session:
+                lines = (path / "smaps_rollup").read_text().splitlines()
+                memory = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+                found[int(path.name)] = (int(fields[11]) + int(fields[12])) / TICKS, memory
+        except (OSError, StopIteration):
             continue  # it has ended
-        if int(fields[3]) == session:
-            total += int(fields[21]) * PAGE
-    return total
+    return found

@@ -15,7 +15,6 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,12 +60,8 @@ def end(process: BaseProcess) -> None:
 def fork_children(patch: pytest.MonkeyPatch) -> None:
     """Have sweeps and builds fork their processes from this one, which has loaded all that they need."""
     from fastbd.base import workers
-    from fastbd.study import engines
 
-    fork = multiprocessing.get_context("fork")
-    for module in (workers, engines):
-        patch.setattr(module, "multiprocessing", SimpleNamespace(get_context=lambda method: fork))
-    patch.setattr(workers, "_start_server", lambda: None)
+    patch.setattr(workers, "forking", lambda: multiprocessing.get_context("fork"))
 
 
 def _alone(work: Callable[..., Any], arguments: tuple, cwd: Path, said: Path | None, environment: dict) -> None:

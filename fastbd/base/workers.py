@@ -1,4 +1,4 @@
-"""A map over worker processes, in order."""
+"""Worker processes: the server that they are forked from, and a map over some of them, in order."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contextlib import suppress
 from itertools import cycle
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from fastbd.base.signals import STOPPING, end_with_parent
 
 T = TypeVar("T")
 R = TypeVar("R")
+_preloaded: list[str] = []
 
 
 class WorkerDied(UserError):
@@ -30,6 +32,27 @@ class WorkerDied(UserError):
         how = f"of {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         why = ", most likely for want of memory: run with fewer --workers" if memory else ": run the same command again"
         super().__init__(f"a worker process died {how}{why}")
+
+
+def preload(module: str) -> None:
+    """Let the server, where it is not started yet, import a module that its processes need: once for all of them."""
+    if module not in _preloaded:
+        _preloaded.append(module)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_preloaded)
+
+
+def forking() -> ForkServerContext:
+    """Return the way to make processes that a server forks, and start the server; this process may have threads.
+
+    It is deaf to Ctrl-C, at which it would show a traceback while it imports.
+    """
+    resource_tracker.ensure_running()  # first: having started it, Python lets Ctrl-C in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return multiprocessing.get_context("forkserver")
 
 
 def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> Generator[R, None, None]:
@@ -45,8 +68,7 @@ def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> Ge
     if workers < 2:
         yield from map(work, tasks)
         return
-    context = multiprocessing.get_context("forkserver")  # not forked from this process, which may have threads
-    _start_server()
+    context = forking()
     processes, pipes = [], []
     try:
         for worker in range(workers):
@@ -63,16 +85,6 @@ def map_in_order(work: Callable[[T], R], tasks: Sequence[T], workers: int) -> Ge
             process.terminate()
         for process in processes:
             process.join()
-
-
-def _start_server() -> None:
-    """Start the process that workers are forked from, deaf to Ctrl-C: it would show a traceback while it imports."""
-    resource_tracker.ensure_running()  # first: having started it, Python lets Ctrl-C in again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGTERM})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _receive(results: Connection, process: BaseProcess):

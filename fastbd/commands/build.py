@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import time
@@ -33,7 +32,7 @@ from fastbd.base.files import check_out, discard, locked, replacing
 from fastbd.base.journal import Journal
 from fastbd.base.prompts import numbered, read_classes, read_templates
 from fastbd.base.signals import Stopped, stoppable
-from fastbd.base.workers import WorkerDied, map_in_order
+from fastbd.base.workers import WorkerDied, map_in_order, preload
 from fastbd.config.fields import to_dict
 from fastbd.config.flags import BuildConfig
 from fastbd.data.beton import BetonWriter, begins_as_beton, holds, temporary
@@ -78,8 +77,7 @@ def run(config: BuildConfig) -> int:
     classes = read_classes(config.classes) if config.classes else None
     templates = read_templates(config.templates, classes)
     names = dict(zip(classes.codes, classes, strict=True)) if classes else {}
-    # Workers are forked from a server process; let it import once what they all need.
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    preload(__name__)
     items = read_items(config)
     pack = partial(_pack_chunk, templates=templates, names=names, config=config)
     job, journal = _job(items, [templates, names], config), None

@@ -24,6 +24,7 @@ from fastbd.base.errors import Diverged, UserError, lacks_memory, machine_fault
 from fastbd.base.evaluation import RecordedEvaluation
 from fastbd.base.run_folder import find, on_common_set, read_config
 from fastbd.base.signals import Stopped, stop_behind, stoppable
+from fastbd.base.workers import preload
 from fastbd.commands import clean, demo, poison, pretrain, report
 from fastbd.config.cards import check_chosen
 from fastbd.config.flags import CleanConfig, PoisonConfig, PretrainConfig, ReportConfig, SweepConfig
@@ -60,12 +61,15 @@ def run(config: SweepConfig) -> int:
     engine, ledger = ENGINES[config.engine], open_ledger(config)
     if config.retry:
         ledger.retry()
+    count = processes_of(config, ledger)
+    if count != 1 and config.engine == "local":
+        preload(__name__)
     if any(run.verb == "pretrain" and run.config.data == "demo" for run in ledger.runs):
         demo.demo_set()
     console.print(live.opening(ledger), markup=False)
     try:
         with _watched(ledger):
-            engine(partial(_work_in, ledger.folder, config), ledger.folder, processes_of(config, ledger), config.device)
+            engine(partial(_work_in, ledger.folder, config), ledger.folder, count, config.device)
     except Stopped as stopped:
         console.print(f"stopped; go on with: python -m fastbd sweep --out {ledger.folder}", markup=False)
         return stopped.exit_code

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from fastbd.base import signals
+from fastbd.base import signals, workers
 from fastbd.base.console import console
 from fastbd.base.errors import UserError
 from fastbd.base.signals import Stopped
@@ -37,31 +36,30 @@ def on_this_machine(work: Work, folder: Path, count: int, device: str) -> None:
     count = count or max(1, len(gpus))
     if count == 1:
         return work(device)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     console.print(f"{count} processes; what they say is in {folder}/worker-*.log", markup=False)
     devices = gpus or [device]
-    spawn = multiprocessing.get_context("spawn")
+    context = workers.forking()
     logs = [folder / f"worker-{k}.log" for k in range(count)]
-    workers = [
-        spawn.Process(target=_beside, args=(partial(work, devices[k % len(devices)]), logs[k], count))
+    processes = [
+        context.Process(target=_beside, args=(partial(work, devices[k % len(devices)]), logs[k], count))
         for k in range(count)
     ]
 
     def pass_on() -> None:
-        for worker in workers:
-            if worker.pid and worker.is_alive():
-                os.kill(worker.pid, signal.SIGTERM)
+        for process in processes:
+            if process.pid and process.is_alive():
+                os.kill(process.pid, signal.SIGTERM)
 
     with _signals(pass_on) as caught:
-        for worker in workers:
+        for process in processes:
             if not caught:
-                worker.start()
-        for worker in workers:
-            if worker.pid:
-                worker.join()
-    for worker, path in zip(workers, logs, strict=True):
-        if worker.exitcode:
-            raise _died(f"{_why(worker.exitcode, path)}; see {path}", folder)
+                process.start()
+        for process in processes:
+            if process.pid:
+                process.join()
+    for process, path in zip(processes, logs, strict=True):
+        if process.exitcode:
+            raise _died(f"{_why(process.exitcode, path)}; see {path}", folder)
 
 
 def on_ray(work: Work, folder: Path, count: int, device: str) -> None:
@@ -180,6 +178,8 @@ def _beside(work: Callable[[], None], path: Path, count: int) -> None:
     """Do the work in one of `count` processes on this machine; it ends with code 2 after a UserError."""
     signals.end_with_parent()
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(count))  # as from torchrun: cores and memory are shared out by it
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch, which is loaded, has read that before
     try:
         _logged(work, path)
     except UserError:  # which the log tells

@@ -23,9 +23,9 @@ class AdamW(TORCH):
     """
 
     # As they are without torch's decorators, which load its compiler only to keep them out of it: 2.5 s of a start.
-    add_param_group, state_dict, zero_grad = map(
-        inspect.unwrap, (TORCH.add_param_group, TORCH.state_dict, TORCH.zero_grad)
-    )
+    add_param_group = inspect.unwrap(TORCH.add_param_group)
+    state_dict = inspect.unwrap(TORCH.state_dict)
+    zero_grad = inspect.unwrap(TORCH.zero_grad)
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -66,9 +66,9 @@ class AdamW(TORCH):
         of_rows = torch.zeros_like(parameter[rows]).index_copy_(0, torch.searchsorted(rows, new), gradient.values())
         moved = {"": parameter[rows], **{name: state[name][rows] for name in MOMENTS}}
         adamw(
-            [moved[""]], [of_rows], *([moved[name]] for name in MOMENTS), [], [state["step"]], fused=True,
-            amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], maximize=False,
-            **{name: group[name] for name in ("lr", "weight_decay", "eps")},
+            [moved[""]], [of_rows], [moved["exp_avg"]], [moved["exp_avg_sq"]], [], [state["step"]], fused=True,
+            amsgrad=False, maximize=False, beta1=group["betas"][0], beta2=group["betas"][1],
+            lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
         if group["weight_decay"]:
             parameter *= 1 - float(group["lr"]) * group["weight_decay"]
