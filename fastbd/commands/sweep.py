@@ -198,7 +198,7 @@ def work(ledger: Ledger, config: SweepConfig) -> None:
     world = dist.join(config.device)
     if world.size > 1:
         raise UserError("a sweep shares out its runs by itself: start it without torchrun, with --processes.")
-    next_one = partial(_do_next, ledger, config, Kept(), world)
+    next_one = partial(_do_next, ledger, config, Kept(ledger.folder), world)
     with stoppable():  # also where no training is there to save first: between runs, while one is set up
         while patiently(next_one, ledger.folder):
             pass

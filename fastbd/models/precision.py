@@ -13,13 +13,22 @@ from fastbd.base.errors import UserError
 
 
 def set_precision(name: str, device: torch.device) -> str:
-    """Resolve `auto`, switch TF32, and let cuDNN try its algorithms; returns fp32, tf32 or bf16."""
+    """Resolve `auto`, switch TF32, and let cuDNN try its algorithms; returns fp32, tf32 or bf16.
+
+    On a CPU `auto` is fp32; a training may then find bf16 to be faster, which needs no other switches.
+    """
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     torch.backends.cudnn.benchmark = True
     return name
+
+
+def has_bf16() -> bool:
+    """Whether the CPU has instructions for products in bf16: AVX-512's or AMX's on x86, those of the name on ARM."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # one that has no such function: none
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def autocast(precision: str, device: torch.device):

@@ -24,7 +24,8 @@ from fastbd.evals.embedding import embed_images, embed_texts
 from fastbd.evals.towers import Towers
 from fastbd.kernels.text_pack import room_for
 from fastbd.methods.method import Training, check_returned, name_of
-from fastbd.training import checkpoint, divergence, rebound, setup
+from fastbd.models.precision import has_bf16
+from fastbd.training import checkpoint, divergence, fastest, rebound, setup
 from fastbd.training.folder import RunFolder
 from fastbd.training.inputs import decoder_of, open_pairs, policies_of
 from fastbd.training.resume import check_inputs, inputs
@@ -47,14 +48,31 @@ class Opened:
     ):
         self.config, self.task, self.world = config, task, world
         self.kept, self.folder, self.quiet = kept, folder, quiet
-        self.numerics = setup.numerics_of(config, world)
         self.policies = policies_of(config.views, task.method.objective)
         self.shares = setup.shares_of(config, task, world, len(self.policies))
+        self.numerics = setup.numerics_of(config, world, partial(self._faster, resumed))
         self._check_weights(resumed)
         if config.verify:
             world.main_first(self._verify)
         self._open(resumed)
         self._begin(resumed)
+
+    def _faster(self, resumed: dict | None) -> str:
+        """Return fp32 or bf16: what the resumed run had, else what this CPU trains the model in faster."""
+        config, task = self.config, self.task
+        if not (has_bf16() and config.epochs):
+            return "fp32"
+        if resumed:
+            return resumed.get("precision", "fp32")  # not recorded up to version 0.1.0
+
+        def measured() -> dict[str, float]:
+            seconds = fastest.measure(task.model, self.shares.part(config.batch_size) * self.shares.views)
+            self._say(fastest.sentence(seconds))
+            return seconds
+
+        study, name = self.kept.study, task.model_name
+        make = partial(fastest.shared, study, name, measured) if study else measured
+        return fastest.choice(self.kept.get("precision", name, make))
 
     def _check_weights(self, resumed: dict | None) -> None:
         """Raise a UserError where a resumed run's inputs are not what they were, or the weights are not finite."""
@@ -141,6 +159,9 @@ class Opened:
             checkpoint.set_random_state(resumed["random"])
             if resumed["decode"] != self.decoded_by:
                 self._say(f"images were decoded by {resumed['decode']}, now by {self.decoded_by}: pixels may differ")
+            was, now = resumed.get("precision"), self.numerics.precision
+            if was not in (None, now):
+                self._say(f"the towers computed in {was}, now in {now}: numbers will differ")
 
     def _as_seen_by_the_method(self) -> Training:
         task, beton = self.task, self.pairs.beton

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +24,13 @@ LOOKING = "zeroshot", "partly", "monitor"  # what is kept of these has hold of a
 
 
 class Kept:
-    """The latest of each kind, with a key that says what it depends on. An older one goes before a new one is made."""
+    """The latest of each kind, with a key that says what it depends on. An older one goes before a new one is made.
 
-    def __init__(self):
+    `study`: the folder of the study whose runs they are, if they are one's.
+    """
+
+    def __init__(self, study: Path | None = None):
+        self.study = study
         self._kept: dict[str, tuple[Hashable, Any]] = {}
 
     def held(self, kind: str, key: Hashable) -> Any | None:

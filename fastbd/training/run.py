@@ -129,8 +129,9 @@ class Run:
 
         def write(folder: Path) -> None:
             pixels = {"decode": opened.decoded_by, "resident": opened.pairs.where}
+            precision = {"precision": opened.numerics.precision}
             synonyms = {"plan_eda_synonyms": eda.synonyms_source()}
-            files.write_json(folder / "env.json", environment() | synonyms | pixels)
+            files.write_json(folder / "env.json", environment() | synonyms | pixels | precision)
             if task.plan:
                 task.plan.save(folder / "plan.json")
             for name, rows in ((ROWS, config.rows_file), (SPARED, getattr(config, "flagged_by", None))):
@@ -309,6 +310,7 @@ class Run:
             "plan": self.task.plan and self.task.plan.to_dict(),
             "inputs": opened.inputs,
             "decode": opened.decoded_by,
+            "precision": opened.numerics.precision,
         }
 
     def record(self, row: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +31,16 @@ class Numerics:
     captured: bool
 
 
-def numerics_of(config: Config, world: World) -> Numerics:
-    """Return what the flags ask for on this machine; sets the precision of PyTorch's matrix products."""
+def numerics_of(config: Config, world: World, faster: Callable[[], str]) -> Numerics:
+    """Return what the flags ask for on this machine; sets the precision of PyTorch's matrix products.
+
+    On a CPU --precision auto is what `faster` says; of several processes, the main one's.
+    """
     precision = set_precision(config.precision, world.device)
+    if config.precision == "auto" and world.device.type == "cpu":
+        narrow = torch.tensor(faster() == "bf16")
+        world.share([narrow])
+        precision = "bf16" if narrow else "fp32"
     return Numerics(precision, is_compiled(config.compile, world), is_captured(config.graph, world))
 
 

@@ -37,6 +37,7 @@ from fastbd.study import patience
 from fastbd.study.engines import load_ray
 from fastbd.study.grid import Study
 from fastbd.study.ledger import Ledger, _read_claim
+from fastbd.training import fastest, opened
 from fastbd.training.reuse import Kept
 from fastbd.training.run import Run
 
@@ -248,6 +249,15 @@ def of_models(name: str, *models: str, clean: tuple) -> Study:
 
 def statuses(ledger: Ledger) -> dict[str, str]:
     return {row.run.name: row.status.state for row in ledger.table()}
+
+
+def test_a_study_keeps_which_precision_is_faster_for_a_model(here, monkeypatch):
+    monkeypatch.setattr(opened, "has_bf16", lambda: True)
+    monkeypatch.setattr(fastest, "measure", lambda model, images: {"fp32": 2.0, "bf16": 1.0})
+    small = {**CLEAN, "rows": 24, "epochs": 1, "force": True, "eval_every": "epoch"}
+    ledger, _ = here(of_models("fast", "start", clean=({"method": "finetune", **small},)), code=0)
+    assert json.loads((ledger.folder / fastest.FILE).read_text()) == {"tiny-rn": {"fp32": 2.0, "bf16": 1.0}}
+    assert [numbers(run.out)[-1]["precision"] for run in ledger.runs] == ["bf16"]
 
 
 def test_what_fails_ends_no_other(here):

@@ -7,10 +7,14 @@ import shutil
 
 import pytest
 import torch
+from cleanings import WORLD
 
 from fastbd import cli
 from fastbd.base import files
+from fastbd.commands import pretrain
+from fastbd.training import fastest, opened
 from fastbd.training.resume import difference
+from fastbd.training.run import Run
 
 RUN = (
     "pretrain", "--data", "train.beton", "--plan", "train.poison.json", "--eval-data", "val.beton", "--model",
@@ -68,6 +72,21 @@ def test_a_damaged_checkpoint_gives_way_loudly_to_that_of_an_epoch(place, run, c
     ends = [torch.load(folder / "ckpt_last.pt", weights_only=True) for folder in (place / "whole", run)]
     assert ends[0]["step"] == ends[1]["step"] == 8
     assert all(torch.equal(ends[1]["model"][name], value) for name, value in ends[0]["model"].items())
+
+
+@pytest.mark.parametrize(("able", "taken"), [(True, "bf16"), (False, "fp32")])
+def test_a_run_goes_on_in_the_precision_in_which_it_was_stopped(able, taken, run, monkeypatch, capsys):
+    """Without a new measurement; on a processor that has no such instructions it says what has become of it."""
+    state = torch.load(run / "ckpt_epoch_001.pt", weights_only=True)
+    assert state.pop("precision") == "fp32"
+    torch.save(state | {"precision": "bf16"}, run / "ckpt_last.pt")
+    monkeypatch.setattr(opened, "has_bf16", lambda: able)
+    monkeypatch.setattr(fastest, "measure", None)
+    config = cli.parse("pretrain", ["--resume", str(run)])
+    resumed = Run(config, pretrain.task(config, WORLD), WORLD)
+    resumed.folder.release()
+    assert resumed.opened.step.precision == taken
+    assert ("the towers computed in bf16, now in fp32" in capsys.readouterr().out) == (not able)
 
 
 def test_where_nothing_is_left_to_be_done_the_last_checkpoint_is_whole_again(place, run):
@@ -223,9 +242,10 @@ def test_other_data_is_refused_and_a_moved_one_is_not(place, run, tmp_path, caps
     assert "was saved by a run with other content of --eval-data" in capsys.readouterr().err
 
 
-def test_an_older_checkpoint_is_still_resumed(run):
+def test_an_older_checkpoint_is_still_resumed(run, monkeypatch):
+    monkeypatch.setattr(opened, "has_bf16", lambda: True)
     state = torch.load(run / "ckpt_last.pt", weights_only=True)
-    del state["inputs"]
+    del state["inputs"], state["precision"]  # which was fp32 on every CPU
     state["config"] |= {"gone": 1}
     state["step"], state["epoch"], state["seconds"] = 4, 1.0, 5000.0
     torch.save(state, run / "ckpt_last.pt")
@@ -233,6 +253,7 @@ def test_an_older_checkpoint_is_still_resumed(run):
     edited(run / "config.json", lambda v: [v.pop(name) for name in ("start_step", "start_weights")])  # not known then
     assert fastbd("pretrain", "--resume", run) == 0
     assert torch.load(run / "ckpt_last.pt", weights_only=True)["step"] == 8
+    assert {row["precision"] for row in rows(run, "metrics.jsonl")} == {"fp32"}
     assert 5000 < json.loads((run / "result.json").read_text())["seconds"] < 6000  # with those before it was stopped
     assert fastbd("pretrain", "--resume", run) == 0  # from what has just been written
     assert written.keys() > json.loads((run / "config.json").read_text()).keys()
