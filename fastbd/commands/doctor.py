@@ -204,12 +204,14 @@ def _losses() -> Finding:
 def _precision() -> Finding:
     import torch
 
-    from fastbd.models.precision import set_precision
+    from fastbd.models.precision import has_bf16, set_precision
 
     name = set_precision("auto", torch.device(_device()))
+    if _device() == "cpu" and has_bf16():
+        return "fp32 or bf16", "a training measures which is faster, all else is fp32; --precision changes it"
     if name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return name, "this GPU only emulates it: --precision fp32 is likely faster"
-    return name, "auto: bf16 on a GPU, fp32 on a CPU; --precision changes it"
+    return name, "auto: bf16 on a GPU, fp32 on a CPU without bf16 instructions; --precision changes it"
 
 
 def _step() -> Finding:

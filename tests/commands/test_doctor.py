@@ -15,6 +15,7 @@ from fastbd.config.flags import DoctorConfig
 from fastbd.data.beton import Beton
 from fastbd.data.rows import read_rows
 from fastbd.kernels import augment_native
+from fastbd.models.precision import has_bf16
 
 
 def test_says_what_is_here(capsys):
@@ -28,7 +29,8 @@ def test_nothing_is_broken():
     found = doctor.findings(doctor.MACHINE | doctor.PATHS)
     assert all(what and meaning for what, meaning in found.values())
     assert found["tokenizer"][0] == version("instant-clip-tokenizer")
-    assert found["precision"][0] == ("bf16" if torch.cuda.is_available() else "fp32")
+    on_cpu = "fp32 or bf16" if has_bf16() else "fp32"
+    assert found["precision"][0] == ("bf16" if torch.cuda.is_available() else on_cpu)
     assert found["losses"][0] == ("Triton on cuda" if torch.cuda.is_available() else "PyTorch on cpu")
     memory = float(found["memory"][0].removesuffix(" GiB free"))
     kept = int(found["memory"][1].split()[5].replace(",", ""))
