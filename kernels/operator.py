@@ -13,9 +13,9 @@ Function = TypeVar("Function", bound=Callable)
 def operator(name: str, is_gradient: bool = False) -> Callable[[Function], Function]:
     """Register a function that changes none of its arguments and returns none of them as torch.ops.fastbd.`name`.
 
-    As torch.library.custom_op does it (PyTorch 2.13), but for one thing: operators of that kind load the whole compiler
-    when they are first called, although eager code has no use for it: 2.5 s of a start, and 100 MB. One that is the
-    gradient of another has none itself.
+    As torch.library.custom_op does it, whose operators load the whole compiler when they are first called, although
+    eager code has no use for it: 2.5 s of a start, and 100 MB (findings/torch_eager_loads_compiler.sh). An operator
+    that is the gradient of another has none itself.
     """
 
     def register(function: Function) -> Function:

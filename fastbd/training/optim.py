@@ -22,7 +22,8 @@ class AdamW(TORCH):
     A row that has never had a gradient has no momentum either: it only decays, and its moments are not read.
     """
 
-    # As they are without torch's decorators, which load its compiler only to keep them out of it: 2.5 s of a start.
+    # As they are without torch's decorators, which load its compiler only to keep them out of it, 2.5 s of a start:
+    # findings/torch_eager_loads_compiler.sh
     add_param_group = inspect.unwrap(TORCH.add_param_group)
     state_dict = inspect.unwrap(TORCH.state_dict)
     zero_grad = inspect.unwrap(TORCH.zero_grad)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -32,12 +33,14 @@ from fastbd.base.run_folder import find
 from fastbd.commands import clean
 from fastbd.commands import sweep as sweep_command
 from fastbd.config.flags import CleanConfig, SweepConfig
+from fastbd.data import resident
+from fastbd.evals.zeroshot import ZeroShot
 from fastbd.report import write
 from fastbd.study import patience
 from fastbd.study.engines import load_ray
 from fastbd.study.grid import Study
 from fastbd.study.ledger import Ledger, _read_claim
-from fastbd.training import fastest, opened
+from fastbd.training import fastest, opened, watch
 from fastbd.training.reuse import Kept
 from fastbd.training.run import Run
 
@@ -258,6 +261,25 @@ def test_a_study_keeps_which_precision_is_faster_for_a_model(here, monkeypatch):
     ledger, _ = here(of_models("fast", "start", clean=({"method": "finetune", **small},)), code=0)
     assert json.loads((ledger.folder / fastest.FILE).read_text()) == {"tiny-rn": {"fp32": 2.0, "bf16": 1.0}}
     assert [numbers(run.out)[-1]["precision"] for run in ledger.runs] == ["bf16"]
+
+
+def test_what_runs_have_in_common_is_done_once(here, monkeypatch):
+    """Of three cleanings of one model: opening the evaluation set, decoding the pairs, evaluating where they begin."""
+    done = Counter()
+
+    def counted(name: str, call: Callable) -> Callable:
+        def count(*arguments, **keywords):
+            done[name] += 1
+            return call(*arguments, **keywords)
+
+        return count
+
+    for owner, name in ((watch, "open_set"), (resident, "_fill"), (ZeroShot, "__call__")):
+        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+    rates = {**CLEAN, "rows": 24, "epochs": 1, "force": True, "eval_every": "epoch", "lr": (1e-4, 1e-3, 1e-2)}
+    ledger, _ = here(of_models("alike", "start", clean=({"method": "finetune", **rates},)), code=0)
+    assert [len(numbers(run.out)) for run in ledger.runs] == [2, 2, 2]
+    assert done == {"open_set": 1, "_fill": 1, "__call__": 1 + 3}
 
 
 def test_what_fails_ends_no_other(here):
