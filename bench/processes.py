@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")  # a second
-LOOK = 0.02, 0.25  # seconds between looks whether it is done, and between those at its memory
+LOOK = 0.02, 0.25  # seconds between looks whether it is done, and at least between those at its memory
+SHARE = 0.01  # of the time that these may take: the system goes through all pages, 0.05 s for a gigabyte
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ def run(
     try:
         while not (ended or done()):
             if time.perf_counter() > look:
+                at = time.perf_counter()
                 seen = looked_at(process.pid)
-                peak, look = max(peak, sum(memory for _, memory in seen.values())), look + LOOK[1]
+                look = time.perf_counter() + max(LOOK[1], (time.perf_counter() - at) / SHARE)
+                peak = max(peak, sum(memory for _, memory in seen.values()))
                 cpu |= {pid: seconds for pid, (seconds, _) in seen.items()}
             time.sleep(LOOK[0])
             ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
