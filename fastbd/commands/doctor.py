@@ -247,6 +247,12 @@ MACHINE = {
     "DALI": _package(
         "nvidia.dali", "nvidia-dali-cuda130", "decodes JPEG", "pip install nvidia-dali-cuda130 decodes JPEG faster"
     ),
+    "simplejpeg": _package(
+        "simplejpeg",
+        "simplejpeg",
+        "decodes JPEG with --decode pil",
+        "Pillow decodes alone, slower: pip install simplejpeg",
+    ),
     "FFCV": _package("ffcv", "ffcv", "decodes JPEG with --decode ffcv", "not needed; `make ffcv` adds it"),
     "tokenizer": _package(
         "instant_clip_tokenizer", "instant-clip-tokenizer", "tokenises captions", "pip install instant-clip-tokenizer"
