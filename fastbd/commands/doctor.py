@@ -251,7 +251,7 @@ MACHINE = {
         "simplejpeg",
         "simplejpeg",
         "decodes JPEG with --decode pil",
-        "Pillow decodes alone, slower: pip install simplejpeg",
+        "Pillow alone is slower: pip install simplejpeg",
     ),
     "FFCV": _package("ffcv", "ffcv", "decodes JPEG with --decode ffcv", "not needed; `make ffcv` adds it"),
     "tokenizer": _package(
