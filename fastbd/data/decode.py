@@ -77,7 +77,7 @@ def _by_turbo(jpeg: np.ndarray) -> np.ndarray | None:
         if space not in ("YCbCr", "Gray", "RGB") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
         return simplejpeg.decode_jpeg(jpeg, "RGB")
-    except ValueError:
+    except (KeyError, ValueError):  # KeyError: it has no name for 4:4:1
         return None
 
 

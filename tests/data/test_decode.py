@@ -187,6 +187,16 @@ def test_what_libjpeg_turbo_would_convert_in_another_way_is_left_to_pillow(monke
     assert _by_turbo(*as_arrays(encoded(picture(20, 10)))) is None
 
 
+def test_a_file_whose_samples_simplejpeg_has_no_name_for_is_left_to_pillow():
+    """4:4:1, as of a turned 4:1:1 of a video camera: a unit has six blocks, as that of 4:2:0 has."""
+    file = bytearray(encoded(picture(16, 16), subsampling=2))
+    at = file.index(b"\xff\xc0")
+    assert file[at + 5 : at + 12] == bytes((0, 16, 0, 16, 3, 1, 0x22))
+    file[at + 5 : at + 9], file[at + 11] = struct.pack(">HH", 32, 8), 0x14
+    (data,) = as_arrays(bytes(file))
+    assert np.array_equal(read(data), pixels(bytes(file))) and read(data).shape == (32, 8, 3)
+
+
 def test_without_libjpeg_turbo_pillow_reads_all(monkeypatch):
     monkeypatch.setattr(decode, "simplejpeg", None)
     file = encoded(picture(30, 20))
