@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-TICKS = os.sysconf("SC_CLK_TCK")  # a second
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 LOOK = 0.02, 0.25  # seconds between looks whether it is done, and at least between those at its memory
 SHARE = 0.01  # of the time that these may take: the system goes through all pages, 0.05 s for a gigabyte
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds by the clock; CPU seconds, user and system, and the most bytes of memory, as they were looked at, of the
-    process and of those that it starts; the exit code, None for a process that was not waited for."""
+    """Seconds by the clock; CPU seconds, user and system, of the process and of those that it starts, and the most bytes
+    of their memory, as it was looked at; the exit code, None for a process that was not waited for."""
 
     seconds: float
     cpu_seconds: float
@@ -31,23 +33,21 @@ def run(
 ) -> Taken:
     """Run a command in a folder, its output in the file `output` there, until it ends or is `done`; then it is killed.
 
-    What it takes is not asked of the system at the end: that would say the memory of this process if it is more, and
-    nothing of processes that others have waited for.
+    The memory is not asked of the system at the end: that would say this process's if it is more.
     """
+    adopt()
     with open(folder / "output", "w") as output:
         began = time.perf_counter()
         process = subprocess.Popen(
             words, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    peak, cpu, look, ended = 0, {}, began, False
+    peak, look, ended = 0, began, False
     try:
         while not (ended or done()):
             if time.perf_counter() > look:
                 at = time.perf_counter()
-                seen = looked_at(process.pid)
+                peak = max(peak, sum(map(memory_of, members(process.pid))))
                 look = time.perf_counter() + max(LOOK[1], (time.perf_counter() - at) / SHARE)
-                peak = max(peak, sum(memory for _, memory in seen.values()))
-                cpu |= {pid: seconds for pid, (seconds, _) in seen.items()}
             time.sleep(LOOK[0])
             ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         seconds = time.perf_counter() - began
@@ -56,20 +56,41 @@ def run(
             os.killpg(process.pid, signal.SIGKILL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    cpu[process.pid] = usage.ru_utime + usage.ru_stime
-    return Taken(seconds, sum(cpu.values()), peak, process.returncode if ended else None)
+    cpu = usage.ru_utime + usage.ru_stime + waited_for(process.pid)
+    return Taken(seconds, cpu, peak, process.returncode if ended else None)
 
 
-def looked_at(session: int) -> dict[int, tuple[float, int]]:
-    """CPU seconds and bytes of memory of the processes of a session; pages that several share are shared out."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (path / "stat").read_text().rpartition(")")[2].split()  # behind the name, which may hold anything
-            if int(fields[3]) == session:
-                lines = (path / "smaps_rollup").read_text().splitlines()
-                memory = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-                found[int(path.name)] = (int(fields[11]) + int(fields[12])) / TICKS, memory
-        except (OSError, StopIteration):
-            continue  # it has ended
+def adopt() -> None:
+    """Become the parent of processes whose own ends, as by then the server that others are forked from may live."""
+    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+
+
+def waited_for(session: int) -> float:
+    """Kill what is left of a session; return the CPU seconds of all that it was, and of what they have waited for."""
+    seconds = 0.0
+    while found := members(session):
+        for pid in found:
+            with suppress(ProcessLookupError, ChildProcessError):  # its parent, who waits for it, has not ended yet
+                os.kill(pid, signal.SIGKILL)
+                _, _, usage = os.wait4(pid, 0)
+                seconds += usage.ru_utime + usage.ru_stime
+    return seconds
+
+
+def members(session: int) -> list[int]:
+    """The processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            if int(path.read_text().rpartition(")")[2].split()[3]) == session:  # behind the name, which may hold any
+                found.append(int(path.parent.name))
     return found
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of memory of a process; pages that several share are shared out."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return 1024 * int(line.split()[1])
+    return 0  # it has ended
