@@ -19,8 +19,8 @@ SHARE = 0.01  # of the time that these may take: the system goes through all pag
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds by the clock; CPU seconds, user and system, of the process and of those that it starts, and the most bytes
-    of their memory, as it was looked at; the exit code, None for a process that was not waited for."""
+    """Seconds by the clock; CPU seconds, user and system, of the process and of those that it starts; the most bytes of
+    their memory, as it was looked at; the exit code, None for a process that was not waited for."""
 
     seconds: float
     cpu_seconds: float

@@ -131,7 +131,7 @@ def outputs(model: nn.Module, loss: Tensor) -> Output:
 def gradient(parameter: Tensor) -> Tensor:
     """The gradient that a backward pass has left."""
     assert parameter.grad is not None, "no backward pass has reached this parameter"
-    return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+    return parameter.grad
 
 
 def nchw_copy(model: CLIP) -> CLIP:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
@@ -44,13 +45,20 @@ def preload(module: str) -> None:
 def forking() -> ForkServerContext:
     """Return the way to make processes that a server forks, and start the server; this process may have threads.
 
-    It is deaf to Ctrl-C, at which it would show a traceback while it imports.
+    It is deaf to Ctrl-C, at which it would show a traceback while it imports; and it imports from where this process
+    does, not first from the working folder.
     """
     resource_tracker.ensure_running()  # first: having started it, Python lets Ctrl-C in again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGTERM})
+    found = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    own = {name: os.environ[name] for name in found if name in os.environ}
+    os.environ |= found
     try:
         forkserver.ensure_running()
     finally:
+        for name in found:
+            del os.environ[name]
+        os.environ |= own
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return multiprocessing.get_context("forkserver")
 

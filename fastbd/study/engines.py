@@ -37,11 +37,13 @@ def on_this_machine(work: Work, folder: Path, count: int, device: str) -> None:
     if count == 1:
         return work(device)
     console.print(f"{count} processes; what they say is in {folder}/worker-*.log", markup=False)
+    asked = "OMP_NUM_THREADS" in os.environ  # which torch has read, in all its forms
+    threads = torch.get_num_threads() if asked else max(1, (os.cpu_count() or 1) // count)
     devices = gpus or [device]
     context = workers.forking()
     logs = [folder / f"worker-{k}.log" for k in range(count)]
     processes = [
-        context.Process(target=_beside, args=(partial(work, devices[k % len(devices)]), logs[k], count))
+        context.Process(target=_beside, args=(partial(work, devices[k % len(devices)]), logs[k], count, threads))
         for k in range(count)
     ]
 
@@ -174,12 +176,12 @@ def _open_log(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BufferedWriter(_Log(path, "a")), encoding="utf-8", line_buffering=True)
 
 
-def _beside(work: Callable[[], None], path: Path, count: int) -> None:
+def _beside(work: Callable[[], None], path: Path, count: int, threads: int) -> None:
     """Do the work in one of `count` processes on this machine; it ends with code 2 after a UserError."""
     signals.end_with_parent()
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(count))  # as from torchrun: cores and memory are shared out by it
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch, which is loaded, has read that before
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # for what is loaded later; torch is already
+    torch.set_num_threads(threads)
     try:
         _logged(work, path)
     except UserError:  # which the log tells
@@ -209,8 +211,9 @@ def _why(exitcode: int, path: Path) -> str:
     if exitcode < 0:
         memory = ", most likely for want of memory" if exitcode == -signal.SIGKILL else ""
         return f"{signal.Signals(-exitcode).name}{memory}"
-    with contextlib.suppress(OSError, IndexError):
-        return path.read_text(errors="replace").splitlines()[-1].rstrip(".")
+    if exitcode in (1, 2):  # after an error, which the log tells
+        with contextlib.suppress(OSError, IndexError):
+            return path.read_text(errors="replace").splitlines()[-1].rstrip(".")
     return f"exit code {exitcode}"
 
 

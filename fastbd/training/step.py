@@ -64,9 +64,6 @@ class Step:
         self.weights = torch.tensor(method.objective.weights, device=world.device)
         self.norms = batch_norms(model)
         self._choose_trained()
-        if isinstance(model.token_embedding, nn.Embedding):  # a model from outside may have something else
-            # AdamW leaves alone what a sparse gradient does not name; DDP and the compiler want it dense.
-            model.token_embedding.sparse = world.device.type == "cpu" and world.size == 1 and not compiled
         if fused:
             fuse_pools(model)
         self.alone: Towers = _compile(model) if compiled else model

@@ -33,6 +33,27 @@ def test_results_come_in_order(tasks, workers):
     assert list(map_in_order(square, range(tasks), workers)) == [i * i for i in range(tasks)]
 
 
+def test_the_server_imports_what_this_process_would_and_not_what_lies_in_the_working_folder(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "of_both.py").write_text(f"open({str(tmp_path / 'from')!r}, 'w').write({place!r})")
+    (tmp_path / "program.py").write_text(
+        "from fastbd.base.workers import forking, preload\n"
+        "if __name__ == '__main__':\n"
+        "    preload('of_both')\n"
+        "    process = forking().Process(target=int)\n"
+        "    process.start(), process.join()\n"
+    )
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "there"), *sys.path])}
+    subprocess.run(
+        [sys.executable, tmp_path / "program.py"],
+        cwd=tmp_path / "here",
+        env=os.environ | {"PYTHONPATH": path},
+        check=True,
+    )
+    assert (tmp_path / "from").read_text() == "there"
+
+
 def crash(task: int) -> int:
     os.kill(os.getpid(), signal.SIGSEGV)
     return task

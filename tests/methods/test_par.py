@@ -187,7 +187,6 @@ def test_in_parts_or_compiled_it_trains_the_same(monkeypatch, settings):
 def test_nothing_in_a_step_waits_for_the_device(flags):
     model = poisoned_model()
     step = make_step(model, method_of(model, rows=np.arange(BATCH), **flags))
-    model.token_embedding.sparse = False  # as on a GPU
     step(batch_of(1))
     with Waits() as waits:
         step(batch_of(1, 1))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from forked import fork_children, forked
 from tables import table
 
@@ -79,11 +80,34 @@ def test_the_sentence_of_a_process_is_told_without_a_traceback(tmp_path, capfd, 
     assert log.read_text() == "error: the study is damaged: mend it.\n" and "Traceback" not in capfd.readouterr().err
 
 
+def write_threads(folder: Path, device: str) -> None:
+    (folder / str(os.getpid())).write_text(str(torch.get_num_threads()))
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, 3), ("2,1", 1)])
+def test_cores_are_shared_out_unless_the_user_has_said_how_many(asked, threads, tmp_path, monkeypatch):
+    """OMP_NUM_THREADS may be a list, which torch has read when it was loaded: here by this process, to one thread."""
+    fork_children(monkeypatch)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ENGINES["local"](partial(write_threads, tmp_path), tmp_path, 2, "cpu")
+    finally:
+        torch.set_num_threads(before)
+    found = [path.read_text() for path in tmp_path.iterdir() if path.name.isdigit()]
+    assert found == 2 * [str(threads)]
+
+
 def test_how_a_process_ended_in_words(tmp_path):
     log = tmp_path / "worker-0.log"
     assert engines._why(1, log) == "exit code 1"
     log.write_text("a\nKeyError: 'x'\n")
     assert engines._why(1, log) == "KeyError: 'x'"
+    assert engines._why(255, log) == "exit code 255"  # of one that said nothing of its end
     assert engines._why(-signal.SIGKILL, log) == "SIGKILL, most likely for want of memory"
     assert engines._why(-signal.SIGSEGV, log) == "SIGSEGV"
 

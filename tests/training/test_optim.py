@@ -2,7 +2,6 @@ import itertools
 import math
 import subprocess
 import sys
-from copy import deepcopy
 
 import pytest
 import torch
@@ -51,46 +50,6 @@ def test_temperature_is_kept_between_1_and_100():
         log_scale = torch.tensor(start)
         clamp_log_scale(log_scale)
         assert float(log_scale) == pytest.approx(end)
-
-
-@pytest.mark.parametrize("decay", (0.0, 0.3))
-def test_rows_that_no_gradient_has_met_only_decay_to_the_same_bits(decay):
-    """Against torch's own AdamW with dense gradients: few rows, then more, then so many that all are moved."""
-    settings = dict(lr=1e-2, weight_decay=decay, betas=(0.9, 0.98), eps=1e-8)
-    table = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-    ours, theirs = (torch.nn.Embedding.from_pretrained(table.clone(), freeze=False) for _ in range(2))
-    ours.sparse = True
-    optimizer = make_optimizer(ours, **settings)
-    peer = torch.optim.AdamW(theirs.parameters(), fused=True, **settings | {"lr": torch.tensor(1e-2)})
-    batches = [3, 3, 9], [9, 60, 3, 2], [7], [*range(20), 2, 2], [5], [40, 41]
-    for number, tokens in enumerate(batches):
-        tokens = torch.tensor(tokens)
-        for embedding, each in ((ours, optimizer), (theirs, peer)):
-            each.zero_grad()
-            (embedding(tokens) ** 2).sum().backward()
-            each.step()
-        assert ours.weight.grad is not None and ours.weight.grad.is_sparse == (number < 3)
-        assert ours.weight.equal(theirs.weight)
-        moments, wanted = optimizer.state[ours.weight], peer.state[theirs.weight]
-        assert all(moments[name].equal(wanted[name]) for name in ("exp_avg", "exp_avg_sq", "step"))
-
-
-def test_a_state_that_is_loaded_says_which_rows_have_momentum():
-    weight = torch.nn.Parameter(torch.ones(8, 2))
-    optimizer = make_optimizer(torch.nn.ParameterList([weight]), lr=0.1, weight_decay=0.0, betas=(0.9, 0.9), eps=1e-8)
-
-    def step(row: int) -> None:
-        weight.grad = torch.sparse_coo_tensor([[row]], torch.ones(1, 2), weight.shape, check_invariants=True)
-        optimizer.step()
-
-    step(0)
-    loaded = deepcopy(optimizer.state_dict())
-    step(1)
-    optimizer.load_state_dict(loaded)
-    before = weight.detach().clone()
-    step(2)
-    moved = (weight != before).any(1).nonzero().flatten().tolist()
-    assert moved == [0, 2]  # 0 by its momentum
 
 
 def test_a_step_does_not_load_the_compiler():

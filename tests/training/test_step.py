@@ -213,7 +213,6 @@ def test_nothing_in_a_step_waits_for_the_device(objective, parts):
     model = create("tiny-rn", 0)
     share_statistics(model, 8)
     step = make_step(model, objective)
-    model.token_embedding.sparse = False  # as on a GPU
     step(batch_of(2 if objective.ssl_weight else 1, 0, parts))
     with Waits() as waits:
         losses = step(batch_of(2 if objective.ssl_weight else 1, 1, parts))
