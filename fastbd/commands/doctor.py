@@ -184,13 +184,14 @@ def _decode() -> Finding:
 
 
 def _augment() -> Finding:
-    from fastbd.kernels import augment_native
+    from fastbd.kernels import augment_native, native
 
     if _device() == "cuda":
         return "Triton on cuda", "views are made from decoded images while the step before runs"
     if ways := augment_native.ways():
         return f"C++ ({ways[-1]}) on cpu", "views are made from decoded images while the step before runs"
-    return "PyTorch on cpu", "no compiled library, which is some four times as fast: install again with a C++ compiler"
+    why = "FASTBD_NATIVE=0 leaves out" if native.is_left_out() else "install again with a C++ compiler for"
+    return "PyTorch on cpu", f"{why} the compiled library, which is some four times as fast"
 
 
 def _losses() -> Finding:

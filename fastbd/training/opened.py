@@ -22,6 +22,7 @@ from fastbd.data.shards import open_beton
 from fastbd.data.verify import check_whole
 from fastbd.evals.embedding import embed_images, embed_texts
 from fastbd.evals.towers import Towers
+from fastbd.kernels import native
 from fastbd.kernels.text_pack import room_for
 from fastbd.methods.method import Training, check_returned, name_of
 from fastbd.models.precision import has_bf16
@@ -162,6 +163,10 @@ class Opened:
             was, now = resumed.get("precision"), self.numerics.precision
             if was not in (None, now):
                 self._say(f"the towers computed in {was}, now in {now}: numbers will differ")
+            had, has = resumed.get("libraries"), native.found()
+            if had not in (None, has) and self.world.device.type == "cpu":
+                had, has = (", ".join(names) or "none" for names in (had, has))
+                self._say(f"compiled libraries were {had}, now {has}: numbers will differ by rounding")
 
     def _as_seen_by_the_method(self) -> Training:
         task, beton = self.task, self.pairs.beton

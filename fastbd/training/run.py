@@ -26,6 +26,7 @@ from fastbd.base.signals import Stopped
 from fastbd.config.fields import portable, to_dict
 from fastbd.config.flags import PretrainConfig
 from fastbd.data import eda, sheet
+from fastbd.kernels import native
 from fastbd.training import checkpoint, divergence
 from fastbd.training.folder import RunFolder, check_place, free_folder
 from fastbd.training.loop import Enough, train
@@ -129,9 +130,9 @@ class Run:
 
         def write(folder: Path) -> None:
             pixels = {"decode": opened.decoded_by, "resident": opened.pairs.where}
-            precision = {"precision": opened.numerics.precision}
+            numerics = {"precision": opened.numerics.precision, "libraries": native.found()}
             synonyms = {"plan_eda_synonyms": eda.synonyms_source()}
-            files.write_json(folder / "env.json", environment() | synonyms | pixels | precision)
+            files.write_json(folder / "env.json", environment() | synonyms | pixels | numerics)
             if task.plan:
                 task.plan.save(folder / "plan.json")
             for name, rows in ((ROWS, config.rows_file), (SPARED, getattr(config, "flagged_by", None))):
@@ -311,6 +312,7 @@ class Run:
             "inputs": opened.inputs,
             "decode": opened.decoded_by,
             "precision": opened.numerics.precision,
+            "libraries": native.found(),
         }
 
     def record(self, row: dict) -> None:

@@ -42,8 +42,11 @@ def test_says_what_makes_views(monkeypatch):
     if ways := augment_native.ways():
         assert doctor.PATHS["augment"]()[0] == f"C++ ({ways[-1]}) on cpu"
     monkeypatch.setattr(augment_native, "library", lambda: None)
+    monkeypatch.delenv("FASTBD_NATIVE", raising=False)
     found, why = doctor.PATHS["augment"]()
-    assert found == "PyTorch on cpu" and "C++ compiler" in why
+    assert found == "PyTorch on cpu" and "install again with a C++ compiler" in why
+    monkeypatch.setenv("FASTBD_NATIVE", "0")
+    assert "FASTBD_NATIVE=0 leaves out" in doctor.PATHS["augment"]()[1]
 
 
 def test_a_probe_that_fails_is_a_finding():

@@ -12,6 +12,7 @@ from cleanings import WORLD
 from fastbd import cli
 from fastbd.base import files
 from fastbd.commands import pretrain
+from fastbd.kernels import native
 from fastbd.training import fastest, opened
 from fastbd.training.resume import difference
 from fastbd.training.run import Run
@@ -87,6 +88,16 @@ def test_a_run_goes_on_in_the_precision_in_which_it_was_stopped(able, taken, run
     resumed.folder.release()
     assert resumed.opened.step.precision == taken
     assert ("the towers computed in bf16, now in fp32" in capsys.readouterr().out) == (not able)
+
+
+def test_a_run_says_where_it_rounds_otherwise_than_before_it_was_stopped(run, capsys):
+    """As without a compiler: batch norms and attention are summed in another order."""
+    state = torch.load(run / "ckpt_epoch_001.pt", weights_only=True)
+    assert state["libraries"] == native.found() == json.loads((run / "env.json").read_text())["libraries"]
+    torch.save(state | {"libraries": ["abacus"]}, run / "ckpt_last.pt")
+    assert fastbd("pretrain", "--resume", run) == 0
+    now = ", ".join(native.found()) or "none"
+    assert f"compiled libraries were abacus, now {now}: numbers will differ by rounding" in capsys.readouterr().out
 
 
 def test_where_nothing_is_left_to_be_done_the_last_checkpoint_is_whole_again(place, run):
