@@ -45,12 +45,13 @@ def run(
     try:
         while not (ended or done()):
             if time.perf_counter() > look:
-                at = time.perf_counter()
-                peak = max(peak, sum(map(memory_of, members(process.pid))))
-                look = time.perf_counter() + max(LOOK[1], (time.perf_counter() - at) / SHARE)
+                at = time.thread_time()
+                peak = max(peak, memory_of(process.pid))
+                look = time.perf_counter() + max(LOOK[1], (time.thread_time() - at) / SHARE)
             time.sleep(LOOK[0])
             ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         seconds = time.perf_counter() - began
+        peak = max(peak, memory_of(process.pid))
     finally:
         if not ended:
             os.killpg(process.pid, signal.SIGKILL)
@@ -87,10 +88,11 @@ def members(session: int) -> list[int]:
     return found
 
 
-def memory_of(pid: int) -> int:
-    """Bytes of memory of a process; pages that several share are shared out."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return 1024 * int(line.split()[1])
-    return 0  # it has ended
+def memory_of(session: int) -> int:
+    """Bytes of memory of the processes of a session; pages that several share are shared out."""
+    total = 0
+    for pid in members(session):
+        with suppress(OSError):  # it has ended
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total

@@ -45,12 +45,8 @@ def test_the_server_imports_what_this_process_would_and_not_what_lies_in_the_wor
         "    process.start(), process.join()\n"
     )
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "there"), *sys.path])}
-    subprocess.run(
-        [sys.executable, tmp_path / "program.py"],
-        cwd=tmp_path / "here",
-        env=os.environ | {"PYTHONPATH": path},
-        check=True,
-    )
+    program = [sys.executable, tmp_path / "program.py"]
+    subprocess.run(program, cwd=tmp_path / "here", env=os.environ | path, check=True)
     assert (tmp_path / "from").read_text() == "there"
 
 
