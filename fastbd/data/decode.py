@@ -74,7 +74,7 @@ def _by_turbo(jpeg: np.ndarray) -> np.ndarray | None:
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(jpeg)
-        if space not in ("YCbCr", "Gray", "RGB") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+        if space not in ("YCbCr", "Gray", "RGB") or int(height) * int(width) > (Image.MAX_IMAGE_PIXELS or 0):
             return None
         return simplejpeg.decode_jpeg(jpeg, "RGB")
     except (KeyError, ValueError):  # KeyError: it has no name for 4:4:1
