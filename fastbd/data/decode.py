@@ -68,7 +68,7 @@ def read(jpeg: np.ndarray) -> np.ndarray:
 
 
 def _by_turbo(jpeg: np.ndarray) -> np.ndarray | None:
-    """Return the same pixels in half of Pillow's time, or None: where libjpeg-turbo is not installed, or finds fault
+    """Return the same pixels in less than Pillow's time, or None: where libjpeg-turbo is not installed, or finds fault
     with the file, and for kinds of JPEG that it would convert in another way."""
     if simplejpeg is None or not is_whole(jpeg):
         return None
