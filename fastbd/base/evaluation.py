@@ -85,6 +85,8 @@ class Evaluation(AttackNumbers, total=False):
     """The first 16 digits of the hash of what the file holds."""
     class_list: str
     templates: str
+    n_classes: int
+    """Classes that the classifier chooses from: guessing is right for one image in so many."""
     n: int
     """Images that were evaluated."""
     population: int

@@ -35,7 +35,8 @@ class ZeroShot:
         began, data = time.perf_counter(), self.data
         images = self.towers.images(data.clean)
         label_ranks = metrics.ranks(self.cosines(images), data.labels)
-        row = {"set": data.name, **data.about, **metrics.accuracy(label_ranks, data.population)}
+        about = {"set": data.name, **data.about, "n_classes": len(data.classes)}
+        row = {**about, **metrics.accuracy(label_ranks, data.population)}
         attacks = [self._attack(group) for group in data.by_attack()]
         row |= metrics.most_successful([numbers for numbers, _ in attacks])
         if details:

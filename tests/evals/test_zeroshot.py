@@ -59,7 +59,7 @@ def test_accuracy_asr_and_recovery_by_hand(data, opened, batch, monkeypatch):
     monkeypatch.setitem(towers_of.PIXELS, "cpu", batch * 64)
     row, model = evaluate(opened(data))
     assert (row["set"], row["n"], row["target"], row["trigger"]) == ("colours", 9, "yellow", "yellow")
-    assert row["top1"] == 7 / 9 and row["top5"] == 1
+    assert row["top1"] == 7 / 9 and row["top5"] == 1 and row["n_classes"] == 4
     assert row["n_asr"] == 7  # two images are of the target class
     assert row["asr"] == 4 / 7 and row["recovery"] == 2 / 7
     assert row["asr_all"] == pytest.approx(5 / 9)
