@@ -13,7 +13,7 @@ from fastbd.base.tradeoff import CEILINGS, LANDED
 from fastbd.config.cards import facts, is_outside, short
 from fastbd.config.fields import marked
 from fastbd.config.flags import TRAINING
-from fastbd.report import finding, published, stopping, tables
+from fastbd.report import finding, published, stopping, tables, verdict
 from fastbd.report.format import MISSING, Cell, Line, between, estimate, percent, points, share, split
 from fastbd.report.groups import Group, cleaned_groups, common, groups, place_of
 from fastbd.report.render import embedded, render
@@ -33,7 +33,7 @@ def page(runs: Sequence[Run], figures: Mapping[str, bytes], refresh: int = 0) ->
         figures={name: embedded(png) for name, png in figures.items()},
         answer=_answer(table),
         comparisons=_comparisons(table),
-        rule=finding.RULE,
+        rule=verdict.RULE,
         table_1=_table_1(table),
         measured=_measured(runs),
         best_points=_best_points(table),
@@ -52,7 +52,7 @@ def page(runs: Sequence[Run], figures: Mapping[str, bytes], refresh: int = 0) ->
 
 def _answer(table: Sequence[Row]) -> list[tuple[str, str]]:
     """(claim, what it rests on), and with no claim what is to be said of each row that is compared with no other."""
-    compared = {id(row) for pair in finding.comparisons(table) for row in (pair.base, pair.other)}
+    compared = {id(row) for pair in verdict.comparisons(table) for row in (pair.base, pair.other)}
     alone = [("", told(row, table)) for row in table if id(row) not in compared]
     return finding.paragraphs(table) + alone
 
@@ -72,14 +72,14 @@ def told(row: Row, table: Sequence[Row]) -> str:
 
 
 def _comparisons(table: Sequence[Row]) -> list[Line]:
-    pairs = finding.comparisons(table)
-    placed = [pair.base.group for pair in pairs]
+    """A line for each two rows that differ in one thing alone, which the first head names."""
+    pairs = verdict.comparisons(table)
     return [
         {
-            "Cleaning": (pair.method, place_of(pair.base.group, placed)),
-            "MMCL against": (pair.other.group.model, pair.base.group.variant),
-            "Accuracy kept after MMCL": _kept(pair.base),
-            "After the other": _kept(pair.other),
+            "Depends on the": (pair.axis.name, finding.held(pair, pairs)),
+            "First against second": " against ".join(pair.names),
+            "Kept by the first": _kept(pair.base),
+            "Kept by the second": _kept(pair.other),
             "Difference": split(points(pair.difference)),
             "Models": f"{pair.base.models} and {pair.other.models}",
             "This study": (VERDICTS[pair.verdict], pair.why),

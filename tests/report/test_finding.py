@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fastbd.base.run_folder import find
 from fastbd.base.stats import difference
-from fastbd.report.finding import comparisons, paragraphs
+from fastbd.report.finding import paragraphs
 from fastbd.report.tables import table
+from fastbd.report.verdict import comparisons
 
 
 @pytest.fixture
@@ -66,6 +69,81 @@ def test_failures_are_told_and_count_as_nothing(compared):
 def test_a_backdoor_that_had_not_landed_says_nothing(compared):
     ((claim, ground),) = paragraphs(compared(GOOD, POOR, before=49))
     assert "the backdoor had not landed in MMCL and MMCL+SSL" in claim and "published" not in ground
+    assert "came down" not in ground and "After MMCL the backdoor had not landed" in ground
+
+
+def test_one_seed_points_nowhere(compared):
+    ((claim, ground),) = paragraphs(compared(GOOD[:1], POOR[:1]))
+    assert "cannot tell" in claim and "direction" not in ground and "published" not in ground
+
+
+@pytest.fixture
+def cleanings(write_run, evaluation, tmp_path):
+    """A table of MMCL models, each cleaned by PAR once for each (top-1, ASR) in % of a kind.
+
+    A kind is (size of the trigger, settings of the cleaning, top-1 in % before it, classes).
+    """
+
+    def make(kinds):
+        for k, ((size, settings, before, classes), ends) in enumerate(kinds):
+            for seed, (top1, asr) in enumerate(ends):
+                pre = {"objective": "mmcl", "pretrain_objective": "mmcl", "config": {"seed": seed}}
+                start = tmp_path / f"s{size}-{seed}"
+                for made in [start] if not start.exists() else []:
+                    attacked(write_run(made, pre, [], []), size)
+                rows = [evaluation(0, 0, before / 100, 0.99), evaluation(10, 1, top1 / 100, asr / 100)]
+                rows = [row | {"n_classes": classes} for row in rows]
+                config = pre | {"verb": "clean", "method": "par", "start": str(start)}
+                config |= {"config": {"seed": seed, "lr": 1e-4} | settings}
+                attacked(write_run(tmp_path / f"clean{k}-{seed}", config, rows, []), size)
+        return table(find([tmp_path]))
+
+    def attacked(folder, size):
+        plan = json.loads((folder / "plan.json").read_text())
+        plan["attacks"][0]["trigger"]["patch_size"] = size
+        (folder / "plan.json").write_text(json.dumps(plan))
+
+    return make
+
+
+def test_a_study_of_triggers_is_answered_by_them(cleanings):
+    rows = cleanings([((16, {}, 50, 20), POOR), ((4, {}, 50, 20), GOOD), ((8, {}, 50, 20), ALIKE)])
+    near, far = comparisons(rows)
+    assert (near.names, near.verdict) == (("4 px random", "8 px random"), "does not show")  # 4 before 16, by size
+    assert (far.names, far.verdict) == (("4 px random", "16 px random"), "shows")
+    assert far.difference == pytest.approx(difference([0.98, 1.0, 1.02], [0.5, 0.52, 0.54]), rel=1e-6)
+    (claim, ground), (other, _) = sorted(paragraphs(rows), key=lambda said: "does not" in said[0])
+    assert claim.startswith("This study shows that what PAR keeps after MMCL depends on the attack: 48.0 points")
+    assert claim.endswith("more of the accuracy with 4 px random than with 16 px random.")
+    assert "With 16 px random it kept 52.0%" in ground and "published" not in ground
+    assert "does not show that what PAR keeps after MMCL depends on the attack (4 px random against 8" in other
+
+
+def test_settings_of_a_method_are_compared_by_name(cleanings):
+    plain, pushed = (16, {"tau": 0.0}, 50, 20), (16, {"tau": 2.15}, 50, 20)
+    (pair,) = comparisons(cleanings([(plain, GOOD), (pushed, POOR)]))
+    assert (pair.axis.name, pair.method, pair.names) == ("settings of the cleaning", "PAR", ("tau 0", "tau 2.15"))
+    assert pair.verdict == "shows"
+
+
+@pytest.mark.parametrize(
+    ("before", "classes", "verdict"), [(9, 20, "cannot tell"), (50, 20, "shows"), (50, None, "shows")]
+)
+def test_a_model_near_chance_gives_no_verdict(cleanings, before, classes, verdict):
+    """800 images: Wilson's interval of 9 % is 7.2 to 11.2 %, and guessing among 20 classes gives 5 %."""
+    kinds = [((4, {}, before, classes), GOOD), ((16, {}, before, classes), POOR)]
+    rows = cleanings(kinds)
+    (pair,) = comparisons(rows)
+    assert pair.verdict == verdict
+    if verdict == "cannot tell":
+        assert pair.why == "before cleaning the accuracy was near chance in MMCL"
+        assert "near chance, which is 5.0%, so there was nothing to keep" in paragraphs(rows)[0][1]
+
+
+def test_levels_that_differ_in_two_things_are_not_compared(cleanings):
+    rows = cleanings([((4, {"tau": 0.0}, 50, 20), GOOD), ((16, {"tau": 2.15}, 50, 20), POOR)])
+    assert comparisons(rows) == []
+    assert paragraphs(rows)[0][0].startswith("No two cleanings here differ in one thing alone")
 
 
 def test_the_paper_is_named_for_its_own_method_only(compared):
@@ -79,9 +157,15 @@ def test_other_methods_come_after_the_papers_in_short(large):
     assert all(short.count(name) == 1 for name in ("Finetuning (MMCL)", "Finetuning (SSL)", "PAR"))
 
 
-def test_without_two_objectives_nothing_can_be_told(fake_runs):
+def test_without_two_objectives_what_varies_is_compared(fake_runs):
     one = [run for run in find([fake_runs]) if run.pretrain_objective == "mmcl"]
-    assert paragraphs(table(one))[0][0].startswith("This study cannot tell: no method has cleaned both an MMCL model")
+    (claim, _), *_ = paragraphs(table(one))
+    assert claim == (
+        "This study cannot tell whether what is kept after MMCL depends on the cleaning method "
+        "(CleanCLIP against Finetuning (MMCL)): with one seed nothing can be said about other seeds."
+    )
+    alone = [run for run in one if run.method != "finetune"]
+    assert paragraphs(table(alone))[0][0].startswith("These runs clean one kind of model in one way")
     assert paragraphs(table(one[:1]))[0][0].startswith("Nothing was cleaned")
 
 

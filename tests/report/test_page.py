@@ -13,11 +13,11 @@ from jinja2 import UndefinedError
 import fastbd.report
 from fastbd.base.run_folder import find
 from fastbd.report import compare
-from fastbd.report.finding import RULE
 from fastbd.report.format import percent
 from fastbd.report.page import TABLE_1, cells, page, statistics_of, told
 from fastbd.report.render import render
 from fastbd.report.tables import table
+from fastbd.report.verdict import RULE
 
 FIGURES = {name: name.encode() for name in ("scatter", "methods", "trajectories", "curves")}
 VOID = {"meta", "img", "br"}

@@ -1,0 +1,192 @@
+"""What a study shows, by rule: does what cleaning keeps depend on what the study varies?
+
+Rows that differ in one thing alone are compared: in the pre-training objective where a method has cleaned models of two
+of them, else in whatever the study varies (AXES). Each model's share of accuracy kept is the best top-1 at ASR <= 5 %
+over the top-1 before cleaning, 0 where no evaluation is within 5 %. The difference of the means of two rows has Welch's
+95 % interval over pre-trained models (seeds). The study
+
+    shows       a difference when the interval excludes 0;
+    does not    show one when it includes 0 and excludes a difference of PUBLISHED (of objectives: in the published
+                direction), as when no model of either side came down to 5 %;
+    cannot tell otherwise: with fewer than two pre-trained models on a side, with an interval that includes both, when
+                the backdoor had not landed (ASR below 50 %) in some model, or when a model was near chance.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from fastbd.base.evaluation import Evaluation, measures_asr
+from fastbd.base.stats import Estimate, difference
+from fastbd.base.tradeoff import CEILINGS, LANDED
+from fastbd.report.chance import chance
+from fastbd.report.format import share
+from fastbd.report.groups import Group, apart
+from fastbd.report.tables import Row
+
+Verdict = Literal["shows", "does not show", "cannot tell"]
+BASE = "mmcl"
+PAPERS = "CleanCLIP"  # the method that the paper asks about
+# The smaller of the two of arXiv 2311.14948, table 1: 16.49 / 16.00 - 14.16 / 17.04 with CC3M; with CC6M it is 0.46.
+PUBLISHED = 0.20
+RULE = (
+    "Kept: best top-1 at ASR ≤ {c} as a share of the top-1 before cleaning, 0 where no evaluation comes down that "
+    "far. Difference: the first less the second, of the means over pre-trained models, with Welch's 95% interval. The "
+    "study shows a difference when the interval excludes 0. It does not show one when the interval includes 0 and "
+    "excludes {p} points, the smaller of the two differences in the paper (arXiv 2311.14948: CleanCLIP kept 103% and "
+    "101% after MMCL, 83% and 55% after MMCL+SSL), nor when no model of either side came down that far. Otherwise it "
+    "cannot tell; nor can it with fewer than two pre-trained models on a side, where a backdoor had not landed (ASR "
+    "below {l}), or where the accuracy before cleaning was near chance (the lower end of its interval below twice the "
+    "accuracy of guessing). Each comparison is judged by itself."
+).format(c=f"{CEILINGS[0]:.0%}", p=f"{100 * PUBLISHED:.0f}", l=f"{LANDED:.0%}")
+
+
+class Axis(NamedTuple):
+    """One thing in which rows can differ."""
+
+    name: str
+    """As a sentence names it, after "depends on the"."""
+    level: Callable[[Group], str]
+    """What a group has of it."""
+    same: Callable[[Group], tuple]
+    """What two groups must have in common to be compared in it."""
+
+
+def _method(group: Group) -> str:
+    """Return the group's method without its settings."""
+    return group.method.partition(", ")[0]
+
+
+OBJECTIVE = Axis("pre-training", lambda g: g.objective, lambda g: (g.place, g.method))
+SETTINGS = Axis("settings of the cleaning", lambda g: g.method, lambda g: (g.objective, g.place, g.variant, _method(g)))
+METHOD = Axis("cleaning method", _method, lambda g: (g.objective, g.place, g.variant))
+PLACES = (
+    Axis("architecture", lambda g: g.place[0], lambda g: (g.objective, g.place[1:], g.variant, g.method)),
+    Axis("training data", lambda g: g.place[1], lambda g: (g.objective, g.place[::2], g.variant, g.method)),
+    Axis("attack", lambda g: g.place[2], lambda g: (g.objective, g.place[:2], g.variant, g.method)),
+)
+AXES = (
+    OBJECTIVE,
+    *PLACES,
+    Axis("settings of the pre-training", lambda g: g.variant, lambda g: (g.objective, g.place, g.method)),
+    SETTINGS,
+    METHOD,
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows that differ in one thing."""
+
+    axis: Axis
+    base: Row
+    other: Row
+    difference: Estimate
+    """Of the shares kept: the base's less the other's."""
+    verdict: Verdict
+    why: str
+    """Why it cannot tell, or has nothing to show; else empty."""
+
+    @property
+    def method(self) -> str:
+        """The cleaning method of both, with the settings that both have; empty where they have two methods."""
+        if self.axis is METHOD:
+            return ""
+        return _method(self.base.group) if self.axis is SETTINGS else self.base.group.method
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What sets the two sides apart, in words."""
+        if self.axis is OBJECTIVE:
+            return self.base.group.model, self.other.group.model
+        if self.axis is METHOD:
+            return self.base.group.method, self.other.group.method
+        base, other = self.axis.level(self.base.group), self.axis.level(self.other.group)
+        return apart(base, (base, other)) or base, apart(other, (base, other)) or other
+
+
+def comparisons(table: Sequence[Row]) -> list[Comparison]:
+    """Return the pairs of rows that differ in one thing alone, in the order of AXES.
+
+    Objectives come alone, as they are the question where a study has several. On each axis the first level is compared
+    with the others: MMCL among objectives, CleanCLIP among methods, else that which sorts first.
+    """
+    rows = [row for row in table if row.group.method and row.best[0].kept]
+    objectives = _along(OBJECTIVE, rows)
+    return objectives or [pair for axis in AXES[1:] for pair in _along(axis, rows)]
+
+
+def _along(axis: Axis, rows: Sequence[Row]) -> list[Comparison]:
+    alike: dict[tuple, list[Row]] = {}
+    for row in rows:
+        alike.setdefault(axis.same(row.group), []).append(row)
+    found = []
+    for some in alike.values():
+        first, *others = sorted({axis.level(row.group) for row in some}, key=_order)
+        levels = {level: [row for row in some if axis.level(row.group) == level] for level in (first, *others)}
+        found += [_compare(axis, a, b) for level in others for a in levels[first] for b in levels[level]]
+    return sorted(found, key=lambda pair: _method(pair.base.group) != PAPERS)  # the paper's question first
+
+
+def _order(level: str) -> tuple:
+    """Return what sorts BASE and the paper's method first, and numbers in a text by their size."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", level)
+    return level not in (BASE, PAPERS), [float(part) if k % 2 else part for k, part in enumerate(parts)]
+
+
+def _compare(axis: Axis, base: Row, other: Row) -> Comparison:
+    found = difference(base.best[0].shares, other.best[0].shares)
+    verdict, why = _judged(axis, base, other, found)
+    return Comparison(axis, base, other, found, verdict, why)
+
+
+def _judged(axis: Axis, base: Row, other: Row, found: Estimate) -> tuple[Verdict, str]:
+    rows = (base, other)
+    if any(not landed(row) for row in rows):
+        return "cannot tell", f"the backdoor had not landed in {_names(row for row in rows if not landed(row))}"
+    if weak := [row for row in rows if near_chance(row) is not None]:
+        return "cannot tell", f"before cleaning the accuracy was near chance in {_names(weak)}"
+    if min(base.models, other.models) < 2:
+        return "cannot tell", "with one seed nothing can be said about other seeds"
+    if not base.best[0].reached and not other.best[0].reached:
+        after = "after" if axis is OBJECTIVE else "with"
+        return "does not show", f"it came down to ASR ≤ {CEILINGS[0]:.0%} {after} neither"
+    if found.low > 0 or found.high < 0:
+        return "shows", ""
+    if found.high < PUBLISHED and (axis is OBJECTIVE or found.low > -PUBLISHED):
+        return "does not show", ""
+    return "cannot tell", "the seeds differ too much to say"
+
+
+def _names(rows: Iterable[Row]) -> str:
+    return " and ".join(dict.fromkeys(row.group.model for row in rows))
+
+
+def landed(row: Row) -> bool:
+    """Return whether the backdoor had landed in every model of the row before it was cleaned."""
+    before = [e for e in _before(row) if measures_asr(e)]
+    return bool(before) and min(e["asr"] for e in before) >= LANDED
+
+
+def near_chance(row: Row) -> str | None:
+    """Return, in words, that some model of the row was hardly more accurate than guessing; None where none was.
+
+    It is where the lower end of its interval is below twice the accuracy of guessing, or halfway from that to all,
+    which is less with two classes.
+    """
+    guess = chance(e for run in row.group.runs for e in run.metrics)
+    if guess is None:
+        return None
+    least = min((e.get("top1_low", e["top1"]) for e in _before(row) if "top1" in e), default=1.0)
+    return f"near chance, which is {share(guess)}" if least < min(2 * guess, (1 + guess) / 2) else None
+
+
+def _before(row: Row) -> list[Evaluation]:
+    """Return the evaluations of the row's models before cleaning; of pre-trainings those of the end."""
+    runs = row.group.runs
+    if row.group.method:
+        return [run.before for run in runs if run.before]
+    return [run.metrics[-1] for run in runs if run.metrics]
