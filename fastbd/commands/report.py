@@ -19,6 +19,7 @@ from fastbd.report import compare, tables, write
 from fastbd.report.finding import paragraphs
 from fastbd.report.format import MISSING
 from fastbd.report.groups import place_of
+from fastbd.report.page import BEST_WITHIN, WITHIN
 
 SECONDS = 5  # between two looks of --watch
 WATCHED = ("config.json", "metrics.jsonl", "result.json")
@@ -31,7 +32,10 @@ def run(config: ReportConfig) -> int:
         return watch(config)
     if config.compare:
         first, second = (on_common_set(find([folder])) for folder in config.compare)
-        written = compare.write(_names(*config.compare), first, second, config.out)
+        written, compared = compare.write(_names(*config.compare), first, second, config.out)
+        for line in compare.told(compared):
+            console.print(line, markup=False)
+        console.print(compared_rows(compared))
     else:
         runs = on_common_set(find(config.runs))
         written = write.write(runs, config.out)
@@ -87,6 +91,15 @@ def _names(first: Path, second: Path) -> tuple[str, str]:
     return names if len(set(names)) == 2 else (str(first), str(second))
 
 
+def compared_rows(compared: compare.Sides) -> Table:
+    """Return the page's table without intervals, to fit 80 columns."""
+    lines = compare.lines(compared)
+    shown = Table(*(SHORT.get(head, head) for head in (lines[0] if lines else ())), box=box.SIMPLE)
+    for line in lines:
+        shown.add_row(*(cell if isinstance(cell, str) else cell[0] for cell in line.values()))
+    return shown
+
+
 def table_1(table: Sequence[tables.Row]) -> Table:
     """The page's table without intervals, to fit 80 columns."""
     columns = ("Pre-training", "Cleaning", "Seeds", "Top-1", "ASR", *(f"ASR≤{c:.0%}" for c in tables.CEILINGS), "Kept")
@@ -103,3 +116,13 @@ def table_1(table: Sequence[tables.Row]) -> Table:
             *(MISSING if value is None else f"{100 * value.mean:.1f}" for value in numbers),
         )
     return shown
+
+
+SHORT = {
+    "Pre-training": "Model",
+    "Top-1 before": "Top-1",
+    "ASR before": "ASR",
+    "Accuracy kept": "Kept",
+    "Trade-off": "Area",
+}
+SHORT |= dict(zip(BEST_WITHIN, WITHIN, strict=True))

@@ -1,56 +1,146 @@
-"""Two studies side by side."""
+"""Two studies side by side, paired by their settings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fastbd.base.run_folder import Run
+from fastbd.base.run_folder import SET, Run, method_name, objective_name
 from fastbd.base.stats import Estimate
 from fastbd.report import plots
 from fastbd.report.format import MISSING, Cell, Line, estimate
+from fastbd.report.groups import HARMLESS, SEARCHED, Group
 from fastbd.report.page import TABLE_1
 from fastbd.report.render import embedded, render
 from fastbd.report.tables import Row, table
 from fastbd.report.write import save
 
 Pair = tuple[Row | None, Row | None]
+Values = Mapping[str, frozenset[str]]  # name of a setting -> its values in words, several where runs differ in it
+Key = frozenset[tuple[str, frozenset[str] | None]]
+EVALUATED, ARCHITECTURE, DATA, ATTACK = "evaluated on", "architecture", "training data", "attack"
 
 
-def write(names: tuple[str, str], first: Sequence[Run], second: Sequence[Run], out: Path) -> list[Path]:
-    """The page `out` with table 1 of both and their differences, and the scatter of both, which goes beside it too."""
+@dataclass(frozen=True)
+class Difference:
+    """A setting in which the two studies differ as a whole, or over which they have searched other values."""
+
+    setting: str
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Two studies, compared."""
+
+    names: tuple[str, str]
+    pairs: tuple[Pair, ...]
+    """Rows of the same settings, but for `differences`; None where the other study has no such row."""
+    differences: tuple[Difference, ...]
+    same: tuple[str, ...]
+    """Architecture, data, attack and evaluation where both studies have one and the same."""
+
+    @property
+    def measured_alike(self) -> bool:
+        """Whether both were evaluated on the same images, classes and templates, so that numbers can be subtracted."""
+        return all(each.setting != EVALUATED for each in self.differences)
+
+
+def write(names: tuple[str, str], first: Sequence[Run], second: Sequence[Run], out: Path) -> tuple[list[Path], Sides]:
+    """Write the page `out`, with the scatter of both beside it; return their paths, and what the page says."""
     figure = plots.laid_out(plots.beside(dict(zip(names, (first, second), strict=True))))
-    image = plots.png(figure)
+    image, compared = plots.png(figure), sides(names, first, second)
     content = {"compare.png": image, "compare.svg": plots.svg(figure)}
-    content[out.name] = page(names, pair_up(table(first), table(second)), image).encode()
-    return save(content, out.parent)
+    content[out.name] = page(compared, image).encode()
+    return save(content, out.parent), compared
 
 
-def pair_up(first: Sequence[Row], second: Sequence[Row]) -> list[Pair]:
-    """Rows of the same pre-training and method; by their attack and data too where one study has several of them."""
-    left, right = ({_key(row, rows): row for row in rows} for rows in (first, second))
-    return [(left.get(key), right.get(key)) for key in {**left, **right}]
+def page(compared: Sides, image: bytes) -> str:
+    """Return the whole page. `image`: the PNG file of the scatter of both."""
+    return render(
+        "compare.html.j2",
+        title=" against ".join(compared.names),
+        differences=[
+            {"Setting": each.setting, compared.names[0]: each.first, compared.names[1]: each.second}
+            for each in compared.differences
+        ],
+        same="; ".join(compared.same),
+        measured_alike=compared.measured_alike,
+        rows=lines(compared),
+        scatter=embedded(image),
+    )
 
 
-def page(names: tuple[str, str], pairs: Sequence[Pair], image: bytes) -> str:
-    """The whole page. `image`: the PNG file of the scatter of both."""
-    rows = [line for pair in pairs for line in _lines(names, pair)]
-    title = f"{names[0]} against {names[1]}"
-    return render("compare.html.j2", title=title, rows=rows, scatter=embedded(image))
+def sides(names: tuple[str, str], first: Sequence[Run], second: Sequence[Run]) -> Sides:
+    """Return the two studies with their rows paired by settings.
+
+    A setting with one value in all of the first study and another in all of the second is what is compared: rows are
+    paired across it, and it is named. In every other setting two rows of a pair are equal.
+    """
+    tables = table(first), table(second)
+    known = [[_settings(row.group) for row in rows] for rows in tables]
+    every = [_joined(settings) for settings in known]
+    shared = every[0].keys() & every[1].keys()  # what an older version did not record tells nothing apart
+    apart = {name for name in shared if _is_apart(name, every[0][name], every[1][name])}
+    keyed = {name for name in shared - apart if not _is_searched(name)}
+    left, right = ([_key(some, keyed) for some in settings] for settings in known)
+    pairs = _paired(left, right, *tables)
+    differences = [
+        Difference(name, _words(every[0][name]), _words(every[1][name])) for name in every[0] if name in apart
+    ]
+    same = [f"{name} {_words(every[0][name])}" for name in WHOLE if every[0].get(name) == every[1].get(name)]
+    return Sides(names, tuple(pairs), tuple(differences), tuple(same))
 
 
-def _lines(names: tuple[str, str], pair: Pair) -> list[Line]:
-    """A line for each study that has the row, and one for their difference where both have it."""
-    lines = [
+def _key(settings: Values, keyed: Collection[str]) -> Key:
+    return frozenset((name, settings.get(name)) for name in keyed)
+
+
+def _paired(left: Sequence[Key], right: Sequence[Key], first: Sequence[Row], second: Sequence[Row]) -> Iterator[Pair]:
+    """Yield the rows by their keys, those of the first study and then those that only the second has.
+
+    Where a study has several rows of a key, which only the other study's version would tell apart, each stands alone.
+    """
+    for key in dict.fromkeys((*left, *right)):
+        ours, theirs = (
+            [row for k, row in zip(*side, strict=True) if k == key] for side in ((left, first), (right, second))
+        )
+        if len(ours) == len(theirs) == 1:
+            yield ours[0], theirs[0]
+        else:
+            yield from ((row, None) for row in ours)
+            yield from ((None, row) for row in theirs)
+
+
+def told(compared: Sides) -> list[str]:
+    """Return what differs between the studies and what is the same, a line each."""
+    first, second = compared.names
+    differ = [f"{each.setting}: {each.first} in {first}, {each.second} in {second}" for each in compared.differences]
+    apart = [] if compared.measured_alike else ["No differences: measured on different images, classes or templates."]
+    same = [f"The same in both: {'; '.join(compared.same)}."] if compared.same else []
+    return [*differ, *same, *apart]
+
+
+def lines(compared: Sides) -> list[Line]:
+    """Return the lines of the table: one for each study that has the row, and their difference where both have it."""
+    return [line for pair in compared.pairs for line in _lines(compared, pair)]
+
+
+def _lines(compared: Sides, pair: Pair) -> list[Line]:
+    shown = [
         _line(row.group.model, row.group.method or "not cleaned", name, map(estimate, _numbers(row)))
-        for name, row in zip(names, pair, strict=True)
+        for name, row in zip(compared.names, pair, strict=True)
         if row
     ]
     first, second = pair
-    if first and second:
+    if first and second and compared.measured_alike:
         both = zip(_numbers(first), _numbers(second), strict=True)
-        lines.append(_line("", "", "difference", (difference(*numbers) for numbers in both)))
-    return lines
+        shown.append(_line("", "", "difference", (difference(*numbers) for numbers in both)))
+    return shown
 
 
 def _line(model: str, method: str, study: str, numbers: Iterable[Cell]) -> Line:
@@ -63,14 +153,77 @@ def _numbers(row: Row) -> list[Estimate | None]:
 
 
 def difference(first: Estimate | None, second: Estimate | None) -> str:
-    """Second less first in points; without an interval, for the two may share models and images."""
+    """Return second less first in points; without an interval, for the two may share models and images."""
     return MISSING if first is None or second is None else f"{100 * (second.mean - first.mean):+.1f} points"
 
 
-def _key(row: Row, rows: Sequence[Row]) -> tuple:
-    own = (row.group.objective, row.group.method)
-    alone = sum((r.group.objective, r.group.method) == own for r in rows) == 1
-    return own if alone else (*own, row.group.variant, *row.group.place)
+# ---- the settings of a row ----
 
 
+def _settings(group: Group) -> Values:
+    """Return the settings of a group; those of a pre-training are told by objective, those of a cleaning by method."""
+    found: dict[str, set[str]] = {}
+    for run, pretraining in zip(group.runs, group.pretraining, strict=True):
+        model, method = objective_name(group.objective), method_name(run) if run.verb == "clean" else "none"
+        told = {"objective": model, "cleaning": method, EVALUATED: _evaluated(run)}
+        told |= dict(zip(WHOLE, group.place, strict=False))
+        told |= {f"{_plain(flag)} of {model} pre-training": _value(value) for flag, value in pretraining.items()}
+        if run.verb == "clean":
+            cleaning = {flag: value for flag, value in run.config.items() if flag not in HARMLESS}
+            told |= {f"{_plain(flag)} of {method}": _value(value) for flag, value in cleaning.items()}
+        for name, value in told.items():
+            found.setdefault(name, set()).add(value)
+    return {name: frozenset(values) for name, values in found.items()}
+
+
+def _evaluated(run: Run) -> str:
+    """Return the name of the set that the run was evaluated on, with what tells it from others of that name."""
+    last = next((e for e in reversed(run.metrics) if "top1" in e), None)
+    return ", ".join(str(value) for key in SET if (value := last.get(key))) if last else "nothing"
+
+
+def _joined(settings: Iterable[Values]) -> dict[str, frozenset[str]]:
+    """Return each setting with all values that it has in any of them."""
+    found: dict[str, frozenset[str]] = {}
+    for values in settings:
+        for name, some in values.items():
+            found[name] = found.get(name, frozenset()) | some
+    return found
+
+
+def _is_apart(name: str, first: frozenset[str], second: frozenset[str]) -> bool:
+    """Return whether the studies as a whole differ in a setting: one value each, or other values searched."""
+    return first != second and (_is_searched(name) or len(first) == len(second) == 1)
+
+
+def _is_searched(name: str) -> bool:
+    return name.partition(" of ")[0] in SEARCHED_NAMES
+
+
+def _words(values: frozenset[str]) -> str:
+    return ", ".join(sorted(values, key=_by_size))
+
+
+def _by_size(value: str) -> tuple[bool, float, str]:
+    try:
+        return False, float(value), value
+    except ValueError:
+        return True, 0.0, value
+
+
+def _plain(flag: str) -> str:
+    return {"lr": "learning rate"}.get(flag, flag.replace("_", " "))
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+
+
+WHOLE = (
+    ARCHITECTURE,
+    DATA,
+    ATTACK,
+    EVALUATED,
+)  # what all rows of a study usually share; the first three a group's place
+SEARCHED_NAMES = {_plain(flag) for flag in SEARCHED - {"method", "checkpoint", "rows", "poison_left"}}  # these are told
 NUMBERS = (*TABLE_1[3:7], *TABLE_1[8:])  # the heads of what _numbers gives

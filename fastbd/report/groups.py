@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ class Group:
     method: str
     """As papers write it, with settings and cleaning sets that the study compares; empty: not cleaned."""
     runs: tuple[Run, ...]
+    pretraining: tuple[Mapping[str, Any], ...]
+    """For each run the settings of its model's pre-training that make another kind of model, and its checkpoint."""
 
     @property
     def model(self) -> str:
@@ -59,7 +61,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     for run, own in zip(runs, flags, strict=True):
         if own not in kinds.setdefault(run.pretrain_objective, []):
             kinds[run.pretrain_objective].append(own)
-    found: dict[Kind, list[Run]] = {}
+    found: dict[Kind, list[tuple[Run, dict[str, Any]]]] = {}
     for run, start, own in zip(runs, starts, flags, strict=True):
         if run.verb == "clean" or run.path.resolve().name not in used:
             variant = _differing(own, kinds[run.pretrain_objective])
@@ -69,8 +71,9 @@ def groups(runs: Sequence[Run]) -> list[Group]:
                 told = [flag for flag in compared[method_name(run)] if flag in run.config]
                 settings = [_told(flag, run.config[flag]) for flag in told]
                 method = ", ".join([method_name(run), *settings, *_cleaned_on(run, start, sizes)])
-            found.setdefault((run.pretrain_objective, place, variant, method), []).append(run)
-    return [Group(*key, tuple(group)) for key, group in sorted(found.items(), key=lambda item: _order(item[0]))]
+            found.setdefault((run.pretrain_objective, place, variant, method), []).append((run, own))
+    ordered = sorted(found.items(), key=lambda item: _order(item[0]))
+    return [Group(*kind, *zip(*members, strict=True)) for kind, members in ordered]
 
 
 def cleaned_groups(runs: Sequence[Run]) -> list[Group]:

@@ -124,8 +124,8 @@ def test_tags_in_what_a_user_names_stay_text(study_of_tags):
 
 
 def test_tags_in_the_names_of_two_studies_stay_text(study_of_tags):
-    rows = table(find([study_of_tags]))
-    text = compare.page((f"one {TAGS}", f"other {TAGS}"), compare.pair_up(rows, rows), b"scatter")
+    runs = find([study_of_tags])
+    text = compare.page(compare.sides((f"one {TAGS}", f"other {TAGS}"), runs, runs), b"scatter")
     checked = Checker(text)
     title = f"one {TAGS} against other {TAGS}"
     assert title in checked.text and checked.alts == [title] and f"method {TAGS}" in checked.text
@@ -134,7 +134,7 @@ def test_tags_in_the_names_of_two_studies_stay_text(study_of_tags):
 
 def test_a_value_that_the_template_misses_is_an_error():
     with pytest.raises(UndefinedError, match="'rows' is undefined"):
-        render("compare.html.j2", title="one against other", scatter="")
+        render("compare.html.j2", title="one against other", scatter="", differences=[], same="")
 
 
 def test_templates_are_installed():

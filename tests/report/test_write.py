@@ -14,7 +14,7 @@ from fastbd.base.errors import UserError
 from fastbd.base.run_folder import find
 from fastbd.commands import report
 from fastbd.config.flags import ReportConfig
-from fastbd.report.compare import pair_up
+from fastbd.report.compare import sides
 from fastbd.report.tables import table
 
 
@@ -76,8 +76,8 @@ def test_two_studies_side_by_side(fake_runs, large, tmp_path):
     out = tmp_path / "page.html"
     report.run(ReportConfig(compare=(fake_runs / "..", large), out=out))
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"compare.png", "compare.svg", "page.html"}
-    first, second = (table(find([folder])) for folder in (fake_runs, large))
-    pairs = {(a or b).group.method: (a, b) for a, b in pair_up(first, second) if (a or b).group.objective == "mmcl"}
+    compared = sides(("one", "other"), find([fake_runs]), find([large]))
+    pairs = {(a or b).group.method: (a, b) for a, b in compared.pairs if (a or b).group.objective == "mmcl"}
     assert [method for method, (a, _) in pairs.items() if a] == ["CleanCLIP", "Finetuning (MMCL)"]
     a, b = pairs["CleanCLIP"]
     assert f"{100 * (b.best[0].top1.mean - a.best[0].top1.mean):+.1f} points" in out.read_text()
