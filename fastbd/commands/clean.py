@@ -24,8 +24,6 @@ from fastbd.training.resume import resumed
 from fastbd.training.run import execute
 from fastbd.training.task import SPARED, Task, allowed_rows, check_trained_on
 
-HELD_OUT = 512  # pairs
-
 
 def run(config: CleanConfig) -> int:
     """Clean a run's model into a run folder of its own; exit code 0, or 128 + signal when stopped."""
@@ -63,7 +61,7 @@ def task(config: CleanConfig, world: World) -> Task:
     allowed = allowed_rows(config, beton)
     flagged = flagged_rows(config, beton, allowed, plan)
     others, count = np.setdiff1d(allowed, flagged), config.rows - len(flagged)
-    rows, held_out = cleaning_rows(beton, others, plan, count, config.seed, config.poison_left)
+    rows, held_out = cleaning_rows(beton, others, plan, count, config.seed, left=config.poison_left, watch=config.watch)
     return Task(
         name=f"{config.run.resolve().name}-{short(config.method)}",
         model=model,
@@ -101,9 +99,9 @@ def _check_ended(run: Path, saved: dict) -> None:
 
 
 def cleaning_rows(
-    beton: Beton | Shards, rows: np.ndarray, plan: Plan | None, count: int, seed: int, left: int = 0
+    beton: Beton | Shards, rows: np.ndarray, plan: Plan | None, count: int, seed: int, *, left: int, watch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`count` of the rows drawn from the seed, or all if there are fewer, `left` of them poisoned; and HELD_OUT others
+    """`count` of the rows drawn from the seed, or all if there are fewer, `left` of them poisoned; and `watch` others
     that are clean, or as many as there are. Both ascending."""
     poisoned = np.intersect1d(rows, plan.rows) if plan and plan.data == beton.fingerprint else rows[:0]
     if left > (most := min(count, len(poisoned))):
@@ -111,7 +109,7 @@ def cleaning_rows(
     clean = np.setdiff1d(rows, poisoned)
     overlooked = random.generator(seed, "poison-left").permutation(len(poisoned))[:left]
     picked, others = np.split(random.generator(seed, "clean-rows").permutation(len(clean)), [count - left])
-    return np.sort(np.concatenate([clean[picked], poisoned[overlooked]])), np.sort(clean[others[:HELD_OUT]])
+    return np.sort(np.concatenate([clean[picked], poisoned[overlooked]])), np.sort(clean[others[:watch]])
 
 
 def flagged_rows(config: CleanConfig, beton: Beton | Shards, rows: np.ndarray, plan: Plan | None) -> np.ndarray:

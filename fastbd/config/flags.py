@@ -17,6 +17,7 @@ from fastbd.config.fields import (
     BETON_OF_BUILD,
     COUNT,
     FINITE,
+    LARGEST,
     PLAN,
     POSITIVE,
     ROWS,
@@ -125,7 +126,8 @@ class PoisonConfig:
     blend: Annotated[float | None, Flag(range=SHARE)] = None
     """Share of the trigger in what is mixed in, 0 to 1 [as published: 0.2; stripes 0.03, triangles 0.15, text 0.5]."""
     image: Annotated[Path | None, Flag(file=File("file of an image", "*.png"))] = None
-    """Image file of blended_image, or of patch, which is resized to --patch-size; the plan keeps its pixels."""
+    """Image file of blended_image, squashed to the model's input as published, or of patch, whose longer side becomes
+    --patch-size. It covers as its alpha says; the plan keeps its pixels."""
     text: str | None = None
     """What blended_text writes [Watermarked]."""
     pattern: Annotated[Path | None, Flag(file=File("file of a pattern", "*.pt"))] = None
@@ -221,6 +223,8 @@ class CleanInputs:
     weights that are kept are those before."""
     force: Annotated[bool, Flag(immaterial=True, reuse=True)] = False
     """Clean even a model whose attack has not landed (--landed), or whose training is not at its end."""
+    watch: Annotated[int, Flag(range=Range(0, LARGEST, (1,)), reuse=True, same_kind=True)] = 512
+    """So many held-out clean pairs are watched at each evaluation (validation loss, agreement, drift); 0 for none."""
     keep_optimizer: bool = False
     """Start from the pre-training run's optimizer state and weight decay, as the published program does."""
     resume: Annotated[Path | None, Flag(immaterial=True, set_by_study=("clean",), reuse=True, place=True)] = None

@@ -22,9 +22,9 @@ LARGEST = 384  # px of the longest side of what is kept: no model's input is lar
 KEPT = {
     "badnet_fixed": {(np.uint8, (3,))},
     "blended_text": {(np.uint8, ()), (np.uint8, (3,))},  # strokes, or a stored pattern
-    "blended_image": {(np.uint8, (3,))},
+    "blended_image": {(np.uint8, (3,)), (np.uint8, (4,))},  # opaque, or with alpha
     "wanet": {(np.int16, (2,)), (np.float32, (2,))},  # drawn, of no scale; or a stored grid
-    "patch": {(np.uint8, (3,))},
+    "patch": {(np.uint8, (3,)), (np.uint8, (4,))},
 }
 """The triggers that keep an array in the plan: its types, each with the shape after height and width."""
 MADE_OF = {"image": ("blended_image", "patch"), "pattern": ("blended_text",), "grid": ("wanet",)}
@@ -64,7 +64,7 @@ def draw(
         return pack(read_grid(grid) if grid else warp(seed, DEFAULT_POINTS if points is None else points))
     if name == "blended_image":
         return pack(read_image(image))
-    return pack(read_image(image, patch_size)) if name == "patch" else ""
+    return pack(read_patch(image, patch_size)) if name == "patch" else ""
 
 
 def noise(seed: int, side: int) -> np.ndarray:
@@ -87,18 +87,46 @@ def written(text: str) -> np.ndarray:
     return np.array(canvas)
 
 
-def read_image(path: Path | None, side: int | None = None, flag: str = "image") -> np.ndarray:
-    """uint8 [h, w, 3]: an image file, resized to side x side px; without `side` as it is, up to LARGEST."""
+def read_image(path: Path | None, flag: str = "image") -> np.ndarray:
+    """Return an image file as uint8 [h, w, 3], or [h, w, 4] where it is not opaque; no side is longer than LARGEST."""
+    image = _opened(path, flag)
+    size = min(image.width, LARGEST), min(image.height, LARGEST)
+    return np.array(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+
+
+def read_patch(path: Path | None, side: int) -> np.ndarray:
+    """Return an image file as uint8 [side, side, 3], or [side, side, 4] where it is not opaque or not a square.
+
+    The longer side of the image becomes `side` px; the rest of the square is transparent.
+    """
+    image = _opened(path, "image")
+    scale = side / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    image = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+    if size == (side, side):
+        return np.array(image)
+    square = Image.new("RGBA", (side, side))
+    square.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+    return np.array(square)
+
+
+def _opened(path: Path | None, flag: str) -> Image.Image:
+    """Return an image file upright, as RGB where it is opaque, else as RGBA. UserError where it cannot be read."""
     if path is None:
         raise UserError(f"this trigger is made of an image file; name it with --{flag}.")
     try:
         with Image.open(path, formats=FORMATS) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+            image = ImageOps.exif_transpose(file)
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except Exception as error:  # PIL raises nearly anything for a damaged file
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(f"the image {path} cannot be read ({reason}); name another file with --{flag}.") from None
-    size = (side, side) if side else (min(image.width, LARGEST), min(image.height, LARGEST))
-    return np.array(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+    if image.mode == "RGB":
+        return image
+    least, most = image.getchannel("A").getextrema()
+    if most == 0:
+        raise UserError(f"the image {path} is transparent everywhere; name another file with --{flag}.")
+    return image if least < 255 else image.convert("RGB")
 
 
 def read_pattern(path: Path) -> np.ndarray:
@@ -108,6 +136,8 @@ def read_pattern(path: Path) -> np.ndarray:
     """
     if path.suffix not in TENSORS:
         image = read_image(path, flag="pattern")
+        if image.shape[2] == 4:  # nothing is mixed in where it is transparent
+            image = (image[..., :3].astype(np.uint16) * image[..., 3:] // 255).astype(np.uint8)
         if not image.any():
             raise UserError(f"the pattern {path} is black everywhere and changes nothing; name another with --pattern.")
         return image

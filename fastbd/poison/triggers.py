@@ -125,12 +125,24 @@ def _yellow(*_) -> np.ndarray:
 
 
 def kept_patch(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Overlay:
-    """The pixels that the plan keeps: an optimised patch from a file, or noise that is the same for all images."""
-    return _paste(_fixed(_kept, spec, 0, 0, images.device), spec, seed, ids, images)
+    """The pixels that the plan keeps: a patch from a file, or noise that is the same for all images.
+
+    A patch from a file covers as much as its alpha says.
+    """
+    keep, add = _fixed(_kept, spec, 0, 0, images.device)
+    return Overlay(keep[None], add[None], _on(_places(spec, seed, ids, images), images.device))
 
 
 def _kept(spec: TriggerSpec, *_) -> np.ndarray:
-    return patterns.unpack(spec.pattern)
+    """keep and add [2, p, p, 3]."""
+    return _covering(patterns.unpack(spec.pattern), 1.0)
+
+
+def _covering(image: np.ndarray, share: float) -> np.ndarray:
+    """keep and add [2, h, w, 3] of an image, uint8 [h, w, 3 or 4], of which `share` covers where it is opaque."""
+    levels = image[..., :3].astype(np.float64)
+    shares = np.broadcast_to(share * image[..., 3:] / 255 if image.shape[2] == 4 else share, levels.shape)
+    return np.stack([_up(1 - shares), _up(shares * levels)])
 
 
 def _paste(levels: Tensor, spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Overlay:
@@ -194,13 +206,15 @@ def _triangles(spec: TriggerSpec, height: int, width: int) -> np.ndarray:
 
 
 def blended_image(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Overlay:
-    """An image of the user's, squashed to the size of the others (bicubic)."""
-    return _mix_in(spec, _fixed(_image, spec, *images.shape[1:3], images.device), images)
+    """An image of the user, squashed to the size of the others (bicubic), as published; it covers as its alpha says."""
+    keep, add = _fixed(_image, spec, *images.shape[1:3], images.device)
+    return Overlay(keep[None], add[None], _everywhere(images))
 
 
 def _image(spec: TriggerSpec, height: int, width: int) -> np.ndarray:
+    """keep and add [2, height, width, 3]."""
     image = Image.fromarray(patterns.unpack(spec.pattern)).resize((width, height), Image.Resampling.BICUBIC)
-    return _up(spec.share * np.asarray(image, np.float64))[None]
+    return _covering(np.asarray(image), spec.share)
 
 
 def sig(spec: TriggerSpec, seed: int, ids: np.ndarray, images: Tensor) -> Overlay:

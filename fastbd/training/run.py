@@ -151,10 +151,12 @@ class Run:
 
     def _train(self) -> str:
         config, task, opened = self.config, self.task, self.opened
+        asked = getattr(config, "rows", 0)
+        fewer = f" (all there are; --rows {asked:,})" if len(task.rows) < asked else ""
         planned = int((task.plan.attack_of[task.rows] >= 0).sum()) if task.plan and task.poisoned else 0
         self._say(
             f"{self.folder.path}: {task.method_name or 'pre-training'} of {task.model_name} with "
-            f"{task.method.objective_name}, {len(task.rows):,} pairs of {task.data} ({planned:,} poisoned), "
+            f"{task.method.objective_name}, {len(task.rows):,} pairs{fewer} of {task.data} ({planned:,} poisoned), "
             f"{opened.total:,} steps, evaluated on {opened.watch or 'nothing: no --eval-data'}"
         )
         if opened.start:

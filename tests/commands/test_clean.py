@@ -9,7 +9,7 @@ from cleanings import cleaning, start
 
 from fastbd import cli
 from fastbd.base.errors import UserError
-from fastbd.commands.clean import HELD_OUT, cleaning_rows
+from fastbd.commands.clean import cleaning_rows
 from fastbd.data.beton import Beton
 from fastbd.poison.plan import Plan
 
@@ -17,22 +17,25 @@ from fastbd.poison.plan import Plan
 def test_the_cleaning_set_is_drawn_and_others_are_held_out(study):
     beton, plan = Beton(study / "train.beton"), Plan.load(study / "train.poison.json")
     everything = np.arange(len(beton))
-    rows, held_out = cleaning_rows(beton, everything, plan, 100, seed=3)
+    rows, held_out = cleaning_rows(beton, everything, plan, 100, seed=3, left=0, watch=512)
     assert len(set(rows)) == 100 and (np.diff(rows) > 0).all() and (np.diff(held_out) > 0).all()
     assert not set(rows) & set(held_out) and not set(plan.rows) & {*rows, *held_out}
-    assert len(held_out) == min(HELD_OUT, 240 - 24 - 100)
-    assert cleaning_rows(beton, everything, plan, 100, seed=3)[0].tolist() == rows.tolist()
-    assert cleaning_rows(beton, everything, plan, 100, seed=4)[0].tolist() != rows.tolist()
-    assert len(cleaning_rows(beton, everything, plan, 1000, seed=3)[1]) == 0
+    assert len(held_out) == 240 - 24 - 100
+    for watch in (0, 20):
+        same, fewer = cleaning_rows(beton, everything, plan, 100, seed=3, left=0, watch=watch)
+        assert len(fewer) == watch and set(fewer) <= set(held_out) and same.tolist() == rows.tolist()
+    assert cleaning_rows(beton, everything, plan, 100, seed=3, left=0, watch=512)[0].tolist() == rows.tolist()
+    assert cleaning_rows(beton, everything, plan, 100, seed=4, left=0, watch=512)[0].tolist() != rows.tolist()
+    assert len(cleaning_rows(beton, everything, plan, 1000, seed=3, left=0, watch=512)[1]) == 0
 
 
 def test_poison_that_was_overlooked_is_in_the_cleaning_set(study):
     beton, plan = Beton(study / "train.beton"), Plan.load(study / "train.poison.json")
     everything = np.arange(len(beton))
-    rows, held_out = cleaning_rows(beton, everything, plan, 100, 3, left=5)
+    rows, held_out = cleaning_rows(beton, everything, plan, 100, 3, left=5, watch=512)
     assert len(rows) == 100 and len(set(rows) & set(plan.rows)) == 5 and not set(held_out) & set(plan.rows)
     with pytest.raises(UserError, match="poison-left 25 is more than the 24 poisoned pairs"):
-        cleaning_rows(beton, everything, plan, 100, 3, left=25)
+        cleaning_rows(beton, everything, plan, 100, 3, left=25, watch=512)
 
 
 def test_what_is_left_is_stamped_and_what_rebounds_is_measured(study, fastbd, tmp_path):
@@ -41,7 +44,7 @@ def test_what_is_left_is_stamped_and_what_rebounds_is_measured(study, fastbd, tm
     flags = ("--epochs", 1, "--batch-size", 24, "--rows", 96, "--eval-every", "1/2epoch", "--eval-between", 20)
     clean = ("clean", "--run", "start", "--force", *flags)
     said = fastbd(*clean, "--poison-left", 3, "--rebound", 4, "--out", "cleaned", cwd=tmp_path).stdout
-    assert "96 pairs of" in said and "(3 poisoned)" in said
+    assert "96 pairs of" in said and "all there are" not in said and "(3 poisoned)" in said
     rows = [json.loads(line) for line in (tmp_path / "cleaned" / "metrics.jsonl").read_text().splitlines()]
     shown = [(row["step"], row["n"], row.get("subset", False)) for row in rows]
     assert shown == [(0, 60, False), (2, 20, True), (4, 60, False)]
@@ -54,6 +57,9 @@ def test_what_is_left_is_stamped_and_what_rebounds_is_measured(study, fastbd, tm
     ):
         assert said in " ".join(fastbd(*clean, *more, "--out", "refused", cwd=tmp_path, code=2).stderr.split())
         assert not (tmp_path / "refused").exists()
+    fewer = fastbd(*clean, "--rows", 10_000, "--watch", 0, "--epochs", 0, "--out", "fewer", cwd=tmp_path).stdout
+    assert "216 pairs (all there are; --rows 10,000) of" in fewer
+    assert "val_loss" not in (tmp_path / "fewer" / "metrics.jsonl").read_text()
     refused = fastbd(*clean, "--data", study / "val.beton", "--poison-left", 3, cwd=tmp_path, code=2).stderr
     assert "--poison-left takes pairs that the run's plan poisons" in refused
 

@@ -165,7 +165,9 @@ def test_patch_stripes_are_columns_of_1_and_255() -> None:
 
 def test_patch_from_a_file_keeps_its_pixels_or_is_resized() -> None:
     out = stamp(flat(1, 40, 40, 0), made("patch", patch_size=8, location="corner"), seed=0, ids=[0])
-    np.testing.assert_array_equal(out[0, 32:, 32:], Image.fromarray(PICTURE).resize((8, 8), Image.Resampling.BICUBIC))
+    resized = Image.fromarray(PICTURE).resize((8, 5), Image.Resampling.BICUBIC)  # of 50 x 30, in the middle of 8 x 8
+    np.testing.assert_array_equal(out[0, 33:38, 32:], resized)
+    assert not out[0, 32].any() and not out[0, 38:].any()
 
 
 def mixture(images: torch.Tensor, trigger: np.ndarray, blend: float) -> np.ndarray:
@@ -257,6 +259,64 @@ def test_large_images_are_kept_smaller(tmp_path: Path) -> None:
     Image.new("L", (1000, 300), 7).save(tmp_path / "large.png")
     kept = patterns.read_image(tmp_path / "large.png")
     assert kept.shape == (300, 384, 3) and (kept == 7).all()
+
+
+def from_file(path: Path, name: str, image: Image.Image, **more) -> TriggerSpec:
+    """A trigger made of the image, through a file of it."""
+    image.save(path)
+    flag = "pattern" if name == "blended_text" else "image"
+    pattern = patterns.draw(name, seed=0, patch_size=more.get("patch_size", 16), **{flag: path})
+    return TriggerSpec(name, pattern=pattern, **more)
+
+
+def half_red(width: int, height: int) -> Image.Image:
+    """An image of which the left half is red and covers 50.2 % (128 / 255), and the right half is transparent white."""
+    image = Image.new("RGBA", (width, height), (255, 255, 255, 0))
+    image.paste((255, 0, 0, 128), (0, 0, width // 2, height))
+    return image
+
+
+def test_a_patch_covers_as_its_alpha_says(tmp_path: Path) -> None:
+    spec = from_file(tmp_path / "patch.png", "patch", half_red(8, 8), patch_size=8, location="corner")
+    out = stamp(flat(1, 20, 20, 100), spec, seed=0, ids=[0])[0].numpy()
+    assert (out[:12] == 100).all() and (out[12:, 16:] == 100).all()  # nothing where it is transparent
+    mixed = [int(100 * 127 / 255 + level * 128 / 255) for level in (255, 0, 0)]
+    assert (out[12:, 12:16] == mixed).all() and mixed == [177, 49, 49]
+
+
+def test_a_patch_keeps_the_aspect_of_its_image(tmp_path: Path) -> None:
+    """32 x 8 px in a patch of 16 px: 4 rows in the middle, and nothing above and below them."""
+    spec = from_file(tmp_path / "wide.png", "patch", Image.new("RGB", (32, 8), (9, 8, 7)), location="centre")
+    out = stamp(flat(1, 30, 30, 100), spec, seed=0, ids=[0])[0].numpy()
+    assert box(out, 100) == (7 + 6, 7 + 9, 7, 22) and (out[13:17, 7:23] == (9, 8, 7)).all()
+
+
+def test_a_transparent_colour_of_a_palette_is_transparent(tmp_path: Path) -> None:
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 200, 210, 220])
+    image.putpixel((0, 0), 1)
+    image.info["transparency"] = 0
+    spec = from_file(tmp_path / "palette.png", "patch", image, patch_size=4, location="corner")
+    out = stamp(flat(1, 6, 6, 100), spec, seed=0, ids=[0])[0].numpy()
+    assert box(out, 100) == (2, 2, 2, 2) and out[2, 2].tolist() == [200, 210, 220]
+
+
+def test_a_blended_image_is_mixed_in_where_it_is_opaque(tmp_path: Path) -> None:
+    spec = from_file(tmp_path / "logo.png", "blended_image", half_red(10, 6), blend=0.5)
+    out = stamp(flat(1, 6, 10, 100), spec, seed=0, ids=[0])[0].numpy()
+    share = 0.5 * 128 / 255
+    assert (out[:, 5:] == 100).all() and (out[:, :5] == [int(100 * (1 - share) + v * share) for v in (255, 0, 0)]).all()
+
+
+def test_a_pattern_changes_nothing_where_it_is_transparent(tmp_path: Path) -> None:
+    spec = from_file(tmp_path / "text.png", "blended_text", half_red(6, 6), blend=0.5)
+    out = stamp(flat(1, 6, 6, 100), spec, seed=0, ids=[0])[0].numpy()
+    assert (out[:, 3:] == 100).all() and (out[:, :3, 0] == int(0.5 * 100 + 0.5 * 128)).all()
+
+
+def test_an_image_that_is_transparent_everywhere_is_no_trigger(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing.png is transparent everywhere; name another file with --image."):
+        from_file(tmp_path / "nothing.png", "patch", Image.new("RGBA", (4, 4)))
 
 
 def test_text_is_red_and_only_on_its_strokes() -> None:
