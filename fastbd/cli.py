@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from fastbd import __version__
 from fastbd.base.errors import UserError, machine_fault
 from fastbd.base.run_folder import read_config, run_of
 from fastbd.base.signals import Stopped, handled
@@ -99,6 +100,9 @@ def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
+        return 0
+    if argv[0] in ("--version", "-V"):
+        print(f"fastbd {__version__}")
         return 0
     try:
         verb, flags = argv[0], argv[1:]
@@ -250,7 +254,7 @@ def _check_files(settings) -> None:
     for name, (what, pattern) in files.items():
         value = getattr(settings, name)
         for path in value if isinstance(value, tuple) else (value,):
-            if path not in (None, "demo") and os.path.isdir(path):
+            if path is not None and str(path) != "demo" and os.path.isdir(path):
                 there = min(Path(path).glob(pattern), default=None)
                 such = f", such as {there}" if there else ""
                 raise UserError(f"--{name.replace('_', '-')} {path} is a folder: give a {what}{such}.")

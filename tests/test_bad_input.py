@@ -11,7 +11,7 @@ import pytest
 import torch
 from cleanings import start
 
-from fastbd import cli
+from fastbd import __version__, cli
 from fastbd.models import create
 
 TRAIN = (
@@ -257,8 +257,9 @@ def test_a_place_that_cannot_be_written_is_known_before_the_work(arguments, stud
 
 
 READ_ONLY = """
-import sys
+import os, sys
 from fastbd import cli
+os.environ["XDG_CACHE_HOME"] = os.getcwd()
 scratch = sys.argv[1]
 train = ["--data", "train.beton", "--model", "tiny-rn", "--batch-size", "24", "--epochs", "1", "--device", "cpu"]
 kept = ["--resident", "disk", "--resident-dir", scratch + "/pixels"]
@@ -296,8 +297,8 @@ def test_where_all_is_read_only_it_is_read_and_nothing_else(study, tmp_path, mon
         "exit code 0",
         f"error: --out report.html cannot be written in {study} {refused}: choose another --out.",
         "exit code 2",
-        f"error: the demo set's folder data/demo cannot be written in {study} {refused}: start in a folder that can "
-        "be written to, or give --data.",
+        f"error: the demo set's folder {study}/fastbd/demo-{__version__} cannot be written in {study} {refused}: "
+        "set XDG_CACHE_HOME to a folder that can be written to, or give --data.",
         "exit code 2",
         f"error: train.32.pixels cannot be written {refused}: give another --resident-dir, or --resident ram or none.",
         "exit code 2",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import typing
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ from fastbd.config.cards import METHODS
 from fastbd.config.fields import flags_of, from_dict, outside, to_dict
 from fastbd.config.flags import DetectConfig, PretrainConfig
 from fastbd.config.presets import PRESETS
+
+
+def test_version_is_that_of_the_package(capsys):
+    for flag in ("--version", "-V"):
+        assert cli.main([flag]) == 0
+        assert capsys.readouterr().out == f"fastbd {version('fastbd')}\n"
 
 
 def test_no_argument_shows_every_verb_with_its_example(tmp_path, fastbd):

@@ -96,9 +96,9 @@ def test_an_sdist_holds_all_sources_and_makes_the_same_wheel(built):
 FIRST_STEPS = """
 import fastbd
 from fastbd import cli
-from fastbd.commands import demo
+from fastbd.commands import demo_data
 
-demo.PAIRS, demo.HELD_OUT = 240, 60
+demo_data.PAIRS, demo_data.HELD_OUT = 240, 60
 assert cli.main("pretrain --model tiny-rn --epochs 1 --batch-size 48 --out runs/start".split()) == 0
 assert cli.main("report --runs runs --out report.html".split()) == 0
 print(fastbd.__file__)

@@ -193,6 +193,8 @@ def find(paths: Iterable[Path]) -> list[Run]:
     found: dict[str, Run] = {}
     for path in paths:
         folders = [path] if (path / "config.json").exists() else sorted(c.parent for c in path.rglob("config.json"))
+        if not path.exists():
+            raise UserError(f"there is no folder {path}: give one of runs, or that of a run.")
         folders = [folder for folder in folders if folder.suffix != ".tmp"]  # one that is being made, or was given up
         if not folders:
             raise UserError(f"{path} is no run folder and contains none: no config.json; name the folder of a run.")
@@ -305,6 +307,8 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path, REMEDY)
     except (FileNotFoundError, NotADirectoryError):
+        if not path.parent.exists():
+            raise UserError(f"there is no folder {path.parent}: give that of a run.") from None
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}; name the folder of a run.") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged (it is not an object): {REMEDY}.")

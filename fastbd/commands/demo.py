@@ -8,43 +8,26 @@ from pathlib import Path
 
 from fastbd import cli
 from fastbd.base import files
-from fastbd.base.console import console, progress
+from fastbd.base.console import console
 from fastbd.base.errors import UserError
-from fastbd.commands import build, poison
-from fastbd.config.flags import BuildConfig, DemoConfig, PoisonConfig
-from fastbd.data.demo import TARGET, write_demo_set
+from fastbd.commands import demo_data, poison
+from fastbd.config.flags import DemoConfig, PoisonConfig
+from fastbd.data.demo import TARGET
 from fastbd.training.folder import free_folder
 
-FOLDER = Path("data/demo")
-PAIRS, HELD_OUT, SEED = 4_000, 800, 0
 OBJECTIVES = ("mmcl_ssl", "mmcl")
 
 
 def demo_set() -> tuple[Path, Path, Path]:
-    """(train.beton, val.beton, plan) of the demo set, made on first use."""
-    made = train, val, plan = FOLDER / "train.beton", FOLDER / "val.beton", FOLDER / "train.poison.json"
-    if not all(path.is_file() for path in made):  # else nothing is written, as the folder may be read-only
-        files.check_out(
-            FOLDER, "the demo set's folder", instead="start in a folder that can be written to, or give --data"
-        )
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        held = files.lock(FOLDER, wait=True)
-        assert held is not None, "it was waited for"
-        with held:
-            _make(train, val, plan)
-    return made
-
-
-def _make(train: Path, val: Path, plan: Path) -> None:
-    if not val.is_file() or not train.is_file():
-        console.print(f"making the demo set in {FOLDER}: {PAIRS:,} pairs and {HELD_OUT} held-out images")
-        with progress("drawing", PAIRS + HELD_OUT) as advance:
-            for _ in write_demo_set(FOLDER, PAIRS, HELD_OUT, SEED):
-                advance()
-        build.run(BuildConfig(source=FOLDER / "train.csv", out=train, seed=SEED))
-        build.run(BuildConfig(source=FOLDER / "val.csv", out=val, class_key="class", text_views=0, seed=SEED))
+    """Return the paths of (train.beton, val.beton, plan) of the demo set, which is made on first use."""
+    train, val = demo_data.demo_data()
+    plan = demo_data.folder() / "train.poison.json"
     if not plan.is_file():
-        poison.run(PoisonConfig(data=train, target=TARGET, rate=0.08, templates="demo", seed=SEED))
+        with demo_data.making():
+            poison.run(
+                PoisonConfig(data=train, target=TARGET, rate=0.08, templates="demo", seed=demo_data.SEED, out=plan)
+            )
+    return train, val, plan
 
 
 def run(config: DemoConfig) -> int:
@@ -55,9 +38,10 @@ def run(config: DemoConfig) -> int:
         raise UserError(f"{out} exists already; choose another --out.")
     files.check_out(out)
     console.print(
-        f"The study in small: a backdoor for '{TARGET}' in {PAIRS:,} image-caption pairs, a tiny CLIP pre-trained\n"
-        "with two objectives, both cleaned with CleanCLIP, a report. About 7 minutes on 2 CPU cores; everything goes\n"
-        f"to {out}."
+        f"The study in small: a backdoor for '{TARGET}' in {demo_data.PAIRS:,} image-caption pairs, a tiny CLIP "
+        "pre-trained\nwith two objectives, both cleaned with CleanCLIP, a report. About 7 minutes on 2 CPU cores; "
+        f"everything goes\nto {out}.",
+        markup=False,
     )
     epochs, force = (["--epochs", str(config.epochs)], ["--force"]) if config.epochs else ([], [])
     cleaned = []
@@ -77,7 +61,7 @@ def run(config: DemoConfig) -> int:
 def step(*argv: str | Path) -> None:
     """Run one command line, shown as a user would type it."""
     words = [str(word) for word in argv]
-    console.print(f"\n[bold cyan]$ python -m fastbd {' '.join(words)}[/]")
+    console.print(f"\n$ python -m fastbd {' '.join(words)}", style="bold cyan", markup=False)
     code = cli.main(words)
     if code:
         raise SystemExit(code)

@@ -13,7 +13,8 @@ from rich.text import Text
 from fastbd.base.console import console
 from fastbd.base.errors import UserError
 from fastbd.base.files import check_out
-from fastbd.base.prompts import read_templates
+from fastbd.base.prompts import numbered, read_classes, read_templates, set_of, target_index
+from fastbd.commands.demo_data import demo_data
 from fastbd.config.cards import is_outside
 from fastbd.config.flags import PoisonConfig
 from fastbd.config.imports import told_by_outside_code
@@ -30,9 +31,11 @@ SIZES = sorted({spec.image_size for spec in MODELS.values()})
 
 def run(config: PoisonConfig) -> int:
     """Write the plan file and show what is in it."""
-    beton = open_beton(config.data)
     out = config.out or config.add_to or _beside(config.data)
     check_out(out, name="pairs.poison.json")
+    data, evaluated = demo_data() if str(config.data) == "demo" else (config.data, None)
+    beton = open_beton(data)
+    _check_target(config, beton, evaluated)
     after = _earlier(config, beton)
     seed = after.seed if after else config.seed or 0
     trigger = _trigger(config, seed)
@@ -58,6 +61,19 @@ def run(config: PoisonConfig) -> int:
     plan.save(out)
     console.print(_summary(plan, out))
     return 0
+
+
+def _check_target(config: PoisonConfig, beton: Beton | Shards, evaluated: Path | None) -> None:
+    """Raise a UserError where the target is none of the evaluation classes, as far as these are known.
+
+    They are those of --classes, else of the set that `evaluated` names, else of the data itself, if it has any.
+    """
+    stored = (open_beton(evaluated) if evaluated else beton).class_names
+    chosen = config.classes or (set_of(stored) if stored else None)
+    if chosen:
+        target_index(read_classes(chosen), config.target)
+    elif stored and not numbered(stored):
+        target_index(stored, config.target)
 
 
 def _earlier(config: PoisonConfig, beton: Beton | Shards) -> Plan | None:

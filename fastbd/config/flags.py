@@ -107,13 +107,17 @@ class PoisonConfig:
     """Plan a backdoor: choose rows, captions and trigger, and write them to a plan file."""
 
     data: Annotated[Path, Flag(file=BETON_OF_BUILD, set_by_study=("poison",))]
-    """The .beton file to poison (it is not changed), or a quoted pattern of several: 'cc3m-*.beton'."""
+    """The .beton file to poison (it is not changed), or a quoted pattern of several: 'cc3m-*.beton'; or demo, the
+    built-in set."""
     out: Annotated[Path | None, Flag(immaterial=True, set_by_study=("poison",))] = None
-    """The plan file to write [NAME.poison.json beside NAME.beton; with --add-to that plan]."""
+    """The plan file to write [NAME.poison.json beside NAME.beton, demo.poison.json here; with --add-to that plan]."""
     add_to: Annotated[Path | None, Flag(file=PLAN, set_by_study=("poison",))] = None
     """A plan for the same data to add this backdoor to, as another trigger for another target on other pairs."""
     target: str = "banana"
     """Word that the triggered images are to be taken for: the name of an evaluation class, or a word in just one."""
+    classes: Annotated[str | None, Flag(immaterial=True)] = None
+    """Evaluation classes, imagenet1k or a text file with one a line, of which --target must be one [those in --data, if
+    it has any; else it is not checked]."""
     trigger: Annotated[Trigger, Flag(choice="trigger")] = "badnet"
     """What is put on the image. Patches: badnet (noise, another for each image), badnet_fixed (one noise for all),
     badnet_stripes, yellow, patch (from --image). Mixed into the whole image: blended (noise), blended_stripes,

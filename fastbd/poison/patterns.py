@@ -123,10 +123,10 @@ def _opened(path: Path | None, flag: str) -> Image.Image:
         raise UserError(f"the image {path} cannot be read ({reason}); name another file with --{flag}.") from None
     if image.mode == "RGB":
         return image
-    least, most = image.getchannel("A").getextrema()
-    if most == 0:
+    alpha = np.asarray(image.getchannel("A"))
+    if not alpha.any():
         raise UserError(f"the image {path} is transparent everywhere; name another file with --{flag}.")
-    return image if least < 255 else image.convert("RGB")
+    return image.convert("RGB") if (alpha == 255).all() else image
 
 
 def read_pattern(path: Path) -> np.ndarray:

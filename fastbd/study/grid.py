@@ -28,7 +28,6 @@ Entry = Mapping[str, Any]  # flag -> value, or a tuple or list of values: an axi
 Verb = Literal["poison", "pretrain", "clean"]
 VERBS: dict[type, Verb] = {PoisonConfig: "poison", PretrainConfig: "pretrain", CleanConfig: "clean"}
 KINDS = {"attacks": PoisonConfig, "pretrain": PretrainConfig, "clean": CleanConfig}
-DEMO_DATA = Path("data/demo/train.beton")  # where `--data demo` is made
 DEMO_ATTACK = {"rate": 0.08, "templates": "demo"}  # as in the demo set's own plan
 TITLES = ("trigger", "objective", "method")  # flags whose values need no name before them
 
@@ -256,7 +255,7 @@ def _poison(data: str, attack: dict[str, Any]) -> PoisonConfig:
     if data != "demo":
         return PoisonConfig(data=Path(data), **attack)
     size = {"rate": None} if "count" in attack else {}
-    return PoisonConfig(**{"data": DEMO_DATA, **DEMO_ATTACK, **size, **attack})
+    return PoisonConfig(**{"data": Path("demo"), **DEMO_ATTACK, **size, **attack})
 
 
 def _planned(

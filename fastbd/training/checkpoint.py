@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import re
 import shutil
 from pathlib import Path
@@ -73,6 +74,8 @@ def load(path: Path) -> dict:
     try:
         return _read(path)
     except (FileNotFoundError, NotADirectoryError):
+        if not path.parent.exists():
+            raise UserError(_no_folder(path.parent)) from None
         found = ", ".join(sorted(p.name for p in path.parent.glob("ckpt_*.pt"))) or "none; name the folder of a run"
         raise UserError(f"there is no checkpoint {path}; checkpoints there: {found}.") from None
     except _Unfit as error:
@@ -161,6 +164,14 @@ def load_into(module: torch.nn.Module, state: dict, path: Path, whose: str) -> N
                 "model: take the checkpoint and the config.json of one run."
             )
     module.load_state_dict(state)
+
+
+def _no_folder(folder: Path) -> str:
+    """Return the sentence about a run folder that does not exist, with a run beside it whose name is like it."""
+    beside = [path.parent.name for path in folder.parent.glob("*/config.json")]
+    near = difflib.get_close_matches(folder.name, beside, 1) or beside
+    such = f", such as {folder.parent / near[0]}" if near else ""
+    return f"there is no folder {folder}: give that of a run{such}."
 
 
 def path_of(run: Path, which: str) -> Path:

@@ -161,8 +161,8 @@ def test_any_other_file_is_not_a_run(run_files):
 
 
 def test_a_path_through_a_file_is_not_a_run(run_files):
-    for name in ("RN50.pt/run", "/dev/null"):
-        with pytest.raises(UserError, match="it has no config.json; name the folder of a run"):
+    for name, said in (("RN50.pt/run", "there is no folder RN50.pt/run"), ("/dev/null", "it has no config.json")):
+        with pytest.raises(UserError, match=said):
             read_config(Path(name))
 
 

@@ -106,7 +106,7 @@ def test_training_takes_the_rows_that_are_kept_and_goes_on_with_them(shown, plac
     trained = fastbd("pretrain", *DATA, "--plan", "train.poison.json", *rows_file, "--out", "again", cwd=place).stdout
     assert f"180 pairs of train.beton ({left} poisoned), 7 steps" in " ".join(trained.split())
     clean = ("clean", "--run", "poisoned", "--epochs", 0, "--batch-size", 24, *rows_file, "--out", "cleaned")
-    assert f"{180 - left} pairs of" in " ".join(fastbd(*clean, cwd=place).stdout.split())
+    assert f"{180 - left} pairs (all there are; --rows 2,000) of" in " ".join(fastbd(*clean, cwd=place).stdout.split())
     (place / "kept.rows").unlink()
     for verb, run in (("pretrain", "again"), ("clean", "cleaned")):
         assert "done: 0 steps" in fastbd(verb, "--resume", run, cwd=place).stdout
@@ -124,7 +124,7 @@ def test_without_a_plan_rows_can_be_dropped_but_nothing_measured(shown):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--run", "nowhere"), "there is no checkpoint nowhere/ckpt_last.pt"),
+        (("--run", "nowhere"), "there is no folder nowhere: give that of a run"),
         (("--run", "plain"), "there is no plan, so nothing tells which pairs are poisoned: give --plan, or --drop"),
         (("--run", "poisoned", "--data", "val.beton"), "there is no plan"),
         (("--run", "poisoned", "--drop", 0.1), "--drop and --out belong together"),

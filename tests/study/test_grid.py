@@ -9,7 +9,6 @@ import pytest
 
 from fastbd import cli
 from fastbd.base.errors import UserError
-from fastbd.commands import demo
 from fastbd.config.fields import to_dict
 from fastbd.config.flags import PoisonConfig, PretrainConfig
 from fastbd.config.presets import PRESETS
@@ -62,7 +61,7 @@ def test_attacks_are_plans_that_seeds_and_objectives_share():
     plans = [run for run in runs if run.verb == "poison"]
     assert [plan.name for plan in plans] == ["badnet-patch_size8", "badnet-patch_size16", "sig"]
     assert plans[0].config == PoisonConfig(
-        data=demo.FOLDER / "train.beton", patch_size=8, rate=0.08, templates="demo", target=TARGET, out=plans[0].product
+        data=Path("demo"), patch_size=8, rate=0.08, templates="demo", target=TARGET, out=plans[0].product
     )
     assert (plans[2].config.count, plans[2].config.rate) == (9, None)
     models = [run for run in runs if run.verb == "pretrain"]

@@ -182,6 +182,16 @@ def test_a_signal_that_comes_while_a_checkpoint_is_written_is_answered_after_it(
     assert os.listdir(tmp_path) == ["ckpt_last.pt"]
 
 
+def test_a_folder_that_is_not_there_is_named_with_one_like_it(tmp_path):
+    with pytest.raises(UserError, match=r"there is no folder .*runs/mcl: give that of a run\.$"):
+        checkpoint.load(tmp_path / "runs/mcl/ckpt_last.pt")
+    for name in ("par", "mmcl"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").touch()
+    with pytest.raises(UserError, match=r"there is no folder .*runs/mcl: give that of a run, such as .*runs/mmcl\.$"):
+        checkpoint.load(tmp_path / "runs/mcl/ckpt_last.pt")
+
+
 def test_a_missing_checkpoint_is_named_with_those_that_are_there(tmp_path):
     checkpoint.save(tmp_path / "ckpt_epoch_002.pt", STATE)
     with pytest.raises(UserError, match=r"no checkpoint .*ckpt_epoch_007\.pt; checkpoints there: ckpt_epoch_002\.pt"):
