@@ -87,6 +87,7 @@ def _look_at(data: Beton | Shards, out: Path | None) -> np.ndarray:
     if out and data.has_checksums:
         whole = np.setdiff1d(rows, damaged)
         write_rows(out, whole, data.fingerprint, f"without the {len(damaged):,} that are damaged")
+        console.print(f"wrote {out}: {len(whole):,} rows, for --rows-file of pretrain and clean", markup=False)
     return damaged
 
 
@@ -132,7 +133,8 @@ def _driver() -> Finding:
 def _torch() -> Finding:
     import torch
 
-    return torch.__version__, f"{torch.get_num_threads()} threads on the CPU"
+    threads = torch.get_num_threads()
+    return torch.__version__, f"{threads} thread{'s' * (threads != 1)} on the CPU"
 
 
 def _cuda() -> Finding:
@@ -209,10 +211,10 @@ def _precision() -> Finding:
 
     name = set_precision("auto", torch.device(_device()))
     if _device() == "cpu" and has_bf16():
-        return "fp32 or bf16", "a training measures which is faster, all else is fp32; --precision changes it"
+        return "fp32 or bf16", "a training measures which is faster, and all else is fp32; --precision changes it"
     if name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return name, "this GPU only emulates it: --precision fp32 is likely faster"
-    return name, "auto: bf16 on a GPU, fp32 on a CPU without bf16 instructions; --precision changes it"
+    return name, "bf16 on a GPU, fp32 on a CPU that has no instructions for it; --precision changes it"
 
 
 def _step() -> Finding:

@@ -400,7 +400,7 @@ class EvaluateConfig:
     device: str = "auto"
     """cuda, cpu, or auto."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU, where only a training measures bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,7 +435,7 @@ class DetectConfig:
     device: str = "auto"
     """cuda, cpu, or auto."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU, where only a training measures bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -458,7 +458,7 @@ class LabelConfig:
     device: str = "auto"
     """cuda, cpu, or auto."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU."""
+    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU, where only a training measures bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ def opening(ledger: Ledger) -> str:
     """What the study is, and how much of it is left."""
     counts = Counter(run.verb for run in ledger.runs)
     kinds = ", ".join(f"{n} {name}{'s' * (n != 1)}" for verb, name in KINDS.items() if (n := counts[verb]))
-    return f"study '{ledger.study.name}': {ledger.study.about}\n{kinds}; in {ledger.folder}"
+    about = f": {ledger.study.about}" if ledger.study.about else ""
+    return f"study '{ledger.study.name}'{about}\n{kinds}; in {ledger.folder}"
 
 
 def ending(ledger: Ledger, run: Planned, how: str) -> str:

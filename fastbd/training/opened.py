@@ -304,8 +304,8 @@ class Opened:
         )
         limit = batch * self.world.size / seconds
         self._say(
-            f"{rates.matmul / 1e12:.3g} TFLOP/s and {rates.bandwidth / 1e9:.3g} GB/s allow {limit:,.0f} pairs/s with "
-            "compiled ops"
+            f"limit of this machine: {limit:,.0f} pairs/s, by its matrix products ({rates.matmul / 1e12:.3g} TFLOP/s) "
+            f"and memory ({rates.bandwidth / 1e9:.3g} GB/s), both measured now"
         )
         return limit
 

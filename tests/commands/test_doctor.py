@@ -87,7 +87,7 @@ def test_data_is_verified_and_the_damage_named(study, tmp_path, capsys):
     kept = tmp_path / "whole.rows"
     assert cli.main(["doctor", "--data", str(path), "--out", str(kept)]) == 2
     told = capsys.readouterr()
-    assert "damaged       1: rows 17 (row_id 17)" in told.out
+    assert "damaged       1: rows 17 (row_id 17)" in told.out and f"wrote {kept}: 239 rows" in told.out
     assert told.err.count("\n") == 1 and f"1 of 240 rows of {path} are damaged, the first is row 17 of" in told.err
     rows = read_rows(kept, Beton(path).fingerprint, 240)
     assert rows.tolist() == [*range(17), *range(18, 240)]
