@@ -37,6 +37,7 @@ from fastbd.config.flags import (
     SweepConfig,
     config_of,
 )
+from fastbd.config.help import grouped
 from fastbd.config.imports import told_by_outside_code
 from fastbd.config.presets import PRESETS
 
@@ -170,6 +171,9 @@ def parse(verb: str, flags: list[str]):
     if first.resume and not {"-h", "--help"} & set(others) and (resumed := _resumed(verb, first, bool(others))):
         return resumed
     kind, default, description = _defaults(verb, first, [word for word in flags if word.startswith("--")])
+    if {"-h", "--help"} & set(others):
+        shown = {"prog": f"python -m fastbd {verb}", "description": description}
+        tyro.cli(grouped(kind, default), args=["--help"], config=(tyro.conf.OmitArgPrefixes,), **shown)
     default = tyro.MISSING_NONPROP if default is None else default
     settings = tyro.cli(kind, args=flags, default=default, prog=f"python -m fastbd {verb}", description=description)
     return _checked(verb, settings, first)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +65,21 @@ def test_help_of_every_verb_describes_each_flag_and_needs_no_torch(tmp_path):
         assert f"usage: python -m fastbd {name} [-h]" in shown[name]
         for field in dataclasses.fields(verb.config):
             assert f"--{field.name.replace('_', '-')} " in shown[name].replace(",", " "), (name, field.name)
+        assert "(default: None)" not in shown[name] and "{None}" not in shown[name]
+
+
+def test_help_shows_each_flag_once_in_the_group_of_its_class(monkeypatch):
+    """Its text is that of the source, and its default that of the preset."""
+    monkeypatch.setenv("COLUMNS", "80")  # in a wide terminal the groups stand side by side
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        cli.parse("clean", ["--method", "par", "--preset", "par", "--help"])
+    parts = re.split(r"^ *(?:(\S+) )?options +$", out.getvalue(), flags=re.MULTILINE)
+    boxes = {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    assert list(boxes)[1:] == ["clean", "schedule", "losses", "images", "evaluation", "machine", "output", "par"]
+    for flag, group in (("epochs", "schedule"), ("device", "machine"), ("tau", "par"), ("landed", "evaluation")):
+        assert [name for name, text in boxes.items() if f"--{flag} " in text] == [group]
+    assert "--epochs INT Passes over the data. (default: 10)" in boxes["schedule"]
+    assert "--run PATH Run folder of the model to clean. --checkpoint" in boxes["clean"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["pretrain", "--help"]])

@@ -160,7 +160,7 @@ class PoisonConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainInputs:
-    """What only pre-training asks; a base class, so that --help shows it first."""
+    """Model, objective, data and attack."""
 
     preset: Annotated[Preset, Flag(immaterial=True, set_by_study=("pretrain",))] = "demo"
     """Where the defaults come from."""
@@ -200,7 +200,7 @@ class PretrainInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class CleanInputs:
-    """What only cleaning asks."""
+    """Model, method and data."""
 
     preset: Annotated[Preset, Flag(immaterial=True, set_by_study=("clean",))] = "demo"
     """Where the defaults come from [the preset of --run]."""
@@ -236,8 +236,8 @@ class CleanInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What pre-training and cleaning share."""
+class Schedule:
+    """How long, in what steps, and with which optimizer."""
 
     epochs: Annotated[int, Flag(range=COUNT, searched=True, column=4)] = 64
     """Passes over the data."""
@@ -260,6 +260,14 @@ class TrainConfig:
     """AdamW: decay of the mean of their squares."""
     eps: Annotated[float, Flag(range=ABOVE_0)] = 1e-8
     """AdamW: term in the denominator."""
+    seed: Annotated[int, Flag(range=SEED, set_by_study=TRAINING_VERBS, reuse=True, same_kind=True, column=2)] = 0
+    """Seed of weights, order and augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """The parts of the loss."""
+
     mmcl_weight: Annotated[float, Flag(range=FINITE, reuse=True)] = 1.0
     """Weight of the image-text contrastive loss."""
     ssl_weight: Annotated[float, Flag(range=FINITE, reuse=True, column=9)] = 1.0
@@ -276,21 +284,12 @@ class TrainConfig:
     """Add the augmented-to-plain direction to the self-supervised loss (published: plain-to-augmented only)."""
     gather: Literal["exact", "local-grad"] = "exact"
     """Several GPUs: the loss's gradient; local-grad: its embeddings' part divided by their number, as published."""
-    seed: Annotated[int, Flag(range=SEED, set_by_study=TRAINING_VERBS, reuse=True, same_kind=True, column=2)] = 0
-    """Seed of weights, order and augmentation."""
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Arithmetic of the towers; auto is bf16 on a GPU, and on a CPU that has instructions for it and is measured to
-    train the model at least 1.15 times as fast by them; else fp32."""
-    compile: Annotated[Compile, Flag(immaterial=True)] = "auto"
-    """torch.compile the towers; auto is on with a GPU. fused: on, and average pools are merged with the layers around
-    them, which moves less memory by the generated code; not yet measured on a GPU."""
-    graph: Annotated[Switch, Flag(immaterial=True)] = "auto"
-    """Capture the whole step in a CUDA graph; auto is on with one GPU."""
-    bn_group: Annotated[int | Literal["batch", "sync"], Flag(range=SEVERAL)] = "batch"
-    """Images whose batch-norm statistics are taken together: this many, all those of a process, or (sync) of all
-    processes. With SSL both views of a pair count. Published: those of one of 8 GPUs. A ViT has none."""
-    device: Annotated[str, Flag(immaterial=True, place=True)] = "auto"
-    """cuda, cpu, or auto."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """How images, and second captions, come to the model."""
+
     views: Annotated[Views, Flag(choice="views", column=10)] = "cleanclip"
     """Image views: plain, and with SSL an AutoAugment one; or RandAugment; SLIP's random crops and two SimCLR views; or
     one with PAR's noise and erasing, without SSL on images; or MODULE:NAME of a tuple of policies."""
@@ -314,8 +313,12 @@ class TrainConfig:
     """Share of the images that may turn out damaged: each is named and replaced, one more stops the run."""
     verify: Annotated[bool, Flag(immaterial=True, reuse=True)] = False
     """First compare all that is to be read of the .beton files with the checksums that build has stored."""
-    workers: Annotated[int, Flag(range=COUNT, immaterial=True, reuse=True)] = 0
-    """Decoding threads; 0 means one for each CPU core, shared out among the processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What the model is evaluated on while it trains, and when."""
+
     eval_data: Annotated[Path | None, Flag(file=BETON, reuse=True, free_on_resume=True, same_kind=True)] = None
     """Labelled .beton, or pattern, for zero-shot accuracy and ASR [demo's, with --data demo; cleaning: the run's]."""
     classes: Annotated[str | None, Flag(reuse=True, same_kind=True)] = None
@@ -336,12 +339,44 @@ class TrainConfig:
     names, is added to each row of metrics.jsonl."""
     landed: Annotated[float, Flag(range=SHARE, immaterial=True, reuse=True)] = 0.5
     """ASR, 0 to 1, from which the attack counts as landed; if it has not, cleaning it shows nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the training runs on, and how."""
+
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the towers; auto is bf16 on a GPU, and on a CPU that has instructions for it and is measured to
+    train the model at least 1.15 times as fast by them; else fp32."""
+    compile: Annotated[Compile, Flag(immaterial=True)] = "auto"
+    """torch.compile the towers; auto is on with a GPU. fused: on, and average pools are merged with the layers around
+    them, which moves less memory by the generated code; not yet measured on a GPU."""
+    graph: Annotated[Switch, Flag(immaterial=True)] = "auto"
+    """Capture the whole step in a CUDA graph; auto is on with one GPU."""
+    bn_group: Annotated[int | Literal["batch", "sync"], Flag(range=SEVERAL)] = "batch"
+    """Images whose batch-norm statistics are taken together: this many, all those of a process, or (sync) of all
+    processes. With SSL both views of a pair count. Published: those of one of 8 GPUs. A ViT has none."""
+    device: Annotated[str, Flag(immaterial=True, place=True)] = "auto"
+    """cuda, cpu, or auto."""
+    workers: Annotated[int, Flag(range=COUNT, immaterial=True, reuse=True)] = 0
+    """Decoding threads; 0 means one for each CPU core, shared out among the processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What is written, and where."""
+
     save_every: Annotated[int, Flag(range=COUNT, immaterial=True, set_by_study=("clean",), reuse=True)] = 1
     """Epochs between checkpoints of which each is kept; 0 keeps only the last."""
     log_every: Annotated[int, Flag(range=POSITIVE, immaterial=True, reuse=True)] = 10
     """Steps between lines of log.jsonl."""
     out: Annotated[Path | None, Flag(immaterial=True, set_by_study=TRAINING_VERBS, reuse=True, place=True)] = None
     """Run folder to make [runs/NAME, numbered when taken]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Output, Machine, Evaluation, Images, Losses, Schedule):
+    """What pre-training and cleaning share; --help shows each base class as a group."""
 
 
 @dataclass(frozen=True, kw_only=True)
