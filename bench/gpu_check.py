@@ -42,7 +42,7 @@ class Stage:
     needed: bool = False
 
 
-MODULES = ("torch", "triton", "numpy", "rich", "PIL", "ftfy", "instant_clip_tokenizer")
+MODULES = ("torch", "triton", "numpy", "rich", "PIL", "ftfy", "tokenizers")
 MORE_MODULES = ("tyro", "nvidia.dali", "pytest", "xdist", "pytest_timeout")
 # The names of all tests as they run, eight at a time, one by one to whichever process is free. One that hangs writes
 # its stacks and is ended, and another one takes its place.

@@ -75,7 +75,8 @@ def _files(wheel: Path) -> dict[str, bytes]:
 
 def test_a_wheel_holds_all_sources_and_nothing_else(built):
     sources = _sources()
-    assert {f"{KERNELS}/augment.py", "fastbd/evals/classes/demo.txt", "fastbd/report/published.csv"} <= sources
+    data = {"fastbd/data/clip_merges.txt", "fastbd/evals/classes/demo.txt", "fastbd/report/published.csv"}
+    assert {f"{KERNELS}/augment.py", *data} <= sources
     files = _files(built.wheel)
     compiled = {name for name in files if name.endswith(EXTENSION_SUFFIXES[0])}
     assert {name: files[name] for name in files.keys() - compiled} == {

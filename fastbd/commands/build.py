@@ -132,7 +132,7 @@ def _alone(out: Path) -> Iterator[None]:
 def _job(items: list[Item], wording: list, config: BuildConfig) -> str:
     """sha256 of what decides the bytes of the file: settings, rows, and the versions of what works on them."""
     settings = to_dict(config) | {"out": None, "workers": None}
-    made_by = [__version__, LAYOUT, *map(version, ("ftfy", "instant-clip-tokenizer", "pillow")), synonyms_source()]
+    made_by = [__version__, LAYOUT, *map(version, ("ftfy", "tokenizers", "pillow")), synonyms_source()]
     digest = hashlib.sha256(json.dumps([made_by, settings, wording]).encode())
     for item in items:
         digest.update(

@@ -257,9 +257,7 @@ MACHINE = {
         "Pillow alone is slower: pip install simplejpeg",
     ),
     "FFCV": _package("ffcv", "ffcv", "decodes JPEG with --decode ffcv", "not needed; `make ffcv` adds it"),
-    "tokenizer": _package(
-        "instant_clip_tokenizer", "instant-clip-tokenizer", "tokenises captions", "pip install instant-clip-tokenizer"
-    ),
+    "tokenizer": _package("tokenizers", "tokenizers", "tokenises captions", "pip install tokenizers"),
     "WordNet": _wordnet,
 }
 PATHS = {

@@ -28,7 +28,7 @@ def test_says_what_is_here(capsys):
 def test_nothing_is_broken():
     found = doctor.findings(doctor.MACHINE | doctor.PATHS)
     assert all(what and meaning for what, meaning in found.values())
-    assert found["tokenizer"][0] == version("instant-clip-tokenizer")
+    assert found["tokenizer"][0] == version("tokenizers")
     on_cpu = "fp32 or bf16" if has_bf16() else "fp32"
     assert found["precision"][0] == ("bf16" if torch.cuda.is_available() else on_cpu)
     assert found["losses"][0] == ("Triton on cuda" if torch.cuda.is_available() else "PyTorch on cpu")
