@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +36,20 @@ def _byte_of() -> dict[str, int]:
     return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(rest)}
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Make many objects at once, all of use: a search for garbage among PyTorch's takes longer than making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @cache
+@_no_collection()
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """CLIP's tokens with their ids, in the ids' order, and its merges in theirs, as OpenAI's program writes both."""
     text = Path(__file__).with_name("clip_merges.txt").read_text(encoding="utf-8").partition("\n\n")[2]
