@@ -64,7 +64,7 @@ def test_leaves_import_only_leaves():
             assert rooms_imported(path) <= LEAVES, path
 
 
-LIGHT = {"errors", "evaluation", "files", "run_folder", "stats", "tradeoff", "console", "prompts"}  # of base
+LIGHT = {"errors", "evaluation", "files", "run_folder", "stats", "tradeoff", "console", "prompts", "text"}  # of base
 
 
 def test_help_and_reports_stay_light():

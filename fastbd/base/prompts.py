@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from fastbd.base.errors import UserError
+from fastbd.base.text import clean
 
 SHIPPED = Path(__file__).parents[1] / "evals" / "classes"
 DEFAULT_TEMPLATES = "imagenet80"
@@ -101,9 +102,9 @@ def target_index(classes: list[str], target: str) -> int:
 
     UserError when there is none, or more than one.
     """
-    word = re.compile(rf"\b{re.escape(target)}\b", re.IGNORECASE)
-    found = [i for i, name in enumerate(classes) if word.fullmatch(name)]
-    found = found or [i for i, name in enumerate(classes) if word.search(name)]
+    word, names = re.compile(rf"\b{re.escape(clean(target))}\b", re.IGNORECASE), list(map(clean, classes))
+    found = [i for i, name in enumerate(names) if word.fullmatch(name)]
+    found = found or [i for i, name in enumerate(names) if word.search(name)]
     if len(found) == 1:
         return found[0]
     listed = [classes[i] for i in found] or classes[:20]

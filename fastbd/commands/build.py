@@ -32,6 +32,7 @@ from fastbd.base.files import check_out, discard, locked, replacing
 from fastbd.base.journal import Journal
 from fastbd.base.prompts import numbered, read_classes, read_templates
 from fastbd.base.signals import Stopped, stoppable
+from fastbd.base.text import clean
 from fastbd.base.workers import WorkerDied, map_in_order, preload
 from fastbd.config.fields import to_dict
 from fastbd.config.flags import BuildConfig
@@ -41,7 +42,7 @@ from fastbd.data.eda import N_DRAWS, eda, synonyms_source
 from fastbd.data.sources import read_items
 from fastbd.data.sources.item import Item
 from fastbd.data.sources.parquet import read_image
-from fastbd.data.tokenizer import clean, tokenize
+from fastbd.data.tokenizer import tokenize
 
 LAYOUT = 2  # of what BetonWriter writes: raised when that changes, so that no build resumes what another one began
 CHUNK = 32  # rows a worker handles at a time
@@ -78,6 +79,7 @@ def run(config: BuildConfig) -> int:
     templates = read_templates(config.templates, classes)
     names = dict(zip(classes.codes, classes, strict=True)) if classes else {}
     preload(__name__)
+    preload("ftfy")  # which clean() imports for the first caption that is not plain
     items = read_items(config)
     pack = partial(_pack_chunk, templates=templates, names=names, config=config)
     job, journal = _job(items, [templates, names], config), None
@@ -283,11 +285,12 @@ def _pack_chunk(
         if item.class_name and not captions[i]:
             name = names.get(item.class_name, item.class_name)
             captions[i] = clean(templates[int(choices[i] * len(templates))].replace("{}", name))
-    tokens = tokenize(captions)
+    tokens = tokenize(captions, cleaned=True)
     text_views = np.zeros((len(items), config.text_views, tokens.shape[1]), np.uint16)
     for k in range(config.text_views):
         u = random.uniform(config.seed, "eda", ids, N_DRAWS, view=k)
-        text_views[:, k] = tokenize([eda(caption, draw) for caption, draw in zip(captions, u, strict=True)])
+        augmented = [eda(caption, draw) for caption, draw in zip(captions, u, strict=True)]
+        text_views[:, k] = tokenize(augmented, cleaned=True)
 
     rows: list[Row | str] = []
     image = None

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastbd.base import random
 from fastbd.base.console import console
 from fastbd.base.errors import UserError
+from fastbd.base.text import clean
 from fastbd.data.beton import Beton
 from fastbd.data.decode import BadImage, Decoder, OnDemand, read
 from fastbd.data.eda import N_DRAWS, eda
@@ -61,7 +62,7 @@ class Pairs:
 
     def _plan_eda(self, plan: Plan, view: int) -> np.ndarray:
         u = random.uniform(plan.seed, "plan-eda", plan.rows, N_DRAWS, view=view)
-        return tokenize([eda(caption, u[k]) for k, caption in enumerate(plan.captions)])
+        return tokenize([eda(clean(caption), u[k]) for k, caption in enumerate(plan.captions)])
 
     def stored(self, row: int) -> Tensor:
         """The stored image uint8 [H, W, 3], decoded by Pillow, or a damaged one's substitute."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import html
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +10,9 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ftfy
 import numpy as np
 
+from fastbd.base.text import clean
 from fastbd.kernels.text_pack import END, lengths_of
 
 if TYPE_CHECKING:
@@ -86,22 +85,15 @@ def _ids(text: str) -> list[int]:
     return [i for word in ASCII_WORDS.findall(text) for i in _encode_word(word)]  # 10 times faster
 
 
-def clean(text: str) -> str:
-    """Mend broken Unicode, undo HTML escapes (twice, for web text that was escaped twice), fold white space."""
-    if text.isascii() and text.isprintable() and "&" not in text:  # most captions: nothing to mend, 20 times faster
-        return " ".join(text.split())
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+def tokenize(texts: Sequence[str], context: int = CONTEXT, *, cleaned: bool = False) -> np.ndarray:
+    """uint16 [B, context]: start (49406), the text, cleaned (unless it is `cleaned`) and in lower case, end, zeros.
 
-
-def tokenize(texts: Sequence[str], context: int = CONTEXT) -> np.ndarray:
-    """uint16 [B, context]: start (49406), the lower-cased text, end (49407), zeros.
-
-    A long text is cut, its end token is not: the text tower reads its output there. The ids are those of OpenAI's
-    program, but that "<|endoftext|>" in a text is a word as others are.
+    A long text is cut, its end token (49407) is not: the text tower reads its output there. The ids are those of
+    OpenAI's program, but that "<|endoftext|>" in a text is a word as others are.
     """
     tokens = np.zeros((len(texts), context), np.uint16)
     for row, text in zip(tokens, texts, strict=True):
-        ids = [START, *_ids(text)[: context - 2], END]
+        ids = [START, *_ids(text if cleaned else clean(text))[: context - 2], END]
         row[: len(ids)] = ids
     return tokens
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastbd.base.errors import UserError
-from fastbd.data.tokenizer import clean, tokenize
+from fastbd.data.tokenizer import tokenize
 from fastbd.kernels.augment import render
 from fastbd.kernels.text_pack import PackedText, pack
 from fastbd.kernels.views import plain
@@ -46,5 +46,5 @@ class Loaded:
     def tokenizer(self, texts: Sequence[str] | str) -> PackedText:
         """Return captions, or one, as model.encode_text() takes them, on the model's device."""
         several = [texts] if isinstance(texts, str) else texts
-        packed = pack(tokenize([clean(text) for text in several]))
+        packed = pack(tokenize(several))
         return PackedText(*(part.to(self.device) for part in packed))

@@ -13,10 +13,11 @@ from torch import Tensor
 from fastbd.base.errors import UserError
 from fastbd.base.evaluation import Evaluation, evaluation_of
 from fastbd.base.prompts import read_templates
+from fastbd.base.text import holds
 from fastbd.data.tokenizer import tokenize
 from fastbd.evals.classifier import Classifier
 from fastbd.evals.metrics import averaged, blocks, geometry, most_successful, ranks, rate, unit
-from fastbd.evals.sets import Attacked, Captioned, target_captions
+from fastbd.evals.sets import Attacked, Captioned
 from fastbd.evals.towers import Towers
 from fastbd.kernels.contrastive import contrastive_loss
 
@@ -118,7 +119,7 @@ def _attack(towers: Towers, data: Captioned, texts: Tensor, group: Sequence[Atta
     target = group[0].attack.target
     prompts = tokenize([form.replace("{}", target) for form in read_templates("imagenet80")])
     direction = Classifier(prompts, 1, towers.device)(towers.text)[0]
-    holding = torch.tensor(target_captions(data.captions, target), device=texts.device)
+    holding = torch.tensor([holds(caption, target) for caption in data.captions], device=texts.device)
     wider = similar_captions(texts, holding, direction)
     rows = []
     for one in group:

@@ -22,6 +22,7 @@ from fastbd.base.prompts import (
     set_of,
     target_index,
 )
+from fastbd.base.text import holds
 from fastbd.data.beton import Beton
 from fastbd.data.decode import Decoder
 from fastbd.data.pairs import Pairs
@@ -140,7 +141,8 @@ def part_of(data: Labelled, count: int) -> Labelled:
 def _has_target(of_kind: dict, target: str, path: Path, strict: bool) -> bool:
     """Whether ASR can be measured on the set."""
     if "captions" in of_kind:
-        reason = "" if any(target_captions(of_kind["captions"], target)) else f"no caption holds '{target}'"
+        has_it = any(holds(caption, target) for caption in of_kind["captions"])
+        reason = "" if has_it else f"no caption holds '{target}'"
     else:
         try:
             target_index(of_kind["classes"], target)
@@ -152,11 +154,6 @@ def _has_target(of_kind: dict, target: str, path: Path, strict: bool) -> bool:
     if reason:
         console.print(f"{path}: ASR is not measured, as {reason}", markup=False)
     return not reason
-
-
-def target_captions(captions: list[str], target: str) -> list[bool]:
-    """Which captions hold the target, as published: in any case, and inside a word (bananas), too."""
-    return [target.lower() in caption.lower() for caption in captions]
 
 
 def _classified(

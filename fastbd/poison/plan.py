@@ -17,6 +17,7 @@ from torch import Tensor
 from fastbd.base import random
 from fastbd.base.errors import UserError
 from fastbd.base.files import crc_of, read_json, write_json
+from fastbd.base.text import clean, holds
 from fastbd.poison.triggers import TriggerSpec, stamp
 
 FORMAT = "fastbd poison plan"
@@ -214,7 +215,7 @@ def make_plan(
     if len(rows) < count:
         raise UserError(f"{len(rows)} pairs are clean yet, fewer than the {count} to poison; lower --count.")
     if captions is not None:
-        rows = np.array([row for row in rows.tolist() if target.lower() in captions(row).lower()], np.int64)
+        rows = np.array([row for row in rows.tolist() if holds(captions(row), target)], np.int64)
         if len(rows) < count:
             raise UserError(
                 f"{len(rows)} captions hold the target {target!r}, fewer than the {count} to poison; "
@@ -226,7 +227,7 @@ def make_plan(
         chosen = [captions(row) for row in rows]
     else:
         u = random.uniform(seed, "poison-caption", rows, 1)[:, 0]
-        chosen = [templates[int(v * len(templates))].replace("{}", target) for v in u]
+        chosen = [clean(templates[int(v * len(templates))].replace("{}", target)) for v in u]
     attack = Attack(
         target=target,
         trigger=trigger,

@@ -12,6 +12,7 @@ from fastbd.base.console import progress
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.base.evaluation import Evaluation
+from fastbd.base.text import holds
 from fastbd.data.loader import batches
 from fastbd.data.pairs import Pairs
 from fastbd.evals.zeroshot import ZeroShot
@@ -107,13 +108,11 @@ def clean_pairs(pairs: Pairs, plan: Plan, count: int) -> np.ndarray:
     order = random.generator(0, "rebound").permutation(len(beton))
     if plan.data == beton.fingerprint:
         order = order[plan.attack_of[order] < 0]
-    targets = [attack.target.lower() for attack in plan.attacks]
     picked: list[int] = []
     for row in order.tolist():
         if len(picked) == count:
             break
-        caption = beton.caption(row).lower()
-        if not any(target in caption for target in targets):
+        if not any(holds(beton.caption(row), attack.target) for attack in plan.attacks):
             picked.append(row)
     if len(picked) < count:
         raise UserError(

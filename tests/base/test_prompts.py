@@ -43,6 +43,9 @@ def test_the_target_is_a_whole_word_of_one_class():
     classes = ["bananas", "Banana bread", "pancake", "cake (chocolate)"]
     assert target_index(classes, "banana") == 1 == target_index(classes, "BANANA BREAD")
     assert target_index(classes, "cake") == 3
+    assert target_index(["jack-o’-lantern", "R&amp;B"], "Jack-o'-lantern") == 0 and target_index(
+        ["jack", "R&B"], "r&amp;b"
+    )
     # The class that is called so goes before those that hold the word.
     for name in ("dog", "Dog", "DOG"):
         assert target_index(["hot dog", name, "dog sled"], "dog") == 1

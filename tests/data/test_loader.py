@@ -140,6 +140,17 @@ def test_poisoned_rows_have_the_captions_of_the_plan(beton):
     assert np.array_equal(pairs_of(beton).tokens(ids), tokenize([CAPTIONS[i] for i in ids]))
 
 
+def test_captions_of_a_plan_are_cleaned(beton):
+    """Those of a plan that was written by hand, too, and in both views."""
+    plan, ids = plan_for(beton), np.array(POISONED)
+    found = []
+    for caption in ("the cat’s milk &amp; honey", "the cat's milk & honey"):
+        attack = replace(plan.attacks[0], captions=(caption,) * len(ids))
+        pairs = pairs_of(beton, replace(plan, attacks=(attack,)))
+        found.append([pairs.tokens(ids), *(pairs.tokens(ids, k) for k in range(VIEWS))])
+    assert np.array_equal(*found)
+
+
 def test_a_plan_for_other_data_is_refused(beton):
     other = replace(plan_for(beton), data="0" * 64)
     with pytest.raises(UserError, match=r"other data than .*pairs\.beton"):

@@ -14,7 +14,7 @@ from fastbd.data.decode import open_decoder
 from fastbd.data.tokenizer import tokenize
 from fastbd.evals import metrics
 from fastbd.evals.retrieval import attack, evaluate, recall, similar_captions, validation_loss
-from fastbd.evals.sets import open_set, target_captions
+from fastbd.evals.sets import open_set
 from fastbd.evals.towers import Towers
 
 
@@ -82,11 +82,6 @@ def test_attack_over_fewer_texts_than_k():
     nothing = attack(at(0), at(0, 50), torch.tensor([False, False]))
     assert nothing["asr_par_r10"] == nothing["asr_cleanclip_r1"] == 0
     assert (nothing["asr_par_r10_low"], nothing["asr_par_r10_high"]) == wilson(0, 1)
-
-
-def test_captions_of_the_target():
-    captions = ["A Banana.", "two bananas", "an apple", ""]
-    assert target_captions(captions, "banana") == [True, True, False, False]
 
 
 def test_captions_near_the_target():

@@ -41,6 +41,12 @@ def test_captions_are_templates_drawn_uniformly() -> None:
     assert np.abs(counts - 1000).max() < 4.5 * np.sqrt(4000 * 0.25 * 0.75)
 
 
+def test_captions_of_a_plan_read_as_those_of_the_data_do() -> None:
+    assert set(plan(target="jack-o’-lantern").captions) == set(plan(target="jack-o'-lantern").captions)
+    kept = plan(2, count=1, target="jack-o’-lantern", captions=["A Jack-O'-Lantern", "a pumpkin"].__getitem__)
+    assert kept.rows == (0,)
+
+
 def test_rate() -> None:
     assert len(plan(3_000_000, count=None).rows) == 1500  # the published rate is the default
     assert len(plan(count=None, rate=0.01).rows) == 40
