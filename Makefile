@@ -1,7 +1,8 @@
-# Everything runs in .venv, which `make install` makes. PYTHON picks the interpreter.
-FITS := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
-PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
-BIN := .venv/bin
+# Everything runs in .venv, which `make install` makes. PYTHON picks the interpreter, VENV another folder.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
 CALL ?= 1
 OUT ?= gpu-check/$(CALL)
 SHARE ?= 1
@@ -16,12 +17,12 @@ FFCV_NEEDS := g++ libopencv-imgproc-dev libturbojpeg0-dev pkg-config
 help:              ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
-install: .venv/installed  ## make .venv and install fastbd into it; HASHES=1 takes only files of the known hashes
+install: $(VENV)/installed  ## make .venv and install fastbd into it; HASHES=1 takes only files of the known hashes
 
-.venv/installed: pyproject.toml constraints.txt $(wildcard kernels/cpp/*)
-	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || { echo "fastbd needs Python 3.11 or 3.12; name one: make PYTHON=/path/to/python3.12"; exit 2; }
-	@echo "installing into .venv (PyTorch and DALI are large: a few minutes)"
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/cpp/*)
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || { echo "fastbd needs Python 3.11 to 3.14; name one: make PYTHON=/path/to/python3.12"; exit 2; }
+	@echo "installing into $(VENV) (PyTorch and DALI are large: a few minutes)"
+	$(PYTHON) -m venv $(VENV)
 	$(if $(HASHES),$(BIN)/pip install --quiet --require-hashes --requirement hashes.txt)
 	$(PIP) --editable ".[dev]"
 	@touch $@
@@ -63,7 +64,7 @@ bench: install     ## measure, and add the rows to bench/results
 	$(BIN)/python -m bench
 
 gpu-check:         ## CALL=1 the step, CALL=2 the rest: test and measure on a GPU without network; logs and rows go to OUT=
-	@test -n "$(PYTHON)" || { echo "gpu-check needs Python 3.11 or 3.12; name one: make gpu-check PYTHON=/path/to/python3.12"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "gpu-check needs Python 3.11 to 3.14; name one: make gpu-check PYTHON=/path/to/python3.12"; exit 2; }
 	@"$(PYTHON)" -m bench.gpu_check "$(CALL)" "$(OUT)"
 
 # make runs two scripts at a time, each with one thread of PyTorch, and ends them with itself.
@@ -95,7 +96,7 @@ audit: .venv-lock  ## ask PyPI for known vulnerabilities of the pinned packages
 	.venv-lock/bin/pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 || { rm -r .venv-lock; exit 2; }
 
 clean:             ## remove .venv and caches; runs/ and data/ stay
-	rm -rf .venv .venv-writers .venv-lock .pytest_cache .ruff_cache *.egg-info build kernels/*.so
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache *.egg-info build kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: help install ffcv cluster writers demo study test bench gpu-check soak lint lock audit clean
