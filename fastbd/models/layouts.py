@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,27 +16,30 @@ DEPTH = 8  # of such keys within one another; a pickle can hold itself
 _WRAPPERS = {"module", "model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _DERIVED = {"input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids", "n_averaged"}
 
-_HUGGING_FACE = [
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
-        (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
-        (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
-        (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),
-        (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
-        (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
-        (r"^visual_projection\.weight$", "visual.proj"),
-        (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
-        (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
-        (r"^text_model\.final_layer_norm\.", "ln_final."),
-        (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
-        (r"^text_projection\.weight$", "text_projection"),
-        (r"\.self_attn\.", ".attn."),
-        (r"\.layer_norm([12])\.", r".ln_\1."),
-        (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-        (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-    )
-]
+_HUGGING_FACE = {
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",
+    "vision_model.post_layernorm.": "visual.ln_post.",
+    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+    "visual_projection.weight": "visual.proj",
+    "text_model.embeddings.token_embedding.": "token_embedding.",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.": "ln_final.",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "text_projection.weight": "text_projection",
+}
+"""How names of CLIPModel's weights begin, and how ours do."""
+_IN_BLOCKS = {
+    ".self_attn.": ".attn.",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+}
+"""How they go on within a block."""
+_TRANSPOSED = ("visual.proj", "text_projection")
 
 
 class Found(NamedTuple):
@@ -129,14 +131,8 @@ def _without_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], tupl
 
 def _from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return CLIPModel's weights by OpenAI's names; queries, keys and values are apart in it."""
-
-    def rename(name: str) -> str:
-        for pattern, replacement in _HUGGING_FACE:
-            name = pattern.sub(replacement, name)
-        return name
-
-    found = _renamed(tensors, rename)
-    for name in ("visual.proj", "text_projection"):
+    found = _renamed(tensors, lambda name: _translated(name, _HUGGING_FACE, _IN_BLOCKS))
+    for name in _TRANSPOSED:
         if name in found:
             found[name] = found[name].T
     for query in [name for name in found if ".attn.q_proj." in name]:
@@ -144,3 +140,25 @@ def _from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if all(part in found for part in parts):
             found[query.replace("q_proj.", "in_proj_")] = torch.cat([found.pop(part) for part in parts])
     return found
+
+
+def hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a CLIP with a vision transformer by the names that CLIPModel has for them."""
+    apart = {}
+    for name, tensor in tensors.items():
+        if ".attn.in_proj_" in name:
+            parts = zip("qkv", tensor.chunk(3), strict=True)
+            apart |= {name.replace("in_proj_", f"{x}_proj."): part for x, part in parts}
+        else:
+            apart[name] = tensor.T if name in _TRANSPOSED else tensor
+    starts, within = ({ours: theirs for theirs, ours in table.items()} for table in (_HUGGING_FACE, _IN_BLOCKS))
+    return {_translated(name, starts, within): tensor for name, tensor in apart.items()}
+
+
+def _translated(name: str, starts: Mapping[str, str], within: Mapping[str, str]) -> str:
+    """Return a name with its start, and each part within it, replaced as the tables say."""
+    start = next((start for start in starts if name.startswith(start)), "")
+    name = starts.get(start, "") + name.removeprefix(start)
+    for before, after in within.items():
+        name = name.replace(before, after)
+    return name
