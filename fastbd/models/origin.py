@@ -15,7 +15,7 @@ from fastbd.base.files import read_json
 from fastbd.models.layouts import Found
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's normalisation, which all images here get
-_HIDDEN_ACT = {"quick_gelu": "quickgelu", "gelu": "gelu"}
+HIDDEN_ACT = {"quick_gelu": "quickgelu", "gelu": "gelu"}
 _WORDS = {
     "quickgelu": "quickgelu",
     "openai": "quickgelu",
@@ -45,9 +45,13 @@ def origin(path: Path, tree: Mapping[Any, Any], found: Found) -> Origin:
         return Origin(tree["about"].get("activation", "quickgelu"), "as it records")
     if found.hugging_face and (config := _json(path.with_name("config.json"))):
         return _of_hugging_face(path.with_name("config.json"), config)
-    config = _json(path.with_name("open_clip_config.json"))
-    if model := config.get("model_cfg"):
-        return Origin("quickgelu" if model.get("quick_gelu") else "gelu", "as open_clip_config.json beside it says")
+    own = _json(path.with_suffix(".json"))  # as open_clip.add_model_config() reads
+    for beside, model in (
+        ("open_clip_config.json", _json(path.with_name("open_clip_config.json")).get("model_cfg")),
+        (path.with_suffix(".json").name, own if "vision_cfg" in own else None),
+    ):
+        if model:
+            return Origin("quickgelu" if model.get("quick_gelu") else "gelu", f"as {beside} beside it says")
     if found.openai:
         return Origin("quickgelu", "as in OpenAI's layout")
     hub = next((part for part in path.parts if part.startswith("models--")), "")
@@ -71,13 +75,13 @@ def _of_hugging_face(path: Path, config: dict) -> Origin:
     """Return what config.json says; it leaves out what is a default of transformers."""
     image, text = config.get("vision_config", {}), config.get("text_config", {})
     said = {tower.get("hidden_act", "quick_gelu") for tower in (image, text)}
-    if len(said) > 1 or not said <= set(_HIDDEN_ACT):
+    if len(said) > 1 or not said <= set(HIDDEN_ACT):
         raise UserError(
             f"has {path.name} beside it that says hidden_act {' and '.join(sorted(said))}: both towers must have "
             "quick_gelu, or both gelu"
         )
     heads = image.get("num_attention_heads", 12), text.get("num_attention_heads", 8)
-    return Origin(_HIDDEN_ACT[said.pop()], "as config.json beside it says", heads)
+    return Origin(HIDDEN_ACT[said.pop()], "as config.json beside it says", heads)
 
 
 def _json(path: Path) -> dict:

@@ -1,4 +1,7 @@
-"""Files of weights, read without running anything that they say: torch.save's, TorchScript archives, safetensors."""
+"""Files of weights, read without running anything that they say: torch.save's, TorchScript archives, safetensors.
+
+Safetensors are written as well.
+"""
 
 from __future__ import annotations
 
@@ -189,6 +192,23 @@ def _tensor(path: Path, name: str, entry: dict, raw: bytes) -> Tensor:
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(raw):
         raise ValueError("a tensor whose shape does not fit its data")
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a file of safetensors, the widest numbers first, so that all lie at multiples of their size."""
+    kinds = {dtype: kind for kind, dtype in _SAFETENSORS.items()}
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # which older releases of transformers ask for
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in ordered:
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

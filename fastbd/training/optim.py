@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 
 import torch
@@ -39,6 +40,20 @@ def make_optimizer(*modules: nn.Module, lr: float, weight_decay: float, betas: t
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     rate = torch.tensor(lr, device=parameters[0].device)
     return AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True, capturable=rate.is_cuda)
+
+
+def moments_of(model: nn.Module, state: dict) -> dict[str, dict[str, Tensor]]:
+    """Return what an optimizer's saved state holds of each parameter, by the names of the model's.
+
+    Nothing where it was made of others too, as those of a method's head.
+    """
+    named = list(model.named_parameters())
+    names = [name for name, p in named if p.ndim >= 2], [name for name, p in named if p.ndim < 2]
+    places = [group["params"] for group in state["param_groups"]]
+    if list(map(len, places)) != list(map(len, names)):
+        return {}
+    found = zip(itertools.chain(*names), itertools.chain(*places), strict=True)
+    return {name: state["state"][place] for name, place in found if place in state["state"]}
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
