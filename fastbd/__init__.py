@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fastbd.base.run_folder import Run
     from fastbd.evals.loaded import Loaded
 
-__all__ = ["UserError", "clean", "evaluate", "load", "pretrain", "sweep"]
+__all__ = ["UserError", "clean", "evaluate", "export", "load", "pretrain", "sweep"]
 __version__ = "0.1.0"
 
 
@@ -50,6 +50,15 @@ def evaluate(run: Run | Path | str, **flags: Any) -> list[Evaluation]:
     from fastbd.commands import evaluate
 
     return evaluate.measured(_settings("evaluate", {"run": run, **flags}))
+
+
+def export(run: Run | Path | str, **flags: Any) -> Path:
+    """Write a run's model for another program as `fastbd export` does; returns the path that was written."""
+    from fastbd.commands import export
+
+    settings = _settings("export", {"run": run, **flags})
+    export.run(settings)
+    return settings.out.absolute()
 
 
 def sweep(study: Path | str | None = None, **flags: Any) -> list[Run]:

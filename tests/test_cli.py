@@ -111,6 +111,7 @@ REQUIRED = {
     "evaluate": ("--run", "runs/start"),
     "detect": ("--run", "runs/start"),
     "label": ("--run", "runs/start", "--out", "labels.npy"),
+    "export": ("--run", "runs/start", "--to", "hf", "--out", "exported"),
 }
 
 
@@ -276,7 +277,8 @@ def test_a_config_survives_json(kind, tmp_path, monkeypatch):
 
     values = {"source": Path("a"), "out": Path("b"), "data": Path("c"), "run": Path("d")}
     filled = {f.name: values.get(f.name, Path("e")) for f in dataclasses.fields(kind) if is_path(hints[f.name])}
-    original = kind(**filled)
+    required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in filled]
+    original = kind(**filled, **{name: typing.get_args(hints[name])[0] for name in required})
     restored = from_dict(kind, json.loads(json.dumps(to_dict(original))) | {"gone": 1})
     assert restored == dataclasses.replace(original, **{name: path.absolute() for name, path in filled.items()})
 

@@ -497,6 +497,22 @@ class LabelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a run's model as open_clip, OpenAI's clip, transformers or CleanCLIP's program loads it."""
+
+    run: Path
+    """Run folder of the model."""
+    checkpoint: str = "last"
+    """Which of its checkpoints: last, or an epoch's number."""
+    to: Literal["open_clip", "openai", "hf", "cleanclip"]
+    """open_clip: a .safetensors or .pt for create_model(), and its model config; openai: a .pt for clip.load(); hf: a
+    folder for CLIPModel.from_pretrained(), with tokenizer and image processor; cleanclip: a .pt that CleanCLIP and PAR
+    load and clean."""
+    out: Path
+    """The file to write, or the folder for hf. A model card goes beside it, or into the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Run the whole study in small on the built-in demo set, and write its report."""
 

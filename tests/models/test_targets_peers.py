@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from fastbd import cli
+from fastbd.commands.export import loading
 from fastbd.data.tokenizer import tokenize
 from fastbd.evals.loaded import Loaded
 from fastbd.kernels.constants import CLIP_STD
@@ -43,6 +44,15 @@ def exported(study, monkeypatch, tmp_path):
     return export
 
 
+def told(to, path, model):
+    """The names that are left by the lines of Python which the command prints."""
+    names = {}
+    exec("\n".join(loading(to, path, model.spec)), names)
+    assert not names["model"].training
+    assert names["model"].logit_scale.item() == model.logit_scale.item()
+    return names
+
+
 @torch.no_grad()
 def assert_alike(model, images, texts):
     """Within 1e-6 of the longest embedding's length, which is what float32 leaves of sums in another order."""
@@ -59,16 +69,14 @@ def assert_sees(transform, model, photo):
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
 @pytest.mark.parametrize(("activation", "file"), [("quickgelu", "a.b.safetensors"), ("gelu", "m.pt")])
 def test_open_clip(exported, name, activation, file, photo):
-    open_clip = pytest.importorskip("open_clip")
+    pytest.importorskip("open_clip")
     path, model = exported(name, activation, "open_clip", file)
-    open_clip.add_model_config(path.with_suffix(".json"))
-    theirs, _, transform = open_clip.create_model_and_transforms(path.stem, pretrained=str(path))
-    theirs.eval()
+    names = told("open_clip", path, model)
+    theirs = names["model"]
     with torch.no_grad():
         assert_alike(model, theirs.encode_image(PIXELS), theirs.encode_text(PADDED))
-    assert theirs.logit_scale.item() == model.logit_scale.item()
-    assert_sees(transform, model, photo)
-    assert torch.equal(open_clip.get_tokenizer(path.stem)(CAPTIONS), PADDED)
+    assert_sees(names["preprocess"], model, photo)
+    assert torch.equal(names["tokenizer"](CAPTIONS), PADDED)
 
 
 @pytest.mark.parametrize("activation", ["quickgelu", "gelu"])
@@ -84,15 +92,14 @@ def test_open_clip_knows_the_models_that_are_called_by_its_names(activation):
 def test_transformers(exported, activation, photo):
     transformers = pytest.importorskip("transformers")
     path, model = exported("tiny-vit", activation, "hf", "folder")
-    theirs, told = transformers.CLIPModel.from_pretrained(path, output_loading_info=True)
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    theirs.eval()
+    theirs, info = transformers.CLIPModel.from_pretrained(path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         images, texts = theirs.vision_model(pixel_values=PIXELS), theirs.text_model(input_ids=PADDED)
         assert_alike(model, theirs.visual_projection(images.pooler_output), theirs.text_projection(texts.pooler_output))
-    assert theirs.logit_scale.item() == model.logit_scale.item()
-    processor = transformers.CLIPProcessor.from_pretrained(path)
-    made = processor(text=CAPTIONS, images=photo, return_tensors="pt", padding="max_length", truncation=True)
+    made = told("hf", path, model)["processor"](
+        text=CAPTIONS, images=photo, return_tensors="pt", padding="max_length", truncation=True
+    )
     assert_sees(lambda _: made["pixel_values"][0], model, photo)
     with torch.no_grad():
         texts = theirs.text_model(input_ids=made["input_ids"], attention_mask=made["attention_mask"])
@@ -116,14 +123,26 @@ def test_transformers_tokenizer(exported, kind):
 def test_openais_clip(exported, name, photo):
     clip = pytest.importorskip("clip")
     path, model = exported(name, "quickgelu", "openai", "m.pt")
-    theirs, transform = clip.load(str(path), device="cpu")
-    assert_sees(transform, model, photo)
-    rounded = theirs.visual.conv1.weight.clone()
-    theirs.load_state_dict(torch.load(path))
-    assert not torch.equal(rounded, theirs.visual.conv1.weight)
+    names = told("openai", path, model)
+    theirs = names["model"]
+    assert_sees(names["preprocess"], model, photo)
     with torch.no_grad():
         assert_alike(model, theirs.encode_image(PIXELS), theirs.encode_text(PADDED))
     assert torch.equal(clip.tokenize(CAPTIONS, truncate=True).long(), PADDED)
+
+
+def test_pars_program(tmp_path):
+    """It loads what begins with module into open_clip's model."""
+    open_clip = pytest.importorskip("open_clip")
+    model = disturbed(create("small_models:openai_rn", 1))
+    settings = {"lr": 2e-3, "betas": (0.8, 0.9), "eps": 1e-7, "weight_decay": 0.3}
+    torch.save(cleanclip_checkpoint(model, {}, settings, 3, "poisoned"), tmp_path / "epoch_3.pt")
+    saved = torch.load(tmp_path / "epoch_3.pt", map_location="cpu")["state_dict"]
+    assert all(name.startswith("module.") for name in saved)
+    theirs = open_clip.CLIP(**open_clip_config(model.spec)).eval()
+    theirs.load_state_dict({name.removeprefix("module."): tensor for name, tensor in saved.items()})
+    with torch.no_grad():
+        assert_alike(model, theirs.encode_image(PIXELS), theirs.encode_text(PADDED))
 
 
 def published_optimizer(model):
