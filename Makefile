@@ -7,7 +7,11 @@ CALL ?= 1
 OUT ?= gpu-check/$(CALL)
 SHARE ?= 1
 SOAK := kills ledger disks flips_data memory flips_states
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+COMMA := ,
+# PyTorch's own index has builds without CUDA for Linux; PyPI has none.
+CPU_INDEX ?= $(if $(filter Linux,$(shell uname -s)),--index-url https://download.pytorch.org/whl/cpu)
+SHOWN := $(BIN)/pip install --disable-pip-version-check
+PIP := $(SHOWN) --quiet --constraint constraints.txt
 LOCK := .venv-lock/bin/uv pip compile --no-config --quiet --universal --python-version 3.11 --no-annotate --custom-compile-command 'make lock' $(UPGRADE) pyproject.toml
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 FFCV_VERSION := 1.0.2
@@ -17,14 +21,15 @@ FFCV_NEEDS := g++ libopencv-imgproc-dev libturbojpeg0-dev pkg-config
 help:              ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
-install: $(VENV)/installed  ## make .venv and install fastbd into it; HASHES=1 takes only files of the known hashes
+install: $(VENV)/installed  ## make .venv and install fastbd into it; CPU=1 leaves CUDA, DALI and Triton out (1 GB, not 7)
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/cpp/*)
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || { echo "fastbd needs Python 3.11 to 3.14; name one: make PYTHON=/path/to/python3.12"; exit 2; }
-	@echo "installing into $(VENV) (PyTorch and DALI are large: a few minutes)"
+	@echo "installing into $(VENV): $(if $(CPU),1.4 GB without CUDA$(COMMA) DALI and Triton; 1 to 3 minutes,7 GB with the libraries of CUDA; 3 to 15 minutes. make install CPU=1 needs 1.4 GB)"
 	$(PYTHON) -m venv $(VENV)
-	$(if $(HASHES),$(BIN)/pip install --quiet --require-hashes --requirement hashes.txt)
-	$(PIP) --editable ".[dev]"
+	$(if $(HASHES),$(SHOWN) --require-hashes --requirement hashes.txt)
+	$(if $(CPU),$(SHOWN) --constraint constraints.txt $(CPU_INDEX) torch)
+	$(SHOWN) --constraint constraints.txt --editable ".[dev$(if $(CPU),,$(COMMA)gpu)]"
 	@touch $@
 
 # FFCV's build asks for all of OpenCV (700 MB); the two files in $$dir show it the two parts that it uses. What it imports
@@ -85,8 +90,8 @@ lint: install      ## check the style and the types
 # what is installed from this folder, and a build of PyTorch for the CPU alone has other ones. hashes.txt has those of
 # PyPI's files, for a first step without this folder. FFCV is left out, as it must be built to say what it needs.
 lock: .venv-lock   ## pin all packages anew in constraints.txt and hashes.txt; UPGRADE=--upgrade takes the newest
-	printf '%s\n' $(FFCV_IMPORTS) | $(LOCK) - --extra dev --extra parquet --extra wordnet --extra cluster --output-file constraints.txt
-	$(LOCK) --extra dev --generate-hashes --constraint constraints.txt --output-file hashes.txt
+	printf '%s\n' $(FFCV_IMPORTS) | $(LOCK) - --extra dev --extra gpu --extra parquet --extra wordnet --extra cluster --output-file constraints.txt
+	$(LOCK) --extra dev --extra gpu --generate-hashes --constraint constraints.txt --output-file hashes.txt
 
 audit: .venv-lock  ## ask PyPI for known vulnerabilities of the pinned packages
 	.venv-lock/bin/pip-audit --strict --requirement hashes.txt --require-hashes --disable-pip

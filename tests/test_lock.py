@@ -38,8 +38,8 @@ def needed(package: str, extras: set[str]) -> set[str]:
 @pytest.mark.parametrize("name", ["constraints.txt", "hashes.txt"])
 def test_all_that_is_needed_is_pinned(name):
     pinned = pins(name)
-    packages = needed("fastbd", {"dev"})
-    assert {"torch", "sympy", "mpmath"} <= packages  # those of those, too
+    packages = needed("fastbd", {"dev", "gpu"})
+    assert {"torch", "sympy", "mpmath", "nvidia-dali-cuda130"} <= packages  # those of those, too
     assert packages <= pinned.keys()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import os
 import shutil
 import subprocess
@@ -17,6 +18,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = "fastbd/kernels"  # a link to ../kernels in the repository, a folder for those who install it
+
+FILES = (
+    "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "LOG.md", "Makefile", "constraints.txt",
+    "hashes.txt",
+)  # fmt: skip
+FOLDERS = ("fastbd", "kernels", "bench", "docs", "findings", "tests")
 
 
 class Built(NamedTuple):
@@ -45,9 +52,9 @@ def built(tmp_path_factory) -> Built:
     folder = tmp_path_factory.mktemp("built")
     tree = folder / "tree"
     tree.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, tree)
-    for name in ("fastbd", "kernels"):
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     sdist = _build("sdist", tree, folder)
     with tarfile.open(sdist) as tar:
@@ -92,6 +99,26 @@ def test_an_sdist_holds_all_sources_and_makes_the_same_wheel(built):
         members = {member.name.split("/", 1)[-1]: member for member in tar.getmembers()}
     assert _sources() <= {name for name, member in members.items() if member.isfile()}  # the kernels, too: no link
     assert _files(built.wheel_of_sdist) == _files(built.wheel)
+
+
+def test_an_sdist_holds_what_its_tests_need(built):
+    """All of the repository, but for what only its own services read (.ci/run and .gitignore)."""
+    with tarfile.open(built.sdist) as tar:
+        members = {member.name.split("/", 1)[-1] for member in tar.getmembers() if member.isfile()}
+    there = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    kept = {path for path in there if "__pycache__" not in path.parts and path.suffix != ".so"}
+    assert {*FILES, *(path.relative_to(ROOT).as_posix() for path in kept)} <= members
+
+
+def test_the_metadata_tell_what_the_package_is(built):
+    with zipfile.ZipFile(built.wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        told = email.message_from_bytes(archive.read(name))
+    assert told["Requires-Python"] == ">=3.11" and told["License-Expression"] == "Apache-2.0"
+    assert any("arxiv.org/abs/2311.14948" in url for url in told.get_all("Project-URL"))
+    supported = {f"Programming Language :: Python :: 3.{minor}" for minor in range(11, 15)}
+    assert supported <= set(told.get_all("Classifier"))
+    assert not [line for line in told.get_all("Requires-Dist") if "dali" in line and "extra ==" not in line]
 
 
 FIRST_STEPS = """
