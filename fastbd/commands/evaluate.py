@@ -30,6 +30,7 @@ from fastbd.models.clip import CLIP, create_like
 from fastbd.models.memory_format import channels_last
 from fastbd.models.precision import set_precision
 from fastbd.poison.plan import Plan
+from fastbd.track.process import tracked
 from fastbd.training import checkpoint
 from fastbd.training.rebound import clean_pairs, rebound
 from fastbd.training.task import check_trained_on
@@ -61,6 +62,9 @@ def measured(config: EvaluateConfig) -> list[Evaluation]:
         if unrecorded and unrecorded.errno in READ_ONLY:
             where = unrecorded.filename or config.run
             console.print(f"not recorded, as {where} cannot be written ({unrecorded.strerror})", markup=False)
+        if not unrecorded and (config.run / "result.json").exists():  # before that the training's trackers tell of them
+            with tracked(config.run, measurement.recorded["config"].get("track", ())):
+                pass
     _show(config, rows, measurement.own)
     if unrecorded and unrecorded.errno not in READ_ONLY:
         raise unrecorded

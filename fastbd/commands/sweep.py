@@ -288,7 +288,7 @@ def _failed(claim: Claim, error: BaseException, kept: Kept, world: World) -> str
 
 def _train(claim: Claim, settings: Config, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:
     """Train from the last checkpoint, where there is one."""
-    planned = claim.run
+    planned, settings = claim.run, replace(settings, track=config.track)
     if (planned.out / "config.json").is_file():
         settings = replace(settings, resume=planned.out)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import inspect
 import re
 import zlib
@@ -42,6 +43,8 @@ class Card:
     """A trigger has a size and a place."""
     blend: float | None = None
     """Published share of a trigger that is mixed into the whole image; None for other triggers."""
+    needs: tuple[str, ...] = ()
+    """Modules that it imports, of the extra of its name."""
 
 
 METHODS = {
@@ -97,14 +100,20 @@ MODELS = dict.fromkeys(
 )  # fmt: skip
 VIEWS = dict.fromkeys(("cleanclip", "randaugment", "slip", "par"), Card())
 EVALUATORS: dict[str, Card] = {}  # what is measured in any case is no choice
+TRACKERS = {
+    "tensorboard": Card(code="fastbd.track.trackers:TensorBoard", needs=("tensorboard",)),
+    "wandb": Card(code="fastbd.track.trackers:Wandb", needs=("wandb",)),
+    "mlflow": Card(code="fastbd.track.trackers:Mlflow", needs=("mlflow", "sqlalchemy", "alembic")),
+}
 KINDS = {
     "method": METHODS, "robust": ROBUST, "objective": OBJECTIVES, "trigger": TRIGGERS, "model": MODELS, "views": VIEWS,
-    "evaluator": EVALUATORS,
+    "evaluator": EVALUATORS, "tracker": TRACKERS,
 }  # fmt: skip
 """The tables by the flag that chooses from them."""
 CALLED = {
     "method": ("config",), "robust": ("config",), "objective": ("config",), "model": ("activation",),
     "trigger": ("spec", "seed", "ids", "images"), "evaluator": ("towers", "data"),
+    "tracker": ("run", "kept"),
 }  # fmt: skip
 """What each is called with, by place; views are a tuple."""
 FACTS = ("title", "marker", "colour")  # that outside code may tell of itself
@@ -148,15 +157,27 @@ def load(kind: str, name: str) -> Any:
 
 
 def check(kind: str, name: str) -> None:
-    """UserError where there is no such thing: the name is not in the table, and cannot be imported."""
+    """UserError where there is no such thing: the name is not in the table, and cannot be imported.
+
+    Or where it needs what is not installed.
+    """
     if name not in KINDS[kind]:
         load(kind, name)
+    elif missing := [module for module in KINDS[kind][name].needs if not _is_installed(module)]:
+        raise UserError(f"the {kind} {name} needs {' and '.join(missing)}: pip install 'fastbd[{name}]'.")
+
+
+def _is_installed(module: str) -> bool:
+    """Return whether a module can be imported; a folder of that name, as wandb makes, is none."""
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None
 
 
 def chosen(config: Any) -> list[tuple[str, str]]:
     """Return (kind, name) of all that a verb's flags choose by name."""
     flags = ((flag.choice, getattr(config, name)) for name, flag in flags_of(type(config)).items() if flag.choice)
-    return [(kind, name) for kind, name in flags if name not in (None, "none")]
+    named = ((kind, each) for kind, name in flags for each in (name if isinstance(name, tuple) else (name,)))
+    return [(kind, name) for kind, name in named if name not in (None, "none")]
 
 
 def check_chosen(config: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from fastbd.base.errors import UserError
-from fastbd.config.cards import METHODS, MODELS, OBJECTIVES, ROBUST, TRIGGERS, VIEWS, card
+from fastbd.config.cards import METHODS, MODELS, OBJECTIVES, ROBUST, TRACKERS, TRIGGERS, VIEWS, card
 from fastbd.config.fields import (
     ABOVE_0,
     BELOW_1,
@@ -33,7 +33,7 @@ from fastbd.config.fields import (
 # A name in a table of cards, or MODULE:ATTRIBUTE of code outside of this package. Of a table that is only known when
 # it runs a type checker cannot make a Literal.
 if TYPE_CHECKING:
-    Objective = Method = Robust = Model = Trigger = Views = str
+    Objective = Method = Robust = Model = Trigger = Views = Tracker = str
 else:
     Objective = Literal[*OBJECTIVES] | str
     Method = Literal[*METHODS] | str
@@ -41,6 +41,7 @@ else:
     Model = Literal[*MODELS] | str
     Trigger = Literal[*TRIGGERS] | str
     Views = Literal[*VIEWS] | str
+    Tracker = Literal[*TRACKERS] | str
 Activation = Literal["quickgelu", "gelu"]
 Location = Literal["random", "four_corners", "corner", "centre"]
 Geometry = Literal["squash", "crop"]
@@ -370,6 +371,12 @@ class Output:
     """Epochs between checkpoints of which each is kept; 0 keeps only the last."""
     log_every: Annotated[int, Flag(range=POSITIVE, immaterial=True, reuse=True)] = 10
     """Steps between lines of log.jsonl."""
+    track: Annotated[
+        tuple[Tracker, ...],
+        Flag(choice="tracker", immaterial=True, set_by_study=TRAINING_VERBS, reuse=True, place=True),
+    ] = ()
+    """Show the run in tensorboard, wandb (offline, unless WANDB_MODE says otherwise) or mlflow, one or several; or by a
+    MODULE:CLASS of your own."""
     out: Annotated[Path | None, Flag(immaterial=True, set_by_study=TRAINING_VERBS, reuse=True, place=True)] = None
     """Run folder to make [runs/NAME, numbered when taken]."""
 
@@ -567,6 +574,8 @@ class SweepConfig:
     """Do runs again that failed."""
     keep_weights: bool = False
     """Keep the last checkpoint of each cleaning [only those of pre-training]."""
+    track: Annotated[tuple[Tracker, ...], Flag(choice="tracker")] = ()
+    """Show the study's runs in these tools, as for pretrain."""
     stop_collapsed: bool = False
     """End a cleaning whose top-1 was below half of its start's for 2 epochs."""
     asha: Annotated[int, Flag(range=COUNT)] = 0

@@ -202,6 +202,7 @@ class Opened:
         self.total = config.epochs * self.steps_per_epoch
         rates = self.method.rates(config.lr, warmup=min(config.warmup, self.total // 2), total=self.total)
         check_returned(self.method, "rates", rates, torch.Tensor, self.total)
+        self.rates: list[float] = rates.tolist()
         if self._reused:
             self.room, self.step = self._reused.room, self._reused.step
             self.step.restart(rates)

@@ -27,6 +27,7 @@ from fastbd.config.fields import portable, to_dict
 from fastbd.config.flags import PretrainConfig
 from fastbd.data import eda, sheet
 from fastbd.kernels import native
+from fastbd.track.process import tracked
 from fastbd.training import checkpoint, divergence
 from fastbd.training.folder import RunFolder, check_place, free_folder
 from fastbd.training.loop import Enough, train
@@ -145,7 +146,8 @@ class Run:
     def train(self) -> str:
         """Train from where the run stands to its end, and return how it ended. Others may resume it then."""
         try:
-            return self._train()
+            with tracked(self.folder.path, self.config.track if self.world.main else ()):
+                return self._train()
         finally:
             self.folder.release()
 
@@ -208,7 +210,7 @@ class Run:
 
     def _diverged(self, broken: NotFinite) -> str:
         """Write diverged.json, and return the sentence that tells of the step."""
-        rates = self.opened.step.rates[: broken.step].tolist()
+        rates = self.opened.rates[: broken.step]
         epoch, path = broken.step / self.opened.steps_per_epoch, self.folder.path / divergence.FILE
         if self.world.main:
             self.folder.guard()
@@ -321,7 +323,8 @@ class Run:
         """Add a line to log.jsonl; `uncaptured` in it says why --graph auto has come to nothing."""
         if self.world.main:
             failed = {"uncaptured": self.opened.step.uncaptured} if self.opened.step.uncaptured else {}
-            self.folder.add_losses({**row, "bad_images": len(self.opened.pairs.bad), **failed})
+            about = {"lr": self.opened.rates[row["step"] - 1], "bad_images": len(self.opened.pairs.bad)}
+            self.folder.add_losses({**row, **about, **failed})
 
     def _say(self, line: str) -> None:
         if not self.quiet:
