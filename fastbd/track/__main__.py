@@ -11,11 +11,13 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastbd.base import files
+from fastbd.base.errors import UserError
 from fastbd.base.run_folder import read
 from fastbd.base.signals import STOPPING
 from fastbd.config.cards import load
@@ -28,14 +30,21 @@ SOURCES = {"train": "log.jsonl", "eval": "metrics.jsonl"}
 REMEDY = "remove it, and a new tracked run is begun"
 
 
-def main(name: str, folder: Path) -> None:
-    """Tell the tracker of the run until stdin ends, and then the rest."""
+def main(name: str, folder: Path) -> int:
+    """Tell the tracker of the run until stdin ends, and then the rest. Exit code 1 after an error, said in one line."""
     for signum in STOPPING:  # they reach all, and the training decides what becomes of them
         signal.signal(signum, signal.SIG_IGN)
     os.nice(10)  # where cores are few, the training comes first
     log, _ = state_of(folder, name)
     with files.locked(log):  # of a run that was just resumed another process may be telling the rest
-        follow(name, folder, _ended)
+        try:
+            follow(name, folder, _ended)
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            said = (str(error).strip().splitlines() or [""])[0]
+            print(said if isinstance(error, UserError) else f"{type(error).__name__}: {said}", file=sys.stderr)
+            return 1
+    return 0
 
 
 def _ended() -> bool:
@@ -119,4 +128,4 @@ def _is_number(value: Any) -> bool:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

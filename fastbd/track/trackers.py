@@ -112,6 +112,7 @@ class Wandb:
         import wandb
 
         begun, study, mode = "id" in kept, study_folder_of(run.path), os.environ.get("WANDB_MODE", "offline")
+        about = {name: value for name, value in run.recorded.items() if name != "config"}
         kept.setdefault("id", secrets.token_hex(4))
         self._kept = kept
         self._run = wandb.init(
@@ -121,11 +122,12 @@ class Wandb:
             name=run.name,
             group=study.name if study else None,
             job_type=run.verb,
-            config={**run.recorded, "env": run.env},
+            config={**run.config, "about": about, "env": run.env},
             mode=mode,
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(console="off", silent=True, x_stats_pid=os.getppid()),  # the training's
         )
+        kept["url"] = self._run.url
         self._run.define_metric("*", step_metric="step")  # wandb's own steps must ascend, and evaluations may come late
         if not begun and (path := run.path / SAMPLES).exists():
             self._log({"samples": wandb.Image(str(path))})
