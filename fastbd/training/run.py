@@ -210,7 +210,7 @@ class Run:
 
     def _diverged(self, broken: NotFinite) -> str:
         """Write diverged.json, and return the sentence that tells of the step."""
-        rates = self.opened.rates[: broken.step]
+        rates = self.opened.step.rates[: broken.step].tolist()
         epoch, path = broken.step / self.opened.steps_per_epoch, self.folder.path / divergence.FILE
         if self.world.main:
             self.folder.guard()
