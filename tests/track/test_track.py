@@ -22,6 +22,7 @@ import torch
 from forked import command, end
 from PIL import Image
 
+from fastbd.base import files
 from fastbd.base.run_folder import find, read
 from fastbd.config import cards
 from fastbd.track import process
@@ -315,6 +316,10 @@ def tool_run(study, fastbd) -> Path:
         wait_for(lambda: (run / "log.jsonl").exists() and len(lines(run / "log.jsonl")) > 6)
     finally:
         end(training)
+    for log, kept in (process.state_of(run, name) for name in INSTALLED):
+        wait_for(kept.exists)
+        with files.locked(log):  # until the first process has told the rest
+            pass
     done = fastbd("pretrain", "--resume", "track/tools", cwd=study)
     assert "goes on without" not in done.stdout and "still tells" not in done.stdout, done.stdout
     return run
