@@ -51,6 +51,10 @@ cluster: install   ## add Ray for --engine ray
 	$(PIP) --editable ".[cluster]"
 	@$(BIN)/python -c "import ray" && echo "Ray is installed: --engine ray uses it"
 
+trackers: install  ## add TensorBoard, Weights & Biases and MLflow for --track
+	$(PIP) --editable ".[tensorboard,wandb,mlflow]"
+	@$(BIN)/python -c "import tensorboard, wandb, mlflow" && echo "TensorBoard, wandb and MLflow are installed: --track uses them"
+
 writers:           ## make .venv-writers with img2dataset and webdataset, for the tests that read what they write
 	@test -n "$(PYTHON)" || { echo "make writers needs Python 3.11 or 3.12; name one: make writers PYTHON=/path/to/python3.12"; exit 2; }
 	@test -x .venv-writers/bin/img2dataset || { $(PYTHON) -m venv .venv-writers && \
@@ -90,7 +94,7 @@ lint: install      ## check the style and the types
 # what is installed from this folder, and a build of PyTorch for the CPU alone has other ones. hashes.txt has those of
 # PyPI's files, for a first step without this folder. FFCV is left out, as it must be built to say what it needs.
 lock: .venv-lock   ## pin all packages anew in constraints.txt and hashes.txt; UPGRADE=--upgrade takes the newest
-	printf '%s\n' $(FFCV_IMPORTS) | $(LOCK) - --extra dev --extra gpu --extra parquet --extra wordnet --extra cluster --output-file constraints.txt
+	printf '%s\n' $(FFCV_IMPORTS) | $(LOCK) - --extra dev --extra gpu --extra parquet --extra wordnet --extra cluster --extra tensorboard --extra wandb --extra mlflow --output-file constraints.txt
 	$(LOCK) --extra dev --extra gpu --generate-hashes --constraint constraints.txt --output-file hashes.txt
 
 audit: .venv-lock  ## ask PyPI for known vulnerabilities of the pinned packages
@@ -107,5 +111,5 @@ clean:             ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache *.egg-info build kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install ffcv cluster writers demo study test bench gpu-check soak lint lock audit dist clean
+.PHONY: help install ffcv cluster trackers writers demo study test bench gpu-check soak lint lock audit dist clean
 .DEFAULT_GOAL := help
