@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastbd.base import random
 from fastbd.methods.cleanclip import CleanClip
 from fastbd.methods.method import Training
 from fastbd.models import CLIP
@@ -34,6 +35,8 @@ class ShrinkPerturb(CleanClip):
 
     @torch.no_grad()
     def prepare(self, model: CLIP) -> None:
-        noise = dict(fresh_like(model, self.seed).named_parameters())
+        # Not the run's own seed: with that of the pre-training it would draw the weights that the model began with.
+        seed = int(random.generator(self.seed, "shrink-perturb").integers(2**63))
+        noise = dict(fresh_like(model, seed).named_parameters())
         for name, parameter in model.named_parameters():
             parameter.mul_(self.shrink).add_(noise[name].to(parameter.device), alpha=self.perturb)
