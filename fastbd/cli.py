@@ -41,6 +41,7 @@ from fastbd.config.flags import (
 from fastbd.config.help import grouped
 from fastbd.config.imports import told_by_outside_code
 from fastbd.config.presets import PRESETS
+from fastbd.config.recipes import published
 
 
 class Verb(NamedTuple):
@@ -53,6 +54,7 @@ class First:
     """Flags that are read before the others, whose defaults depend on them."""
 
     preset: str | None = None
+    recipe: str | None = None
     method: str | None = None
     robust: str | None = None
     run: Path | None = None
@@ -166,17 +168,18 @@ def overview() -> str:
 
 
 def parse(verb: str, flags: list[str]):
-    """The verb's config from its flags; --preset and --run choose the defaults, --resume replaces everything."""
+    """The verb's config from its flags; --preset, --recipe, --run choose the defaults, --resume replaces everything."""
     import tyro
 
     first, others = _first(flags)
     if first.resume and not {"-h", "--help"} & set(others) and (resumed := _resumed(verb, first, bool(others))):
         return resumed
-    kind, default, description = _defaults(verb, first, [word for word in flags if word.startswith("--")])
+    kind, defaults, description = _defaults(verb, first, [word for word in flags if word.startswith("--")])
     if {"-h", "--help"} & set(others):
         shown = {"prog": f"python -m fastbd {verb}", "description": description}
-        tyro.cli(grouped(kind, default), args=["--help"], config=(tyro.conf.OmitArgPrefixes,), **shown)
-    default = tyro.MISSING_NONPROP if default is None else default
+        tyro.cli(grouped(kind, defaults), args=["--help"], config=(tyro.conf.OmitArgPrefixes,), **shown)
+    required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+    default = kind(**dict.fromkeys(required, tyro.MISSING_NONPROP) | defaults) if defaults else tyro.MISSING_NONPROP
     settings = tyro.cli(kind, args=flags, default=default, prog=f"python -m fastbd {verb}", description=description)
     return _checked(verb, settings, first)
 
@@ -187,14 +190,12 @@ def settings_of(verb: str, given: Mapping[str, Any]):
     first = First(**_typed(First, {name: value for name, value in given.items() if name in early}))
     if first.resume and (resumed := _resumed(verb, first, bool(given.keys() - early))):
         return resumed
-    kind, default, _ = _defaults(verb, first, [f"--{name.replace('_', '-')}" for name in given])
+    kind, defaults, _ = _defaults(verb, first, [f"--{name.replace('_', '-')}" for name in given])
     for name in given.keys() - types_of(kind).keys():
         near = difflib.get_close_matches(name, types_of(kind), 1)
         hint = f"did you mean {near[0]}?" if near else f"python -m fastbd {verb} --help lists them."
         raise UserError(f"fastbd.{verb}() has no flag '{name}'; {hint}")
-    values = _typed(kind, given)
-    settings = kind(**values) if default is None else dataclasses.replace(default, **values)
-    return _checked(verb, settings, first)
+    return _checked(verb, kind(**defaults | _typed(kind, given)), first)
 
 
 def _typed(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,19 +205,22 @@ def _typed(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{error}.") from None
 
 
-def _defaults(verb: str, first: First, words: list[str]) -> tuple[type, Any, str | None]:
-    """Return the dataclass of the verb's flags, its defaults by the preset or None, and what --help says of both.
+def _defaults(verb: str, first: First, words: list[str]) -> tuple[type, dict[str, Any], str | None]:
+    """Return the dataclass of the verb's flags, defaults by preset and recipe, and what --help says of both.
 
     UserError where the words name a flag that only another method, or another defence, has.
     """
     kind = VERBS[verb].config
-    name = (first.preset or _preset_of_run(first.run)) if kind in CHOOSERS else None
+    if kind not in CHOOSERS:
+        return kind, published(verb) if first.recipe == "published" else {}, kind.__doc__
+    name = first.preset or _of_run(first.run, "preset", "demo")
+    recipe = first.recipe or _of_run(first.run, "recipe", "corrected")
     if name not in PRESETS:
-        return kind, None, kind.__doc__
+        return kind, {}, kind.__doc__
     preset = PRESETS[name]
-    default = preset().defaults(verb, getattr(first, CHOOSERS[kind]))
+    default = preset().defaults(verb, getattr(first, CHOOSERS[kind]), recipe)
     _check_owners(kind, default, words)
-    return type(default), default, f"{kind.__doc__}\n\nPreset {name}: {preset.__doc__}"
+    return type(default), vars(default), f"{kind.__doc__}\n\nPreset {name}: {preset.__doc__}"
 
 
 def _checked(verb: str, settings, first: First):
@@ -298,12 +302,12 @@ def _first(flags: list[str]) -> tuple[First, list[str]]:
         return First(), flags
 
 
-def _preset_of_run(path: Path | None) -> str:
-    """The preset that a run was made with, so that cleaning starts from the same one."""
+def _of_run(path: Path | None, flag: str, usual: str) -> str:
+    """The value of a flag that a run was made with, such as its preset, so that cleaning starts from the same one."""
     folder = path and run_of(path, "--run")[0]
     if folder and (folder / "config.json").is_file():
-        return read_config(folder)["config"].get("preset", "demo")
-    return "demo"
+        return read_config(folder)["config"].get(flag, usual)
+    return usual
 
 
 def _resumed(verb: str, first: First, others: bool):

@@ -173,6 +173,8 @@ def changed(study: Study, config: SweepConfig) -> Study:
     """The study with the flags of the command line."""
     if config.pretrained:
         study = replace(study, pretrain=(), attacks=(), pretrained=config.pretrained)
+    if config.recipe:
+        study = replace(study, recipe=config.recipe)
     return with_overrides(
         study,
         seeds=config.seeds,

@@ -46,6 +46,7 @@ Activation = Literal["quickgelu", "gelu"]
 Location = Literal["random", "four_corners", "corner", "centre"]
 Geometry = Literal["squash", "crop"]
 Preset = Literal["demo", "paper-cc3m", "paper-cc6m", "par", "par-2"]
+Recipe = Literal["corrected", "published"]
 Decode = Literal["auto", "dali", "dali-cpu", "ffcv", "pil"]
 Detector = Literal["clip_score", "k_distance", "slof", "dao"]
 Switch = Literal["auto", "on", "off"]
@@ -95,6 +96,16 @@ class BuildConfig:
     triggers that are already in images, but FFCV's own loader cannot read such files."""
     text_views: Annotated[int, Flag(range=COUNT)] = 1
     """Augmented (EDA) versions of each caption to draw and store."""
+    recipe: Annotated[Recipe, Flag(immaterial=True)] = "corrected"
+    """published: --end-token cut, --eda-insertion any, --exif ignore; see docs/published.md."""
+    end_token: Literal["keep", "cut"] = "keep"
+    """End of a caption that has more than 77 tokens: the end token in place of the last one that fits; or cut off, as
+    published, so that the model reads such a caption at its start token, where all are alike."""
+    eda_insertion: Literal["content", "any"] = "content"
+    """Words that EDA inserts a synonym of: content words of the caption, anywhere; or, as published, stop words and
+    inserted words too, anywhere before the last word."""
+    exif: Literal["bake", "ignore"] = "bake"
+    """EXIF orientation: turn such images upright, or leave them turned, as published."""
     seed: Annotated[int, Flag(range=SEED)] = 0
     """Seed of the caption templates and of EDA."""
     workers: Annotated[int, Flag(range=COUNT)] = 0
@@ -165,6 +176,8 @@ class PretrainInputs:
 
     preset: Annotated[Preset, Flag(immaterial=True, set_by_study=("pretrain",))] = "demo"
     """Where the defaults come from."""
+    recipe: Annotated[Recipe, Flag(immaterial=True)] = "corrected"
+    """published: defaults that do what the published program does where that changes numbers; see docs/published.md."""
     objective: Annotated[Objective, Flag(choice="objective", same_kind=True)] = "mmcl"
     """mmcl: image-text contrastive; ssl: self-supervised on both sides; mmcl_ssl: both; siglip, siglip_ssl: with
     SigLIP's loss for mmcl; cyclip: mmcl and cyclic consistency; or MODULE:FUNCTION of your own."""
@@ -205,6 +218,9 @@ class CleanInputs:
 
     preset: Annotated[Preset, Flag(immaterial=True, set_by_study=("clean",))] = "demo"
     """Where the defaults come from [the preset of --run]."""
+    recipe: Annotated[Recipe, Flag(immaterial=True)] = "corrected"
+    """published: defaults that do what the published program of the method does where that changes numbers; see
+    docs/published.md [the recipe of --run]."""
     run: Annotated[Path | None, Flag(immaterial=True, set_by_study=("clean",), reuse=True, place=True)] = None
     """Run folder of the model to clean."""
     checkpoint: Annotated[str, Flag(reuse=True, searched=True, column=1)] = "last"
@@ -231,7 +247,7 @@ class CleanInputs:
     watch: Annotated[int, Flag(range=Range(0, LARGEST, (1,)), reuse=True, same_kind=True)] = 512
     """So many held-out clean pairs are watched at each evaluation (validation loss, agreement, drift); 0 for none."""
     keep_optimizer: bool = False
-    """Start from the pre-training run's optimizer state and weight decay, as the published program does."""
+    """Start from the pre-training run's optimizer state, weight decay, betas and eps, as the published program does."""
     resume: Annotated[Path | None, Flag(immaterial=True, set_by_study=("clean",), reuse=True, place=True)] = None
     """Run folder to continue; all settings come from it."""
 
@@ -252,9 +268,16 @@ class Schedule:
     lr: Annotated[float, Flag(range=FINITE, reuse=True, searched=True, column=3)] = 1e-3
     """Peak learning rate."""
     warmup: Annotated[int, Flag(range=COUNT, reuse=True, searched=True)] = 10_000
-    """Steps of linear warm-up; at most half the run is used."""
+    """Steps of linear warm-up; at most half the run is used, but by --schedule shifted."""
+    schedule: Annotated[Literal["exact", "shifted"], Flag(reuse=True)] = "exact"
+    """Learning rates from the first step on; or, as published, those of an epoch later: the warm-up is partly or wholly
+    left out, and in the last epoch the cosine rises again."""
     weight_decay: Annotated[float, Flag(range=FINITE, column=6)] = 0.1
-    """AdamW weight decay; biases, norms and the temperature are exempt."""
+    """AdamW weight decay; --exempt tells of what."""
+    exempt: Literal["vectors", "names", "biases"] = "vectors"
+    """Not decayed: vectors (biases, gains of norms, a ViT's class embedding) and the temperature; or, as published,
+    what has bn, ln, bias or logit_scale in its name, as the gains of shortcuts' batch norms and the class embedding
+    have not; or biases alone, as published with --method supervised."""
     beta1: Annotated[float, Flag(range=BELOW_1)] = 0.9
     """AdamW: decay of the mean of the gradients."""
     beta2: Annotated[float, Flag(range=BELOW_1)] = 0.999
@@ -540,6 +563,9 @@ class SweepConfig:
     """Folder of the study; any number of processes on any machines that see it share out its runs [studies/NAME]."""
     preset: Preset | None = None
     """Scale of a shipped study [each has its own]."""
+    recipe: Recipe | None = None
+    """Recipe of the pre-trainings and cleanings, as for pretrain and clean; entries that give one keep it [the
+    study's]."""
     pretrained: tuple[Path, ...] | None = None
     """Run folders to clean, in place of the study's pre-trainings."""
     seeds: Annotated[tuple[int, ...] | None, Flag(range=SEED)] = None

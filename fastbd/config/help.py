@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,12 +14,12 @@ from typing import Annotated, Any
 from fastbd.config.fields import types_of
 
 
-def grouped(kind: type, default: Any) -> type:
+def grouped(kind: type, defaults: Mapping[str, Any]) -> type:
     """Return a dataclass of dataclasses, one for each class that `kind` is made of, for tyro to show as groups.
 
-    `default`: an instance of `kind`, or None for the defaults of its fields.
+    `defaults`: those that are not the fields' own, by name.
     """
-    parts = [(part, _group(part, names, kind, default)) for part, names in _parts(kind)]
+    parts = [(part, _group(part, names, kind, defaults)) for part, names in _parts(kind)]
     if len(parts) == 1:
         return parts[0][1]
     titled = {}
@@ -36,19 +36,19 @@ def _parts(kind: type) -> Iterator[tuple[type, list[str]]]:
             yield part, names
 
 
-def _group(part: type, names: list[str], kind: type, default: Any) -> type:
+def _group(part: type, names: list[str], kind: type, defaults: Mapping[str, Any]) -> type:
     told = _described(part)
-    made = make_dataclass(part.__name__, [_shown(name, kind, default, told) for name in names], kw_only=True)
+    made = make_dataclass(part.__name__, [_shown(name, kind, defaults, told) for name in names], kw_only=True)
     made.__doc__ = part.__doc__ if part is not kind else None  # that stands above all groups
     return made
 
 
-def _shown(name: str, kind: type, default: Any, told: dict[str, str]) -> tuple:
+def _shown(name: str, kind: type, defaults: Mapping[str, Any], told: dict[str, str]) -> tuple:
     """Return the field as --help is to show it: without a default that says nothing, and "or None"."""
     from tyro.conf import arg
 
     plain = kind.__dataclass_fields__[name]
-    value = plain.default if default is None else getattr(default, name)
+    value = defaults.get(name, plain.default)
     hint = types_of(kind)[name]
     shown = arg(help=told.get(name), help_behavior_hint=_default, metavar=_placeholder(hint))
     return (name, Annotated[hint, shown]) + (() if value is dataclasses.MISSING else (field(default=value),))

@@ -15,6 +15,8 @@ class ParSettings:
 
     tau: Annotated[float, Flag(range=FINITE)] = 2.15
     """Mean squared distance, 0 to 4, up to which images, and captions, are driven from where they were."""
+    lr_start: Annotated[float | None, Flag(range=FINITE)] = None
+    """First learning rate, from which it goes to --lr in the first half of the run [10 times --lr]; published: 3e-5."""
     gate: Literal["batch", "sample"] = "batch"
     """What is compared with --tau: the mean over a batch, as published, or each pair by itself."""
     distance: Literal["plain", "rotation"] = "plain"

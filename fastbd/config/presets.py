@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastbd.config.flags import CHOOSERS, CleanConfig, PretrainConfig, config_of
+from fastbd.config.recipes import published
 
 
 @dataclass(frozen=True)
@@ -18,16 +19,18 @@ class Settings:
     methods: dict[str, dict] = dataclasses.field(default_factory=dict)
     """What cleaning methods do not share with `clean`."""
 
-    def defaults(self, verb: str, name: str | None = None):
+    def defaults(self, verb: str, name: str | None = None, recipe: str = "corrected"):
         """Of a training verb: of pre-training with a defence, of cleaning with a method (None: the usual one).
 
-        They have the flags of their own too. UserError where there is no such defence or method.
+        They have the flags of their own too. UserError where there is no such defence or method, or none of the recipe.
         """
         shared = self.pretrain if verb == "pretrain" else self.clean
         chooser = CHOOSERS[type(shared)]
         name = name or str(getattr(shared, chooser))
         own = self.methods.get(name, {}) if verb == "clean" else {}
-        return config_of(type(shared), name)(**vars(shared) | own | {chooser: name})
+        if recipe == "published":
+            own = own | published(verb, name, shared.preset)
+        return config_of(type(shared), name)(**vars(shared) | own | {chooser: name, "recipe": recipe})
 
 
 PAR = dict(views="par", weight_decay=1e-4, beta2=0.98)

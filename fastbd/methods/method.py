@@ -76,6 +76,8 @@ class Method(nn.Module):
     """The temperature is not trained."""
     contrasts = True
     """The loss tells the pairs of a batch from one another, so that it needs two."""
+    ahead = 0
+    """Steps that the usual learning rates are ahead of the run, which sets it: an epoch's with --schedule shifted."""
 
     def __init__(self, objective: Objective, objective_name: str = "mmcl"):
         super().__init__()
@@ -122,7 +124,7 @@ class Method(nn.Module):
 
     def rates(self, peak: float, *, warmup: int, total: int) -> Tensor:
         """Learning rates of all steps, float32 [total]."""
-        return learning_rates(peak, warmup=warmup, total=total)
+        return learning_rates(peak, warmup=warmup, total=total, ahead=self.ahead)
 
     def forward(
         self, embedded: Embedded, group: td.ProcessGroup | None = None, weights: Tensor | None = None

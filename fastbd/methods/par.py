@@ -47,6 +47,7 @@ class Par(Method):
         super().__init__(make_objective("mmcl", config), "mmcl")
         self.tau, self.gate, self.distance, self.epochs = config.tau, config.gate, config.distance, config.epochs
         self.frozen_norms, self.fixed_scale = config.frozen_norms, not config.train_scale
+        self.lr_start = config.lr_start
         # A function of the Folded model, which is not a module of this one: not saved, not trained.
         self.poisoned: Callable[[Tensor], Tensor] | None = None
         self.register_buffer("images", None, persistent=False)
@@ -69,15 +70,15 @@ class Par(Method):
         self.poisoned = torch.compile(encode, dynamic=False) if training.compiled else encode
 
     def rates(self, peak: float, *, warmup: int, total: int) -> Tensor:
-        """Linear from 10 times the peak to the peak in the first half, then half a cosine.
+        """Linear from --lr-start to the peak in the first half, then half a cosine.
 
         The published table has one step more than each epoch, so that its last ones are not reached.
         """
-        length = total + self.epochs
-        falling = torch.linspace(10 * peak, peak, length // 2, dtype=torch.float64)
+        length, first = total + self.epochs, 10 * peak if self.lr_start is None else self.lr_start
+        to_peak = torch.linspace(first, peak, length // 2, dtype=torch.float64)
         step = torch.arange(length - length // 2, dtype=torch.float64)
         cosine = LAST_RATE + (peak - LAST_RATE) * 0.5 * (1 + torch.cos(math.pi * step / len(step)))
-        return torch.cat([falling, cosine])[:total].float()
+        return torch.cat([to_peak, cosine])[:total].float()
 
     def forward(
         self, embedded: Embedded, group: td.ProcessGroup | None = None, weights: Tensor | None = None

@@ -20,7 +20,7 @@ from fastbd.base.files import read_json
 from fastbd.base.run_folder import read_config
 from fastbd.config.cards import check, owners
 from fastbd.config.fields import flags_of, outside, typed, types_of
-from fastbd.config.flags import CHOOSERS, CleanConfig, PoisonConfig, PretrainConfig, config_of
+from fastbd.config.flags import CHOOSERS, CleanConfig, PoisonConfig, PretrainConfig, Recipe, config_of
 from fastbd.config.presets import PRESETS
 
 Config = PoisonConfig | PretrainConfig | CleanConfig
@@ -41,6 +41,8 @@ class Study:
     """A sentence that says what it asks; a sweep prints it before its runs."""
     preset: str = "demo"
     """What the entries change."""
+    recipe: Recipe = "corrected"
+    """That of the entries which give none."""
     seeds: tuple[int, ...] = (0,)
     """Each is the seed of pre-training and of cleaning both."""
     attacks: tuple[Entry, ...] = ()
@@ -58,6 +60,8 @@ class Study:
         where = f"the study '{self.name}'"
         if self.preset not in PRESETS:
             raise UserError(f"{where} has the preset '{self.preset}'{nearest(self.preset, PRESETS)}")
+        if self.recipe not in (recipes := typing.get_args(Recipe)):
+            raise UserError(f"{where} has the recipe '{self.recipe}'{nearest(self.recipe, recipes)}")
         if not self.clean:
             raise UserError(f"{where} cleans nothing: give it an entry of clean.")
         if bool(self.pretrain) == bool(self.pretrained) or (self.attacks and self.pretrained):
@@ -124,7 +128,7 @@ def study_of(values: Mapping[str, Any]) -> Study:
     for name in ("seeds", "attacks", "pretrain", "pretrained", "clean", "searched"):
         if not isinstance(values.get(name, []), list):
             raise UserError(f"'{name}' of the study must be a list.")
-    for name in ("name", "about", "preset"):
+    for name in ("name", "about", "preset", "recipe"):
         if not isinstance(values.get(name, ""), str):
             raise UserError(f"'{name}' of the study must be a text.")
     tuples = {name: _tuples(value) for name, value in values.items()}
@@ -185,7 +189,7 @@ def expand(study: Study, folder: Path, known: Mapping[str, str] | None = None) -
     structures = [{flag: value for flag, value in values.items() if flag != "lr"} for values in given]
     cleanings = []
     for model, (which, (values, name)) in product(models, enumerate(zip(given, _names(given), strict=True))):
-        base = preset.defaults("clean", values["method"])
+        base = preset.defaults("clean", values["method"], values.get("recipe", study.recipe))
         config = replace(base, **values, seed=model.seed, run=model.folder, save_every=0)
         run = _planned(config, f"{model.name}-{name}", folder, known, start=(model.identity,), needs=model.needs)
         place = (structures.index(structures[which]), model.place, study.seeds.index(model.seed), which)
@@ -207,7 +211,7 @@ def _searched(study: Study, models: Sequence[_Model], folder: Path, known: Mappi
             kinds = _dataclasses(study.preset, "clean", given, where)
             values = {flag: _checked(kinds, flag, value, where) for flag, value in given.items()}
             method = values.get("method", preset.clean.method)
-            base = preset.defaults("clean", method)
+            base = preset.defaults("clean", method, values.get("recipe", study.recipe))
             config = replace(base, **values, seed=model.seed, run=model.folder, save_every=0)
             name = f"{model.name}-{method}-search{number}"
             yield _planned(config, name, folder, known, start=(model.identity,), needs=model.needs)
@@ -225,7 +229,8 @@ def _pretraining(study: Study, folder: Path, known: Mapping[str, str]) -> tuple[
     plans: dict[str, Planned] = {}
     runs, models = [], []
     for seed, (place, ((attack, attack_name), (values, name))) in product(study.seeds, enumerate(grid)):
-        config, plan = replace(preset.defaults("pretrain", values.get("robust")), **values, seed=seed), ()
+        defaults = preset.defaults("pretrain", values.get("robust"), values.get("recipe", study.recipe))
+        config, plan = replace(defaults, **values, seed=seed), ()
         _check_inputs(study, config)
         if attack is not None:
             poison = _poison(config.data, attack)
@@ -419,8 +424,11 @@ def command(config: Config) -> str:
     if not isinstance(config, PoisonConfig):
         preset = PRESETS[config.preset]()
         usual, chooser = getattr(preset, verb), CHOOSERS[KINDS[verb]]
-        defaults = vars(preset.defaults(verb, getattr(config, chooser))) | {chooser: getattr(usual, chooser)}
-        words = [] if config.preset == _assumed_preset(config) else ["--preset", config.preset]
+        defaults = vars(preset.defaults(verb, getattr(config, chooser), config.recipe))
+        defaults |= {chooser: getattr(usual, chooser)}
+        for flag, otherwise in (("preset", "demo"), ("recipe", "corrected")):
+            if (given := getattr(config, flag)) != _assumed(config, flag, otherwise):
+                words += [f"--{flag}", given]
     for flag, value in vars(config).items():
         if value == defaults[flag]:
             continue
@@ -434,9 +442,9 @@ def command(config: Config) -> str:
     return shlex.join(["python", "-m", "fastbd", verb, *words])
 
 
-def _assumed_preset(config: PretrainConfig | CleanConfig) -> str:
-    """The preset that the command line takes when none is given: that of the run to clean."""
+def _assumed(config: PretrainConfig | CleanConfig, flag: str, otherwise: str) -> str:
+    """The preset, or the recipe, that the command line takes when none is given: that of the run to clean."""
     run = config.run if isinstance(config, CleanConfig) else None
     if run and (run / "config.json").is_file():
-        return read_config(run)["config"].get("preset", "demo")
-    return "demo"
+        return read_config(run)["config"].get(flag, otherwise)
+    return otherwise

@@ -24,7 +24,7 @@ from fastbd.evals.embedding import embed_images, embed_texts
 from fastbd.evals.towers import Towers
 from fastbd.kernels import native
 from fastbd.kernels.text_pack import room_for
-from fastbd.methods.method import Training, check_returned, name_of
+from fastbd.methods.method import Method, Training, check_returned, name_of
 from fastbd.models.precision import has_bf16
 from fastbd.training import checkpoint, divergence, fastest, rebound, setup
 from fastbd.training.folder import RunFolder
@@ -200,8 +200,7 @@ class Opened:
         self.tokens = float(lengths.mean())
         self.steps_per_epoch = len(rows) // config.batch_size
         self.total = config.epochs * self.steps_per_epoch
-        rates = self.method.rates(config.lr, warmup=min(config.warmup, self.total // 2), total=self.total)
-        check_returned(self.method, "rates", rates, torch.Tensor, self.total)
+        rates = self._rates()
         self.rates: list[float] = rates.tolist()
         if self._reused:
             self.room, self.step = self._reused.room, self._reused.step
@@ -211,6 +210,20 @@ class Opened:
         self.room = room_for(lengths.sum(1), self.shares.part(config.batch_size)) if fixed else 1
         self.step = setup.make_step(self.model, self.method, rates, config, self.numerics, self.world)
         self.kept.put("setup", self._key, Setup(self.model, self.method, self.room, self.step))
+
+    def _rates(self) -> torch.Tensor:
+        """Return the learning rates of all steps. UserError where those of the method cannot be shifted."""
+        config, method = self.config, self.method
+        shifted = config.schedule == "shifted"
+        if shifted and type(method).rates is not Method.rates:
+            raise UserError(
+                f"{name_of(method)} has a schedule of its own, which --schedule shifted does not know: leave that out."
+            )
+        method.ahead = self.steps_per_epoch if shifted else 0
+        warmup = config.warmup if shifted else min(config.warmup, self.total // 2)
+        rates = method.rates(config.lr, warmup=warmup, total=self.total)
+        check_returned(method, "rates", rates, torch.Tensor, self.total)
+        return rates
 
     @property
     def decoded_by(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +31,41 @@ class AdamW(TORCH):
         self._update()
 
 
-def make_optimizer(*modules: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float):
-    """AdamW; biases, norm gains and the temperature (every parameter below 2 dimensions) are not decayed.
+def _has_name(name: str) -> bool:
+    """As CleanCLIP and Verma et al. group a model's parameters; the latter's heads of clusters are exempt too."""
+    return any(part in name for part in ("bn", "ln", "bias", "logit_scale")) or name.startswith(f"{METHOD}.")
+
+
+METHOD = "method"
+EXEMPT: dict[str, Callable[[str, Tensor], bool]] = {
+    "vectors": lambda name, parameter: parameter.ndim < 2,
+    "names": lambda name, parameter: _has_name(name),
+    "biases": lambda name, parameter: "bias" in name,
+}
+"""Whether a parameter is not decayed, by its name, which is METHOD.NAME for those of a method."""
+
+
+def make_optimizer(
+    model: nn.Module,
+    method: nn.Module | None = None,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    exempt: str = "vectors",
+) -> AdamW:
+    """AdamW of a model and of what a method has beside it; `exempt` is not decayed, a key of EXEMPT.
 
     Its learning rate is a tensor beside the parameters, which both groups share.
     """
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    decayed, exempt = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    rate = torch.tensor(lr, device=parameters[0].device)
+    named = [*model.named_parameters(), *(method.named_parameters(METHOD) if method else ())]
+    spared = {name for name, parameter in named if EXEMPT[exempt](name, parameter)}
+    groups = [
+        {"params": [p for name, p in named if name not in spared], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name in spared], "weight_decay": 0.0},
+    ]
+    rate = torch.tensor(lr, device=named[0][1].device)
     return AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True, capturable=rate.is_cuda)
 
 

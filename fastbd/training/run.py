@@ -126,6 +126,7 @@ class Run:
         about |= {
             "start_step": task.start_step,
             "start_weights": opened.inputs["start"],
+            "built": opened.pairs.beton.built,
             "config": to_dict(config),
         }
 

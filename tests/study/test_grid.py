@@ -207,6 +207,9 @@ def test_a_study_survives_json(tmp_path):
         replace(PRESETS["paper-cc6m"]().pretrain, classes=None, poison=False, batch_size=96, eps=1e-9),
         replace(PRESETS["demo"]().pretrain, robust="progressive", remove_epochs=(2, 4)),
         replace(PRESETS["demo"]().pretrain, remove_epochs=()),
+        replace(PRESETS["paper-cc3m"]().defaults("pretrain", recipe="published"), eda="epoch"),
+        replace(PRESETS["demo"]().defaults("clean", "par", "published"), run=Path("a folder/mmcl"), tau=1.0),
+        replace(PRESETS["demo"]().defaults("clean", recipe="published"), run=Path("mmcl"), keep_optimizer=False),
         replace(PRESETS["demo"]().clean, run=Path("a folder/mmcl"), force=True, ssl_text=False, lr=3e-05),
         replace(PRESETS["paper-cc3m"]().clean, run=Path("paper"), bn_group=256, resident="none", eval_every="epoch"),
         replace(PRESETS["demo"]().clean, run=Path("paper"), data=Path("pairs-*.beton"), batch_size=64),
@@ -221,6 +224,21 @@ def test_the_command_gives_the_config_back(config, tmp_path, monkeypatch):
     Path("paper/config.json").write_text(json.dumps(recorded))
     python, m, fastbd, verb, *flags = shlex.split(command(config))
     assert (python, m, fastbd) == ("python", "-m", "fastbd") and cli.parse(verb, flags) == config
+
+
+def test_a_study_or_one_of_its_entries_has_a_recipe():
+    entries = {"pretrain": ({},), "clean": ({"recipe": ("corrected", "published")}, {"method": "par"})}
+    study = changed(recipe="published", seeds=(0,), **entries)
+    start, *cleanings = expand(study, Path("S"))
+    assert (start.config.schedule, start.config.recipe) == ("shifted", "published")
+    found = {run.name.partition("-")[2]: run.config for run in cleanings}
+    assert [(c.recipe, c.schedule, c.keep_optimizer) for c in found.values()][:2] == [
+        ("corrected", "exact", False),
+        ("published", "shifted", True),
+    ]
+    assert [c.lr_start for c in found.values() if c.method == "par"] == [3e-5]
+    with pytest.raises(UserError, match="has the recipe 'as'; there are corrected, published"):
+        changed(recipe="as")
 
 
 def test_the_command_has_only_the_flags_that_it_needs():
