@@ -44,7 +44,10 @@ class PackedText(NamedTuple):
 
 
 def lengths_of(tokens: np.ndarray) -> np.ndarray:
-    """Tokens of each row [B, L], its end token included. Zeros do not tell padding from text: token 0 is "!"."""
+    """Tokens of each row [B, L], its end token included. Zeros do not tell padding from text: token 0 is "!".
+
+    A row without an end token has 1: CLIP reads it at the largest of its ids, its start token.
+    """
     return (tokens == END).argmax(1) + 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import hashlib
 import json
@@ -36,13 +37,14 @@ from fastbd.base.text import clean
 from fastbd.base.workers import WorkerDied, map_in_order, preload
 from fastbd.config.fields import to_dict
 from fastbd.config.flags import BuildConfig
+from fastbd.config.recipes import published
 from fastbd.data.beton import BetonWriter, begins_as_beton, holds, temporary
 from fastbd.data.decode import BadImage, to_stored
 from fastbd.data.eda import N_DRAWS, eda, synonyms_source
 from fastbd.data.sources import read_items
 from fastbd.data.sources.item import Item
 from fastbd.data.sources.parquet import read_image
-from fastbd.data.tokenizer import tokenize
+from fastbd.data.tokenizer import CONTEXT, tokenize
 
 LAYOUT = 2  # of what BetonWriter writes: raised when that changes, so that no build resumes what another one began
 CHUNK = 32  # rows a worker handles at a time
@@ -133,7 +135,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _job(items: list[Item], wording: list, config: BuildConfig) -> str:
     """sha256 of what decides the bytes of the file: settings, rows, and the versions of what works on them."""
-    settings = to_dict(config) | {"out": None, "workers": None}
+    settings = to_dict(config) | {"out": None, "workers": None, "recipe": None}
     made_by = [__version__, LAYOUT, *map(version, ("ftfy", "tokenizers", "pillow")), synonyms_source()]
     digest = hashlib.sha256(json.dumps([made_by, settings, wording]).encode())
     for item in items:
@@ -170,7 +172,7 @@ def _pack(
     started = saved = time.monotonic()
     unsaved: list[tuple[int, str]] = []  # rejects since the last save
     with (
-        BetonWriter(config.out, len(usable), config.text_views, bool(classes), journal) as writer,
+        BetonWriter(config.out, len(usable), config.text_views, bool(classes), journal, _published(config)) as writer,
         closing(_pack_in_order(usable[done:], pack, config.workers)) as packed,
         progress("build", len(usable), done) as advance,
     ):
@@ -193,6 +195,12 @@ def _pack(
             journal.clear()  # going on would come to the same end
             raise UserError(problem)
     return kept.total(), rejects
+
+
+def _published(config: BuildConfig) -> dict[str, Any]:
+    """Return the flags of --recipe published that are not at their defaults: runs on the data record them."""
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    return {flag: getattr(config, flag) for flag in published("build") if getattr(config, flag) != usual[flag]}
 
 
 def _add(writer: BetonWriter, item: Item, row: Row, labels: dict[str, int], before: Item | None) -> str | None:
@@ -285,12 +293,12 @@ def _pack_chunk(
         if item.class_name and not captions[i]:
             name = names.get(item.class_name, item.class_name)
             captions[i] = clean(templates[int(choices[i] * len(templates))].replace("{}", name))
-    tokens = tokenize(captions, cleaned=True)
+    tokens = _tokens(captions, config)
     text_views = np.zeros((len(items), config.text_views, tokens.shape[1]), np.uint16)
     for k in range(config.text_views):
         u = random.uniform(config.seed, "eda", ids, N_DRAWS, view=k)
-        augmented = [eda(caption, draw) for caption, draw in zip(captions, u, strict=True)]
-        text_views[:, k] = tokenize(augmented, cleaned=True)
+        drawn = [eda(text, draw, insertion=config.eda_insertion) for text, draw in zip(captions, u, strict=True)]
+        text_views[:, k] = _tokens(drawn, config)
 
     rows: list[Row | str] = []
     image = None
@@ -306,10 +314,17 @@ def _pack_chunk(
     return rows
 
 
+def _tokens(texts: list[str], config: BuildConfig) -> np.ndarray:
+    """uint16 [B, 77]; with --end-token cut, a text that has more keeps the first 77, of which the end token is none."""
+    if config.end_token == "cut":
+        return tokenize(texts, CONTEXT + 1, cleaned=True)[:, :CONTEXT]
+    return tokenize(texts, cleaned=True)
+
+
 def _image(item: Item, config: BuildConfig) -> tuple[bytes, int, int, int] | str:
     """(bytes to store, width, height, CRC-32 of the bytes); a string says what is wrong."""
     try:
-        stored, width, height = to_stored(_read(item), config.store, config.max_pixels)
+        stored, width, height = to_stored(_read(item), config.store, config.max_pixels, config.exif)
         return stored, width, height, zlib.crc32(stored)
     except BadImage as error:
         return error.reason

@@ -8,9 +8,11 @@ import math
 import mmap
 import os
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -28,11 +30,13 @@ from fastbd.data.layout import (
     PAGE,
     allocations,
     array_arguments,
+    built_arguments,
     bytes_of,
     check_ranges,
     checksum,
     count_text_views,
     names_of,
+    read_built,
     read_tables,
     record_of,
     spans,
@@ -48,6 +52,7 @@ class Beton:
 
     Attributes, with N the number of samples: `path`; `width`, `height`: uint16 [N], px; `row_id`: int64 [N], row in
     the source; `image_of`: int64 [N]; `labels`: int64 [N] or None; `class_names`: list or None; `num_text_views`;
+    `built`: flags of build, by name, that are not at their defaults and change images or tokens;
     `has_checksums`: whether is_whole() can tell damage, as in no file of FFCV's. The columns, but for image_of, are
     views of the file, which all processes share.
     Raises UserError for a file that is no .beton, is cut short, holds raw pixels in place of JPEG, or whose tables have
@@ -76,6 +81,7 @@ class Beton:
             raise ValueError("its images are not JPEG")
         self._jpeg_ptr, self._jpeg_size = image["ptr"], self._sizes(image["ptr"])
         self.num_text_views = count_text_views(self._fields)
+        self.built = read_built(self._fields)
         check_ranges(tables, self._jpeg_size, self.num_text_views)
         self.width, self.height = image["width"], image["height"]
         self.row_id = self._metadata["row_id"] if "row_id" in names else np.arange(len(image))
@@ -267,17 +273,23 @@ class BetonWriter:
     `capacity` bounds the number of samples (the metadata precede the values, so their room is reserved); fewer may
     follow. The file appears under its name when the block ends well. With a `journal`, save() makes what was added
     durable, and a writer that is given the journal's entries of a job that was cut short goes on from the last.
-    After an error, what was saved is left, unless the journal was cleared; else nothing.
+    After an error, what was saved is left, unless the journal was cleared; else nothing. `built` is as in Beton.
     """
 
     def __init__(
-        self, path: str | os.PathLike, capacity: int, text_views: int, labelled: bool, journal: Journal | None = None
+        self,
+        path: str | os.PathLike,
+        capacity: int,
+        text_views: int,
+        labelled: bool,
+        journal: Journal | None = None,
+        built: Mapping[str, Any] | None = None,
     ):
         self.path = Path(path)
         fields = [(IMAGE_TYPE, "image", b""), (ARRAY_TYPE, "tokens", array_arguments(CONTEXT))]
         if text_views:
             fields.append((ARRAY_TYPE, "text_views", array_arguments(text_views, CONTEXT)))
-        fields += [(BYTES_TYPE, "caption", b""), (INT_TYPE, "row_id", b"")]
+        fields += [(BYTES_TYPE, "caption", built_arguments(built or {})), (INT_TYPE, "row_id", b"")]
         if labelled:
             fields += [(INT_TYPE, "label", b""), (BYTES_TYPE, "class_name", b"")]
         self._fields = np.array([*fields, (INT_TYPE, "checksum", b"")], FIELD)

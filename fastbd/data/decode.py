@@ -213,8 +213,8 @@ def _installed(*modules: str) -> bool:
     return all(importlib.util.find_spec(module) is not None for module in modules)
 
 
-def to_stored(data: bytes, store: str, max_pixels: int) -> tuple[bytes, int, int]:
-    """(bytes to store, width, height) of an image file, upright and in RGB; `store` as in BuildConfig.
+def to_stored(data: bytes, store: str, max_pixels: int, exif: str = "bake") -> tuple[bytes, int, int]:
+    """(bytes to store, width, height) of an image file, upright and in RGB; `store` and `exif` as in BuildConfig.
 
     The bytes stay as they are where nothing has to be changed: an upright RGB or grey JPEG of the wanted size, and with
     store "png" such a PNG too. All else becomes a PNG there, elsewhere a JPEG of quality 95 with full chroma. Alpha is
@@ -230,7 +230,7 @@ def to_stored(data: bytes, store: str, max_pixels: int) -> tuple[bytes, int, int
         if _ends_early(image, data):
             raise BadImage("damaged image: its data end before its last row")
         plain = image.format in ("JPEG", *(["PNG"] if store == "png" else [])) and image.mode in ("RGB", "L")
-        turn = _TURNS.get(_orientation(image))
+        turn = _TURNS.get(_orientation(image)) if exif == "bake" else None
         result = _resized(_rgb(image) if turn is None else _rgb(image).transpose(turn), store)
         if max(result.size) > LONGEST:
             raise BadImage(f"too long: {result.width}x{result.height} px, of at most {LONGEST:,} a side")

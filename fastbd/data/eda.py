@@ -17,6 +17,7 @@ import numpy as np
 
 STRENGTH = 0.1  # share of the words to change; also the probability of deletion
 N_DRAWS = 128
+TRIES = 10
 MOST_WORDS = 512  # of a caption that are worked on: several times as many as 77 tokens hold
 DEBIAN_WORDNET = Path("/usr/share/wordnet")
 
@@ -150,6 +151,19 @@ def _insert(words: list[str], n: int, pick: Pick, synonyms: Callable[[str], Sequ
     return words
 
 
+def _insert_any(words: list[str], n: int, pick: Pick, synonyms: Callable[[str], Sequence[str]]) -> list[str]:
+    """As published: of any word, also of one that was inserted, of which TRIES are looked at; never behind the last."""
+    words = list(words)
+    for _ in range(n):
+        drawn = (words[pick(len(words))] for _ in range(TRIES))
+        if found := next(filter(None, map(synonyms, drawn)), None):
+            words.insert(pick(len(words)), found[0])
+    return words
+
+
+INSERTIONS = {"content": _insert, "any": _insert_any}
+
+
 def _swap(words: list[str], n: int, pick: Pick) -> list[str]:
     """n times: two random words change places."""
     words = list(words)
@@ -165,11 +179,17 @@ def _delete(words: list[str], u: Iterator[float], pick: Pick) -> list[str]:
     return [word for word in words if next(u) >= STRENGTH] or [words[pick(len(words))]]
 
 
-def eda(caption: str, u: np.ndarray, synonyms: Callable[[str], Sequence[str]] | None = None) -> str:
+def eda(
+    caption: str,
+    u: np.ndarray,
+    synonyms: Callable[[str], Sequence[str]] | None = None,
+    insertion: str = "content",
+) -> str:
     """One augmented version of the caption from uniform draws u [N_DRAWS], used again from the start when they run out.
 
     `synonyms` [WordNet, where installed] gives a word's synonyms; where no WordNet is installed only swap and deletion
-    are drawn. A caption without a letter comes back as it is; of a long one MOST_WORDS are left.
+    are drawn. `insertion` is a key of INSERTIONS. A caption without a letter comes back as it is; of a long one
+    MOST_WORDS are left.
     """
     words = _words(caption)[:MOST_WORDS]
     if not words:
@@ -186,7 +206,7 @@ def eda(caption: str, u: np.ndarray, synonyms: Callable[[str], Sequence[str]] | 
     if synonyms and operation == 0:
         words = _replace(words, n, pick, synonyms)
     elif synonyms and operation == 1:
-        words = _insert(words, n, pick, synonyms)
+        words = INSERTIONS[insertion](words, n, pick, synonyms)
     elif operation == 2:
         words = _swap(words, n, pick)
     else:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -99,6 +99,20 @@ def array_arguments(*shape: int) -> bytes:
     dtype = json.dumps(np.dtype("<u2").descr).encode()
     sizes = [*shape, *[0] * (32 - len(shape)), len(dtype)]
     return np.array(sizes, "<u8").tobytes() + dtype
+
+
+def built_arguments(flags: Mapping[str, Any]) -> bytes:
+    """Arguments of the field `caption`, which FFCV does not read: flags of build as JSON; none where there are none."""
+    return json.dumps(flags).encode() if flags else b""
+
+
+def read_built(fields: np.ndarray) -> dict[str, Any]:
+    """The inverse of built_arguments, from the fields of a file. ValueError where they are none of its."""
+    told = next((bytes(value).rstrip(b"\0") for value in fields["arguments"][fields["name"] == b"caption"]), b"")
+    flags = json.loads(told) if told else {}
+    if not isinstance(flags, dict):
+        raise ValueError("what it says of its build is no table of flags")
+    return flags
 
 
 def check_ranges(tables: Tables, jpeg_size: np.ndarray, text_views: int) -> None:

@@ -10,12 +10,15 @@ from bisect import bisect_right
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from fastbd.base.errors import UserError
 from fastbd.data.beton import Beton, number_images
 from fastbd.data.tokenizer import CONTEXT
+
+T = TypeVar("T")
 
 
 def open_beton(path: str | os.PathLike) -> Beton | Shards:
@@ -47,13 +50,14 @@ class Shards:
         self.path, self._shards = Path(path), shards
         *self._starts, self._rows = np.cumsum([0, *map(len, shards)]).tolist()
         self.num_text_views = self._same("number of text views", lambda shard: shard.num_text_views)
+        self.built = self._same("flags of build", lambda shard: shard.built)
         named = self._same("kind (with labels, or without)", lambda shard: shard.labels is not None)
         named = named and self._same("kind (with class names, or without)", lambda shard: shard.class_names is not None)
         # As build numbers the classes of a single file.
         self.class_names = sorted({name for s in shards for name in s.class_names or ()}) if named else None
         self.has_checksums = all(shard.has_checksums for shard in shards)
 
-    def _same(self, what: str, of: Callable[[Beton], int]) -> int:
+    def _same(self, what: str, of: Callable[[Beton], T]) -> T:
         first, *others = self._shards
         for other in others:
             if of(other) != of(first):

@@ -250,10 +250,11 @@ def test_ffcv_reads_our_file(tmp_path, os_cache, compiled):
     from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
 
-    path = tmp_path / "a.beton"
-    with BetonWriter(path, 9, 2, True) as writer:
+    path, built = tmp_path / "a.beton", {"exif": "ignore"}
+    with BetonWriter(path, 9, 2, True, built=built) as writer:
         for i in range(7):
             writer.add(**sample(i) | {"jpeg": jpeg(i, 16, 16), "width": 16, "height": 16})
+    assert Beton(path).built == built
     pipelines = {
         "image": [CenterCropRGBImageDecoder((16, 16), 1)],
         "tokens": [NDArrayDecoder()],

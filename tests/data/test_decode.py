@@ -383,6 +383,17 @@ needs_avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow 
 AVIF = pytest.param("AVIF", marks=needs_avif)
 
 
+def test_orientation_is_ignored_as_published():
+    """The bytes stay, and no decoder turns what they hold; what is encoded anew is not turned either."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    jpeg, flat = (encoded(picture(60, 40), form, exif=exif) for form in ("JPEG", "PNG"))
+    assert to_stored(jpeg, "original", 10**6, "ignore") == (jpeg, 60, 40)
+    assert read(np.frombuffer(jpeg, np.uint8)).shape == (40, 60, 3)
+    stored, *size = to_stored(flat, "original", 10**6, "ignore")
+    assert size == [60, 40] and read(np.frombuffer(stored, np.uint8)).shape == (40, 60, 3)
+
+
 @pytest.mark.parametrize("orientation", range(2, 9))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", AVIF])
 def test_orientation_is_baked_in(orientation, form):

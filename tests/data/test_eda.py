@@ -39,6 +39,21 @@ def test_insertion_puts_the_first_synonym_anywhere():
     assert eda("red hat", draws(INSERT), known) == "red hat"
 
 
+def test_the_published_insertion_is_of_any_word_there_is_but_never_behind_the_last():
+    def synonyms(word: str) -> list[str]:
+        return {"can": ["tin"], "tin": ["metal"]}.get(word, [])
+
+    # "can" is a stop word; the draws choose the operation, the word, the place.
+    assert eda("we can dig", draws(INSERT, 0.4, 0.99), synonyms) == "we can dig"
+    assert eda("we can dig", draws(INSERT, 0.4, 0.99), synonyms, "any") == "we can tin dig"
+    # Of 20 words two are inserted, the second a synonym of the first; "we" has none, and another word is drawn.
+    caption = " ".join(["we", "can"] + 18 * ["dig"])
+    found = eda(caption, draws(INSERT, 0.0, 0.06, 0.0, 0.0, 0.0), synonyms, "any").split()
+    assert found[:4] == ["metal", "tin", "we", "can"] and len(found) == 22
+    # Where ten draws find no word with a synonym, none is inserted.
+    assert eda("we dig", draws(INSERT), synonyms, "any") == "we dig"
+
+
 def test_swap_exchanges_two_different_words():
     assert eda("one two three", draws(SWAP, 0.0, 0.99), known) == "three two one"
     assert eda("one two three", draws(SWAP, 0.5, 0.5), known) == "one three two"
