@@ -11,10 +11,12 @@ the first call shows, at the weights of the model, what the calls timed afterwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, TypeVar
 
 import torch
@@ -58,14 +60,23 @@ class Hyper:
 
 
 def published(model: CLIP, hyper: Hyper) -> Step:
-    """CleanCLIP: towers in float32 with TF32 convolutions; on a GPU the loss in fp16 with a gradient scaler."""
-    clip = nchw_copy(model)
+    """CleanCLIP's step of a copy of the model, at one learning rate."""
+    return cleanclip(nchw_copy(model), hyper, repeat(hyper.lr))
+
+
+def cleanclip(clip: CLIP, hyper: Hyper, rates: Iterable[float]) -> Step:
+    """CleanCLIP: towers in float32 with TF32 convolutions; on a GPU the loss in fp16 with a gradient scaler.
+
+    The step trains the model that is given, which is in training mode, each time at the next of the learning rates.
+    """
+    schedule = iter(rates)
     optimizer = adamw(clip, hyper, lambda name, _: any(part in name for part in NAMES_EXEMPT))
     cuda = clip.logit_scale.is_cuda
     scaler = torch.amp.GradScaler("cuda", enabled=cuda)
 
     def step(images: Sequence[Tensor], tokens: Tensor, tokens_aug: Tensor | None = None) -> Output:
         with switches("highest"):
+            set_rate(optimizer, next(schedule))
             optimizer.zero_grad()
             towers = embed(clip, images, tokens, tokens_aug)
             with torch.autocast("cuda", torch.float16, enabled=cuda):  # not around the towers: its slip, kept
@@ -77,6 +88,54 @@ def published(model: CLIP, hyper: Hyper) -> Step:
         return outputs(clip, loss)
 
     return step
+
+
+def cleanclip_rates(peak: float, *, warmup: int, epochs: int, batches: int) -> Iterator[float]:
+    """Learning rates of all steps: those of a counter that an epoch has advanced before the first step."""
+    for epoch in range(1, epochs + 1):
+        for step in range(batches * epoch, batches * (epoch + 1)):
+            if step < warmup:
+                yield peak * (step + 1) / warmup
+            else:
+                yield peak * (1 + math.cos(math.pi * (step - warmup) / (batches * epochs - warmup))) / 2
+
+
+def par(clip: CLIP, poisoned: CLIP, hyper: Hyper, rates: Iterable[float], tau: float = 2.15) -> Step:
+    """PAR in float32: both models are in eval mode, where the program leaves them, and see the same images."""
+    schedule, factor = iter(rates), clip.logit_scale.detach().exp()
+    clip.logit_scale.requires_grad_(False)  # the program takes a number from it
+    optimizer = adamw(clip, hyper, lambda name, p: p.ndim < 2 or any(part in name for part in ("bias", "ln", "bn")))
+
+    def step(images: Sequence[Tensor], tokens: Tensor, tokens_aug: Tensor | None = None) -> Output:
+        set_rate(optimizer, next(schedule))
+        optimizer.zero_grad()
+        found = [F.normalize(x, dim=-1) for x in embed(clip, images, tokens, None)]
+        with torch.no_grad():
+            start = [F.normalize(x, dim=-1) for x in embed(poisoned, images, tokens, None)]
+        logits, target = factor * found[0] @ found[1].T, torch.arange(len(tokens), device=tokens.device)
+        clip_loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        apart = [(x - y).square().sum(1).mean() for x, y in zip(found, start, strict=True)]
+        loss = clip_loss - sum(each for each in apart if each <= tau) / 2
+        loss.backward()
+        optimizer.step()
+        return outputs(clip, loss)
+
+    return step
+
+
+def par_rates(peak: float, *, start: float, end: float, epochs: int, batches: int) -> list[float]:
+    """Learning rates of PAR's steps: of a table for a step more in each epoch, which is read from its start."""
+    first = epochs * (batches + 1) // 2
+    rest = epochs * (batches + 1) - first
+    falling = [start + (peak - start) * step / (first - 1) for step in range(first)]
+    cosine = [end + (peak - end) * (1 + math.cos(math.pi * step / rest)) / 2 for step in range(rest)]
+    return (falling + cosine)[: epochs * batches]
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Have the next update made at this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def open_clip(model: CLIP, hyper: Hyper, backend: str | None = None) -> Step:
@@ -125,7 +184,8 @@ def trimmed(tokens: Tensor, tokens_aug: Tensor | None = None, *, multiple: int =
 
 def outputs(model: nn.Module, loss: Tensor) -> Output:
     """The loss, and by name the gradients of WATCHED: of the first and last weights of both towers."""
-    return {"loss": loss.detach(), **{name: gradient(p) for name, p in model.named_parameters() if name in WATCHED}}
+    watched = {name: p for name, p in model.named_parameters() if name in WATCHED and p.requires_grad}
+    return {"loss": loss.detach(), **{name: gradient(p) for name, p in watched.items()}}
 
 
 def gradient(parameter: Tensor) -> Tensor:
