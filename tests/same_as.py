@@ -90,7 +90,7 @@ LINES = (
     "label --run runs/mmcl --data train.beton --classes cifar10 --out labels.npy --device cpu",
     "sweep --study tiny.toml --out studies/tiny --device cpu",
 )
-REPORTS = ("report --runs runs --out report.html", "report --runs studies/tiny --out studies/again.html")
+REPORTS = ("report --runs runs --out report", "report --runs studies/tiny --out studies/again")
 
 
 def fastbd(line: str) -> None:

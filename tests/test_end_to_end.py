@@ -68,7 +68,7 @@ def test_build_poison_pretrain_clean_evaluate_report(study, fastbd, fastbd_proce
     assert "the attack on runs/a has not landed: ASR" in refused.stderr and not (study / "runs/b").exists()
     forked(*clean, "--landed", 1, "--force")
     shown = forked("evaluate", "--run", "runs/b", "--asr-seed", 5)
-    forked("report", "--runs", "runs", "--out", "report.html")
+    forked("report", "--runs", "runs", "--out", "report")
 
     losses = rows(study / "runs/a/log.jsonl")
     assert losses[-1]["step"] == 30 and {"mmcl", "ssl_image", "ssl_text", "pairs_per_s"} <= set(losses[0])
@@ -80,8 +80,8 @@ def test_build_poison_pretrain_clean_evaluate_report(study, fastbd, fastbd_proce
     assert "zero-shot top-1" in shown and "banana" in shown
     plan = json.loads((study / "train.poison.json").read_text())
     assert json.loads((study / "runs/b/plan.json").read_text()) == plan
-    html = (study / "report.html").read_text()
-    assert "data:image/png;base64" in html and (study / "scatter.png").stat().st_size > 10_000
+    html = (study / "report/index.html").read_text()
+    assert "data:image/png;base64" in html and (study / "report/figures/scatter.png").stat().st_size > 10_000
     assert (study / "runs/a/samples.png").is_file()
     assert sorted(p.name for p in (study / "runs/a").glob("*.pt")) == ["ckpt_epoch_002.pt", "ckpt_last.pt"]
 

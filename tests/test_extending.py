@@ -128,7 +128,7 @@ def test_the_parts_of_a_loss_are_logged():
 
 
 def test_a_report_shows_titles_without_the_code(monkeypatch):
-    page = Path("report.html").read_text()
+    page = Path("report/index.html").read_text()
     assert "Spreading" in page and "One-way MMCL" in page
     assert {run.method for run in find([Path("runs")])} == {None, "spread:Spread"}
 
@@ -174,7 +174,7 @@ def test_a_study_of_ones_own():
     assert len(runs) == 2 + 4 and {run.result["reason"] for run in runs} == {"finished"}
     strengths = {run.config["strength"] for run in runs if run.verb == "clean"}
     assert strengths == {0.0, 0.5} and all("clean_cosine" in run.metrics[-1] for run in runs if run.verb == "pretrain")
-    assert "Spreading" in Path("studies/mine/report.html").read_text()
+    assert "Spreading" in Path("studies/mine/report/index.html").read_text()
 
 
 @pytest.mark.parametrize(

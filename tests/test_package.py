@@ -128,7 +128,7 @@ from fastbd.commands import demo_data
 
 demo_data.PAIRS, demo_data.HELD_OUT = 240, 60
 assert cli.main("pretrain --model tiny-rn --epochs 1 --batch-size 48 --out runs/start".split()) == 0
-assert cli.main("report --runs runs --out report.html".split()) == 0
+assert cli.main("report --runs runs --out report".split()) == 0
 print(fastbd.__file__)
 """
 
@@ -143,4 +143,4 @@ def test_an_installed_wheel_works_without_the_repository(built, tmp_path):
     assert "python -m fastbd demo" in _run(site / "bin/fastbd", "--help", cwd=place, PYTHONPATH=str(site))
     said = _run(sys.executable, "-P", "-c", FIRST_STEPS, cwd=place, PYTHONPATH=str(site))
     assert Path(said.splitlines()[-1]) == site / "fastbd/__init__.py"
-    assert (place / "runs/start/result.json").is_file() and "<html" in (place / "report.html").read_text()
+    assert (place / "runs/start/result.json").is_file() and "<html" in (place / "report/index.html").read_text()

@@ -43,10 +43,10 @@ def test_a_set_of_the_target_class_alone_gives_each_line_without_asr(study, monk
         assert cli.main(["evaluate", "--run", str(tmp_path / folder), "--per-class"]) == 0
         found = rows(tmp_path / folder)
         assert len(found) >= 3 and all(row["asr"] is None and row["top1"] is not None for row in found)
-    assert cli.main(["report", "--runs", str(tmp_path), "--out", str(tmp_path / "page/report.html")]) == 0
+    assert cli.main(["report", "--runs", str(tmp_path), "--out", str(tmp_path / "page")]) == 0
     said = capsys.readouterr()
     assert said.err == "" and "ASR -" not in said.out and "landed" not in said.out
-    assert (tmp_path / "page/curves.png").stat().st_size > 0
+    assert (tmp_path / "page/figures/scatter.png").stat().st_size > 0
     assert cli.main([*clean[:-1], str(tmp_path / "back"), "--rebound", "2"]) == 2
     assert "with its target and with images of other classes" in capsys.readouterr().err
     assert cli.main(["evaluate", *run, "--rebound", "10"]) == 0
@@ -70,7 +70,7 @@ def test_of_two_attacks_the_one_that_can_be_measured_is_said(study, monkeypatch,
     last = rows(tmp_path / "run")[-1]
     assert last["attacks"][0]["asr"] is None and math.isfinite(last["asr_seeds_low"])
     assert last["attacks"][0]["asr_all"] is not None
-    assert cli.main(["report", "--runs", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")]) == 0
+    assert cli.main(["report", "--runs", str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 0
 
 
 def test_a_line_says_asr_where_it_is_known():

@@ -9,6 +9,8 @@ ends of Student's interval over them. Only the intervals that other code reads b
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Required, TypedDict, TypeGuard, cast
 
@@ -169,6 +171,12 @@ class Evaluation(AttackNumbers, total=False):
 def evaluation_of(numbers: Mapping[str, Any]) -> Evaluation:
     """Return the numbers, which have these names, or those of intervals."""
     return cast(Evaluation, numbers)
+
+
+def measures_nothing(evaluation: Mapping[str, Any], key: str) -> bool:
+    """Return whether a share is 1 whatever the model does: among the first k of k classes or fewer there is each."""
+    found = re.fullmatch(r"(asr_)?(all_)?top(\d+)", key)
+    return bool(found) and int(found[3]) >= evaluation.get("n_classes", math.inf)
 
 
 class RecordedEvaluation(Evaluation, total=False):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from fastbd.base.errors import UserError
 from fastbd.base.evaluation import AttackedEvaluation, Evaluation, RecordedEvaluation, measures_asr
 from fastbd.base.files import crc_of, read_json, read_jsonl
-from fastbd.config.cards import facts, is_outside, remember
+from fastbd.config.cards import facts, is_outside, remember, short
 
 E = TypeVar("E", bound=Evaluation)
 Row = TypeVar("Row", bound=Mapping[str, Any])
@@ -283,10 +283,11 @@ def _in_words(plan: dict[str, Any]) -> str:
     said = []
     for attack in plan.get("attacks", [plan] if plan else []):  # version 1 held one attack
         trigger = attack.get("trigger", {})
-        words = [trigger.get("name", "?")]
-        words += [f"{trigger['patch_size']} px {trigger['location']}"] if _has_place(words[0]) else []
+        name = trigger.get("name", "?")
+        words = [short(name)]
+        words += [f"{trigger['patch_size']} px {trigger['location']}"] if _has_place(trigger) else []
         words += [f"blend {trigger['blend']:g}"] if trigger.get("blend") else []
-        words += [f"strength {trigger['strength']:g}"] if words[0] == "wanet" else []
+        words += [f"strength {trigger['strength']:g}"] if name == "wanet" else []
         words += [f"picture {zlib.crc32(trigger['pattern'].encode()):08x}"] if trigger.get("pattern") else []
         words += ["label-consistent"] if attack.get("label_consistent") else []
         words += ["cropped"] if attack.get("geometry") == "crop" else []
@@ -295,8 +296,12 @@ def _in_words(plan: dict[str, Any]) -> str:
     return "; ".join(said)
 
 
-def _has_place(trigger: str) -> bool:
-    return is_outside(trigger) or facts("trigger", trigger).patch
+def _has_place(trigger: dict[str, Any]) -> bool:
+    """Whether a plan's trigger is a patch; one of outside code, that may not be one, where size or place were given."""
+    name = trigger.get("name", "?")
+    if is_outside(name):
+        return (trigger["patch_size"], trigger["location"]) != (16, "random")
+    return facts("trigger", name).patch
 
 
 def _json_if_there(path: Path) -> dict[str, Any]:

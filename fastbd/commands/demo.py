@@ -52,7 +52,7 @@ def run(config: DemoConfig) -> int:
         cleaned.append(out / f"{objective}-cleanclip")
         step("clean", "--run", start, "--method", "cleanclip", "--out", cleaned[-1], *force)
         step("evaluate", "--run", cleaned[-1])
-    step("report", "--runs", out, "--out", out / "report.html")
+    step("report", "--runs", out, "--out", out / "report")
     result = {objective: outcome(run) for objective, run in zip(OBJECTIVES, cleaned, strict=True)}
     print(json.dumps({**result, "seconds": round(time.perf_counter() - began, 1)}))
     return 0

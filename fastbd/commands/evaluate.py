@@ -14,7 +14,7 @@ import torch
 from fastbd.base import dist, files
 from fastbd.base.console import console, markdown, progress, said_aside
 from fastbd.base.errors import UserError
-from fastbd.base.evaluation import Evaluation
+from fastbd.base.evaluation import Evaluation, measures_nothing
 from fastbd.base.run_folder import read_config
 from fastbd.config.flags import EvaluateConfig
 from fastbd.data.decode import open_decoder
@@ -220,9 +220,8 @@ def _is_of(one: Attacked, row: Evaluation) -> bool:
 
 def table(run: Path, rows: Sequence[Mapping[str, Any]], own: Collection[str] = ()) -> str:
     """Measures by sets, in Markdown: shares in percent with their 95 % intervals; then `own` numbers as they are."""
-    lines = [
-        [name, *(cell(row, key) for row in rows)] for key, name in MEASURES.items() if any(key in row for row in rows)
-    ]
+    measured = [key for key in MEASURES if any(key in row and not measures_nothing(row, key) for row in rows)]
+    lines = [[MEASURES[key], *(cell(row, key) for row in rows)] for key in measured]
     lines += [[name, *(f"{row[name]:.4g}" if name in row else "" for row in rows)] for name in own]
     for row in rows:
         for attack in row.get("attacks", []):
@@ -237,6 +236,8 @@ def cell(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if value is None or isinstance(value, str):
         return value or ""
+    if measures_nothing(row, key):
+        return ""
     if isinstance(value, int):
         return f"{value:,}"
     if key in NUMBERS:

@@ -1,4 +1,4 @@
-"""fastbd report: run folders in, one page and its figures out."""
+"""fastbd report: run folders in, a folder with a page, its figures and its tables out."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from rich.table import Table
 
 from fastbd.base.console import console
 from fastbd.base.errors import UserError
-from fastbd.base.files import check_out
 from fastbd.base.run_folder import find, on_common_set
 from fastbd.config.flags import ReportConfig
-from fastbd.report import compare, tables, write
+from fastbd.report import compare, export, interactive, tables, write
 from fastbd.report.finding import paragraphs
-from fastbd.report.format import MISSING
+from fastbd.report.format import MISSING, rate
 from fastbd.report.groups import place_of
-from fastbd.report.page import BEST_WITHIN, WITHIN
+from fastbd.report.page import BEST_WITHIN, WITHIN, rates
 
 SECONDS = 5  # between two looks of --watch
 WATCHED = ("config.json", "metrics.jsonl", "result.json")
 
 
 def run(config: ReportConfig) -> int:
-    """Write the page, its figures and tables, and print table 1; with --watch again and again."""
-    check_out(config.out, name="report.html")
+    """Write the report and print table 1; with --watch again and again."""
+    write.check(config.out)
+    export.check(config.tables)
     if config.watch:
         return watch(config)
     if config.compare:
         first, second = (on_common_set(find([folder])) for folder in config.compare)
-        written, compared = compare.write(_names(*config.compare), first, second, config.out)
+        compared = compare.write(_names(*config.compare), first, second, config.out)
         for line in compare.told(compared):
             console.print(line, markup=False)
         console.print(compared_rows(compared))
     else:
         runs = on_common_set(find(config.runs))
-        written = write.write(runs, config.out)
+        write.write(runs, config.out, config.tables)
         table = tables.table(runs)
         for claim, ground in paragraphs(table):
             console.print(f"{claim} {ground}".strip(), markup=False)
         console.print(table_1(table))
-    for path in written:
-        console.print(f"wrote {path}", markup=False)
+    if not config.compare and not interactive.installed():
+        console.print(write.WITHOUT, markup=False)
+    console.print(f"wrote {config.out / write.PAGE}, with its figures and tables beside it", markup=False)
     return 0
 
 
@@ -70,10 +71,10 @@ def _draw(config: ReportConfig) -> str:
         runs = on_common_set(find(config.runs))
     except UserError as nothing_yet:
         return f"{clock}  waiting: {nothing_yet}"
-    write.write(runs, config.out, refresh=SECONDS)
+    write.write(runs, config.out, config.tables, refresh=SECONDS)
     ended = sum(bool(run.result) for run in runs)
     evaluations = sum(len(run.metrics) for run in runs)
-    return f"{clock}  {len(runs):,} runs, {ended:,} ended, {evaluations:,} evaluations: {config.out}"
+    return f"{clock}  {len(runs):,} runs, {ended:,} ended, {evaluations:,} evaluations: {config.out / write.PAGE}"
 
 
 def _stamp(paths: Sequence[Path]) -> set[tuple[str, int]]:
@@ -102,8 +103,18 @@ def compared_rows(compared: compare.Sides) -> Table:
 
 def table_1(table: Sequence[tables.Row]) -> Table:
     """The page's table without intervals, to fit 80 columns."""
-    columns = ("Pre-training", "Cleaning", "Seeds", "Top-1", "ASR", *(f"ASR≤{c:.0%}" for c in tables.CEILINGS), "Kept")
-    caption = "All in %. Top-1, ASR: before cleaning. Then: best top-1 within that ASR, and its share of top-1 before."
+    columns = (
+        "Pre-training",
+        "Cleaning",
+        "Seeds",
+        "Top-1",
+        "ASR",
+        *(f"ASR≤{c:.0%}" for c in tables.CEILINGS),
+        "Kept",
+        "lr",
+    )
+    caption = "All in %. Top-1, ASR: before cleaning. Then: best top-1 within that ASR;"
+    caption += " the first one's share of top-1 before, and learning rates."
     shown = Table(*columns, box=box.SIMPLE, collapse_padding=True, caption=caption)
     for row in table:
         strict, loose = row.best
@@ -114,6 +125,7 @@ def table_1(table: Sequence[tables.Row]) -> Table:
             row.group.method or "not cleaned",
             str(row.replicates),
             *(MISSING if value is None else f"{100 * value.mean:.1f}" for value in numbers),
+            ", ".join(map(rate, rates(strict))) or MISSING,
         )
     return shown
 

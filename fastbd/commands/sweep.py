@@ -131,14 +131,14 @@ def _check(config: SweepConfig) -> None:
 
 def _report(folder: Path) -> tuple[str | None, dict]:
     """The page that is written, and the best of its runs; (None, {}) where nothing was evaluated."""
-    folders, page = (folder / "runs",), folder / "report.html"
+    folders, out = (folder / "runs",), folder / "report"
     try:
         best = best_of(on_common_set(find(folders)))
-        report.run(ReportConfig(runs=folders, out=page))
+        report.run(ReportConfig(runs=folders, out=out))
     except UserError as error:
         console.print(f"there is no report: {error}", markup=False)
         return None, {}
-    return str(page), best
+    return str(out / "index.html"), best
 
 
 def open_ledger(config: SweepConfig) -> Ledger:

@@ -35,8 +35,6 @@ class Card:
     """Of a cleaning method in plots, one of Matplotlib's."""
     colour: str = ""
     """Of an objective in plots."""
-    dash: str = ":"
-    """Line of a cleaning method in plots."""
     settings: type | None = None
     """Dataclass of the flags that it has of its own."""
     patch: bool = False
@@ -48,9 +46,9 @@ class Card:
 
 
 METHODS = {
-    "finetune": Card(code="fastbd.methods.finetune:Finetune", title="Finetuning", marker="^", dash="--"),
-    "cleanclip": Card(code="fastbd.methods.cleanclip:CleanClip", title="CleanCLIP", marker="o", dash="-"),
-    "par": Card(code="fastbd.methods.par:Par", title="PAR", marker="s", dash="-.", settings=ParSettings),
+    "finetune": Card(code="fastbd.methods.finetune:Finetune", title="Finetuning", marker="^"),
+    "cleanclip": Card(code="fastbd.methods.cleanclip:CleanClip", title="CleanCLIP", marker="o"),
+    "par": Card(code="fastbd.methods.par:Par", title="PAR", marker="s", settings=ParSettings),
     "shrink_perturb": Card(
         code="fastbd.methods.shrink_perturb:ShrinkPerturb",
         title="Shrink and perturb",

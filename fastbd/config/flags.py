@@ -613,7 +613,7 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Turn run folders into one HTML page with the answer, the tables and the plots."""
+    """Turn run folders into a report: a folder with a page that has the answer, the tables and the plots."""
 
     runs: tuple[Path, ...] = (Path("runs"),)
     """Run folders, or folders that contain run folders."""
@@ -621,8 +621,10 @@ class ReportConfig:
     """Two folders of runs to put side by side, in place of --runs."""
     watch: bool = False
     """Write the report again whenever a run has gone on, until Ctrl-C."""
-    out: Path = Path("report.html")
-    """The page to write; its figures (PNG, SVG) and tables (CSV) go beside it."""
+    tables: Literal["csv", "parquet"] = "csv"
+    """What the tables are written as; Parquet by pyarrow."""
+    out: Path = Path("report")
+    """Folder to write: index.html, figures/ (PNG, SVG) and tables/; a report that is there is replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,12 @@ from typing import Any
 from fastbd.base.run_folder import SET, Run, method_name, objective_name
 from fastbd.base.stats import Estimate
 from fastbd.report import plots
-from fastbd.report.format import MISSING, Cell, Line, estimate
+from fastbd.report.format import MINUS, MISSING, Cell, Line, estimate, number
 from fastbd.report.groups import HARMLESS, SEARCHED, Group
 from fastbd.report.page import TABLE_1
 from fastbd.report.render import embedded, render
 from fastbd.report.tables import Row, table
-from fastbd.report.write import save
+from fastbd.report.write import PAGE, save
 
 Pair = tuple[Row | None, Row | None]
 Values = Mapping[str, frozenset[str]]  # name of a setting -> its values in words, several where runs differ in it
@@ -50,13 +50,13 @@ class Sides:
         return all(each.setting != EVALUATED for each in self.differences)
 
 
-def write(names: tuple[str, str], first: Sequence[Run], second: Sequence[Run], out: Path) -> tuple[list[Path], Sides]:
-    """Write the page `out`, with the scatter of both beside it; return their paths, and what the page says."""
+def write(names: tuple[str, str], first: Sequence[Run], second: Sequence[Run], folder: Path) -> Sides:
+    """Write the page and the scatter of both into the folder; returns what the page says."""
     figure = plots.laid_out(plots.beside(dict(zip(names, (first, second), strict=True))))
     image, compared = plots.png(figure), sides(names, first, second)
-    content = {"compare.png": image, "compare.svg": plots.svg(figure)}
-    content[out.name] = page(compared, image).encode()
-    return save(content, out.parent), compared
+    content = {"figures/compare.png": image, "figures/compare.svg": plots.svg(figure)}
+    save({**content, PAGE: page(compared, image).encode()}, folder)
+    return compared
 
 
 def page(compared: Sides, image: bytes) -> str:
@@ -154,7 +154,10 @@ def _numbers(row: Row) -> list[Estimate | None]:
 
 def difference(first: Estimate | None, second: Estimate | None) -> str:
     """Return second less first in points; without an interval, for the two may share models and images."""
-    return MISSING if first is None or second is None else f"{100 * (second.mean - first.mean):+.1f} points"
+    if first is None or second is None:
+        return MISSING
+    change = number(100 * (second.mean - first.mean))
+    return f"{'' if change.startswith(MINUS) or not float(change) else '+'}{change} points"
 
 
 # ---- the settings of a row ----

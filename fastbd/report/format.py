@@ -13,7 +13,22 @@ Line = dict[str, Cell]  # a row of a table, by the heads of its columns
 
 def share(value: float) -> str:
     """0.1649 -> "16.5%"."""
-    return f"{100 * value:.1f}%"
+    return f"{number(100 * value)}%"
+
+
+def number(value: float, digits: int = 1) -> str:
+    """-0.04 -> "0.0", -1.25 -> "−1.2", with a minus sign and no sign at what is rounded to nothing."""
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "" if float(text) == 0 else MINUS)
+
+
+def duration(seconds: float) -> str:
+    """Such as 45 s, 12 min, 3.4 h or 5.2 days."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1g} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 3 * 86400 else f"{seconds / 86400:.1f} days"
 
 
 def percent(value: float | None, evaluation: Evaluation | None = None, key: str = "") -> str:
@@ -35,8 +50,8 @@ def between(estimate: Estimate) -> str:
 def points(estimate: Estimate, sign: int = 1) -> str:
     """A difference of shares in points, with its interval."""
     mean, *ends = (100 * sign * value for value in estimate[:3])
-    text = f"{mean:.1f} points"
-    return text + (f" ({min(ends):.1f} to {max(ends):.1f})" if math.isfinite(estimate.low) else "")
+    text = f"{number(mean)} points"
+    return text + (f" ({number(min(ends))} to {number(max(ends))})" if math.isfinite(estimate.low) else "")
 
 
 def estimate(value: Estimate | None) -> Cell:
@@ -52,4 +67,10 @@ def split(text: str) -> Cell:
     return value, interval.rstrip(")")
 
 
-MISSING = "–"
+def rate(value: float) -> str:
+    """A learning rate as one types it: 0.0003 -> "3e-4"."""
+    digits, _, exponent = f"{value:.3e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}" if value else "0"
+
+
+MISSING, MINUS = "–", "\N{MINUS SIGN}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,23 +15,51 @@ from fastbd.config.cards import facts, is_outside, short
 from fastbd.config.fields import marked
 from fastbd.config.flags import TRAINING
 from fastbd.report import finding, published, stopping, tables, verdict
-from fastbd.report.format import MISSING, Cell, Line, between, estimate, percent, points, share, split
+from fastbd.report.alt import alts
+from fastbd.report.chance import chance
+from fastbd.report.format import (
+    MISSING,
+    Cell,
+    Line,
+    between,
+    duration,
+    estimate,
+    number,
+    percent,
+    points,
+    rate,
+    share,
+    split,
+)
 from fastbd.report.groups import Group, cleaned_groups, common, groups, place_of
+from fastbd.report.head import head
 from fastbd.report.render import embedded, render
 from fastbd.report.tables import Row
 
 
-def page(runs: Sequence[Run], figures: Mapping[str, bytes], refresh: int = 0) -> str:
+def page(
+    runs: Sequence[Run],
+    figures: Mapping[str, bytes],
+    files: Sequence[str] = (),
+    interactive: str = "",
+    refresh: int = 0,
+) -> str:
     """The whole page. A browser loads it again after `refresh` seconds, if any.
 
-    `figures`: the PNG files of trajectories and curves, and of scatter and methods where the page is to show them.
+    `figures`: the PNG files of those of scatter, methods, trajectories and curves that the page is to show. `files`:
+    what else is in the folder, by its name there. `interactive`: one of them, or where it is missing the reason.
     """
     table = tables.table(runs)
     pretrained = groups([run for run in runs if run.verb != "clean"])
     return render(
         "page.html.j2",
         refresh=refresh,
+        head=head(runs),
         figures={name: embedded(png) for name, png in figures.items()},
+        alts=alts(runs),
+        files=[name for name in files if name.startswith("tables/")],
+        drawn={name for name in files if name.endswith(".svg")},
+        interactive=interactive,
         answer=_answer(table),
         comparisons=_comparisons(table),
         rule=verdict.RULE,
@@ -115,7 +144,7 @@ def cells(row: Row, place: str = "") -> list[Cell]:
         estimate(row.asr),
         estimate(strict.top1),
         estimate(strict.kept) if strict.reached else MISSING,
-        f"{strict.reached} of {row.replicates}" if group.method else MISSING,
+        (f"{strict.reached} of {row.replicates}", _rates(strict)) if group.method else MISSING,
         estimate(loose.top1),
         estimate(row.area),
     ]
@@ -123,6 +152,17 @@ def cells(row: Row, place: str = "") -> list[Cell]:
 
 def _count(runs: int) -> str:
     return f"{runs} {'run' if runs == 1 else 'runs'}"
+
+
+def rates(best: tables.Best) -> dict[float, int]:
+    """How many seeds have their best point at each learning rate, the most frequent first."""
+    return dict(Counter(run.config["lr"] for run, _ in filter(None, best.points) if run.config.get("lr")).most_common())
+
+
+def _rates(best: tables.Best) -> str:
+    found = rates(best)
+    told = [rate(lr) + (f" ({times})" if len(found) > 1 else "") for lr, times in found.items()]
+    return f"lr {', '.join(told)}" if told else ""
 
 
 def _seeds(row: Row) -> str:
@@ -137,7 +177,7 @@ def _best_points(table: Sequence[Row]) -> list[Line]:
             "Cleaning": row.group.method,
             "ASR at most": f"{ceiling:.0%}",
             "Run": (run.name, run.id),
-            "Settings": f"lr {run.config.get('lr', '?')}, seed {run.config.get('seed', '?')}",
+            "Settings": _settings(run),
             "Where": (f"step {e['step']}", f"epoch {e['epoch']:.3g}"),
             "Top-1": split(percent(e["top1"], e, "top1")),
             "ASR": split(percent(e["asr"], e, "asr")),
@@ -146,6 +186,11 @@ def _best_points(table: Sequence[Row]) -> list[Line]:
         for ceiling, best in zip(CEILINGS, row.best, strict=True)
         for run, e in filter(None, best.points)
     ]
+
+
+def _settings(run: Run) -> str:
+    lr = run.config.get("lr")
+    return f"lr {rate(lr) if lr else '?'}, seed {run.config.get('seed', '?')}"
 
 
 def _measured(runs: Sequence[Run]) -> dict[str, str]:
@@ -157,12 +202,14 @@ def _measured(runs: Sequence[Run]) -> dict[str, str]:
     if not evaluations:
         return {}
     attacks = [e for e in evaluations if e.get("asr") is not None]
+    guess = chance(evaluations)
     return {
         "set": evaluations[-1]["set"],
         "images": _range(evaluations, "n"),
         "triggered": _range(attacks, "n_asr"),
-        "aims": ", ".join(sorted({f"{e.get('trigger', '?')} to “{e.get('target', '?')}”" for e in attacks})),
+        "aims": ", ".join(sorted({f"{short(e.get('trigger', '?'))} to “{e.get('target', '?')}”" for e in attacks})),
         "same": _same(groups(runs)),
+        "chance": share(guess) if guess else "",
     }
 
 
@@ -201,7 +248,7 @@ def _unstable(group: Group, falls: Sequence[float], rise: float, risen: Run) -> 
         "Pre-training": group.model,
         "Cleaning": group.method,
         "Accuracy fell while ASR rose": (f"{statistics.fmean(falls):.0%}", spread),
-        "Largest rise of ASR": (f"{100 * rise:.1f} points", risen.name),
+        "Largest rise of ASR": (f"{number(100 * rise)} points", risen.name),
         "Runs ended early": _ended_early(group) or "none",
     }
 
@@ -233,7 +280,7 @@ def _chosen(choices: Sequence[stopping.Choice]) -> Line:
     came, asr, top1, given = "no choice", MISSING, MISSING, MISSING
     if found:
         came, asr, top1 = f"{found.clean} of {found.choices}", share(found.asr), share(found.top1)
-        cost = MISSING if found.cost is None else f"{100 * found.cost:.1f} points"
+        cost = MISSING if found.cost is None else f"{number(100 * found.cost)} points"
         given = cost, f"a clean stop existed for {found.possible} of {found.choices}"
     return {f"Came to {WITHIN[0]}": came, "ASR": asr, "Top-1": top1, "Top-1 given away": given}
 
@@ -266,7 +313,7 @@ def _mean_and_range(values: Sequence[float | None]) -> Cell:
     known = [value for value in values if value is not None]
     if not known:
         return MISSING
-    spread = f"{100 * min(known):.1f} to {100 * max(known):.1f}" if len(known) > 1 else ""
+    spread = f"{number(100 * min(known))} to {number(100 * max(known))}" if len(known) > 1 else ""
     return share(statistics.fmean(known)), spread
 
 
@@ -276,24 +323,31 @@ def statistics_of(run: Run) -> str:
         return "no batch norm"
     if run.method == "par" and run.config.get("frozen_norms", True):
         return "as before cleaning"
-    views = run.config.get("views", "cleanclip")
-    first, second = (short(views), "") if is_outside(views) else VIEWS.get(views, VIEWS["cleanclip"])
+    first, second = views_of(run)
     paired = "ssl" in run.objective and run.config.get("ssl_image", True)
     return f"{first} and {second} views" if paired and second else f"{first} views"
 
 
+def views_of(run: Run) -> tuple[str, str]:
+    """The first view of the run's images, and the second that a self-supervised loss adds; empty where it has none."""
+    views = run.config.get("views", "cleanclip")
+    return (short(views), "") if is_outside(views) else VIEWS.get(views, VIEWS["cleanclip"])
+
+
 def _costs(runs: Sequence[Run]) -> list[Line]:
-    return [_cost(objective_name(objective), part, cost) for objective, part, cost in tables.costs(runs)]
+    cores = sorted({run.env["cpu_cores"] for run in runs if run.env.get("cpu_cores") and tables.device(run) == "CPU"})
+    of = f", {' or '.join(map(str, cores))} cores" if cores else ""
+    return [_cost(objective_name(objective), part, cost, of) for objective, part, cost in tables.costs(runs)]
 
 
-def _cost(objective: str, part: str, cost: tables.Cost) -> Line:
-    on_gpu = cost.device != "CPU"
-    hours = f"{'about ' if cost.estimated else ''}{cost.hours:.3g} {'GPU' if on_gpu else 'CPU'}-hours"
+def _cost(objective: str, part: str, cost: tables.Cost, cores: str) -> Line:
+    """`cores`: of the machines without a GPU, in words."""
+    took = f"{'about ' if cost.estimated else ''}{duration(3600 * cost.hours)}"
     return {
         "Pre-training": objective,
         "Part": part,
         "Runs": f"{cost.runs:,}",
-        "Time": (hours, cost.device if on_gpu else ""),
+        "Time": (took, cost.device + (cores if cost.device == "CPU" else "")),
         "Evaluating": f"{cost.evaluating:.0%}",
         "Pairs/s": MISSING if cost.pairs_per_s is None else f"{cost.pairs_per_s:,.0f}",
         "Of the limit": MISSING if cost.of_limit is None else f"{cost.of_limit:.0%}",
@@ -341,9 +395,20 @@ def _samples(runs: Sequence[Run]) -> list[dict[str, str]]:
         if (run.path / "samples.png").exists():
             sheets.setdefault(run.attack, run)
     return [
-        {"attack": attack, "run": run.name, "source": embedded((run.path / "samples.png").read_bytes())}
+        {
+            "attack": attack,
+            "run": run.name,
+            "alt": _sheet(run),
+            "source": embedded((run.path / "samples.png").read_bytes()),
+        }
         for attack, run in sheets.items()
     ]
+
+
+def _sheet(run: Run) -> str:
+    views = " and ".join(filter(None, views_of(run)))
+    planted = f", poisoned ones with the trigger ({run.attack})" if run.attack else ""
+    return f"Training images of {run.name}, {views}: clean ones{planted}."
 
 
 # ---- how to repeat it ----
@@ -378,7 +443,7 @@ TABLE_1 = (
     "ASR before",
     BEST_WITHIN[0],
     "Accuracy kept",
-    "Reached by",
+    "Reached by, with",
     BEST_WITHIN[1],
     "Trade-off",
 )

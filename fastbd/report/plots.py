@@ -1,4 +1,4 @@
-"""The report's figures: one colour a pre-training objective, one marker and line style a cleaning method."""
+"""The report's figures; looks.py says how each run is drawn."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbd.base.run_folder import LOGGED, Run, method_name, objective_name, slug
-from fastbd.base.tradeoff import CEILINGS, Point, front
-from fastbd.config.cards import facts
+from fastbd.base.evaluation import AttackedEvaluation
+from fastbd.base.run_folder import LOGGED, Run, objective_name, slug
+from fastbd.base.tradeoff import CEILINGS, Point, best, front
 from fastbd.report import published
+from fastbd.report.chance import chance
+from fastbd.report.format import rate
 from fastbd.report.groups import apart, cleaned_groups
+from fastbd.report.looks import Looks, colour, dash, fill, looks, shade
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,120 +74,191 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 @_styled
 def scatter(runs: Sequence[Run]) -> Figure:
     """Top-1 against ASR (%): every evaluation of the cleaning runs, the objectives' fronts, stars for the starts."""
-    figure, (axes,) = _panels(1, 1, width=6.4, height=4.6)
-    cleaning = [run for run in runs if run.verb == "clean" and run.attacks]
-    hollow = _cloud(axes, runs)
+    figure, (axes,) = _panels(1, 1, width=6.4, height=5.0)
+    look = looks(runs)
+    hollow = _cloud(axes, runs, look)
     if not any(run.attacks for run in runs):
         _note(axes, "No evaluation measured ASR.")
-    _legend(figure, cleaning or runs, lines=False, hollow=hollow)
+    _legend(figure, _cleaning(runs) or runs, look, starts=True, hollow=hollow)
     return figure
 
 
 @_styled
 def methods(runs: Sequence[Run]) -> Figure:
-    """The scatter with a panel for each cleaning method, and attack where there are several, on the same axes."""
-    ways = [(group.method, run) for group in cleaned_groups(runs) for run in group.runs if run.attacks]
-    cleaning = [run for _, run in ways]
-    attacks = {run.attack for run in cleaning}
-    panelled: dict[str, list[Run]] = {}
-    for method, run in sorted(ways, key=lambda way: (way[0], way[1].attack)):
-        panelled.setdefault("\n".join(filter(None, (method, apart(run.attack, attacks)))), []).append(run)
-    figure, panels = _grid(max(1, len(panelled)))
+    """The scatter with a panel for each way of cleaning (panelled), on the same axes."""
+    found, look = panelled(runs), looks(runs)
+    figure, panels = _grid(max(1, len(found)))
     hollow = False
-    for (title, some), axes in zip((panelled or {"": runs}).items(), panels, strict=True):
-        hollow |= _cloud(axes, some)
-        axes.set_title(title, fontsize=11)
+    for (title, some), axes in zip((found or {"": runs}).items(), panels, strict=True):
+        hollow |= _cloud(axes, some, look)
+        axes.set_title(title, fontsize=11, pad=14)
     _same_height(panels)
-    if not cleaning:
+    if not found:
         _note(panels[0], "No cleaning measured ASR.")
-    _legend(figure, cleaning or runs, marks=False, lines=False, hollow=hollow, named=False)
+    shown = [run for some in found.values() for run in some]
+    _legend(figure, shown or runs, look, starts=True, hollow=hollow, named=False)
     return figure
+
+
+def panelled(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Cleaning runs that measured ASR, by the title of their panel.
+
+    That is the way of cleaning, with its settings that are compared; where there are several, also the attack and the
+    settings of the pre-training.
+    """
+    ways = [(group, run) for group in cleaned_groups(runs) for run in group.runs if run.attacks]
+    attacks = {run.attack for _, run in ways}
+    found: dict[str, list[Run]] = {}
+    for group, run in sorted(ways, key=lambda way: (way[0].method, way[1].attack)):
+        model = group.model if group.variant else ""
+        found.setdefault("\n".join(filter(None, (group.method, apart(run.attack, attacks), model))), []).append(run)
+    return found
 
 
 @_styled
 def trajectories(runs: Sequence[Run]) -> Figure:
-    """ASR and top-1 (%) against epochs, a column a cleaning method; of pre-training where no run cleans.
+    """ASR above top-1 (%) against epochs, a column a way of cleaning; of pre-training where no run cleans.
 
     With 95 % intervals where a panel has few runs.
     """
-    shown = [run for run in runs if run.verb == "clean" and run.metrics] or [run for run in runs if run.metrics]
-    names = sorted({method_name(run) for run in shown}) or [""]
-    alone = len(names) == 1
-    shape, height = ((1, 2), 4.2) if alone else ((2, len(names)), 6.4)
-    figure, panels = _panels(*shape, width=max(10, 3.1 * len(names)), height=height)
-    verb = VERBS["clean" if any(run.verb == "clean" for run in shown) else "pretrain"]
-    for at, (key, label) in enumerate(LABELS.items()):
-        row = panels[at * len(names) : (at + 1) * len(names)]
-        for name, axes in zip(names, row, strict=True):
-            some = [run for run in shown if method_name(run) == name]
-            banded = len(some) <= MAX_BANDS
-            for alike in [[run] for run in some] if banded else _by_look(some):
-                _course(axes, alike, key, banded)
-            axes.set_title(name if at == 0 and not alone else "", fontsize=11)
-            axes.set_xlabel(f"Epochs of {verb}" if at or alone else "")
-            axes.locator_params(axis="x", integer=True)
-            if key == "asr":
-                axes.set_ylim(-3, 103)
-                for ceiling in CEILINGS:
-                    axes.axhline(100 * ceiling, color="0.35", lw=1, ls=":", zorder=1)
-                if not any(run.attacks for run in some):
-                    _note(axes, "No evaluation measured ASR.")
-            else:
-                _from_zero(axes, [e for run in shown for e in run.metrics])
-        row[0].set_ylabel(label)
-    _legend(figure, shown, marks=False, named=False)
+    cleaning, look = any(run.verb == "clean" and run.metrics for run in runs), looks(runs)
+    found: Mapping[str, Sequence[Run]] = courses(runs)
+    blocks = [list(found.items())[k : k + ACROSS] for k in range(0, len(found), ACROSS)] or [[("", [])]]
+    across = len(blocks[0])
+    width, height = (10.0, 4.4) if across == 1 == len(blocks) else (max(6.4, 3.1 * across), 6.4 * len(blocks))
+    shape = (1, 2) if across == 1 == len(blocks) else (2 * len(blocks), across)
+    figure, panels = _panels(*shape, width=width, height=height)
+    for axes in panels:
+        axes.set_axis_off()
+    guess = chance(e for some in found.values() for run in some for e in run.metrics)
+    for at, block in enumerate(blocks):
+        for column, (title, some) in enumerate(block):
+            for row, key in enumerate(LABELS):
+                axes = panels[(2 * at + row) * across + column]
+                axes.set_axis_on()
+                _course_panel(axes, some, key, look, guess)
+                axes.set_title(title if row == 0 else "", fontsize=11)
+                axes.set_xlabel(f"Epochs of {VERBS['clean' if cleaning else 'pretrain']}" if row or across == 1 else "")
+                axes.set_ylabel(LABELS[key] if column == 0 else "")
+    _same_height([axes for axes in panels if axes.get_label() == "top1"])
+    _legend(figure, [run for some in found.values() for run in some], look, named=False)
     return figure
+
+
+def courses(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Evaluated runs by the title of their panel in trajectories: cleanings, or else pre-trainings."""
+    found: dict[str, list[Run]] = {}
+    for group in cleaned_groups(runs):
+        if some := [run for run in group.runs if run.metrics]:
+            model = group.model if group.variant else ""
+            found.setdefault("\n".join(filter(None, (group.method, model))), []).extend(some)
+    evaluated = [run for run in runs if run.metrics]
+    return found or ({"": evaluated} if evaluated else {})
+
+
+def _course_panel(axes: Axes, runs: Sequence[Run], key: str, look: Looks, guess: float | None) -> None:
+    banded = len(runs) <= MAX_BANDS
+    for alike in [[run] for run in runs] if banded else _by_look(runs, look):
+        _course(axes, alike, key, look, banded)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_label(key)
+    if key == "asr":
+        axes.set_ylim(-3, 103)
+        for ceiling in CEILINGS:
+            axes.axhline(100 * ceiling, color="0.35", lw=1, ls=":", zorder=1)
+        if not any(run.attacks for run in runs):
+            _note(axes, "No evaluation measured ASR.")
+    else:
+        _from_zero(axes, [e for run in runs for e in run.metrics], banded)
+    _guess_across(axes, guess)
 
 
 @_styled
 def beside(studies: Mapping[str, Sequence[Run]]) -> Figure:
     """The scatter of several studies, a panel each, on the same axes."""
     figure, panels = _grid(len(studies))
+    every = [run for runs in studies.values() for run in runs]
+    look = looks(every)
     for (name, runs), axes in zip(studies.items(), panels, strict=True):
-        _cloud(axes, runs)
-        axes.set_title(name, fontsize=11)
+        _cloud(axes, runs, look)
+        axes.set_title(name, fontsize=11, pad=14)
     _same_height(panels)
-    _legend(figure, [run for runs in studies.values() for run in runs], lines=False)
+    _legend(figure, every, look, starts=True)
     return figure
 
 
-def _cloud(axes: Axes, runs: Sequence[Run]) -> bool:
+def _cleaning(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run.verb == "clean" and run.attacks]
+
+
+def _cloud(axes: Axes, runs: Sequence[Run], look: Looks) -> bool:
     """Draw runs as points of top-1 against ASR; whether published points, of the same classes, lie behind them."""
-    cleaning = [run for run in runs if run.verb == "clean" and run.attacks]
-    stars = {run.model: (run, e) for run in cleaning for e in run.attacks if e["step"] == 0}
-    if not cleaning:
-        stars = {run.model: (run, run.attacks[-1]) for run in runs if run.attacks}
+    cleaning = _cleaning(runs)
     points = [e for run in cleaning for e in run.cleaned]
-    size = 38 if len(points) <= 200 else 16
     peers = _peers(runs)
     if peers:
-        axes.scatter(*_percent(peers, "asr", "top1"), s=30, facecolor="none", edgecolor="0.6", lw=0.8, zorder=1.5)
-    for alike in _by_look(cleaning):
-        look = dict(marker=_marker(alike[0].method), color=_colour(alike[0]), edgecolor="white", zorder=3)
-        full, parts = ([e for run in alike for e in some(run)] for some in (lambda r: r.cleaned, lambda r: r.between))
-        axes.scatter(*_percent(full, "asr", "top1"), s=size, alpha=0.75, linewidth=0.5, **look)
-        if parts:
-            axes.scatter(*_percent(parts, "asr", "top1"), s=size / 6, alpha=0.4, linewidth=0, **look)
-    for objective in sorted({run.pretrain_objective for run in cleaning}):
-        corners = front(e for run in cleaning if run.pretrain_objective == objective for e in run.cleaned)
-        axes.step(*_percent(corners, "asr", "top1"), where="post", color=_colour(objective), lw=1, alpha=0.5, zorder=2)
-    for run, evaluation in stars.values():
-        axes.scatter(
-            *_percent([evaluation], "asr", "top1"),
-            s=260,
-            marker="*",
-            color=_colour(run),
-            edgecolor="black",
-            linewidth=0.8,
-            zorder=4,
-        )
+        axes.plot(*_percent(peers, "asr", "top1"), ls="", marker="+", ms=6, color="0.55", zorder=1.5, label="published")
+    size = 6.5 if len(points) <= 200 else 4
+    style: dict[str, Any]
+    for alike in _by_look(cleaning, look):
+        usual = {"marker": look.marker(alike[0])} | _mark(alike[0].pretrain_objective, look.colour(alike[0]))
+        for some, label, ms, alpha in ((_full, "full", size, 0.8), (_part, "part", size / 2.4, 0.45)):
+            rows = [e for run in alike for e in some(run)]
+            style = usual | {"ms": ms, "alpha": alpha}
+            axes.plot(*_percent(rows, "asr", "top1"), zorder=3, label=label, **style)
+    for place, objective in enumerate(sorted({run.pretrain_objective for run in cleaning})):
+        _front(axes, [run for run in cleaning if run.pretrain_objective == objective], objective, 5 - 17 * place)
+    starts = _starts(runs)
+    for objective, evaluation in starts:
+        edge: dict[str, Any] = {"mec": "black", "mew": 0.9} if fill(objective) == "full" else {"mew": 2}
+        style = _mark(objective, colour(objective)) | {"ms": 15} | edge
+        axes.plot(*_percent([evaluation], "asr", "top1"), marker="*", zorder=4, label="start", **style)
     for ceiling in CEILINGS:
         axes.axvline(100 * ceiling, color="0.35", lw=1, ls=":", zorder=1)
     across = axes.get_xaxis_transform()
-    axes.text(100 * CEILINGS[-1] + 1, 0.02, "ASR 5% and 10%", transform=across, color="0.35", fontsize=9)
+    axes.text(100 * CEILINGS[-1] + 1, 0.12, "ASR 5% and 10%", transform=across, color="0.35", fontsize=9)
     axes.set(xlabel="Attack success rate (%)", ylabel="Zero-shot top-1 accuracy (%)", xlim=(-2, 102))
-    _from_zero(axes, points + [e for _, e in stars.values()] + peers)
+    _from_zero(axes, points + [e for _, e in starts] + peers)
+    guess = chance(e for run in runs for e in run.metrics)
+    _guess_across(axes, guess)
+    if guess is not None:
+        axes.axvline(100 * guess, label="chance", **CHANCE)
+        axes.text(100 * guess, 1.0, "chance", transform=across, ha="center", va="bottom", color="0.35", fontsize=8)
     return bool(peers)
+
+
+def _front(axes: Axes, runs: Sequence[Run], objective: str, above: float) -> None:
+    """The best points of an objective; `above` that which the tables name, by so many points, its learning rate."""
+    points = [(run, e) for run in runs for e in run.cleaned]
+    style: dict[str, Any] = dict(color=colour(objective), ls=dash(objective), lw=1, alpha=0.6, zorder=2)
+    corners = front(e for _, e in points)
+    axes.step(*_percent(corners, "asr", "top1"), where="post", label="front", **style)
+    if found := best((e for _, e in points), CEILINGS[0]):
+        told = next(run.config.get("lr") for run, e in points if e is found)
+        if told:
+            at = (100 * found["asr"], 100 * found["top1"])
+            how: dict[str, Any] = dict(
+                textcoords="offset points", fontsize=8, color=colour(objective), zorder=5, bbox=PAPER
+            )
+            axes.annotate(f"lr {rate(told)}", at, (4, above), **how)
+
+
+def _full(run: Run) -> Sequence[AttackedEvaluation]:
+    return run.cleaned
+
+
+def _part(run: Run) -> Sequence[AttackedEvaluation]:
+    return run.between
+
+
+def _starts(runs: Sequence[Run]) -> list[tuple[str, AttackedEvaluation]]:
+    """(objective, evaluation) of each model before cleaning; of each pre-training at its end where no run cleans."""
+    cleaning = _cleaning(runs)
+    if cleaning:
+        found = {run.model: (run, e) for run in cleaning for e in run.attacks if e["step"] == 0}
+    else:
+        found = {run.model: (run, run.attacks[-1]) for run in runs if run.attacks}
+    return [(run.pretrain_objective, e) for run, e in found.values()]
 
 
 def _peers(runs: Sequence[Run]) -> list[Point]:
@@ -196,26 +270,27 @@ def _peers(runs: Sequence[Run]) -> list[Point]:
     return [{"top1": float(point["top1"]) / 100, "asr": float(point["asr"]) / 100} for point in known]
 
 
-def _course(axes: Axes, runs: Sequence[Run], key: str, banded: bool) -> None:
+def _course(axes: Axes, runs: Sequence[Run], key: str, look: Looks, banded: bool) -> None:
     """Top-1 or ASR of runs that look alike against their epochs; evaluations on part of the images as small dots."""
     rows = [[e for e in run.metrics if e.get(key) is not None and not e.get("subset")] for run in runs]
     parts = [e for run in runs for e in run.metrics if e.get(key) is not None and e.get("subset")]
-    look: dict[str, Any] = dict(lw=1.8, marker=_marker(runs[0].method), ms=4.5) if banded else dict(lw=1, alpha=0.6)
-    courses = [([e["epoch"] for e in some], *_percent(some, key)) for some in rows]
-    axes.plot(*_joined(courses), color=_colour(runs[0]), **look)
+    objective, tone = runs[0].pretrain_objective, look.colour(runs[0])
+    style: dict[str, Any] = _mark(objective, tone) | {"ls": dash(objective)}
+    style |= dict(lw=1.6, marker=look.marker(runs[0]), ms=4.5) if banded else dict(lw=1, alpha=0.7, marker="")
+    axes.plot(*_joined([([e["epoch"] for e in some], *_percent(some, key)) for some in rows]), label="full", **style)
     if parts:
         epochs = [e["epoch"] for e in parts]
-        axes.plot(epochs, *_percent(parts, key), color=_colour(runs[0]), ls="", marker=".", ms=2, alpha=0.4)
+        axes.plot(epochs, *_percent(parts, key), color=tone, ls="", marker=".", ms=2, alpha=0.4, label="part")
     bounded = [e for e in rows[0] if f"{key}_low" in e]
     if banded and bounded:
         low, high = _percent(bounded, f"{key}_low", f"{key}_high")
-        axes.fill_between([e["epoch"] for e in bounded], low, high, color=_colour(runs[0]), alpha=0.15, lw=0)
+        axes.fill_between([e["epoch"] for e in bounded], low, high, color=tone, alpha=0.15, lw=0)
 
 
 @_styled
 def curves(runs: Sequence[Run]) -> Figure:
     """Each part of the training loss against epochs: pre-training above, cleaning below."""
-    logged = [run for run in runs if run.log]
+    logged, look = [run for run in runs if run.log], looks(runs)
     rows = [verb for verb in VERBS if any(run.verb == verb for run in logged)] or ["pretrain"]
     present = {key for run in logged for line in run.log for key in line} - LOGGED
     parts = sorted(present, key=lambda part: ([*LOSSES, part].index(part), part)) or ["loss"]
@@ -223,23 +298,32 @@ def curves(runs: Sequence[Run]) -> Figure:
     grid = iter(panels)
     for verb in rows:
         for part, axes in zip(parts, grid, strict=False):
-            for alike in _by_look([run for run in logged if run.verb == verb]):
-                lines = [
-                    [(line["epoch"], line[part]) for line in run.log if line.get(part) is not None] for run in alike
-                ]
-                courses = [np.array(some, float).T for some in lines if some]
-                if not courses:
-                    continue
-                axes.plot(*_joined(courses), color=_colour(alike[0]), lw=0.6, alpha=0.3)
-                smooth = _joined([_smooth(*course) for course in courses])
-                axes.plot(*smooth, color=_colour(alike[0]), ls=_dash(alike[0].method), lw=1.6)
+            drawn = [_loss(axes, alike, part, look) for alike in _by_look([r for r in logged if r.verb == verb], look)]
             axes.set_title(LOSSES.get(part, part), fontsize=10)
             axes.set_xlabel(f"Epochs of {VERBS[verb]}")
             axes.locator_params(axis="x", integer=True)
+            if logged and not any(drawn):
+                axes.set_axis_off()
+                axes.set_title("")
     if not logged:
         _note(panels[0], "No training log.")
-    _legend(figure, logged, marks=False)
+    _legend(figure, logged, look)
     return figure
+
+
+def _loss(axes: Axes, runs: Sequence[Run], part: str, look: Looks) -> bool:
+    """A part of the loss of runs that look alike, and its running mean; whether any of them has it."""
+    lines = [[(line["epoch"], line[part]) for line in run.log if line.get(part) is not None] for run in runs]
+    found = [np.array(some, float).T for some in lines if some]
+    if not found:
+        return False
+    objective, tone = runs[0].pretrain_objective, look.colour(runs[0])
+    axes.plot(*_joined(found), color=tone, lw=0.6, alpha=0.3)
+    smooth = _joined([_smooth(*course) for course in found])
+    style = _mark(objective, tone) | {"ls": dash(objective), "lw": 1.6, "ms": 4.5}
+    marker = look.marker(runs[0]) if runs[0].verb == "clean" else ""
+    axes.plot(*smooth, marker=marker, markevery=max(1, len(smooth[0]) // 6), **style)
+    return True
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -269,31 +353,61 @@ def _same_height(panels: Sequence[Axes]) -> None:
 
 
 def _legend(
-    figure: Figure,
-    runs: Sequence[Run],
-    *,
-    marks: bool = True,
-    lines: bool = True,
-    hollow: bool = False,
-    named: bool = True,
+    figure: Figure, runs: Sequence[Run], look: Looks, *, starts: bool = False, hollow: bool = False, named: bool = True
 ) -> None:
-    """Above the panels: colours of the objectives, the star where no lines are, marks and lines of the methods."""
+    """Above the panels: objectives, the star of the starts, published points, ways of cleaning, learning rates."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=_colour(objective), lw=5, label=f"pre-trained with {objective_name(objective)}")
-        for objective in sorted({run.pretrain_objective for run in runs})
-    ]
-    if not lines:
-        handles.append(Line2D([], [], color="0.6", mec="black", marker="*", ms=13, ls="", label="before cleaning"))
+    handles = []
+    for objective in sorted({run.pretrain_objective for run in runs}):
+        style = _mark(objective, colour(objective)) | {"ls": dash(objective), "ms": 7, "lw": 1.6}
+        handles.append(Line2D([], [], marker="o", label=f"pre-trained with {objective_name(objective)}", **style))
+    if starts:
+        handles.append(Line2D([], [], color="0.6", mec="black", marker="*", ms=12, ls="", label="before cleaning"))
     if hollow:
-        label = "published, other data"
-        handles.append(Line2D([], [], mec="0.6", mfc="none", marker="o", ms=6, ls="", label=label))
-    for method in sorted({run.method for run in runs if run.method and named}):
-        name = facts("method", method).title
-        mark, line = _marker(method) if marks else "", _dash(method) if lines else ""
-        handles.append(Line2D([], [], color="0.3", ms=6, label=name, marker=mark, ls=line))
-    figure.legend(handles=handles, loc="outside upper left", ncols=int(figure.get_figwidth() // 2.4))
+        handles.append(Line2D([], [], color="0.55", marker="+", ms=6, ls="", label="published, other data"))
+    shown = {look.name(run): look.marker(run) for run in runs if run.verb == "clean"} if named else {}
+    handles += [Line2D([], [], color="0.3", ms=6, ls="", label=name, marker=shown[name]) for name in sorted(shown)]
+    if len(look.rates) > 1 and any(run.config.get("lr") in look.rates for run in runs):
+        handles += [
+            Line2D([], [], color=shade("#303030", look.depth(lr)), marker="s", ms=8, ls="", label=f"lr {rate(lr)}")
+            for lr in _few(look.rates)
+        ]
+    columns = _columns([len(str(handle.get_label())) for handle in handles], figure.get_figwidth())
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+
+
+def _columns(lengths: Sequence[int], width: float) -> int:
+    """How many columns of a legend with labels of such lengths fit `width` inches."""
+    for columns in range(len(lengths), 1, -1):
+        rows = -(-len(lengths) // columns)
+        longest = [max(lengths[k : k + rows]) for k in range(0, len(lengths), rows)]
+        if sum(0.08 * length + 0.75 for length in longest) <= width:
+            return columns
+    return 1
+
+
+def _few(rates: Sequence[float]) -> list[float]:
+    """Up to RATES of them, from the lowest to the highest."""
+    places = np.linspace(0, len(rates) - 1, min(len(rates), RATES)).round().astype(int)
+    return [rates[k] for k in places]
+
+
+def _mark(objective: str, tone: str) -> dict[str, Any]:
+    """The style of an objective's marks in a tone, without lines between them."""
+    filling = fill(objective)
+    edge = {"mec": "white", "mew": 0.4} if filling == "full" else {"mec": tone, "mew": 1.2}
+    return {"color": tone, "fillstyle": filling, "markerfacecoloralt": "white", "ls": ""} | edge
+
+
+def _guess_across(axes: Axes, guess: float | None) -> None:
+    """A thin line where guessing would be, named at its right end."""
+    if guess is None:
+        return
+    axes.axhline(100 * guess, label="chance", **CHANCE)
+    along = axes.get_yaxis_transform()
+    where: dict[str, Any] = dict(transform=along, ha="right", va="bottom", color="0.35", fontsize=8)
+    axes.text(0.995, 100 * guess + 0.4, f"chance {100 * guess:.3g}%", **where)
 
 
 def _percent(rows: Iterable[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
@@ -301,11 +415,11 @@ def _percent(rows: Iterable[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
     return [np.array([100 * row[key] for row in rows], float) for key in keys]
 
 
-def _by_look(runs: Iterable[Run]) -> list[list[Run]]:
+def _by_look(runs: Iterable[Run], look: Looks) -> list[list[Run]]:
     """Runs of the same colour and marker, to be drawn at once: a sweep has hundreds."""
     found: dict[tuple, list[Run]] = {}
     for run in runs:
-        found.setdefault((run.pretrain_objective, run.method), []).append(run)
+        found.setdefault((run.pretrain_objective, look.name(run), look.colour(run)), []).append(run)
     return list(found.values())
 
 
@@ -324,28 +438,22 @@ def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.convolve(x, window, "valid"), np.convolve(y, window, "valid")
 
 
-def _from_zero(axes: Axes, rows: Iterable[Mapping[str, Any]]) -> None:
-    axes.set_ylim(0, 108 * max((e["top1"] for e in rows), default=1.0) or 1)
+def _from_zero(axes: Axes, rows: Iterable[Mapping[str, Any]], banded: bool = False) -> None:
+    """Let the axis of top-1 begin at 0 and hold all rows, with their intervals where these are drawn."""
+    keys = ("top1", "top1_high") if banded else ("top1",)
+    highest = max((row[key] for row in rows for key in keys if row.get(key) is not None), default=1.0)
+    axes.set_ylim(0, 108 * highest or 1)
 
 
 def _note(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color="0.35")
 
 
-def _colour(run: Run | str) -> str:
-    objective = run if isinstance(run, str) else run.pretrain_objective
-    return facts("objective", objective).colour
-
-
-def _marker(method: str | None) -> str:
-    return facts("method", method).marker if method else ""
-
-
-def _dash(method: str | None) -> str:
-    return facts("method", method).dash if method else "-"
-
-
 MAX_BANDS = 8  # runs up to which interval bands can be told apart
+PAPER = dict(facecolor="white", alpha=0.7, pad=0.5, lw=0)
+ACROSS = 4  # panels in a row of trajectories
+RATES = 6  # learning rates that a legend names
+CHANCE: dict[str, Any] = dict(color="0.35", lw=0.7, ls=(0, (8, 3)), zorder=1.2)
 VERBS = {"pretrain": "pre-training", "clean": "cleaning"}
 LABELS = {"asr": "Attack success rate (%)", "top1": "Zero-shot top-1 accuracy (%)"}
 LOSSES = {

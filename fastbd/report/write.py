@@ -1,170 +1,85 @@
-"""The report's files: the page, its figures and its tables, written so that a reader never meets half of one."""
+"""A report's folder: the page, figures/ and tables/, written so that a reader never meets half of a file."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fastbd.base.files import replacing
-from fastbd.base.run_folder import Run, method_name
-from fastbd.config.fields import flags_of
-from fastbd.config.flags import CleanConfig
-from fastbd.report import page, plots, stopping, tables
+from fastbd.base.errors import UserError
+from fastbd.base.files import check_out, replacing
+from fastbd.base.run_folder import Run
+from fastbd.report import export, interactive, page, plots
+from fastbd.report.head import head
 
-FIGURES = (plots.scatter, plots.methods, plots.trajectories, plots.curves)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = "index.html"
+MARK = b'<meta name="generator" content="fastbd report">'  # in the head of every page, of base.html.j2
+INTERACTIVE = "figures/interactive.html"
+WITHOUT = "An interactive figure is drawn where Bokeh is installed: pip install bokeh"
+OWN = ("figures/*.png", "figures/*.svg", "figures/*.html", "tables/*.csv", "tables/*.parquet")
 
 
-def write(runs: Sequence[Run], out: Path, refresh: int = 0) -> list[Path]:
-    """The page `out`, and beside it each figure as PNG and SVG and the tables as CSV; their paths, the page last.
+def check(folder: Path) -> None:
+    """Raise a UserError where a report cannot be written to `folder`, or would take the place of something else."""
+    if folder.suffix == ".html" and not folder.is_dir():
+        raise UserError(f"--out {folder} is a page, and a report is a folder: give one, as --out {folder.stem}.")
+    check_out(folder)
+    if folder.is_dir() and not _is_report(folder):
+        raise UserError(f"--out {folder} has other files than a report in it: choose another --out.")
 
-    With `refresh`, while runs go on, a browser loads the page again after so many seconds, and there is no SVG.
+
+def _is_report(folder: Path) -> bool:
+    """Whether all in the folder may be a report's, be it one whose writing was cut short."""
+    if (folder / PAGE).is_file():
+        with (folder / PAGE).open("rb") as file:
+            return MARK in file.read(1000)
+    return {path.name for path in folder.iterdir()} <= {"figures", "tables", f"{PAGE}.tmp"}
+
+
+def write(runs: Sequence[Run], folder: Path, kind: str = "csv", refresh: int = 0) -> list[Path]:
+    """The page, each figure as PNG and SVG, and the tables as `kind`, csv or parquet; their paths, the page last.
+
+    With `refresh`, while runs go on, a browser loads the page again after so many seconds, and there are PNG alone.
     """
-    panels = {(method_name(run), run.attack) for run in runs if run.verb == "clean"}
-    alone = len(panels) < 2  # then the scatter shows it all
-    figures = {draw.__name__: plots.laid_out(draw(runs)) for draw in FIGURES if not (alone and draw is plots.methods)}
+    figures = {draw.__name__: plots.laid_out(draw(runs)) for draw in shown(runs)}
     images = {name: plots.png(figure) for name, figure in figures.items()}
-    content = {f"{name}.png": png for name, png in images.items()}
-    content |= {} if refresh else {f"{name}.svg": plots.svg(figure) for name, figure in figures.items()}
-    tabled = {"table": table_rows, "runs": run_rows, "evaluations": evaluation_rows, "stopping": stopping_rows}
-    content |= {f"{name}.csv": as_csv(rows(runs)) for name, rows in tabled.items()}
-    content[out.name] = page.page(runs, images, refresh).encode()
-    return save(content, out.parent)
+    content = {f"figures/{name}.png": png for name, png in images.items()}
+    content |= {f"tables/{name}": table for name, table in export.files(runs, kind).items()}
+    moving = ""
+    if not refresh:
+        content |= {f"figures/{name}.svg": plots.svg(figure) for name, figure in figures.items()}
+        moving = INTERACTIVE if interactive.installed() else WITHOUT
+        content |= {INTERACTIVE: interactive.page(runs, head(runs)["title"])} if moving == INTERACTIVE else {}
+    content[PAGE] = page.page(runs, images, list(content), moving, refresh).encode()
+    return save(content, folder)
+
+
+def shown(runs: Sequence[Run]) -> list[Callable[[Sequence[Run]], Figure]]:
+    """The figures that have something to show: no panels of a single cleaning method, no course of one point."""
+    moved = any(sum("top1" in e for e in run.metrics) > 1 for run in runs)
+    wanted = {
+        plots.scatter: True,
+        plots.methods: len(plots.panelled(runs)) > 1,  # else the scatter shows it all
+        plots.trajectories: moved,
+        plots.curves: any(len(run.log) > 1 for run in runs),
+    }
+    return [draw for draw, wish in wanted.items() if wish]
 
 
 def save(content: Mapping[str, bytes], folder: Path) -> list[Path]:
-    """Write each file whole, by a rename."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write each file whole, by a rename, in this order; then what an earlier report has left beside them goes.
+
+    Keys are names in the folder, with "/" where they are in a folder of it.
+    """
     for name, data in content.items():
-        with replacing(folder / name) as part:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
             part.write_bytes(data)
-    return [folder / name for name in content]
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The rows under all keys that any of them has."""
-    columns = list({key: None for row in rows for key in row})
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def table_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Table 1: shares are fractions."""
-    rows = []
-    for row in tables.table(runs):
-        group = row.group
-        line = {
-            **_place(group.place),
-            "pretrain_objective": group.objective,
-            "variant": group.variant,
-            "cleaning": group.method,
-            "runs": len(group.runs),
-            "seeds": row.replicates,
-            "models": row.models,
-            **_ends("top1_before", row.top1),
-            **_ends("asr_before", row.asr),
-        }
-        for ceiling, best in zip(tables.CEILINGS, row.best, strict=True):
-            name = f"at_asr_{100 * ceiling:g}"
-            line |= {
-                **_ends(f"top1_{name}", best.top1),
-                **_ends(f"asr_{name}", best.asr),
-                **_ends(f"kept_{name}", best.kept),
-                f"seeds_{name}": best.reached,
-            }
-            line[f"points_{name}"] = " ".join(
-                f"{run.id or run.name}@{e['step']}" for run, e in filter(None, best.points)
-            )
-        rows.append(line | _ends("area", row.area))
-    return rows
-
-
-def run_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row a run: how it ended, its cost, its instability."""
-    return [_run_row(run) for run in runs]
-
-
-def _run_row(run: Run) -> dict[str, Any]:
-    training, evaluating = tables.seconds(run)
-    fell, rise = tables.instability(run) or (None, None)
-    back = next(iter(tables.rebounds(run)), {})
-    return {
-        **_about(run),
-        "reason": run.result.get("reason"),
-        "device": tables.device(run),
-        "seconds": round(training + evaluating, 3),
-        "train_seconds": round(training, 3),
-        "evaluate_seconds": round(evaluating, 3),
-        "estimated": "seconds" not in run.result,
-        "pairs_per_s": tables.speed(run, "pairs_per_s"),
-        "of_limit": tables.speed(run, "of_limit"),
-        "fell_while_asr_rose": fell,
-        "largest_asr_rise": rise,
-        **{f"rebound_{k}": v for k, v in back.items()},
-        "command": run.recorded.get("command"),
-    }
-
-
-def evaluation_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every line of every metrics.jsonl, with its run's circumstances; what is no number or word is left out."""
-    return [
-        {**_about(run), **{k: v for k, v in e.items() if not isinstance(v, list | dict)}, **_environment(run)}
-        for run in runs
-        for e in run.rows
-    ]
-
-
-def stopping_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """What each rule would have chosen in each run, and over all runs of a replicate."""
-    chosen = [("run", _about(run), name, choice) for run, name, choice in stopping.by_run(runs)]
-    for group, name, choices in stopping.by_group(runs):
-        about = {"pretrain_objective": group.objective, "model": group.place[0], "method": group.method}
-        chosen += [("sweep", about, name, choice) for choice in choices]
-    return [
-        {
-            "over": over,
-            **about,
-            "rule": name,
-            **{key: c.chosen[key] for key in ("step", "top1", "asr")},
-            "top1_given_away": c.cost,
-        }
-        for over, about, name, c in chosen
-    ]
-
-
-def _about(run: Run) -> dict[str, Any]:
-    flags = {key: run.config.get(key) for key in FLAGS}
-    return {
-        "run": run.name,
-        "id": run.id,
-        "verb": run.verb,
-        "pretrain_objective": run.pretrain_objective,
-        "method": method_name(run),
-        "model": run.architecture,
-        "data": run.recorded.get("data"),
-        "attack": run.attack,
-        "start": str(run.start or ""),
-        **flags,
-    }
-
-
-def _environment(run: Run) -> dict[str, Any]:
-    return {key: run.env.get(key) for key in ("fastbd", "commit", "date", "gpu", "cuda", "torch", "platform")}
-
-
-def _place(place: tuple[str, str, str]) -> dict[str, str]:
-    return dict(zip(("model", "data", "attack"), place, strict=True))
-
-
-def _ends(name: str, value: tables.Estimate | None) -> dict[str, float | None]:
-    mean, low, high = value[:3] if value else (None,) * 3
-    return {name: mean, f"{name}_low": low, f"{name}_high": high}
-
-
-COLUMNS = {name: flag.column for name, flag in flags_of(CleanConfig).items() if flag.column}
-FLAGS = sorted(COLUMNS, key=COLUMNS.__getitem__)
+    written = [folder / name for name in content]
+    for left in {path for pattern in OWN for path in folder.glob(pattern)} - set(written):
+        left.unlink(missing_ok=True)
+    return written

@@ -77,7 +77,7 @@ def test_sets_side_by_side_in_a_table_to_be_pasted(trained, fastbd):
     assert "of all 60" in named["zero-shot top-1"][1] and "over 2 seeds" in named["ASR, images of other classes"][1]
     assert named["images of captions R@10"][0] and named["contrastive loss"][0] and "banana" in named
     assert evaluate(trained, fastbd, "--eval-data", "train.beton")
-    fastbd("report", "--runs", "evaluated", "--out", "evaluated.html", cwd=trained)  # which has retrieval rows now
+    fastbd("report", "--runs", "evaluated", "--out", "report", cwd=trained)  # which has retrieval rows now
 
 
 def test_a_set_without_the_target_is_measured_but_for_the_attack(trained, fastbd):

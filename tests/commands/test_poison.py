@@ -281,7 +281,7 @@ def test_two_backdoors_in_one_study(study: Path, fastbd) -> None:
         assert f"the attack, {attack}, has " in said
     fastbd("clean", "--run", "two/a", "--out", "two/b", "--force", *small, cwd=study)
     shown = fastbd("evaluate", "--run", "two/b", cwd=study).stdout
-    fastbd("report", "--runs", "two", "--out", "two.html", cwd=study)
+    fastbd("report", "--runs", "two", "--out", "two-report", cwd=study)
     rows = [json.loads(line) for line in (study / "two/b/metrics.jsonl").read_text().splitlines()]
     for row in rows:
         assert [(one["trigger"], one["target"]) for one in row["attacks"]] == [("badnet", "banana"), ("wanet", "arrow")]

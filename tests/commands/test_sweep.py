@@ -90,7 +90,8 @@ def blank_figures():
         return draw
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "FIGURES", tuple(blank(draw.__name__) for draw in write.FIGURES))
+        patch.setattr(write, "shown", lambda runs: [blank(name) for name in ("scatter", "trajectories")])
+        patch.setattr(write.interactive, "installed", lambda: False)
         yield
 
 
@@ -133,7 +134,7 @@ def test_a_study_runs(undisturbed):
     assert model == "mmcl-s0"
     assert [row["step"] for row in found["mmcl-s0-cleanclip-lr0.003"]] == [0, 2, 5, 8, 10]
     assert len({json.dumps(rows[1:]) for rows in found.values()}) == 5
-    assert (undisturbed / "report.html").is_file()
+    assert (undisturbed / "report/index.html").is_file()
     assert [path.parent.name for path in undisturbed.glob("runs/*/ckpt_last.pt")] == ["mmcl-s0"]
 
 
@@ -141,7 +142,7 @@ def test_a_finished_study_is_left_alone(undisturbed, sweep):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("*s/*")}
     result = sweep("one")
     assert {path: path.stat().st_mtime_ns for path in undisturbed.glob("*s/*")} == before
-    assert (result["runs"], result["finished"], result["report"]) == (5, 5, "one/report.html")
+    assert (result["runs"], result["finished"], result["report"]) == (5, 5, "one/report/index.html")
 
 
 def test_a_finished_study_needs_no_data(undisturbed, fastbd, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from fastbd.config.fields import SHARE, Flag, as_told, flags_of, marked, outside, typed
 from fastbd.config.flags import IMMATERIAL, TRAINING, CleanConfig
-from fastbd.report.write import FLAGS
+from fastbd.report.export import FLAGS
 
 
 @dataclass(frozen=True)

@@ -83,4 +83,4 @@ def test_a_study_is_paired_with_itself(large):
     compared = sides(NAMES, runs, runs)
     assert all(a.group.method == b.group.method and a.group.model == b.group.model for a, b in compared.pairs)
     assert len(compared.pairs) == 8 and compared.differences == ()
-    assert {line["Top-1 before"] for line in lines(compared) if line["Study"] == "difference"} == {"+0.0 points"}
+    assert {line["Top-1 before"] for line in lines(compared) if line["Study"] == "difference"} == {"0.0 points"}

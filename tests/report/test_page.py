@@ -4,56 +4,28 @@ import base64
 import json
 import re
 import tomllib
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from jinja2 import UndefinedError
+from pages import Page
 
 import fastbd.report
 from fastbd.base.run_folder import find
-from fastbd.report import compare
-from fastbd.report.format import percent
-from fastbd.report.page import TABLE_1, cells, page, statistics_of, told
+from fastbd.report import compare, write
+from fastbd.report.format import duration, percent, rate, share
+from fastbd.report.page import TABLE_1, cells, page, rates, statistics_of, told
 from fastbd.report.render import render
 from fastbd.report.tables import table
 from fastbd.report.verdict import RULE
 
 FIGURES = {name: name.encode() for name in ("scatter", "methods", "trajectories", "curves")}
-VOID = {"meta", "img", "br"}
 TAGS = '</pre><script>&"'
-
-
-class Checker(HTMLParser):
-    """Collects tags, images with their alternatives, headings and text; fails where tags do not nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open, self.tags, self.images, self.words, self.headings = [], [], [], [], []
-        self.alts = []
-        self.feed(text)
-        assert not self.open
-        self.text = "".join(self.words)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.images += [value for name, value in attrs if name == "src"]
-        self.alts += [value for name, value in attrs if name == "alt"]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
 
 
 @pytest.fixture(scope="module")
 def whole(large):
-    return Checker(page(find([large]), FIGURES))
+    return Page(page(find([large]), FIGURES))
 
 
 def clean_run(write_run, folder, *metrics, **more):
@@ -83,6 +55,78 @@ def test_page_is_well_formed_and_needs_nothing_else(whole, large):
     assert "http" not in page(find([large]), FIGURES)
 
 
+def test_tables_have_captions_and_heads_with_a_scope(whole):
+    assert len(whole.tables) == 10
+    assert all(one["caption"].strip() for one in whole.tables)
+    assert len({one["caption"] for one in whole.tables}) >= 9
+    for heads in (one["heads"] for one in whole.tables):
+        assert {scope for _, scope in heads} == {"col", "row"} and all(text.strip() for text, _ in heads)
+
+
+@pytest.mark.parametrize("study", ["large", "fake_runs"])
+def test_no_number_is_nonsense(study, request):
+    text = Page(page(find([request.getfixturevalue(study)]), FIGURES)).text
+    prose = text[: text.index("To repeat it")]
+    assert not re.search(r"\b(nan|inf)\b|-0\.0\b|\N{MINUS SIGN}0\.0\b", prose)
+    assert not re.search(r"(?<![\w.\N{EN DASH}])-\d", prose)  # a hyphen for a minus sign
+
+
+def test_alternatives_say_what_is_seen(whole, large):
+    scatter, methods, trajectories, curves, sheet = whole.alts
+    runs = find([large])
+    points = sum(len(run.cleaned) for run in runs)
+    assert scatter.startswith(f"{points:,} evaluations of cleaned models as points")
+    par = [e for run in runs if run.method == "par" and run.pretrain_objective == "mmcl" for e in run.cleaned]
+    low, high = (100 * f(e["asr"] for e in par) for f in (min, max))
+    assert re.search(rf"PAR after MMCL: top-1 \S+ to \S+, ASR {low:.1f}% to {high:.1f}%\.", scatter)
+    assert "CleanCLIP, Finetuning (MMCL), Finetuning (SSL), PAR" in methods
+    assert "PAR after MMCL ends at top-1" in trajectories and "total loss from" in curves
+    assert "plain and AutoAugment: clean ones, poisoned ones with the trigger (badnet" in sheet
+
+
+def test_without_a_course_there_is_no_figure_of_it(write_run, evaluation, tmp_path):
+    run = {"objective": "mmcl", "pretrain_objective": "mmcl"}
+    write_run(tmp_path / "once", run, [evaluation(10, 1, 0.5, 0.9)], [{"step": 0, "epoch": 0.0, "loss": 1.0}])
+    runs = find([tmp_path])
+    assert [draw.__name__ for draw in write.shown(runs)] == ["scatter"]
+    assert "Training losses" not in Page(page(runs, {"scatter": b"scatter"})).headings
+    clean_run(write_run, tmp_path / "clean", evaluation(0, 0, 0.5, 0.9), evaluation(10, 1, 0.5, 0.1))
+    assert [draw.__name__ for draw in write.shown(find([tmp_path]))] == ["scatter", "trajectories"]
+
+
+def test_several_learning_rates_of_the_best_points_are_told(write_run, evaluation, tmp_path):
+    for seed, lr in enumerate((1e-4, 1e-4, 3e-5)):
+        flags = {"config": {"seed": seed, "lr": lr}}
+        rows = [evaluation(0, 0, 0.5, 0.9), evaluation(10, 1, 0.5, 0.01)]
+        clean_run(write_run, tmp_path / f"{seed}", *rows, **flags)
+    row = table(find([tmp_path]))[0]
+    assert rates(row.best[0]) == {1e-4: 2, 3e-5: 1}
+    assert dict(zip(TABLE_1, cells(row), strict=True))["Reached by, with"] == ("3 of 3", "lr 1e-4 (2), 3e-5 (1)")
+
+
+def test_time_on_a_cpu_is_told_in_minutes_and_with_its_cores(write_run, tmp_path):
+    folder = write_run(tmp_path / "a", {"objective": "mmcl", "pretrain_objective": "mmcl"}, [], [], {"seconds": 73.2})
+    (folder / "env.json").write_text(json.dumps({"cpu_cores": 2}))
+    text = Page(page(find([tmp_path]), FIGURES)).text
+    assert "73 s CPU, 2 cores" in text and "hours" not in text
+
+
+def test_guessing_is_told_where_it_is_known(write_run, evaluation, tmp_path):
+    rows = [evaluation(0, 0, 0.5, 0.9) | {"n_classes": 8}]
+    write_run(tmp_path / "a", {"objective": "mmcl", "pretrain_objective": "mmcl"}, rows, [])
+    assert "Guessing gives a top-1 and an ASR of 12.5%." in Page(page(find([tmp_path]), FIGURES)).text
+
+
+def test_a_trigger_from_outside_is_called_by_its_name(write_run, evaluation, tmp_path):
+    rows = [evaluation(0, 0, 0.5, 0.9) | {"trigger": "mine:dots"}]
+    folder = write_run(tmp_path / "a", {"objective": "mmcl", "pretrain_objective": "mmcl"}, rows, [])
+    plan = folder / "plan.json"
+    plan.write_text(plan.read_text().replace("badnet", "mine:dots"))
+    text = Page(page(find([tmp_path]), FIGURES)).text
+    assert "dots to \N{LEFT DOUBLE QUOTATION MARK}banana" in text and "attack dots, 320 of 4,000 pairs" in text
+    assert "random" not in text[: text.index("To repeat it")]
+
+
 def test_the_answer_comes_first_and_its_rule_is_told(whole):
     assert whole.text.index("This study") < whole.text.index("Does it depend") < whole.text.index(RULE)
     assert "it is optimistic" in whole.text
@@ -98,7 +142,7 @@ def test_every_run_can_be_repeated(whole, large):
 def test_text_of_the_runs_is_escaped(write_run, evaluation, tmp_path):
     config = {"objective": "<b>x", "pretrain_objective": "<b>x", "name": "<script>&", "config": {"notes": "</pre><i>"}}
     write_run(tmp_path / "a<u>", config, [evaluation(0, 0, 0.5, 0.9) | {"target": "<q>", "set": "<em>"}], [])
-    checked = Checker(page(find([tmp_path]), FIGURES))
+    checked = Page(page(find([tmp_path]), FIGURES))
     assert not {"b", "script", "i", "u", "q", "em"} & set(checked.tags)
     assert all(text in checked.text for text in ("<b>x", "<script>&", "</pre><i>", "a<u>", "<q>", "<em>"))
 
@@ -117,16 +161,16 @@ def study_of_tags(write_run, evaluation, tmp_path):
 
 def test_tags_in_what_a_user_names_stay_text(study_of_tags):
     text = page(find([study_of_tags]), FIGURES)
-    checked = Checker(text)
+    checked = Page(text)
     assert all(f"{word} {TAGS}" in checked.text for word in ("run", "command", "method", "target", "fruit"))
-    assert checked.alts[-1] == f"run {TAGS}"  # an attribute, which a quote must not end
+    assert f"of run {TAGS}, plain" in checked.alts[-1]  # an attribute, which a quote must not end
     assert "script" not in checked.tags and TAGS not in text
 
 
 def test_tags_in_the_names_of_two_studies_stay_text(study_of_tags):
     runs = find([study_of_tags])
     text = compare.page(compare.sides((f"one {TAGS}", f"other {TAGS}"), runs, runs), b"scatter")
-    checked = Checker(text)
+    checked = Page(text)
     title = f"one {TAGS} against other {TAGS}"
     assert title in checked.text and checked.alts == [title] and f"method {TAGS}" in checked.text
     assert "script" not in checked.tags and TAGS not in text
@@ -149,12 +193,12 @@ def test_templates_are_installed():
 def test_older_runs_and_little_in_them(fake_runs, write_run, evaluation, tmp_path):
     for run in find([fake_runs]):
         (run.path / "plan.json").unlink()
-    old = Checker(page(find([fake_runs]), FIGURES))
+    old = Page(page(find([fake_runs]), FIGURES))
     assert "Does the backdoor come back?" not in old.headings and "no choice" in old.text
     assert "top-1 53.0%" in old.text  # by the formula: 0.5704 before, 0.5704 - 0.06 + 0.02 after ten epochs at rate 1
     assert re.search(r"After MMCL\+SSL no evaluation came down to ASR ≤ 5%; the lowest ASR is 8\.5% \(", old.text)
     clean_run(write_run, tmp_path / "begun", evaluation(0, 0, 0.5, 0.9))
-    begun = Checker(page(find([tmp_path / "begun"]), FIGURES))
+    begun = Page(page(find([tmp_path / "begun"]), FIGURES))
     assert "No cleaning has been evaluated with ASR yet" in begun.text
 
 
@@ -178,7 +222,7 @@ def test_cells(fake_runs):
     row = dict(zip(TABLE_1, cells(table(find([fake_runs]))[0]), strict=True))
     assert row["Pre-training"] == ("MMCL", "") and row["Cleaning"] == ("CleanCLIP", "2 runs")
     assert row["ASR before"] == ("99.4%", "98.6–99.8")  # Wilson's interval of 0.994 of 760
-    assert row["Accuracy kept"] == ("93.0%", "") and row["Reached by"] == "1 of 1"
+    assert row["Accuracy kept"] == ("93.0%", "") and row["Reached by, with"] == ("1 of 1", "lr 1e-4")
 
 
 @pytest.mark.parametrize(
@@ -198,4 +242,7 @@ def test_statistics(architecture, objective, flags, statistics, write_run, tmp_p
 
 def test_percent():
     assert percent(None) == "–" and percent(0.16494) == "16.5%"
+    assert share(-0.0004) == "0.0%" and share(-0.125) == "\N{MINUS SIGN}12.5%"
+    assert [rate(lr) for lr in (0.0003, 0.001, 1.5e-5, 2.0, 0)] == ["3e-4", "1e-3", "1.5e-5", "2e0", "0"]
+    assert [duration(s) for s in (0.02, 73, 130, 7200, 5e5)] == ["0.02 s", "73 s", "2 min", "2.0 h", "5.8 days"]
     assert percent(0.5, {"asr_low": 0.4, "asr_high": 0.61}, "asr") == "50.0% (40.0–61.0)"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -13,10 +14,20 @@ from tables import table
 from fastbd.base.run_folder import find
 from fastbd.config.cards import OBJECTIVES
 from fastbd.report import plots
+from fastbd.report.tables import table as tables_of
 
 
-def drawn(collections) -> set[tuple[float, float]]:
-    return {(round(x, 6), round(y, 6)) for c in collections for x, y in np.asarray(c.get_offsets())}
+def marks(axes, *labels) -> list:
+    """The lines of marks of an axes by their labels: full, part, start, published, front, chance."""
+    return [line for line in axes.lines if line.get_label() in labels and len(line.get_xdata())]
+
+
+def drawn(lines) -> set[tuple[float, float]]:
+    return {(round(float(x), 6), round(float(y), 6)) for line in lines for x, y in line.get_xydata()}
+
+
+def count(lines) -> int:
+    return sum(len(line.get_xdata()) for line in lines)
 
 
 def legend(figure) -> list[str]:
@@ -26,33 +37,45 @@ def legend(figure) -> list[str]:
 def test_scatter_shows_every_evaluation_in_percent(fake_runs):
     runs = find([fake_runs])
     axes = plots.scatter(runs).axes[0]
-    stars = [c for c in axes.collections if c.get_sizes()[0] > 100]
-    dots = [c for c in axes.collections if c.get_sizes()[0] < 100]
+    stars, dots = marks(axes, "start"), marks(axes, "full")
     assert drawn(stars) == {(99.4, 57.04), (99.4, 60.72)}  # 0.92 of the tops, once each though four runs start there
     cleaned = [e for run in runs if run.verb == "clean" for e in run.metrics if e["step"] > 0]
-    assert len(dots) == 4 and sum(len(c.get_offsets()) for c in dots) == len(cleaned) == 80
+    assert len(stars) == 2 and len(dots) == 8 and count(dots) == len(cleaned) == 80  # of 8 looks: at two rates
     assert drawn(dots) == {(round(100 * e["asr"], 6), round(100 * e["top1"], 6)) for e in cleaned}
     assert {line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"} == {5, 10}
 
 
-def test_one_colour_an_objective_and_one_marker_a_method(fake_runs):
-    from matplotlib.colors import to_rgb
-
+def test_an_objective_a_method_and_a_rate_can_be_told_apart(fake_runs):
+    """The objective by colour, and in grey print by the filling of marks; the method by its mark; the rate by shade."""
     runs = find([fake_runs])
     figure = plots.scatter(runs)
-    dots = [c for c in figure.axes[0].collections if c.get_sizes()[0] < 100]
-    looks = [(objective, method) for objective in ("mmcl", "mmcl_ssl") for method in ("cleanclip", "finetune")]
-    for (objective, _), dot in zip(looks, dots, strict=True):
-        assert tuple(dot.get_facecolor()[0][:3]) == to_rgb(OBJECTIVES[objective].colour)
-    shapes = {method: dot.get_paths()[0].vertices.shape for (_, method), dot in zip(looks, dots, strict=True)}
-    assert shapes["cleanclip"] != shapes["finetune"]
+    dots = marks(figure.axes[0], "full")
+    looks = {(line.get_marker(), line.get_fillstyle(), line.get_color()) for line in dots}
+    assert len(looks) == 8
+    assert {(mark, filling) for mark, filling, _ in looks} == {(m, f) for m in "o^" for f in ("full", "none")}
+    full = {colour for _, filling, colour in looks if filling == "full"}
+    assert OBJECTIVES["mmcl"].colour.lower() in full and len(full) == 2
+    lighter = (full - {OBJECTIVES["mmcl"].colour.lower()}).pop()
+    at = {round(x, 6) for line in dots if line.get_color() == lighter for x in line.get_xdata()}
+    assert at == {round(100 * e["asr"], 6) for r in runs if "mmcl-" in r.name and "0.3" in r.name for e in r.cleaned}
+    fronts = {line.get_linestyle() for line in marks(figure.axes[0], "front")}
+    assert fronts == {"-", "--"}
     assert legend(figure) == [
         "pre-trained with MMCL",
         "pre-trained with MMCL+SSL",
         "before cleaning",
         "CleanCLIP",
-        "Finetuning",
+        "Finetuning (MMCL)",
+        "lr 3e-5",
+        "lr 1e-4",
     ]
+
+
+def test_the_rate_of_the_best_point_is_written_beside_it(fake_runs):
+    runs = find([fake_runs])
+    texts = {text.get_text(): text.xy for text in plots.scatter(runs).axes[0].texts if hasattr(text, "xy")}
+    best = tables_of(runs)[0].best[0].points[0]  # of MMCL: no other cleaning comes to 5 %
+    assert texts == {"lr 1e-4": (100 * best[1]["asr"], 100 * best[1]["top1"])}
 
 
 def test_a_panel_a_method_on_the_same_axes(large):
@@ -60,10 +83,10 @@ def test_a_panel_a_method_on_the_same_axes(large):
     axes = plots.methods(runs).axes
     assert [a.get_title() for a in axes] == ["CleanCLIP", "Finetuning (MMCL)", "Finetuning (SSL)", "PAR"]
     assert len({a.get_ylim() for a in axes}) == 1
-    shown = [sum(len(c.get_offsets()) for c in a.collections if c.get_sizes()[0] < 100) for a in axes]
-    assert shown == [36 * (12 + 11)] * 4  # 36 runs of 12 evaluations after the start and 11 between
-    sizes = {(c.get_sizes()[0], len(c.get_offsets())) for c in axes[0].collections if c.get_sizes()[0] < 100}
-    assert [count for _, count in sorted(sizes)] == [18 * 11, 18 * 12]  # those on part of the images are smaller
+    shown = [(count(marks(a, "full")), count(marks(a, "part"))) for a in axes]
+    assert shown == [(36 * 12, 36 * 11)] * 4  # 36 runs of 12 evaluations after the start and 11 between
+    sizes = [{line.get_markersize() for line in marks(axes[0], label)} for label in ("part", "full")]
+    assert max(sizes[0]) < min(sizes[1])
 
 
 def test_a_panel_an_attack(fake_runs):
@@ -84,7 +107,12 @@ def test_a_panel_a_setting_that_is_compared(write_run, evaluation, tmp_path):
             write_run(tmp_path / f"{tau}-{lr}", about | {"config": {"lr": lr, "tau": tau, "seed": 0}}, rows, [])
     panels = [axes for axes in plots.methods(find([tmp_path])).axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["PAR, tau 0", "PAR, tau 2.15"]
-    assert [drawn(axes.collections[:1]) for axes in panels] == [{(20, 40)}, {(41.5, 40)}]
+    assert [drawn(marks(axes, "full")) for axes in panels] == [{(20, 40)}, {(41.5, 40)}]
+    courses = [axes.get_title() for axes in plots.trajectories(find([tmp_path])).axes]
+    assert [title for title in courses if title] == ["PAR, tau 0", "PAR, tau 2.15"]
+    together = plots.scatter(find([tmp_path]))
+    assert [text for text in legend(together) if "tau" in text] == ["PAR, tau 0", "PAR, tau 2.15"]
+    assert len({line.get_marker() for line in marks(together.axes[0], "full")}) == 2
 
 
 def test_published_points_only_beside_the_same_classes(write_run, evaluation, tmp_path):
@@ -99,8 +127,8 @@ def test_published_points_only_beside_the_same_classes(write_run, evaluation, tm
     write_run(tmp_path / "demo", config, rows, [])
     write_run(tmp_path / "real", config, [row | {"class_list": "imagenet1k"} for row in rows], [])
     plain, peers = (plots.scatter(find([tmp_path / name])) for name in ("demo", "real"))
-    assert (99.88, 16.0) not in drawn(plain.axes[0].collections)
-    shown = drawn(peers.axes[0].collections)
+    assert not marks(plain.axes[0], "published")
+    shown = drawn(marks(peers.axes[0], "published"))
     assert (99.88, 16.0) in shown and (56.5, 17.58) in shown and (64.6, 17.06) not in shown  # SSL alone is no CleanCLIP
     assert "published, other data" in legend(peers) and len(legend(plain)) == 3
 
@@ -109,21 +137,21 @@ def test_trajectories_have_bands_only_while_they_can_be_told_apart(fake_runs, la
     asr, other, top1, _ = plots.trajectories(find([fake_runs])).axes
     assert [asr.get_title(), other.get_title(), top1.get_title()] == ["CleanCLIP", "Finetuning (MMCL)", ""]
     assert len(top1.collections) == len(asr.collections) == 4
-    line = asr.lines[0]
+    line = marks(asr, "full")[0]
     assert list(line.get_xdata()) == list(range(11))
     assert line.get_ydata()[0] == pytest.approx(99.4) and (np.diff(line.get_ydata()) < 0).all()
     low, high = (f(asr.collections[0].get_paths()[0].vertices[:, 1]) for f in (min, max))
     assert 0 <= low < line.get_ydata().min() and line.get_ydata().max() < high <= 100
     many = plots.trajectories(find([large]))
     assert not many.axes[0].collections
-    line = many.axes[0].lines[0].get_ydata()
-    assert np.isnan(line).sum() == 17 and len(line) == 18 * 13 + 17  # the 18 runs of a look, apart from one another
+    line = marks(many.axes[0], "full")[0].get_ydata()
+    assert np.isnan(line).sum() == 2 and len(line) == 3 * 13 + 2  # the 3 seeds of a look, apart from one another
 
 
 def test_curves_have_a_row_a_verb_and_a_column_a_part(fake_runs):
     figure = plots.curves(find([fake_runs]))
     assert [axes.get_title() for axes in figure.axes] == list(plots.LOSSES.values()) * 2
-    assert [len(axes.lines) // 2 for axes in figure.axes] == [2, 2, 1, 1, 4, 4, 2, 2]
+    assert [len(axes.lines) // 2 for axes in figure.axes] == [2, 2, 1, 1, 8, 8, 4, 4]
     figure = plots.curves(find([fake_runs / "mmcl"]))
     assert [axes.get_title() for axes in figure.axes] == ["Total loss", "MMCL (image-text)"]
 
@@ -132,9 +160,57 @@ def test_a_method_without_its_own_mark_is_shown(write_run, evaluation, tmp_path)
     config = {"verb": "clean", "method": "new", "objective": "new", "pretrain_objective": "new", "start": "/base"}
     write_run(tmp_path / "a", config, [evaluation(0, 0, 0.5, 0.9), evaluation(10, 1, 0.4, 0.2)], [])
     figure = plots.scatter(find([tmp_path]))
-    dot, star = figure.axes[0].collections
-    assert drawn([dot]) == {(20, 40)} and len(dot.get_paths()[0].vertices)
+    (dot,) = marks(figure.axes[0], "full")
+    assert drawn([dot]) == {(20, 40)} and dot.get_marker() not in ("", "None", None)
     assert legend(figure) == ["pre-trained with new", "before cleaning", "new"]
+
+
+def at_chance(runs) -> dict[str, list]:
+    """Per figure the places of the chance lines of each panel that is shown: (across, along)."""
+    found = {}
+    for draw in (plots.scatter, plots.methods, plots.trajectories):
+        shown = [axes for axes in draw(runs).axes if axes.axison]
+        found[draw.__name__] = [
+            sorted((tuple(line.get_xdata()), tuple(line.get_ydata())) for line in marks(axes, "chance"))
+            for axes in shown
+        ]
+    return found
+
+
+def test_guessing_is_drawn_on_every_axis_of_accuracy_and_asr(fake_runs):
+    for run in find([fake_runs]):
+        rows = [json.dumps(e | {"n_classes": 16}) for e in run.rows]
+        (run.path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    found = at_chance(find([fake_runs]))
+    level, both = (6.25, 6.25), (0, 1)
+    assert found["scatter"] == [sorted([(level, both), (both, level)])]
+    assert found["methods"] == [sorted([(level, both), (both, level)])] * 2
+    assert found["trajectories"] == [[(both, level)]] * 4
+    texts = [text.get_text() for text in plots.trajectories(find([fake_runs])).axes[0].texts]
+    assert "chance 6.25%" in texts
+
+
+def test_guessing_is_not_drawn_where_it_is_not_known(fake_runs):
+    assert not any(line for panels in at_chance(find([fake_runs])).values() for line in panels)
+
+
+def test_the_axis_holds_the_bands(write_run, evaluation, tmp_path):
+    config = {"objective": "mmcl", "pretrain_objective": "mmcl"}
+    rows = [evaluation(k, k, 0.05) | {"top1_high": 0.2, "top1_low": 0.01} for k in (1, 2)]
+    write_run(tmp_path / "a", config, rows, [])
+    top1 = next(axes for axes in plots.trajectories(find([tmp_path])).axes if axes.get_label() == "top1")
+    assert top1.get_ylim()[1] > 20 and top1.get_ylim()[0] <= 0
+
+
+def test_many_panels_go_on_below(write_run, evaluation, tmp_path):
+    about = {"verb": "clean", "method": "par", "objective": "mmcl", "pretrain_objective": "mmcl", "start": "/base"}
+    for tau in range(6):
+        for lr in (1e-4, 3e-4):
+            rows = [evaluation(0, 0, 0.5, 0.9), evaluation(10, 1, 0.4, 0.1 + tau / 100)]
+            write_run(tmp_path / f"{tau}-{lr}", about | {"config": {"lr": lr, "tau": tau, "seed": 0}}, rows, [])
+    figure = plots.trajectories(find([tmp_path]))
+    assert len([axes for axes in figure.axes if axes.axison]) == 12
+    assert figure.get_figwidth() < 13 and len({axes.get_title() for axes in figure.axes}) == 7
 
 
 def test_running_mean_is_numpys_mean():
@@ -150,7 +226,7 @@ def test_svg_is_the_same_each_time(fake_runs):
 
 def test_png_is_150_dpi(fake_runs):
     image = Image.open(io.BytesIO(plots.png(plots.scatter(find([fake_runs])))))
-    assert image.format == "PNG" and image.size == (960, 690)
+    assert image.format == "PNG" and image.size == (960, 750)
     assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
 

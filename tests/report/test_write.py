@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import base64
-import csv
+import math
 import os
 import signal
 import subprocess
@@ -9,94 +9,119 @@ import sys
 import time
 
 import pytest
+from pages import Page
 
 from fastbd.base.errors import UserError
 from fastbd.base.run_folder import find
 from fastbd.commands import report
 from fastbd.config.flags import ReportConfig
+from fastbd.report import write
 from fastbd.report.compare import sides
-from fastbd.report.tables import table
+
+FIGURES = ("scatter", "methods", "trajectories", "curves")
+TABLES = ("table", "runs", "evaluations", "log", "stopping")
 
 
-def rows(path) -> list[dict]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def names(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def written(large, tmp_path_factory):
-    out = tmp_path_factory.mktemp("report") / "new" / "page.html"
+    out = tmp_path_factory.mktemp("report") / "new" / "page"
     assert report.run(ReportConfig(runs=(large,), out=out)) == 0
     return out
 
 
-def test_report_writes_page_figures_and_tables(written):
-    figures = ("scatter", "methods", "trajectories", "curves")
-    tables = ("table", "runs", "evaluations", "stopping")
-    expected = {f"{name}.{kind}" for name in figures for kind in ("png", "svg")} | {f"{name}.csv" for name in tables}
-    assert {path.name for path in written.parent.iterdir()} == expected | {"page.html"}
-    inlined = base64.b64encode((written.parent / "scatter.png").read_bytes()).decode()
-    assert inlined in written.read_text()
+def test_report_is_a_folder_of_a_page_figures_and_tables(written):
+    expected = {f"figures/{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
+    expected |= {f"tables/{name}.csv" for name in TABLES} | {"index.html"}
+    assert names(written) - {"figures/interactive.html"} == expected
+    inlined = base64.b64encode((written / "figures/scatter.png").read_bytes()).decode()
+    assert inlined in (written / "index.html").read_text()
 
 
-def test_tables_hold_what_the_runs_do(written, large):
-    runs = find([large])
-    evaluations = rows(written.parent / "evaluations.csv")
-    assert len(evaluations) == sum(len(run.rows) for run in runs) == 6 * 12 + 144 * 24
-    found = [e for e in evaluations if e["run"] == "mmcl-s0-par-mmcl-lr0.001"]
-    run = next(run for run in runs if run.name == "mmcl-s0-par-mmcl-lr0.001")
-    assert [float(e["asr"]) for e in found] == [e["asr"] for e in run.rows]
-    assert {(e["id"], e["lr"], e["seed"], e["torch"]) for e in found} == {(run.id, "0.001", "0", "2.13.0")}
-    first = rows(written.parent / "table.csv")[0]
-    best = table(runs)[0].best[0]
-    assert float(first["top1_at_asr_5"]) == best.top1.mean and float(first["kept_at_asr_5_low"]) == best.kept.low
-    assert first["points_at_asr_5"].split() == [f"{run.id}@{e['step']}" for run, e in best.points]
-    cost = {row["run"]: row for row in rows(written.parent / "runs.csv")}
-    assert float(cost[run.name]["seconds"]) == 45 and float(cost[run.name]["rebound_max"]) > 0
+def test_all_that_the_page_refers_to_is_in_the_folder(written):
+    page = Page((written / "index.html").read_text())
+    assert page.links and {link for link in page.links if not link.startswith("#")} <= names(written)
+    assert all(source.startswith("data:image/png;base64,") for source in page.images)
+
+
+def test_a_report_takes_the_place_of_a_report(fake_runs, tmp_path):
+    out = tmp_path / "report"
+    report.run(ReportConfig(runs=(fake_runs,), out=out))
+    before = names(out)
+    (out / "notes.txt").write_text("mine")
+    report.run(ReportConfig(runs=(fake_runs / "mmcl",), out=out, tables="parquet"))
+    gone = {"figures/methods.png", "figures/methods.svg", *(f"tables/{name}.csv" for name in TABLES)}
+    assert gone <= before
+    assert names(out) == (before - gone) | {f"tables/{name}.parquet" for name in TABLES} | {"notes.txt"}
+
+
+def test_no_other_folder_is_written_to(fake_runs, tmp_path):
+    (tmp_path / "index.html").write_text("<html>my page</html>")
+    (tmp_path / "notes").write_text("mine")
+    before = names(tmp_path)
+    with pytest.raises(UserError, match="has other files than a report in it: choose another --out"):
+        report.run(ReportConfig(runs=(fake_runs,), out=tmp_path))
+    with pytest.raises(UserError, match="is a page, and a report is a folder: give one, as --out page"):
+        report.run(ReportConfig(runs=(fake_runs,), out=tmp_path / "page.html"))
+    with pytest.raises(UserError, match="is not a folder: choose another --out"):
+        report.run(ReportConfig(runs=(fake_runs,), out=tmp_path / "notes"))
+    assert names(tmp_path) == before
+
+
+def test_a_report_that_was_cut_short_is_finished(fake_runs, tmp_path):
+    out = tmp_path / "report"
+    write.save({"figures/scatter.png": b"", "tables/table.csv": b""}, out)
+    report.run(ReportConfig(runs=(fake_runs / "mmcl",), out=out))
+    assert (out / "index.html").is_file() and (out / "figures/scatter.png").stat().st_size > 10_000
 
 
 def test_terminal_has_the_answer_and_the_table(fake_runs, tmp_path, capsys):
-    report.run(ReportConfig(runs=(fake_runs,), out=tmp_path / "page.html"))
+    report.run(ReportConfig(runs=(fake_runs,), out=tmp_path / "report"))
     said = capsys.readouterr().out
     assert "with one seed nothing can be said about other seeds" in said and "53.0" in said
-    assert f"wrote {tmp_path / 'page.html'}" in said
+    assert f"wrote {tmp_path / 'report/index.html'}" in said
 
 
 def test_report_of_no_runs_writes_nothing(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
-        report.run(ReportConfig(runs=(tmp_path,), out=tmp_path / "page.html"))
-    with pytest.raises(UserError, match="is a folder"):
-        report.run(ReportConfig(runs=(tmp_path,), out=tmp_path))
+        report.run(ReportConfig(runs=(tmp_path,), out=tmp_path / "report"))
     with pytest.raises(UserError, match="--watch follows one study"):
-        report.run(ReportConfig(compare=(tmp_path, tmp_path), watch=True, out=tmp_path / "page.html"))
+        report.run(ReportConfig(compare=(tmp_path, tmp_path), watch=True, out=tmp_path / "report"))
     assert not list(tmp_path.iterdir())
 
 
 def test_two_studies_side_by_side(fake_runs, large, tmp_path):
-    out = tmp_path / "page.html"
+    out = tmp_path / "report"
     report.run(ReportConfig(compare=(fake_runs / "..", large), out=out))
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"compare.png", "compare.svg", "page.html"}
+    page = (out / "index.html").read_text()
+    assert names(out) == {"figures/compare.png", "figures/compare.svg", "index.html"}
     compared = sides(("one", "other"), find([fake_runs]), find([large]))
     pairs = {(a or b).group.method: (a, b) for a, b in compared.pairs if (a or b).group.objective == "mmcl"}
     assert [method for method, (a, _) in pairs.items() if a] == ["CleanCLIP", "Finetuning (MMCL)"]
     a, b = pairs["CleanCLIP"]
-    assert f"{100 * (b.best[0].top1.mean - a.best[0].top1.mean):+.1f} points" in out.read_text()
+    difference = 100 * (b.best[0].top1.mean - a.best[0].top1.mean)
+    assert math.isfinite(difference) and f"{abs(difference):.1f} points" in page
+    write.check(out)  # a report, too, which another may replace
 
 
 @pytest.mark.process
 def test_watch_waits_draws_again_and_ends_with_ctrl_c(fake_runs, write_run, evaluation, tmp_path):
-    empty, out = tmp_path / "later", tmp_path / "page.html"
+    empty, out = tmp_path / "later", tmp_path / "report"
     code = "from fastbd.commands import report; report.SECONDS = 0.1; from fastbd.cli import main; import sys; "
     code += f"sys.exit(main(['report', '--watch', '--runs', {str(empty)!r}, '--out', {str(out)!r}]))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    page = out / "index.html"
     time.sleep(1)
     config = {"verb": "clean", "method": "par", "objective": "mmcl", "pretrain_objective": "mmcl", "start": "/base"}
     for name in ("first", "second"):
         assert process.poll() is None
         write_run(empty / name, config, [evaluation(0, 0, 0.5, 0.9), evaluation(10, 1, 0.4, 0.01)], [])
         until = time.time() + 60
-        while time.time() < until and not (out.exists() and name in out.read_text()):
+        while time.time() < until and not (page.exists() and name in page.read_text()):
             time.sleep(0.05)
-        assert name in out.read_text() and 'http-equiv="refresh"' in out.read_text()
+        assert name in page.read_text() and 'http-equiv="refresh"' in page.read_text()
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 0, process.stderr.read()

@@ -85,7 +85,7 @@ CASES = (
     Case("detect --run ../study/runs/a --drop 0.1 --device cpu --out kept.rows"),
     Case("poison --data ../study/train.beton --patch-size 6 --rate 0.1 --templates demo --out train.poison.json"),
     Case("preview --data ../study/train.beton --plan ../study/train.poison.json --out preview.png"),
-    Case("report --runs ../study/runs --out report.html"),
+    Case("report --runs ../study/runs --out report"),
 )
 
 
