@@ -66,7 +66,7 @@ def _tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(tokens, merges, end_of_word_suffix="</w>"))
     words = pre_tokenizers.Split(Regex(WORDS), "removed", invert=True)
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     return tokenizer
 
 
