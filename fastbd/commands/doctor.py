@@ -103,7 +103,7 @@ def findings(probes: dict[str, Callable[[], Finding]]) -> dict[str, Finding]:
 
 
 def _python() -> Finding:
-    return f"{platform.python_version()} in {sys.prefix}", "3.11 to 3.14 are tested"
+    return f"{platform.python_version()} in {sys.prefix}", "3.11 or later is needed"
 
 
 def _cores() -> Finding:

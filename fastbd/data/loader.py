@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import mmap
 import queue
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -163,17 +163,20 @@ class _Rooms:
 
     def __init__(self):
         self._rooms: list[mmap.mmap] = []
+        self._users: WeakValueDictionary[int, memoryview] = WeakValueDictionary()  # of rooms, by their place
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
-        # A tensor over a room refers to it; a free one has the list, the variable and the argument.
-        free = next((room for room in self._rooms if len(room) == size and sys.getrefcount(room) == 3), None)
-        if free is None:
-            free = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        free = [k for k, room in enumerate(self._rooms) if len(room) == size and k not in self._users]
+        if not free:
+            room = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                free.madvise(mmap.MADV_HUGEPAGE)
-            self._rooms.append(free)
-        return torch.frombuffer(free, dtype=dtype).view(shape)
+                room.madvise(mmap.MADV_HUGEPAGE)
+            free = [len(self._rooms)]
+            self._rooms.append(room)
+        # All tensors over a room refer to its memoryview. Counting references would not do: Python 3.14 borrows some.
+        user = self._users[free[0]] = memoryview(self._rooms[free[0]])
+        return torch.frombuffer(user, dtype=dtype).view(shape)
 
 
 @cache

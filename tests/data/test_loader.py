@@ -17,6 +17,7 @@ from fastbd.base import random
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.config import cards
+from fastbd.data import loader
 from fastbd.data.beton import Beton, BetonWriter
 from fastbd.data.decode import open_decoder
 from fastbd.data.loader import RECIPES, _ahead, _Rooms, batches, text_lengths
@@ -237,6 +238,19 @@ def test_triggers_on_decoded_images_of_a_gpu_are_those_of_the_host(beton):
 def test_slip_has_three_different_views(beton):
     for views in by_sample(pairs_of(beton), 6, policies=RECIPES["slip"]).values():
         assert not any(np.array_equal(views[i], views[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_memory_for_views_is_taken_again_when_no_tensor_is_left_over_it():
+    rooms = loader._Rooms()
+    first, second = (rooms.empty((2, 3), torch.float32) for _ in range(2))
+    places = first.data_ptr(), second.data_ptr()
+    assert places[0] != places[1]
+    part = first.permute(1, 0)[1:]  # keeps it in use
+    del first, second
+    third = rooms.empty((3, 2), torch.float32)
+    assert third.data_ptr() == places[1]
+    del part
+    assert rooms.empty((6,), torch.float32).data_ptr() == places[0]
 
 
 def test_only_the_given_rows_are_used(beton):
