@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from command_line import fastbd
-from instant_clip_tokenizer import Tokenizer
 from torch import Tensor
 
 from bench.published_step import Hyper, cleanclip, cleanclip_rates, nchw_copy, par, par_rates
@@ -27,6 +26,7 @@ from fastbd.base.run_folder import read
 from fastbd.commands import clean, pretrain
 from fastbd.data.demo import write_demo_set
 from fastbd.data.shards import open_beton
+from fastbd.data.tokenizer import tokenize
 from fastbd.models import CLIP, create
 from fastbd.training.run import Run
 
@@ -38,7 +38,6 @@ LONG = "and then a red bird sat down by the old lake "  # ten tokens
 LR, WARMUP = 1e-3, 5
 # The gradient of the keys' biases is rounding alone, from which Adam would make whole steps with its usual eps.
 HYPER = Hyper(betas=(0.9, 0.98), eps=1e-4)
-TOKENIZER = Tokenizer()
 CLOSE = {"loss": 1e-5, "parameter": 2e-4}  # relative
 
 
@@ -83,8 +82,9 @@ def batches_of(run: Run, epochs: int) -> Iterator[tuple[list[Tensor], Tensor, Te
 
 def ids_of(caption: str, cut: bool) -> list[int]:
     """77 ids of a caption; of a longer one CleanCLIP cuts the end token off, and open_clip, for PAR, puts it back."""
-    start, end = 49_406, 49_407
-    ids = [start, *TOKENIZER.encode(caption), end][:77]
+    end = 49_407
+    whole = tokenize([caption], 300)[0].tolist()
+    ids = whole[: whole.index(end) + 1][:77]
     ids += [0] * (77 - len(ids))
     return ids if cut or end in ids else [*ids[:76], end]
 
