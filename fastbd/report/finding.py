@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from fastbd.base.tradeoff import CEILINGS
@@ -98,7 +97,7 @@ def _claim(pair: Comparison, among: Sequence[Comparison]) -> str:
         after = _after(pair).lower()
         many = f"{points(found, sign)} more of the accuracy {after} {more} than {after} {less}"
         return f"This study shows that {question}: {many}."
-    many = f", the difference being {points(found)}" if math.isfinite(found.low) else ""
+    many = f", the difference being {points(found)}" if min(pair.base.models, pair.other.models) > 1 else ""
     return f"This study cannot tell whether {question}{against}: {pair.why}{many}."
 
 
@@ -126,8 +125,8 @@ def _in_short(pairs: Sequence[Comparison], among: Sequence[Comparison]) -> str:
     said = []
     for verdict, words in SHORT.items():
         names = [_name(pair, among) for pair in pairs if pair.verdict == verdict]
-        said += [f"{words} {', '.join(names)}"] if names else []
-    return f"The other comparisons: {'; '.join(said)}."
+        said += [f"{words} {'; '.join(names)}."] if names else []
+    return f"The other comparisons. {' '.join(said)}"
 
 
 def _name(pair: Comparison, among: Sequence[Comparison]) -> str:
@@ -152,7 +151,7 @@ def _without_pair(table: Sequence[Row]) -> str:
 
 SPELT_OUT = 3  # comparisons of the first method
 SHORT = {
-    "shows": "a difference is shown for",
-    "does not show": "no difference is shown for",
-    "cannot tell": "the runs cannot tell for",
+    "shows": "A difference is shown for:",
+    "does not show": "No difference is shown for:",
+    "cannot tell": "The runs cannot tell for:",
 }

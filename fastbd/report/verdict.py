@@ -150,7 +150,7 @@ def _judged(axis: Axis, base: Row, other: Row, found: Estimate) -> tuple[Verdict
     if weak := [row for row in rows if near_chance(row) is not None]:
         return "cannot tell", f"before cleaning the accuracy was near chance in {_names(weak)}"
     if min(base.models, other.models) < 2:
-        return "cannot tell", "with one seed nothing can be said about other seeds"
+        return "cannot tell", "with one pre-trained model on a side nothing can be said about others"
     if not base.best[0].reached and not other.best[0].reached:
         after = "after" if axis is OBJECTIVE else "with"
         return "does not show", f"it came down to ASR ≤ {CEILINGS[0]:.0%} {after} neither"

@@ -44,8 +44,8 @@ MIXED = [(50, 80), (30, 1), (45, 1)]
         (GOOD, ALIKE, "does not show", "does not agree with the published finding"),
         (GOOD, MIXED, "cannot tell", "the seeds differ too much to say, the difference being 50.0 points"),
         (MIXED[:1] * 2, MIXED[:1] * 3, "does not show", "it came down to ASR ≤ 5% after neither"),
-        (GOOD[:1], POOR[:1], "cannot tell", "with one seed nothing can be said about other seeds"),
-        (GOOD, POOR[:1], "cannot tell", "with one seed"),
+        (GOOD[:1], POOR[:1], "cannot tell", "with one pre-trained model on a side nothing can be said about others"),
+        (GOOD, POOR[:1], "cannot tell", "with one pre-trained model"),
     ],
 )
 def test_verdict_follows_the_rule(compared, mmcl, other, verdict, says):
@@ -162,7 +162,7 @@ def test_without_two_objectives_what_varies_is_compared(fake_runs):
     (claim, _), *_ = paragraphs(table(one))
     assert claim == (
         "This study cannot tell whether what is kept after MMCL depends on the cleaning method "
-        "(CleanCLIP against Finetuning (MMCL)): with one seed nothing can be said about other seeds."
+        "(CleanCLIP against Finetuning (MMCL)): with one pre-trained model on a side nothing can be said about others."
     )
     alone = [run for run in one if run.method != "finetune"]
     assert paragraphs(table(alone))[0][0].startswith("These runs clean one kind of model in one way")

@@ -81,7 +81,7 @@ def test_a_report_that_was_cut_short_is_finished(fake_runs, tmp_path):
 def test_terminal_has_the_answer_and_the_table(fake_runs, tmp_path, capsys):
     report.run(ReportConfig(runs=(fake_runs,), out=tmp_path / "report"))
     said = capsys.readouterr().out
-    assert "with one seed nothing can be said about other seeds" in said and "53.0" in said
+    assert "with one pre-trained model on a side nothing can be said about others" in said and "53.0" in said
     assert f"wrote {tmp_path / 'report/index.html'}" in said
 
 
