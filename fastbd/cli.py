@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import sys
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from fastbd.config.flags import (
     PoisonConfig,
     PretrainConfig,
     PreviewConfig,
+    Recipe,
     ReportConfig,
     SweepConfig,
     config_of,
@@ -215,6 +217,7 @@ def _defaults(verb: str, first: First, words: list[str]) -> tuple[type, dict[str
         return kind, published(verb) if first.recipe == "published" else {}, kind.__doc__
     name = first.preset or _of_run(first.run, "preset", "demo")
     recipe = first.recipe or _of_run(first.run, "recipe", "corrected")
+    recipe = recipe if recipe in typing.get_args(Recipe) else "corrected"  # the parser then tells of another one
     if name not in PRESETS:
         return kind, {}, kind.__doc__
     preset = PRESETS[name]

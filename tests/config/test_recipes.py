@@ -10,6 +10,7 @@ import torch
 from cleanings import cleaning, same, start, state
 from layouts import save
 
+import fastbd
 from fastbd import cli
 from fastbd.base.errors import UserError
 from fastbd.base.run_folder import read_config
@@ -206,3 +207,17 @@ def test_a_build_of_a_recipe_still_needs_its_source(capsys):
     with pytest.raises(SystemExit):
         cli.parse("build", ["--recipe", "published", "--out", "a.beton"])
     assert "--source" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["build", "pretrain", "clean", "sweep"])
+def test_a_recipe_that_is_none_is_refused(verb, capsys):
+    needed = {"build": ["--source", "pairs.csv", "--out", "pairs.beton"], "sweep": ["--study", "demo"]}
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(verb, [*needed.get(verb, []), "--recipe", "publisht"])
+    assert ended.value.code == 2 and "publisht" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call", [fastbd.pretrain, fastbd.clean])
+def test_a_recipe_that_is_none_is_refused_in_python(call):
+    with pytest.raises(UserError, match="recipe is 'publisht', and must be one of corrected, published"):
+        call(recipe="publisht")
