@@ -268,7 +268,7 @@ for command in (
     ["pretrain", "--resume", "runs/start"],
     ["pretrain", *train],
     ["evaluate", "--run", "runs/start"],
-    ["report", "--runs", "runs"],
+    ["report", "--runs", "runs", "--out", "page"],
     ["preview", "--out", scratch + "/preview.png"],
     ["pretrain", *train, "--resident", "disk", "--out", scratch + "/run"],
     ["pretrain", *train, *kept, "--out", scratch + "/run"],
@@ -295,7 +295,7 @@ def test_where_all_is_read_only_it_is_read_and_nothing_else(study, tmp_path, mon
         f"error: --out runs cannot be written in {study}/runs {refused}: choose another --out.",
         "exit code 2",
         "exit code 0",
-        f"error: --out report cannot be written in {study} {refused}: choose another --out.",
+        f"error: --out page cannot be written in {study} {refused}: choose another --out.",
         "exit code 2",
         f"error: the demo set's folder {study}/fastbd/demo-{__version__} cannot be written in {study} {refused}: "
         "set XDG_CACHE_HOME to a folder that can be written to, or give --data.",

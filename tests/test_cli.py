@@ -416,6 +416,7 @@ def test_what_the_machine_lacks_is_one_sentence(error, said, monkeypatch, capsys
 
 
 def test_an_error_of_our_own_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("fastbd.config.imports._sources", {})  # other tests name code in this folder
     monkeypatch.setattr("fastbd.commands.report.run", lambda config: [][1])
     with pytest.raises(IndexError):
         cli.main(["report", "--runs", "run"])

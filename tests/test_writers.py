@@ -13,6 +13,9 @@ from fastbd.data.demo import write_demo_set
 
 OTHER_WAYS = {
     "base/files.py lock": "a lock, which nothing reads but to name its holder, or a file to which a line is added",
+    "commands/export.py write_hugging_face": "into a folder that is renamed",
+    "models/weight_files.py write_safetensors": "to a path that its callers rename",
+    "track/process.py _started": "adds what a tracker says",
     "study/engines.py _logged": "adds what a worker says",
     "data/beton.py": "a temporary of its own, gone on with by the next build",
     "data/resident.py": "a temporary of its own, as the file is mapped while it is written",

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastbd.base import files
 from fastbd.base.console import console
 from fastbd.base.errors import UserError
+from fastbd.base.files import write_text
 from fastbd.base.run_folder import read
 from fastbd.base.signals import held_back
 from fastbd.commands.evaluate import open_model, table
@@ -51,7 +52,7 @@ def run(config: ExportConfig) -> int:
             (new / "README.md").write_text(card)
     else:
         _write_file(config, state, model)
-        files.write_text(_card_of(config.out), card)
+        write_text(_card_of(config.out), card)
     said = "\n    ".join(loading(config.to, config.out, model.spec))
     console.print(f"{config.out}: the model of {config.run}, epoch {state['epoch']:g}\n    {said}", markup=False)
     return 0
