@@ -28,6 +28,7 @@ Entry = Mapping[str, Any]  # flag -> value, or a tuple or list of values: an axi
 Verb = Literal["poison", "pretrain", "clean"]
 VERBS: dict[type, Verb] = {PoisonConfig: "poison", PretrainConfig: "pretrain", CleanConfig: "clean"}
 KINDS = {"attacks": PoisonConfig, "pretrain": PretrainConfig, "clean": CleanConfig}
+DEMO_DATA = Path("data/demo/train.beton")  # what plans of the demo set are known by, as it was made there at first
 DEMO_ATTACK = {"rate": 0.08, "templates": "demo"}  # as in the demo set's own plan
 TITLES = ("trigger", "objective", "method")  # flags whose values need no name before them
 
@@ -276,6 +277,8 @@ def _planned(
     told = material(config)
     if verb == "pretrain" and start:
         told.pop("plan")  # known by its id, as its path is the folder's
+    if verb == "poison" and told["data"] == Path("demo"):
+        told["data"] = DEMO_DATA
     run_id = _hash(json.dumps([verb, told, start], sort_keys=True, default=str))
     name = known.get(run_id, name)
     out = folder / "plans" / f"{name}.poison.json" if verb == "poison" else folder / "runs" / name

@@ -36,6 +36,11 @@ def ids(study: Study, folder: str = "S") -> dict[str, str]:
     return {run.name: run.id for run in expand(study, Path(folder))}
 
 
+def test_a_plan_of_the_demo_set_is_known_as_when_each_folder_had_a_set_of_its_own():
+    attacked = changed(attacks=({"rate": 0.08},))
+    assert expand(attacked, Path("S"))[0].id == "9dbb0a5789a9"
+
+
 def test_a_study_is_the_product_of_its_axes_in_an_order_that_keeps_steps():
     runs = expand(SMALL, Path("S"))
     assert [run.name for run in runs[:4]] == ["mmcl-s0", "mmcl_ssl-s0", "mmcl-s3", "mmcl_ssl-s3"]
