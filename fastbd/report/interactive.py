@@ -58,22 +58,27 @@ def _by_way(runs: Sequence[Run], look: Looks) -> dict[Way, list[Run]]:
 
 def _figure(title: str, x: str, y: str, guess: float | None, height: int) -> Figure:
     """An empty figure; dotted lines at the ceilings of ASR, dashed ones at what guessing gives."""
-    from bokeh.models import HoverTool, Label, Span
+    from bokeh.models import HoverTool, Label, Range1d, Span
     from bokeh.plotting import figure
 
     tools = "pan,wheel_zoom,box_zoom,box_select,tap,reset,save"
     made = figure(title=title, tools=tools, height=height, sizing_mode="stretch_width")
     made.add_tools(HoverTool(tooltips=[(label, f"@{key}") for key, label in TOLD.items()]))
-    made.y_range.start = -2
+    if x == "asr":
+        made.x_range = Range1d(start=-2, end=102)
+    if y == "asr":
+        made.y_range = Range1d(start=-2, end=102)
     made.xaxis.axis_label, made.yaxis.axis_label = AXES[x], AXES[y]
-    dimension = {"asr": "height"}.get(x, "width" if y == "asr" else None)
-    for ceiling in CEILINGS if dimension else ():
-        made.add_layout(Span(location=100 * ceiling, dimension=dimension, line_dash="dotted", line_color=GREY))
+    ends: tuple[tuple[str, Any], ...] = ((x, "height"), (y, "width"))
+    for axis, along in ends:
+        for ceiling in CEILINGS if axis == "asr" else ():
+            made.add_layout(Span(location=100 * ceiling, dimension=along, line_dash="dotted", line_color=GREY))
     if guess is not None:
         for along in ("width",) if x == "epoch" else ("width", "height"):
             made.add_layout(Span(location=100 * guess, dimension=along, line_dash="dashed", line_color=GREY))
-        text = dict(text=f"chance {100 * guess:.3g}%", text_font_size="11px", text_color=GREY)
-        made.add_layout(Label(x=0, y=100 * guess, x_units="screen", **text))
+        label = Label(x=0, y=100 * guess, x_units="screen", text=f"chance {100 * guess:.3g}%")
+        label.text_font_size, label.text_color = "11px", GREY
+        made.add_layout(label)
     return made
 
 
@@ -83,11 +88,13 @@ def _draw(scatter: Figure, both: Sequence[Figure], runs: Sequence[Run], look: Lo
 
     points = [_point(run, e, look) for run in runs for e in run.attacks]
     source = ColumnDataSource({key: [point[key] for point in points] for key in points[0]})
-    hollow = {} if fill(runs[0].pretrain_objective) == "full" else {"fill_color": None, "line_width": 1.5}
-    style = dict(marker=MARKERS.get(look.marker(runs[0]), "circle"), size=8, color="tone", source=source) | hollow
+    hollow: dict[str, Any] = (
+        {} if fill(runs[0].pretrain_objective) == "full" else {"fill_color": None, "line_width": 1.5}
+    )
+    style: Any = {"marker": "mark", "size": 8, "color": "tone", "source": source, **hollow}
     marks = [scatter.scatter("asr", "top1", **style)]
     for figure, key in zip(both, ("asr", "top1"), strict=True):
-        ends = {"epochs": [], "values": [], "tone": []}
+        ends: dict[str, list[Any]] = {"epochs": [], "values": [], "tone": []}
         for run in runs:
             full = [e for e in run.attacks if not e.get("subset")]
             ends["epochs"].append([e["epoch"] for e in full])
@@ -106,6 +113,7 @@ def _point(run: Run, e: AttackedEvaluation, look: Looks) -> dict[str, Any]:
         "asr": 100 * e["asr"],
         "top1": 100 * e["top1"],
         "epoch": e["epoch"],
+        "mark": MARKERS.get(look.marker(run), "circle") if e["step"] or run.verb != "clean" else "star",
         "tone": look.colour(run) if e["step"] else colour(run.pretrain_objective),
         "run": run.name,
         "model": objective_name(run.pretrain_objective),

@@ -53,10 +53,11 @@ class TensorBoard:
     def __init__(self, run: Run, kept: dict[str, Any]):
         # TensorBoard looks for this module before it imports TensorFlow, where that is installed, which takes seconds.
         sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
-        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # of which type checkers know no names
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._event: Any = vars(event_pb2)["Event"]
+        self._summary: Any = vars(summary_pb2)["Summary"]
         self._writer = EventFileWriter(str(run.path / "tensorboard"))
         if not kept.setdefault("begun", False):
             self._begin(run)
@@ -77,11 +78,11 @@ class TensorBoard:
 
     def _text(self, tag: str, values: Mapping[str, Any]) -> None:
         """Write an object as a text for the tab TEXT, which reads Markdown."""
-        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        from tensorboard.compat.proto import tensor_pb2
         from tensorboard.plugins.text.metadata import create_summary_metadata
 
         text = "\n".join(f"    {line}" for line in json.dumps(values, indent=2).splitlines())
-        tensor = TensorProto(dtype="DT_STRING", string_val=[text.encode()])
+        tensor = vars(tensor_pb2)["TensorProto"](dtype="DT_STRING", string_val=[text.encode()])
         about = create_summary_metadata(tag, "")
         value = self._summary.Value(tag=tag, metadata=about, tensor=tensor)
         self._write(self._summary(value=[value]).SerializeToString())
@@ -111,7 +112,8 @@ class Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it reports of itself even when it is offline
         import wandb
 
-        begun, study, mode = "id" in kept, study_folder_of(run.path), os.environ.get("WANDB_MODE", "offline")
+        begun, study = "id" in kept, study_folder_of(run.path)
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
         about = {name: value for name, value in run.recorded.items() if name != "config"}
         kept.setdefault("id", secrets.token_hex(4))
         self._kept = kept
