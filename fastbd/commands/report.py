@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from fastbd.base.console import console
@@ -45,7 +46,8 @@ def run(config: ReportConfig) -> int:
         console.print(table_1(table))
     if not config.compare and not interactive.installed():
         console.print(write.WITHOUT, markup=False)
-    console.print(f"wrote {config.out / write.PAGE}, with its figures and tables beside it", markup=False)
+    beside = "figures" if config.compare else "figures and tables"
+    console.print(f"wrote {config.out / write.PAGE}, with its {beside} beside it", markup=False)
     return 0
 
 
@@ -58,7 +60,7 @@ def watch(config: ReportConfig) -> int:
         while True:
             began, now = time.perf_counter(), _stamp(config.runs)
             if now != seen:
-                line.update(_draw(config))
+                line.update(escape(_draw(config)))
                 seen = now
             time.sleep(max(SECONDS, 3 * (time.perf_counter() - began)))  # to leave the machine to the runs
     return 0
@@ -97,7 +99,7 @@ def compared_rows(compared: compare.Sides) -> Table:
     lines = compare.lines(compared)
     shown = Table(*(SHORT.get(head, head) for head in (lines[0] if lines else ())), box=box.SIMPLE)
     for line in lines:
-        shown.add_row(*(cell if isinstance(cell, str) else cell[0] for cell in line.values()))
+        shown.add_row(*(escape(cell if isinstance(cell, str) else cell[0]) for cell in line.values()))
     return shown
 
 
@@ -121,8 +123,8 @@ def table_1(table: Sequence[tables.Row]) -> Table:
         numbers = [row.top1, row.asr, strict.top1, loose.top1, strict.kept if strict.reached else None]
         place = place_of(row.group, [other.group for other in table])
         shown.add_row(
-            row.group.model + (f" ({place})" if place else ""),
-            row.group.method or "not cleaned",
+            escape(row.group.model + (f" ({place})" if place else "")),
+            escape(row.group.method or "not cleaned"),
             str(row.replicates),
             *(MISSING if value is None else f"{100 * value.mean:.1f}" for value in numbers),
             ", ".join(map(rate, rates(strict))) or MISSING,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fastbd.base.evaluation import AttackedEvaluation, measures_asr
 from fastbd.base.run_folder import Run
 from fastbd.report.format import share
-from fastbd.report.groups import Group, groups
+from fastbd.report.groups import Group, groups, place_of
 from fastbd.report.plots import LOSSES, courses, panelled
 
 MOST = 8  # groups that are told one by one
@@ -34,41 +34,48 @@ def alts(runs: Sequence[Run]) -> dict[str, str]:
 
 def _starts(found: Iterable[Group]) -> str:
     """Where the models are before cleaning."""
-    said: dict[str, str] = {}
+    found, said = list(found), {}
     for group in found:
         before = [run.before if group.method else next(iter(run.attacks[::-1]), None) for run in group.runs]
         known = [e for e in before if e and measures_asr(e)]
         if known:
-            said.setdefault(group.model, f"{group.model} {_place(known)}")
+            model = _model(group, found)
+            said.setdefault(model, f"{model} {_place(known)}")
     return f"Before cleaning: {'; '.join(said.values())}." if said else ""
 
 
-def _each(some: Sequence[Group], told: Callable[[Group], str]) -> str:
-    said = [text for group in some if (text := told(group))]
+def _each(some: Sequence[Group], told: Callable[[Group, str], str]) -> str:
+    said = [text for group in some if (text := told(group, _model(group, some)))]
     more = f" And {len(said) - MOST} more groups." if len(said) > MOST else ""
     return " ".join(f"{text}." for text in said[:MOST]) + more
 
 
-def _cloud(group: Group) -> str:
+def _model(group: Group, among: Sequence[Group]) -> str:
+    """The group's pre-training, with the attack and the like where others have another."""
+    place = place_of(group, among)
+    return f"{group.model} ({place})" if place else group.model
+
+
+def _cloud(group: Group, model: str) -> str:
     points = [e for run in group.runs for e in run.cleaned]
-    return f"{group.method} after {group.model}: {_place(points)}" if points else ""
+    return f"{group.method} after {model}: {_place(points)}" if points else ""
 
 
-def _course(group: Group) -> str:
+def _course(group: Group, model: str) -> str:
     """Where its runs end."""
     courses = [run.cleaned if group.method else run.attacks for run in group.runs]
     ends = [course[-1] for course in courses if course]
-    name = f"{group.method} after {group.model}" if group.method else group.model
+    name = f"{group.method} after {model}" if group.method else model
     return f"{name} ends at {_place(ends)}" if ends else ""
 
 
-def _loss(group: Group) -> str:
+def _loss(group: Group, model: str) -> str:
     """The first and the last total loss of a group."""
     logged = [run.log for run in group.runs if len(run.log) > 1 and "loss" in run.log[0] and "loss" in run.log[-1]]
     if not logged:
         return ""
     first, last = ([log[at]["loss"] for log in logged] for at in (0, -1))
-    name = f"{group.method} after {group.model}" if group.method else group.model
+    name = f"{group.method} after {model}" if group.method else model
     return f"{name}: {LOSSES['loss'].lower()} from {_range(first)} to {_range(last)}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from fastbd.base.run_folder import SET, Run, method_name, objective_name
 from fastbd.base.stats import Estimate
 from fastbd.report import plots
+from fastbd.report.alt import alts
 from fastbd.report.format import MINUS, MISSING, Cell, Line, estimate, number
 from fastbd.report.groups import HARMLESS, SEARCHED, Group
 from fastbd.report.page import TABLE_1
@@ -55,12 +56,13 @@ def write(names: tuple[str, str], first: Sequence[Run], second: Sequence[Run], f
     figure = plots.laid_out(plots.beside(dict(zip(names, (first, second), strict=True))))
     image, compared = plots.png(figure), sides(names, first, second)
     content = {"figures/compare.png": image, "figures/compare.svg": plots.svg(figure)}
-    save({**content, PAGE: page(compared, image).encode()}, folder)
+    seen = " ".join(f"{name}: {alts(runs)['scatter']}" for name, runs in zip(names, (first, second), strict=True))
+    save({**content, PAGE: page(compared, image, seen).encode()}, folder)
     return compared
 
 
-def page(compared: Sides, image: bytes) -> str:
-    """Return the whole page. `image`: the PNG file of the scatter of both."""
+def page(compared: Sides, image: bytes, seen: str) -> str:
+    """Return the whole page. `image`: the PNG file of the scatter of both; `seen`: what is seen in it."""
     return render(
         "compare.html.j2",
         title=" against ".join(compared.names),
@@ -72,6 +74,7 @@ def page(compared: Sides, image: bytes) -> str:
         measured_alike=compared.measured_alike,
         rows=lines(compared),
         scatter=embedded(image),
+        seen=seen,
     )
 
 

@@ -23,7 +23,7 @@ Kind = tuple[str, tuple[str, str, str], str, str]  # what a Group has beside its
 class Group:
     """Runs of one cleaning method on pre-trained models that differ by seed only; of no method: those models' own.
 
-    The group is searched for its best evaluation: over learning rates, and what else has a value in one run only.
+    The group is searched for its best evaluation: over learning rates, and over what a search draws along with them.
     """
 
     objective: str
@@ -166,10 +166,12 @@ def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _compared(alike: Sequence[Run]) -> list[str]:
-    """The flags that the study compares in a method: several values, on the average in two runs each or more."""
+    """The flags that the study compares in a method: of several values, unless a search drew one for each run."""
     flags = {flag for run in alike for flag in run.config} - HARMLESS - SEARCHED
     values = {flag: [json.dumps(run.config[flag]) for run in alike if flag in run.config] for flag in sorted(flags)}
-    return [flag for flag, found in values.items() if 1 < len(set(found)) <= len(found) / 2]
+    searching = len({run.config.get("lr") for run in alike}) > 1
+    most = {flag: max(FEW, len(found) / 2) if searching else len(found) for flag, found in values.items()}
+    return [flag for flag, found in values.items() if 1 < len(set(found)) <= most[flag]]
 
 
 def _told(flag: str, value: Any) -> str:
@@ -198,5 +200,6 @@ def _order(key: Kind) -> tuple:
     return place, order.index(objective) if objective in order else len(order), objective, variant, method
 
 
+FEW = 3  # values that are told apart even if each is in one run only
 HARMLESS = IMMATERIAL | marked("same_kind", *TRAINING)
 SEARCHED = marked("searched", *CLEANING)

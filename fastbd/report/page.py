@@ -62,6 +62,7 @@ def page(
         interactive=interactive,
         answer=_answer(table),
         comparisons=_comparisons(table),
+        of_objectives=any(pair.axis is verdict.OBJECTIVE for pair in verdict.comparisons(table)),
         rule=verdict.RULE,
         table_1=_table_1(table),
         measured=_measured(runs),
@@ -230,22 +231,24 @@ def _range(evaluations: Sequence[Evaluation], key: str) -> str:
 def _stability(runs: Sequence[Run]) -> dict[str, Any]:
     """A row for each cleaned group, and the `worst` with the share of steps that it `falls` in; empty without rows."""
     rows, shares = [], {}
-    for group in cleaned_groups(runs):
+    every = cleaned_groups(runs)
+    for group in every:
         if found := [(run, *seen) for run in group.runs if (seen := tables.instability(run))]:
             falls = [fall for _, fall, _ in found]
             run, _, rise = max(found, key=lambda item: item[2])
-            shares[f"{group.method} after {group.model}"] = statistics.fmean(falls)
-            rows.append(_unstable(group, falls, rise, run))
+            place = place_of(group, every)
+            shares[f"{group.method} after {group.model}" + (f" ({place})" if place else "")] = statistics.fmean(falls)
+            rows.append(_unstable(group, place, falls, rise, run))
     if not rows:
         return {}
     worst = max(shares, key=shares.__getitem__)
     return {"rows": rows, "worst": worst, "falls": f"{shares[worst]:.0%}" if shares[worst] else ""}
 
 
-def _unstable(group: Group, falls: Sequence[float], rise: float, risen: Run) -> Line:
+def _unstable(group: Group, place: str, falls: Sequence[float], rise: float, risen: Run) -> Line:
     spread = f"{min(falls):.0%} to {max(falls):.0%}" if len(falls) > 1 else ""
     return {
-        "Pre-training": group.model,
+        "Pre-training": (group.model, place),
         "Cleaning": group.method,
         "Accuracy fell while ASR rose": (f"{statistics.fmean(falls):.0%}", spread),
         "Largest rise of ASR": (f"{number(100 * rise)} points", risen.name),

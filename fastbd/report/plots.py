@@ -146,12 +146,15 @@ def trajectories(runs: Sequence[Run]) -> Figure:
 
 
 def courses(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Evaluated runs by the title of their panel in trajectories: cleanings, or else pre-trainings."""
+    """Evaluated runs by the title of their panel in trajectories: cleanings as in panelled(), or else pre-trainings."""
     found: dict[str, list[Run]] = {}
-    for group in cleaned_groups(runs):
+    cleaned = cleaned_groups(runs)
+    attacks = {group.place[2] for group in cleaned}
+    for group in cleaned:
         if some := [run for run in group.runs if run.metrics]:
             model = group.model if group.variant else ""
-            found.setdefault("\n".join(filter(None, (group.method, model))), []).extend(some)
+            title = "\n".join(filter(None, (group.method, apart(group.place[2], attacks), model)))
+            found.setdefault(title, []).extend(some)
     evaluated = [run for run in runs if run.metrics]
     return found or ({"": evaluated} if evaluated else {})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from rich import box
+from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -44,7 +45,7 @@ def view(ledger: Ledger) -> Table | Text:
     ended = [row for row in rows if row.status.state in ("finished", "failed")]
     for row in ended[-ENDED:] + [row for row in rows if row.status.state == "running"]:
         numbers = (_number(row.epoch, "{:.1f}"), _number(row.top1, "{:.1%}"), _number(row.asr, "{:.1%}"))
-        table.add_row(row.run.name, row.status.state, *numbers, duration(row.seconds))
+        table.add_row(escape(row.run.name), row.status.state, *numbers, duration(row.seconds))
     return table
 
 

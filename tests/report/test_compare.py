@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from fastbd.base.run_folder import find
+from fastbd.commands.report import compared_rows
 from fastbd.report.compare import Difference, lines, sides, told
 
 NAMES = ("one", "other")
@@ -38,6 +42,13 @@ def test_a_setting_that_differs_is_named_above_the_table(study):
     assert compared.differences == (Difference("tau of PAR", "0", "2.15"),)
     assert paired(compared) == [[40, 45]] and "tau of PAR: 0 in one, 2.15 in other" in told(compared)
     assert [line["Study"] for line in lines(compared)] == ["one", "other", "difference"]
+
+
+def test_brackets_in_a_name_are_shown_in_the_terminal(study):
+    runs = study("one", [({"tau": 0.0}, (40, 1))])
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(compared_rows(sides(("[bold]one", "[dim]other"), runs, runs)))
+    assert "[bold]one" in shown.getvalue() and "[dim]other" in shown.getvalue()
 
 
 def test_rows_are_paired_by_settings_whatever_their_labels(study):

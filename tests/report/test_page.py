@@ -84,6 +84,31 @@ def test_alternatives_say_what_is_seen(whole, large):
     assert "plain and AutoAugment: clean ones, poisoned ones with the trigger (badnet" in sheet
 
 
+def test_the_head_of_the_answers_is_of_what_varies(write_run, evaluation, tmp_path):
+    for tau in (0.0, 2.15):
+        metrics = [evaluation(0, 0, 0.5, 0.9), evaluation(10, 1, 0.4, 0.01)]
+        clean_run(write_run, tmp_path / f"{tau}", *metrics, config={"lr": 1e-4, "seed": 0, "tau": tau})
+    found = Page(page(find([tmp_path]), FIGURES))
+    assert found.headings[0] == "What does it depend on?" and "another pre-training" not in found.text
+
+
+def test_the_picture_of_two_studies_is_told(large, tmp_path):
+    runs = find([large])
+    compare.write(("one", "other"), runs, runs, tmp_path)
+    (told_of,) = Page((tmp_path / "index.html").read_text()).alts
+    assert "one: " in told_of and "other: " in told_of and "PAR after MMCL: top-1" in told_of
+
+
+def test_attacks_are_told_apart_in_words_too(fake_runs):
+    for run in find([fake_runs]):
+        if run.name.startswith("mmcl_ssl"):
+            plan = run.path / "plan.json"
+            plan.write_text(plan.read_text().replace("random", "corner"))
+    whole = Page(page(find([fake_runs]), FIGURES))
+    for alt in (whole.alts[0], whole.alts[2]):
+        assert "CleanCLIP after MMCL (16 px random)" in alt and "CleanCLIP after MMCL+SSL (16 px corner)" in alt
+
+
 def test_without_a_course_there_is_no_figure_of_it(write_run, evaluation, tmp_path):
     run = {"objective": "mmcl", "pretrain_objective": "mmcl"}
     write_run(tmp_path / "once", run, [evaluation(10, 1, 0.5, 0.9)], [{"step": 0, "epoch": 0.0, "loss": 1.0}])
@@ -169,10 +194,10 @@ def test_tags_in_what_a_user_names_stay_text(study_of_tags):
 
 def test_tags_in_the_names_of_two_studies_stay_text(study_of_tags):
     runs = find([study_of_tags])
-    text = compare.page(compare.sides((f"one {TAGS}", f"other {TAGS}"), runs, runs), b"scatter")
+    text = compare.page(compare.sides((f"one {TAGS}", f"other {TAGS}"), runs, runs), b"scatter", "points")
     checked = Page(text)
     title = f"one {TAGS} against other {TAGS}"
-    assert title in checked.text and checked.alts == [title] and f"method {TAGS}" in checked.text
+    assert title in checked.text and checked.alts == ["points"] and f"method {TAGS}" in checked.text
     assert "script" not in checked.tags and TAGS not in text
 
 

@@ -135,6 +135,21 @@ def test_settings_that_are_compared_have_rows_of_their_own(write_run, evaluation
     assert list(best_of(find([tmp_path]))) == ["mmcl/cleanclip (tau 0)", "mmcl/cleanclip (tau 2.15)"]
 
 
+@pytest.mark.parametrize("rates", [(1e-4, 1e-4), (1e-4, 3e-4)], ids=["one rate", "rates differ too"])
+def test_two_settings_are_two_rows_even_of_one_run_each(write_run, evaluation, tmp_path, rates):
+    for tau, lr in zip((0.0, 2.15), rates, strict=True):
+        flags = {"seed": 0, "lr": lr, "tau": tau}
+        cleaned(write_run, evaluation, tmp_path / f"c{tau}", tmp_path / "start", (50, 99), (45, 1), **flags)
+    assert [group.method for group in groups(find([tmp_path]))] == ["CleanCLIP, tau 0", "CleanCLIP, tau 2.15"]
+
+
+def test_nothing_is_searched_at_one_learning_rate(write_run, evaluation, tmp_path):
+    for tau in (0.0, 0.5, 1.0, 1.5, 2.0):
+        flags = {"seed": 0, "lr": 1e-4, "tau": tau}
+        cleaned(write_run, evaluation, tmp_path / f"c{tau}", tmp_path / "start", (50, 99), (45, 1), **flags)
+    assert len(groups(find([tmp_path]))) == 5
+
+
 def test_checkpoints_of_one_run_are_two_models(fake_runs, write_run, evaluation):
     cleaned(write_run, evaluation, fake_runs / "early", fake_runs / "mmcl", (50, 90), (50, 1), checkpoint="21")
     names = [
