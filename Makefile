@@ -21,15 +21,16 @@ FFCV_NEEDS := g++ libopencv-imgproc-dev libturbojpeg0-dev pkg-config
 help:              ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
-install: $(VENV)/installed  ## make .venv and install fastbd into it; CPU=1 leaves CUDA, DALI and Triton out (1 GB, not 7)
+install: $(VENV)/installed  ## make .venv and install fastbd into it; CPU=1 leaves CUDA, DALI and Triton out (1.6 GB, not 7)
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/cpp/*)
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || { echo "fastbd needs Python 3.11 to 3.14; name one: make PYTHON=/path/to/python3.12"; exit 2; }
-	@echo "installing into $(VENV): $(if $(CPU),1.4 GB without CUDA$(COMMA) DALI and Triton; 1 to 3 minutes,7 GB with the libraries of CUDA; 3 to 15 minutes. make install CPU=1 needs 1.4 GB)"
+	@echo "installing into $(VENV): $(if $(CPU),1.6 GB without CUDA$(COMMA) DALI and Triton; 1 to 8 minutes,7 GB with the libraries of CUDA; 3 to 15 minutes. make install CPU=1 needs 1.6 GB). The last step says nothing for minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(if $(HASHES),$(SHOWN) --require-hashes --requirement hashes.txt)
 	$(if $(CPU),$(SHOWN) --constraint constraints.txt $(CPU_INDEX) torch)
 	$(SHOWN) --constraint constraints.txt --editable ".[dev$(if $(CPU),,$(COMMA)gpu)]"
+	@echo "installed; next: . $(BIN)/activate, then python -m fastbd doctor"
 	@touch $@
 
 # FFCV's build asks for all of OpenCV (700 MB); the two files in $$dir show it the two parts that it uses. What it imports
@@ -63,7 +64,7 @@ writers:           ## make .venv-writers with img2dataset and webdataset, for th
 demo: install      ## the study in small on the built-in demo set
 	$(BIN)/python -m fastbd demo
 
-study: install     ## the demo study: two pre-trainings, four ways of cleaning, several rates, a report
+study: install     ## the demo study: two pre-trainings, five ways of cleaning, several rates, a report
 	$(BIN)/python -m fastbd sweep --study demo
 
 test: install      ## run the tests, in a process a core; FULL=1 runs the whole tables of cases too, as CI does

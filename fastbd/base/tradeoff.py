@@ -42,3 +42,11 @@ def area(evaluations: Iterable[Point]) -> float:
     corners = front(evaluations)
     ends = [e["asr"] for e in corners[1:]] + [1.0]
     return sum((end - e["asr"]) * e["top1"] for e, end in zip(corners, ends, strict=False))
+
+
+def is_near_chance(top1: float, guess: float) -> bool:
+    """Return whether a top-1, the lower end of its interval where it has one, is hardly above that of guessing.
+
+    That is below twice the share of guessing, or below halfway from it to all, which is less with two classes.
+    """
+    return top1 < min(2 * guess, (1 + guess) / 2)

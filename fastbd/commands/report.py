@@ -115,8 +115,8 @@ def table_1(table: Sequence[tables.Row]) -> Table:
         "Kept",
         "lr",
     )
-    caption = "All in %. Top-1, ASR: before cleaning. Then: best top-1 within that ASR;"
-    caption += " the first one's share of top-1 before, and learning rates."
+    caption = "In %. Top-1, ASR: before cleaning; ASR≤: best top-1 at most at that ASR; Kept: the first as a"
+    caption += " share of top-1 before; lr: the rates that reached it."
     shown = Table(*columns, box=box.SIMPLE, collapse_padding=True, caption=caption)
     for row in table:
         strict, loose = row.best

@@ -62,6 +62,8 @@ def _placeholder(hint: Any) -> str | None:
     if typing.get_origin(first) is tuple:
         first = typing.get_args(first)[0]
         return f"{WORDS.get(first)} [{WORDS.get(first)} ...]"
+    if typing.get_origin(first) is typing.Literal:
+        return "|".join(["{" + ",".join(map(str, typing.get_args(first))) + "}", *(WORDS[other] for other in others)])
     return None if others else WORDS.get(first)
 
 

@@ -145,7 +145,7 @@ def cells(row: Row, place: str = "") -> list[Cell]:
         estimate(row.asr),
         estimate(strict.top1),
         estimate(strict.kept) if strict.reached else MISSING,
-        (f"{strict.reached} of {row.replicates}", _rates(strict)) if group.method else MISSING,
+        (f"{strict.reached} of {row.replicates}", _rates(strict) or _rate_of_lowest(row)) if group.method else MISSING,
         estimate(loose.top1),
         estimate(row.area),
     ]
@@ -164,6 +164,12 @@ def _rates(best: tables.Best) -> str:
     found = rates(best)
     told = [rate(lr) + (f" ({times})" if len(found) > 1 else "") for lr, times in found.items()]
     return f"lr {', '.join(told)}" if told else ""
+
+
+def _rate_of_lowest(row: Row) -> str:
+    """Return the learning rate of the lowest ASR, for a row of which no evaluation is within a ceiling."""
+    lr = next((run.config.get("lr") for run in row.group.runs if any(e is row.lowest for e in run.cleaned)), None)
+    return f"lowest ASR at lr {rate(lr)}" if lr else ""
 
 
 def _seeds(row: Row) -> str:

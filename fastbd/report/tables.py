@@ -129,7 +129,8 @@ def _estimate(found: Sequence[tuple[tuple[Run, ...], Evaluation]], key: str) -> 
         return None
     values = by_seed((runs, e[key]) for runs, e in found)
     if len(values) > 1:
-        return over(values)
+        mean, low, high, n = over(values)
+        return Estimate(mean, max(low, 0.0), min(high, 1.0), n)  # a share; Student's interval knows nothing of that
     evaluation = found[0][1]
     return Estimate(values[0], evaluation.get(f"{key}_low", -math.inf), evaluation.get(f"{key}_high", math.inf), 1)
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from fastbd.base.evaluation import Evaluation, measures_asr
 from fastbd.base.stats import Estimate, difference
-from fastbd.base.tradeoff import CEILINGS, LANDED
+from fastbd.base.tradeoff import CEILINGS, LANDED, is_near_chance
 from fastbd.report.chance import chance
 from fastbd.report.format import share
 from fastbd.report.groups import Group, apart
@@ -172,16 +172,12 @@ def landed(row: Row) -> bool:
 
 
 def near_chance(row: Row) -> str | None:
-    """Return, in words, that some model of the row was hardly more accurate than guessing; None where none was.
-
-    It is where the lower end of its interval is below twice the accuracy of guessing, or halfway from that to all,
-    which is less with two classes.
-    """
+    """Return, in words, that some model of the row was hardly more accurate than guessing; None where none was."""
     guess = chance(e for run in row.group.runs for e in run.metrics)
     if guess is None:
         return None
     least = min((e.get("top1_low", e["top1"]) for e in _before(row) if "top1" in e), default=1.0)
-    return f"near chance, which is {share(guess)}" if least < min(2 * guess, (1 + guess) / 2) else None
+    return f"near chance, which is {share(guess)}" if is_near_chance(least, guess) else None
 
 
 def _before(row: Row) -> list[Evaluation]:

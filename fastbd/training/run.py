@@ -23,6 +23,7 @@ from fastbd.base.errors import Diverged, UserError
 from fastbd.base.evaluation import Evaluation, RecordedEvaluation
 from fastbd.base.run_folder import read
 from fastbd.base.signals import Stopped
+from fastbd.base.tradeoff import is_near_chance
 from fastbd.config.fields import portable, to_dict
 from fastbd.config.flags import PretrainConfig
 from fastbd.data import eda, sheet
@@ -248,6 +249,11 @@ class Run:
         rows = (
             read(self.folder.path).attacks if self.world.main and self.verb == "pretrain" and self.task.poisoned else ()
         )
+        if rows and (classes := rows[-1].get("n_classes")):
+            least = rows[-1].get("top1_low", rows[-1]["top1"])
+            if is_near_chance(least, 1 / classes):
+                told = f"top-1 {rows[-1]['top1']:.1%}, and guessing among {classes:,} classes gives {1 / classes:.1%}"
+                self._say(f"the model is near chance ({told}): cleaning it shows nothing; train longer (--epochs)")
         for attack in rows[-1].get("attacks", [rows[-1]]) if rows else ():
             asr, name = attack.get("asr"), f"{attack.get('trigger')} to '{attack.get('target')}'"
             if asr is None:

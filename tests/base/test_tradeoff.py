@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fastbd.base.tradeoff import area, best, front
+from fastbd.base.tradeoff import area, best, front, is_near_chance
 
 
 def points(*pairs):
@@ -84,3 +84,9 @@ def test_area_is_the_mean_of_best_over_ceilings():
     for runs in CC3M.values():
         mean = sum((best(runs, c) or {"top1": 0})["top1"] for c in ceilings) / len(ceilings)
         assert area(runs) == pytest.approx(mean, abs=1e-4)
+
+
+def test_near_chance_is_below_twice_what_guessing_gives():
+    assert is_near_chance(0.09, 1 / 20) and not is_near_chance(0.11, 1 / 20)
+    assert is_near_chance(0.7, 1 / 2) and not is_near_chance(0.8, 1 / 2)  # twice a half would be all
+    assert is_near_chance(0.0015, 1 / 1000) and not is_near_chance(0.16, 1 / 1000)
