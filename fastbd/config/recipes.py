@@ -121,7 +121,9 @@ def published(verb: str, name: str | None = None, preset: str | None = None) -> 
     of_verb = [each for each in PUBLISHED if each.verb == verb]
     known = {method for each in of_verb for method in each.names}
     if known and name not in known:
-        raise UserError(f"--recipe published is of {', '.join(sorted(known))}, and not of {name}: leave it out.")
+        raise UserError(
+            f"--recipe published is of {', '.join(sorted(known))}, and not of {name}: give --recipe corrected."
+        )
     return {
         each.flag: each.value
         for each in of_verb

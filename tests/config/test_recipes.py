@@ -82,7 +82,7 @@ def test_what_is_published_depends_on_the_method(verb, flags, expected):
 
 
 def test_a_method_that_none_has_published_is_told():
-    with pytest.raises(UserError, match=r"--recipe published is of cleanclip, .*, and not of my:Own: leave it out\."):
+    with pytest.raises(UserError, match=r"published is of cleanclip, .*, and not of my:Own: give --recipe corrected\."):
         published("clean", "my:Own")
 
 
