@@ -104,7 +104,7 @@ def _write_file(config: ExportConfig, state: dict, model: CLIP) -> None:
 def _cleanclip(config: ExportConfig, state: dict, model: CLIP) -> dict[str, Any]:
     decayed = state["optimizer"]["param_groups"][0]
     settings = {name: decayed[name] for name in ("betas", "eps", "weight_decay")} | {"lr": float(decayed["lr"])}
-    moments = moments_of(model, state["optimizer"])
+    moments = moments_of(model, state["optimizer"], state["config"].get("exempt", "vectors"))
     return cleanclip_checkpoint(model, moments, settings, int(state["epoch"]), read(config.run).name)
 
 

@@ -69,13 +69,14 @@ def make_optimizer(
     return AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True, capturable=rate.is_cuda)
 
 
-def moments_of(model: nn.Module, state: dict) -> dict[str, dict[str, Tensor]]:
-    """Return what an optimizer's saved state holds of each parameter, by the names of the model's.
+def moments_of(model: nn.Module, state: dict, exempt: str = "vectors") -> dict[str, dict[str, Tensor]]:
+    """Return what the saved state of a make_optimizer() holds of each parameter, by the names of the model's.
 
     Nothing where it was made of others too, as those of a method's head.
     """
     named = list(model.named_parameters())
-    names = [name for name, p in named if p.ndim >= 2], [name for name, p in named if p.ndim < 2]
+    spared = {name for name, parameter in named if EXEMPT[exempt](name, parameter)}
+    names = [name for name, _ in named if name not in spared], [name for name, _ in named if name in spared]
     places = [group["params"] for group in state["param_groups"]]
     if list(map(len, places)) != list(map(len, names)):
         return {}
