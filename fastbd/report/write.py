@@ -19,7 +19,13 @@ PAGE = "index.html"
 MARK = b'<meta name="generator" content="fastbd report">'  # in the head of every page, of base.html.j2
 INTERACTIVE = "figures/interactive.html"
 WITHOUT = "An interactive figure is drawn where Bokeh is installed: pip install bokeh"
-OWN = ("figures/*.png", "figures/*.svg", "figures/*.html", "tables/*.csv", "tables/*.parquet")
+DRAWN = ("scatter", "methods", "trajectories", "curves", "compare")
+OWN = {
+    INTERACTIVE,
+    *(f"figures/{name}.{kind}" for name in DRAWN for kind in ("png", "svg")),
+    *(f"tables/{name}.{kind}" for name in export.TABLES for kind in export.WRITERS),
+}
+"""All that any report may have beside its page."""
 
 
 def check(folder: Path) -> None:
@@ -70,7 +76,7 @@ def shown(runs: Sequence[Run]) -> list[Callable[[Sequence[Run]], Figure]]:
 
 
 def save(content: Mapping[str, bytes], folder: Path) -> list[Path]:
-    """Write each file whole, by a rename, in this order; then what an earlier report has left beside them goes.
+    """Write each file whole, by a rename, in this order; then what an earlier report has left goes, and nothing else.
 
     Keys are names in the folder, with "/" where they are in a folder of it.
     """
@@ -80,6 +86,6 @@ def save(content: Mapping[str, bytes], folder: Path) -> list[Path]:
         with replacing(path) as part:
             part.write_bytes(data)
     written = [folder / name for name in content]
-    for left in {path for pattern in OWN for path in folder.glob(pattern)} - set(written):
-        left.unlink(missing_ok=True)
+    for left in OWN - content.keys():
+        (folder / left).unlink(missing_ok=True)
     return written

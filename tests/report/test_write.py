@@ -58,6 +58,19 @@ def test_a_report_takes_the_place_of_a_report(fake_runs, tmp_path):
     assert names(out) == (before - gone) | {f"tables/{name}.parquet" for name in TABLES} | {"notes.txt"}
 
 
+def test_what_is_not_a_reports_stays_in_its_folders(fake_runs, tmp_path):
+    kept = [tmp_path / "figures/mine.png", tmp_path / "tables/mine.csv"]
+    for path in kept:
+        path.parent.mkdir()
+        path.touch()
+    write.write(find([fake_runs]), tmp_path)
+    assert all(path.exists() for path in kept)
+    named = {file for drawn in write.DRAWN for file in (f"figures/{drawn}.png", f"figures/{drawn}.svg")}
+    assert {str(path.relative_to(tmp_path)) for path in (tmp_path / "figures").iterdir()} <= {
+        "figures/mine.png", write.INTERACTIVE, *named
+    }  # fmt: skip
+
+
 def test_no_other_folder_is_written_to(fake_runs, tmp_path):
     (tmp_path / "index.html").write_text("<html>my page</html>")
     (tmp_path / "notes").write_text("mine")
