@@ -118,7 +118,7 @@ def read(path: Path) -> Run:
             objective=recorded["objective"],
             pretrain_objective=recorded["pretrain_objective"],
             start=Path(recorded["start"]) if recorded["start"] else None,
-            config=recorded["config"],
+            config=flags_of(recorded),
             env=_json_if_there(path / "env.json"),
             metrics=_first(rows, ("step", "subset", *SET)),
             log=_first(_lines(path / "log.jsonl"), ("step",)),
@@ -157,6 +157,12 @@ def study_folder_of(run: Path) -> Path | None:
     """Return the folder of the study that a run folder is part of; None where it is part of none."""
     runs = run.resolve().parent
     return runs.parent if runs.name == "runs" and any(runs.parent.glob("study.*/study.json")) else None
+
+
+def flags_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that config.json tells of, with those that runs had before there was a flag to record."""
+    of_method = {"lr_start": None} if recorded.get("method") == "par" else {}
+    return {"schedule": "exact", "exempt": "vectors", **of_method, **recorded["config"]}
 
 
 def read_config(path: Path) -> dict[str, Any]:

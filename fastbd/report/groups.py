@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastbd.base.run_folder import Run, method_name, objective_name, read_config
+from fastbd.base.run_folder import Run, flags_of, method_name, objective_name, read_config
 from fastbd.config.cards import OBJECTIVES
 from fastbd.config.fields import marked
 from fastbd.config.flags import CLEANING, IMMATERIAL, TRAINING
@@ -137,7 +137,7 @@ def _flags(run: Run, start: dict[str, Any] | None) -> dict[str, Any]:
     """What may set the pre-training of a run's model apart; where that is not known, the name of its folder."""
     checkpoint = str(run.config.get("checkpoint", "last")) if run.verb == "clean" else "last"
     known = (
-        {k: v for k, v in start["config"].items() if k not in HARMLESS}
+        {k: v for k, v in flags_of(start).items() if k not in HARMLESS}
         if start
         else {"folder": (run.start or run.path).name}
     )

@@ -17,7 +17,7 @@ def test_reads_what_was_written(fake_runs):
     assert (run.verb, run.method, run.pretrain_objective) == ("clean", "cleanclip", "mmcl_ssl")
     assert run.start == fake_runs / "mmcl_ssl" and run.model == read(fake_runs / "mmcl_ssl").model
     assert len(run.metrics) == len(run.attacks) == 11 and len(run.cleaned) == 10
-    assert run.env["torch"] == "2.13.0" and run.config == {"lr": 1e-4}
+    assert run.env["torch"] == "2.13.0" and run.config == {"lr": 1e-4, "schedule": "exact", "exempt": "vectors"}
 
 
 def test_reads_what_a_sweep_writes(large):

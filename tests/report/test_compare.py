@@ -95,3 +95,15 @@ def test_a_study_is_paired_with_itself(large):
     assert all(a.group.method == b.group.method and a.group.model == b.group.model for a, b in compared.pairs)
     assert len(compared.pairs) == 8 and compared.differences == ()
     assert {line["Top-1 before"] for line in lines(compared) if line["Study"] == "difference"} == {"0.0 points"}
+
+
+def test_what_was_not_recorded_before_there_was_a_flag_is_known(study):
+    one = study("one", [({"tau": 2.15}, (40, 1))])
+    new = {"tau": 2.15, "schedule": "exact", "exempt": "names", "lr_start": 3e-5}
+    other = study("other", [(new, (45, 1))], pre={"schedule": "shifted", "exempt": "vectors"})
+    compared = sides(NAMES, one, other)
+    assert set(compared.differences) == {
+        Difference("schedule of MMCL pre-training", "exact", "shifted"),
+        Difference("exempt of PAR", "vectors", "names"),
+        Difference("lr start of PAR", "null", "3e-05"),
+    }
