@@ -10,6 +10,7 @@ from pathlib import Path
 from fastbd import __version__
 from fastbd.base import files
 from fastbd.base.console import console, progress
+from fastbd.base.errors import UserError
 from fastbd.commands import build
 from fastbd.config.flags import BuildConfig
 from fastbd.data.demo import write_demo_set
@@ -20,7 +21,11 @@ PAIRS, HELD_OUT, SEED = 4_000, 800, 0
 def folder() -> Path:
     """Return the folder of the demo set: in XDG_CACHE_HOME, or ~/.cache, one for each version of fastbd."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    cache = cache if cache.is_absolute() else Path.home() / ".cache"  # as the XDG Base Directory specification has it
+    if not cache.is_absolute():  # as the XDG Base Directory specification has it
+        try:
+            cache = Path.home() / ".cache"
+        except RuntimeError:  # no HOME, and a user that the system does not know, as in containers
+            raise UserError("the demo set has no place, as there is no home folder: set XDG_CACHE_HOME.") from None
     return cache / "fastbd" / f"demo-{__version__}"
 
 

@@ -6,6 +6,7 @@ import pytest
 
 import fastbd
 from fastbd import cli
+from fastbd.base.errors import UserError
 from fastbd.commands import demo_data, poison
 from fastbd.data.beton import Beton
 from fastbd.poison.plan import Plan
@@ -66,3 +67,11 @@ def test_attacks_of_shipped_studies_are_planned_in_a_fresh_folder(study, cache):
     for run in (plans[0], plans[-1]):
         assert poison.run(run.config) == 0
         assert len(Plan.load(run.product).rows) == 8
+
+
+def test_without_a_home_the_place_is_asked_for(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        demo_data.folder()
