@@ -50,7 +50,9 @@ def test_build_poison_pretrain_clean_evaluate_report(study, fastbd, fastbd_proce
     forked("poison", "--data", "built.beton", "--patch-size", 6, "--rate", 0.1, "--templates", "demo")
     assert (study / "built.poison.json").read_bytes() == (study / "train.poison.json").read_bytes()
     out = ("--save-every", 2, "--out", "runs/a")
-    new("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 3, *out)
+    said = new("pretrain", "--objective", "mmcl_ssl", *SMALL, "--epochs", 3, *out).stdout
+    last = rows(study / "runs/a/metrics.jsonl")[-1]
+    assert (last["top1_low"] < 2 / 20) == ("near chance" in said) and last["n_classes"] == 20
     clean = (
         "clean",
         "--run",

@@ -27,19 +27,20 @@ WATCHED = ("config.json", "metrics.jsonl", "result.json")
 
 def run(config: ReportConfig) -> int:
     """Write the report and print table 1; with --watch again and again."""
-    write.check(config.out)
+    out = config.out or Path("compared" if config.compare else "report")
+    write.check(out)
     export.check(config.tables)
     if config.watch:
-        return watch(config)
+        return watch(config, out)
     if config.compare:
         first, second = (on_common_set(find([folder])) for folder in config.compare)
-        compared = compare.write(_names(*config.compare), first, second, config.out)
+        compared = compare.write(_names(*config.compare), first, second, out)
         for line in compare.told(compared):
             console.print(line, markup=False)
         console.print(compared_rows(compared))
     else:
         runs = on_common_set(find(config.runs))
-        write.write(runs, config.out, config.tables)
+        write.write(runs, out, config.tables)
         table = tables.table(runs)
         for claim, ground in paragraphs(table):
             console.print(f"{claim} {ground}".strip(), markup=False)
@@ -47,11 +48,11 @@ def run(config: ReportConfig) -> int:
     if not config.compare and not interactive.installed():
         console.print(write.WITHOUT, markup=False)
     beside = "figures" if config.compare else "figures and tables"
-    console.print(f"wrote {config.out / write.PAGE}, with its {beside} beside it", markup=False)
+    console.print(f"wrote {out / write.PAGE}, with its {beside} beside it", markup=False)
     return 0
 
 
-def watch(config: ReportConfig) -> int:
+def watch(config: ReportConfig, out: Path) -> int:
     """Write the page again whenever something was evaluated or has ended, until Ctrl-C; one line on the terminal."""
     if config.compare:
         raise UserError("--watch follows one study: give --runs, not --compare.")
@@ -60,23 +61,23 @@ def watch(config: ReportConfig) -> int:
         while True:
             began, now = time.perf_counter(), _stamp(config.runs)
             if now != seen:
-                line.update(escape(_draw(config)))
+                line.update(escape(_draw(config, out)))
                 seen = now
             time.sleep(max(SECONDS, 3 * (time.perf_counter() - began)))  # to leave the machine to the runs
     return 0
 
 
-def _draw(config: ReportConfig) -> str:
+def _draw(config: ReportConfig, out: Path) -> str:
     """Write the report; what there is to say, which may be that there is nothing yet."""
     clock = time.strftime("%H:%M:%S")
     try:
         runs = on_common_set(find(config.runs))
     except UserError as nothing_yet:
         return f"{clock}  waiting: {nothing_yet}"
-    write.write(runs, config.out, config.tables, refresh=SECONDS)
+    write.write(runs, out, config.tables, refresh=SECONDS)
     ended = sum(bool(run.result) for run in runs)
     evaluations = sum(len(run.metrics) for run in runs)
-    return f"{clock}  {len(runs):,} runs, {ended:,} ended, {evaluations:,} evaluations: {config.out / write.PAGE}"
+    return f"{clock}  {len(runs):,} runs, {ended:,} ended, {evaluations:,} evaluations: {out / write.PAGE}"
 
 
 def _stamp(paths: Sequence[Path]) -> set[tuple[str, int]]:

@@ -623,8 +623,9 @@ class ReportConfig:
     """Write the report again whenever a run has gone on, until Ctrl-C."""
     tables: Literal["csv", "parquet"] = "csv"
     """What the tables are written as; Parquet by pyarrow."""
-    out: Path = Path("report")
-    """Folder to write: index.html, figures/ (PNG, SVG) and tables/; a report that is there is replaced."""
+    out: Path | None = None
+    """Folder to write: index.html, figures/ (PNG, SVG) and tables/; a report that is there is replaced [report; with
+    --compare: compared]."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ Pair = tuple[Row | None, Row | None]
 Values = Mapping[str, frozenset[str]]  # name of a setting -> its values in words, several where runs differ in it
 Key = frozenset[tuple[str, frozenset[str] | None]]
 EVALUATED, ARCHITECTURE, DATA, ATTACK = "evaluated on", "architecture", "training data", "attack"
+BUILT = "data built with"
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,9 @@ def _settings(group: Group) -> Values:
         model, method = objective_name(group.objective), method_name(run) if run.verb == "clean" else "none"
         told = {"objective": model, "cleaning": method, EVALUATED: _evaluated(run)}
         told |= dict(zip(WHOLE, group.place, strict=False))
+        told[BUILT] = (
+            ", ".join(f"{name} {value}" for name, value in run.recorded.get("built", {}).items()) or "defaults"
+        )
         told |= {f"{_plain(flag)} of {model} pre-training": _value(value) for flag, value in pretraining.items()}
         if run.verb == "clean":
             cleaning = {flag: value for flag, value in run.config.items() if flag not in HARMLESS}
