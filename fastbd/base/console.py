@@ -55,3 +55,12 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
 
     return "\n".join(map(line, [cells[0], rule, *cells[1:]]))
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a reader takes it in, such as 45 s, 12 min, 3.4 h or 5.2 days."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1g} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 3 * 86400 else f"{seconds / 86400:.1f} days"

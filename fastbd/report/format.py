@@ -22,15 +22,6 @@ def number(value: float, digits: int = 1) -> str:
     return text.replace("-", "" if float(text) == 0 else MINUS)
 
 
-def duration(seconds: float) -> str:
-    """Such as 45 s, 12 min, 3.4 h or 5.2 days."""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1g} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 3 * 86400 else f"{seconds / 86400:.1f} days"
-
-
 def percent(value: float | None, evaluation: Evaluation | None = None, key: str = "") -> str:
     """0.1649 -> "16.5%", with the interval of the evaluation's `key` where it has one."""
     if value is None:

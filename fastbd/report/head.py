@@ -8,9 +8,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from fastbd.base.console import duration
 from fastbd.base.files import read_json
 from fastbd.base.run_folder import Run, study_folder_of
-from fastbd.report.format import duration
 from fastbd.report.tables import device, seconds
 
 TITLE = "Backdoor cleaning report"

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastbd.base.console import duration
 from fastbd.base.evaluation import Evaluation
 from fastbd.base.run_folder import Run, objective_name
 from fastbd.base.tradeoff import CEILINGS, LANDED
@@ -22,7 +23,6 @@ from fastbd.report.format import (
     Cell,
     Line,
     between,
-    duration,
     estimate,
     number,
     percent,

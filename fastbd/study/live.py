@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
+from fastbd.base.console import duration
 from fastbd.base.errors import UserError
 from fastbd.study.grid import Planned
 from fastbd.study.ledger import Ledger, Row, seconds_left
@@ -45,17 +46,10 @@ def view(ledger: Ledger) -> Table | Text:
     ended = [row for row in rows if row.status.state in ("finished", "failed")]
     for row in ended[-ENDED:] + [row for row in rows if row.status.state == "running"]:
         numbers = (_number(row.epoch, "{:.1f}"), _number(row.top1, "{:.1%}"), _number(row.asr, "{:.1%}"))
-        table.add_row(escape(row.run.name), row.status.state, *numbers, duration(row.seconds))
+        table.add_row(
+            escape(row.run.name), row.status.state, *numbers, "" if row.seconds is None else duration(row.seconds)
+        )
     return table
-
-
-def duration(seconds: float | None) -> str:
-    """Such as 45 s, 12 min or 3.4 h."""
-    if seconds is None:
-        return ""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _scores(row: Row) -> str:

@@ -11,9 +11,10 @@ from jinja2 import UndefinedError
 from pages import Page
 
 import fastbd.report
+from fastbd.base.console import duration
 from fastbd.base.run_folder import find
 from fastbd.report import compare, write
-from fastbd.report.format import duration, percent, rate, share
+from fastbd.report.format import percent, rate, share
 from fastbd.report.page import TABLE_1, cells, page, rates, statistics_of, told
 from fastbd.report.render import render
 from fastbd.report.tables import table
@@ -270,4 +271,5 @@ def test_percent():
     assert share(-0.0004) == "0.0%" and share(-0.125) == "\N{MINUS SIGN}12.5%"
     assert [rate(lr) for lr in (0.0003, 0.001, 1.5e-5, 2.0, 0)] == ["3e-4", "1e-3", "1.5e-5", "2e0", "0"]
     assert [duration(s) for s in (0.02, 73, 130, 7200, 5e5)] == ["0.02 s", "73 s", "2 min", "2.0 h", "5.8 days"]
+    assert [duration(s) for s in (99, 100, 5999, 6000)] == ["99 s", "2 min", "100 min", "1.7 h"]
     assert percent(0.5, {"asr_low": 0.4, "asr_high": 0.61}, "asr") == "50.0% (40.0–61.0)"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 
-import pytest
 from rich.console import Console
 
 from fastbd.study import live
@@ -15,13 +14,6 @@ from fastbd.study.ledger import Ledger
 STUDY = Study(
     name="s", about="Why?", pretrain=({"objective": "mmcl"},), clean=({"lr": tuple(k / 1000 for k in range(1, 13))},)
 )
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(None, ""), (0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h")]
-)
-def test_duration(seconds, said):
-    assert live.duration(seconds) == said
 
 
 def test_a_study_under_way(tmp_path):
