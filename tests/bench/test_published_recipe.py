@@ -35,10 +35,13 @@ PAIRS, BATCH = 72, 24
 BATCHES = PAIRS // BATCH
 BEFORE, EPOCHS = 2, 10  # of pre-training and of cleaning: 6 and 30 steps
 LONG = "and then a red bird sat down by the old lake "  # ten tokens
-LR, WARMUP = 1e-3, 5
+LR, WARMUP = 1e-4, 5
 # The gradient of the keys' biases is rounding alone, from which Adam would make whole steps with its usual eps.
 HYPER = Hyper(betas=(0.9, 0.98), eps=1e-4)
-CLOSE = {"loss": 1e-5, "parameter": 2e-4}  # relative
+# Largest relative difference of a step's loss, and of a parameter's values (root mean square) in steps of size LR. In a
+# ResNet rounding decides now and then whether a ReLU's input is above 0, so that a pixel has its gradient or has none.
+CLOSE_LOSS = {"tiny-rn": 3e-4, "tiny-vit": 1e-6}
+CLOSE_PARAMETER = {"tiny-rn": 0.3, "tiny-vit": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -127,20 +130,20 @@ def apart(run: Run, wanted: list[float]) -> float:
     return max(abs(a / b - 1) for a, b in zip(found, wanted, strict=True))
 
 
-def check_parameters(found: CLIP, wanted: CLIP) -> None:
+def steps_apart(found: CLIP, wanted: CLIP) -> float:
+    """The largest difference of a parameter's values (root mean square), in steps of size LR."""
     own = dict(found.named_parameters())
-    off = {name: ((own[name] - p).norm() / p.norm()).item() for name, p in wanted.named_parameters()}
-    assert max(off.values()) < CLOSE["parameter"], off
+    return max((own[name] - p).square().mean().sqrt().item() for name, p in wanted.named_parameters()) / LR
 
 
 @pytest.mark.parametrize("name", ["tiny-rn", "tiny-vit"])
 def test_cleanclip(cleaned, name):
     found = cleaned(name)
-    assert max(found.off) < CLOSE["loss"]
-    check_parameters(found.run.opened.model, found.theirs)
+    assert max(found.off) < CLOSE_LOSS[name]
+    assert steps_apart(found.run.opened.model, found.theirs) < CLOSE_PARAMETER[name]
 
 
-@pytest.mark.parametrize(("name", "tau"), [("tiny-rn", 2.15), ("tiny-vit", 0.02)])
+@pytest.mark.parametrize(("name", "tau"), [("tiny-rn", 0.2), ("tiny-vit", 0.02)])
 def test_par(cleaned, name, tau, tmp_path):
     """The learning rate rises from PAR's 3e-5."""
     flags = ("--method", "par", "--tau", tau, "--data", "kept.beton")
@@ -152,8 +155,8 @@ def test_par(cleaned, name, tau, tmp_path):
     wanted = [float(step(*batch)["loss"]) for batch in batches_of(run, EPOCHS)]
     run.train()
     distances = [row["distance_text"] for row in read(run.folder.path).log]
-    assert apart(run, wanted) < CLOSE["loss"]
-    check_parameters(run.opened.model, theirs)
+    assert apart(run, wanted) < CLOSE_LOSS[name]
+    assert steps_apart(run.opened.model, theirs) < CLOSE_PARAMETER[name]
     assert max(distances) > tau  # so that a gate has closed
 
 
@@ -171,4 +174,4 @@ def test_par(cleaned, name, tau, tmp_path):
 def test_without_one_of_the_behaviours_it_is_another_course(cleaned, flags, tmp_path):
     run = cleaned("tiny-vit").clean(tmp_path / "run", *flags)
     run.train()
-    assert apart(run, cleaned("tiny-vit").wanted) > 100 * CLOSE["loss"]
+    assert apart(run, cleaned("tiny-vit").wanted) > 1000 * CLOSE_LOSS["tiny-vit"]
