@@ -119,12 +119,12 @@ def read(path: Path) -> Run:
             pretrain_objective=recorded["pretrain_objective"],
             start=Path(recorded["start"]) if recorded["start"] else None,
             config=flags_of(recorded),
-            env=_json_if_there(path / "env.json"),
+            env=_checked(path / "env.json"),
             metrics=_first(rows, ("step", "subset", *SET)),
             log=_first(_lines(path / "log.jsonl"), ("step",)),
             rows=rows,
             recorded=recorded,
-            result=_result(path / "result.json"),
+            result=_checked(path / "result.json"),
             attack=_attack_of(path),
         )
     except KeyError as error:
@@ -174,9 +174,8 @@ def read_config(path: Path) -> dict[str, Any]:
     for name, kind in (("verb", str), ("config", dict)):
         if not isinstance(found.get(name), kind):
             raise UserError(f"{path / 'config.json'} has no '{name}', so it is not a run's; name another folder.")
-    for name in TEXTS & found.keys():
-        if not isinstance(found[name], str | None):
-            raise UserError(f"{path / 'config.json'} is damaged ({name} {found[name]!r} is not a text): {REMEDY}.")
+    _check(path / "config.json", found)
+    _check(path / "config.json", found["config"])
     return found
 
 
@@ -337,21 +336,33 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if wrong := [row["step"] for row in rows if type(row["step"]) is not int]:
         raise UserError(f"{path} is damaged (step {wrong[0]!r} is not a number): mend it, or go on without this run.")
     for row in rows:
-        _check_numbers(path, row)
+        _check(path, {**row, "classes": None})  # those of an evaluation are no text
     return rows
 
 
-def _result(path: Path) -> dict[str, Any]:
-    result = _json_if_there(path)
-    _check_numbers(path, result)
-    return result
+def _checked(path: Path) -> dict[str, Any]:
+    """The object of a .json file, empty where there is no file, with what the file must have."""
+    found = _json_if_there(path)
+    _check(path, found)
+    if rebound := found.get("rebound"):  # of result.json
+        _check(path, {"rebound_max": None, **(rebound if isinstance(rebound, dict) else {})})
+    return found
 
 
-def _check_numbers(path: Path, values: dict[str, Any]) -> None:
-    """Raise a UserError where one of NUMBERS in an object of the file is something else; None is not known."""
-    for name in NUMBERS & values.keys():
-        if not isinstance(values[name], int | float | None):
-            raise UserError(f"{path} is damaged ({name} {values[name]!r} is not a number): {REMEDY}.")
+def _check(path: Path, values: dict[str, Any]) -> None:
+    """Raise a UserError where one of KINDS in an object of the file is something else, or a rebound has no course."""
+    for kind, what, names in KINDS:
+        for name in names.split():
+            if name in values and not isinstance(values[name], kind):
+                raise UserError(f"{path} is damaged ({name} {values[name]!r:.80} is not {what}): {REMEDY}.")
+    if "rebound_max" in values and not _is_course(values.get("rebound")):
+        raise UserError(f"{path} is damaged (its rebound is not a course of ASR along steps): {REMEDY}.")
+
+
+def _is_course(rebound: Any) -> bool:
+    """Return whether it has lists of numbers for steps and ASR."""
+    lists = [rebound.get(key) for key in ("steps", "asr")] if isinstance(rebound, dict) else [None]
+    return all(isinstance(each, list) and each and isinstance(each[0], int | float) for each in lists)
 
 
 def _first(rows: Sequence[Row], key: tuple[str, ...]) -> tuple[Row, ...]:
@@ -364,32 +375,26 @@ def _first(rows: Sequence[Row], key: tuple[str, ...]) -> tuple[Row, ...]:
 
 
 REMEDY = "put a copy of it back, or go on without this run"
-NUMBERS = {
-    "epoch",
-    "top1",
-    "asr",
-    "recovery",
-    "seconds",
-    "train_seconds",
-    "evaluate_seconds",
-    "devices",
-    "loss",
-    "pairs_per_s",
-    "data_wait",
-    "of_limit",
-}
-TEXTS = {
-    "name",
-    "method",
-    "objective",
-    "pretrain_objective",
-    "start",
-    "start_weights",
-    "model",
-    "activation",
-    "data",
-    "eval_data",
-    "classes",
-    "templates",
-}
+KINDS: Sequence[tuple[Any, str, str]] = (  # a kind of value, what it is called, names in run folders that have it
+    (str, "a text", "objective pretrain_objective fastbd set target trigger device reason"),
+    (
+        str | None,
+        "a text",
+        "name id command checkpoint method start start_weights model activation data eval_data classes templates views "
+        "class_list content commit date gpu torch",
+    ),
+    (
+        int | float,
+        "a number",
+        "epoch seconds train_seconds evaluate_seconds devices rebound_max rebound_change rebound_area "
+        "top1_low top1_high asr_low asr_high recovery_low recovery_high loss top1 n n_asr n_classes",
+    ),
+    (
+        int | float | None,
+        "a number",
+        "lr seed rows poison_left start_step cpu_cores threads pairs_per_s data_wait of_limit "
+        "asr recovery val_loss drift_image drift_text agreement rebound_lr",
+    ),
+    (dict, "an object", "built cards"),
+)
 SET = ("set", "content", "class_list", "templates")  # what makes the numbers of two evaluations comparable

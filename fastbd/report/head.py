@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbd.base.console import duration
+from fastbd.base.errors import UserError
 from fastbd.base.files import read_json
 from fastbd.base.run_folder import Run, study_folder_of
 from fastbd.report.tables import device, seconds
@@ -33,7 +34,17 @@ def head(runs: Sequence[Run]) -> dict[str, Any]:
 def _studies(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """Name and question of each study, as its newest study.N/study.json has them."""
     folders = {folder: None for run in runs if (folder := study_folder_of(run.path))}
-    return [read_json(_newest(folder), "put a copy of it back").get("study", {}) for folder in folders]
+    return [_study(_newest(folder)) for folder in folders]
+
+
+def _study(path: Path) -> dict[str, Any]:
+    """The study of a study.json; UserError where there is none in it."""
+    remedy = "put a copy of it back"
+    version = read_json(path, remedy)
+    study = version.get("study") if isinstance(version, dict) else None
+    if not isinstance(study, dict) or not all(isinstance(study.get(key), str | None) for key in ("name", "about")):
+        raise UserError(f"{path} is damaged (it holds no study): {remedy}.")
+    return study
 
 
 def _newest(folder: Path) -> Path:

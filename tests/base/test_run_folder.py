@@ -199,7 +199,11 @@ def test_a_plan_that_was_changed_is_named(fake_runs):
     [
         ("result.json", '{"seconds": "x"}'),
         ("metrics.jsonl", '{"step": 1, "top1": [1]}\n'),
+        ("metrics.jsonl", '{"step": 1, "top1": 0.5, "top1_low": null}\n'),
         ("log.jsonl", '{"step": 1, "loss": {}}\n'),
+        ("env.json", '{"cpu_cores": "two"}'),
+        ("result.json", '{"devices": null}'),
+        ("result.json", '{"rebound": 7}'),
     ],
 )
 def test_what_should_be_a_number_and_is_not_is_named(name, text, tmp_path):
@@ -208,3 +212,27 @@ def test_what_should_be_a_number_and_is_not_is_named(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=rf"{name} is damaged \(.* is not a number\): put a copy of it back, or go on"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "says"),
+    [
+        ("config.json", {"config": {"lr": "fast"}}, "lr 'fast' is not a number"),
+        ("config.json", {"config": {"seed": []}}, "seed [] is not a number"),
+        ("config.json", {"pretrain_objective": None}, "pretrain_objective None is not a text"),
+        ("config.json", {"built": []}, "built [] is not an object"),
+        ("env.json", {"commit": 7}, "commit 7 is not a text"),
+        ("result.json", {"reason": []}, "reason [] is not a text"),
+        (
+            "result.json",
+            {"rebound": {"rebound_max": 0.5, "rebound": {"steps": [], "asr": [0.1]}}},
+            "its rebound is not a course of ASR along steps",
+        ),
+    ],
+)
+def test_what_a_report_reads_is_of_its_kind(name, changed, says, fake_runs):
+    path = fake_runs / "mmcl" / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changed))
+    with pytest.raises(UserError) as refused:
+        read(fake_runs / "mmcl")
+    assert str(refused.value) == f"{path} is damaged ({says}): put a copy of it back, or go on without this run."

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 
+import pytest
+
+from fastbd.base.errors import UserError
 from fastbd.base.run_folder import find
 from fastbd.report.head import QUESTION, head
 
@@ -30,3 +34,16 @@ def test_runs_of_no_study_have_a_plain_head(fake_runs):
     found = head(find([fake_runs]))
     assert (found["title"], found["question"]) == ("Backdoor cleaning report", QUESTION)
     assert dict(found["facts"])["Runs"] == "2 pre-trainings, 8 cleanings"
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "NaN", "[]", '{"study": 3}', '{"study": {"name": 7}}', '{"study": {"about": []}}']
+)
+def test_a_damaged_study_is_named(text, write_run, evaluation, tmp_path):
+    path = tmp_path / "study.1" / "study.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    config = {"objective": "mmcl", "pretrain_objective": "mmcl"}
+    write_run(tmp_path / "runs" / "a", config, [evaluation(0, 0, 0.5, 0.9)], [])
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))} is damaged.*: put a copy of it back\.$"):
+        head(find([tmp_path]))
