@@ -16,7 +16,8 @@ from fastbd.config.cards import OBJECTIVES
 from fastbd.config.fields import marked
 from fastbd.config.flags import CLEANING, IMMATERIAL, TRAINING
 
-Kind = tuple[str, tuple[str, str, str], str, str]  # what a Group has beside its runs
+Settings = tuple[tuple[str, str], ...]  # (flag, it and its value in words)
+Kind = tuple[str, tuple[str, str, str], Settings, str, Settings]  # what a Group has beside its runs
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,25 @@ class Group:
     """Of the pre-training."""
     place: tuple[str, str, str]
     """Architecture, training data and attack."""
-    variant: str
+    varied: Settings
     """Settings of the pre-training that differ among the models of one objective in the study; often empty."""
-    method: str
-    """As papers write it, with settings and cleaning sets that the study compares; empty: not cleaned."""
+    cleaning: str
+    """The method as papers write it; empty: not cleaned."""
+    settings: Settings
+    """Those of the cleaning, and of its set, that the study compares."""
     runs: tuple[Run, ...]
     pretraining: tuple[Mapping[str, Any], ...]
     """For each run the settings of its model's pre-training that make another kind of model, and its checkpoint."""
+
+    @property
+    def variant(self) -> str:
+        """What is varied in the pre-training, in words."""
+        return _in_words(self.varied)
+
+    @property
+    def method(self) -> str:
+        """The cleaning with its settings; empty: not cleaned."""
+        return ", ".join(filter(None, (self.cleaning, _in_words(self.settings))))
 
     @property
     def model(self) -> str:
@@ -64,14 +77,13 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     found: dict[Kind, list[tuple[Run, dict[str, Any]]]] = {}
     for run, start, own in zip(runs, starts, flags, strict=True):
         if run.verb == "clean" or run.path.resolve().name not in used:
-            variant = _differing(own, kinds[run.pretrain_objective])
+            varied = _differing(own, kinds[run.pretrain_objective])
             place = (run.architecture, _data(start or run.recorded), run.attack)
-            method = ""
+            method, settings = "", ()
             if run.verb == "clean":
-                told = [flag for flag in compared[method_name(run)] if flag in run.config]
-                settings = [_told(flag, run.config[flag]) for flag in told]
-                method = ", ".join([method_name(run), *settings, *_cleaned_on(run, start, sizes)])
-            found.setdefault((run.pretrain_objective, place, variant, method), []).append((run, own))
+                method = method_name(run)
+                settings = (*_told(run.config, compared[method]), *_cleaned_on(run, start, sizes))
+            found.setdefault((run.pretrain_objective, place, varied, method, settings), []).append((run, own))
     ordered = sorted(found.items(), key=lambda item: _order(item[0]))
     return [Group(*kind, *zip(*members, strict=True)) for kind, members in ordered]
 
@@ -151,10 +163,11 @@ def _gone_on(runs: Sequence[Run]) -> set[Path]:
     return {start for start, times in steps.items() if times > 1}
 
 
-def _differing(flags: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
-    """The flags that others have with another value, in words; an unknown model is another one than the known."""
-    told = [k for k, v in flags.items() if any(o.get(k, None if k == "folder" else v) != v for o in alike)]
-    return ", ".join(_told(key, flags[key]) for key in told)
+def _differing(flags: dict[str, Any], alike: Sequence[dict[str, Any]]) -> Settings:
+    """The flags that others have with another value; an unknown model is another one than the known."""
+    return _told(
+        flags, (k for k, v in flags.items() if any(o.get(k, None if k == "folder" else v) != v for o in alike))
+    )
 
 
 def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -174,16 +187,26 @@ def _compared(alike: Sequence[Run]) -> list[str]:
     return [flag for flag, found in values.items() if 1 < len(set(found)) <= most[flag]]
 
 
-def _told(flag: str, value: Any) -> str:
-    return f"{flag.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{flag.replace('_', ' ')} {value}"
+def _told(flags: Mapping[str, Any], names: Iterable[str]) -> Settings:
+    """Those of the flags that have one of the names."""
+    known = [(name, flags[name]) for name in names if name in flags]
+    shown = [(name, f"{value:g}" if isinstance(value, float) else value) for name, value in known]
+    return tuple((name, f"{name.replace('_', ' ')} {value}") for name, value in shown)
 
 
-def _cleaned_on(run: Run, start: dict[str, Any] | None, sizes: set[int]) -> list[str]:
+def _in_words(settings: Settings) -> str:
+    return ", ".join(words for _, words in settings)
+
+
+def _cleaned_on(run: Run, start: dict[str, Any] | None, sizes: set[int]) -> Settings:
     """What sets a cleaning set apart: its size among `sizes`, other data than the pre-training's, poison left in it."""
-    words = [f"{_size(run):,} pairs"] if len(sizes) > 1 else []
-    words += [f"of {_data(run.recorded)}"] if start and _data(start) != _data(run.recorded) else []
     left = run.config.get("poison_left")
-    return words + ([f"{left:,} poisoned pairs left"] if left else [])
+    words = {
+        "rows": f"{_size(run):,} pairs" if len(sizes) > 1 else "",
+        "data": f"of {_data(run.recorded)}" if start and _data(start) != _data(run.recorded) else "",
+        "poison_left": f"{left:,} poisoned pairs left" if left else "",
+    }
+    return tuple((name, said) for name, said in words.items() if said)
 
 
 def _size(run: Run) -> int:
@@ -195,9 +218,9 @@ def _data(recorded: dict[str, Any]) -> str:
 
 
 def _order(key: Kind) -> tuple:
-    objective, place, variant, method = key
+    objective, place, *rest = key
     order = list(OBJECTIVES)
-    return place, order.index(objective) if objective in order else len(order), objective, variant, method
+    return place, order.index(objective) if objective in order else len(order), objective, *rest
 
 
 FEW = 3  # values that are told apart even if each is in one run only

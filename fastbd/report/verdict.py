@@ -1,7 +1,7 @@
 """What a study shows, by rule: does what cleaning keeps depend on what the study varies?
 
 Rows that differ in one thing alone are compared: in the pre-training objective where a method has cleaned models of two
-of them, else in whatever the study varies (AXES). Each model's share of accuracy kept is the best top-1 at ASR <= 5 %
+of them, else in whatever the study varies (axes). Each model's share of accuracy kept is the best top-1 at ASR <= 5 %
 over the top-1 before cleaning, 0 where no evaluation is within 5 %. The difference of the means of two rows has Welch's
 95 % interval over pre-trained models (seeds). The study
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal, NamedTuple
 
 from fastbd.base.evaluation import Evaluation, measures_asr
@@ -24,7 +25,7 @@ from fastbd.base.stats import Estimate, difference
 from fastbd.base.tradeoff import CEILINGS, LANDED, is_near_chance
 from fastbd.report.chance import chance
 from fastbd.report.format import share
-from fastbd.report.groups import Group, apart
+from fastbd.report.groups import Group, Settings, apart
 from fastbd.report.tables import Row
 
 Verdict = Literal["shows", "does not show", "cannot tell"]
@@ -53,28 +54,48 @@ class Axis(NamedTuple):
     """What a group has of it."""
     same: Callable[[Group], tuple]
     """What two groups must have in common to be compared in it."""
-
-
-def _method(group: Group) -> str:
-    """Return the group's method without its settings."""
-    return group.method.partition(", ")[0]
+    method: Callable[[Group], str] = lambda g: g.method
+    """The cleaning of two such groups, with the settings that both have; empty where they have two methods."""
 
 
 OBJECTIVE = Axis("pre-training", lambda g: g.objective, lambda g: (g.place, g.method))
-SETTINGS = Axis("settings of the cleaning", lambda g: g.method, lambda g: (g.objective, g.place, g.variant, _method(g)))
-METHOD = Axis("cleaning method", _method, lambda g: (g.objective, g.place, g.variant))
+METHOD = Axis("cleaning method", lambda g: g.cleaning, lambda g: (g.objective, g.place, g.variant), lambda g: "")
 PLACES = (
     Axis("architecture", lambda g: g.place[0], lambda g: (g.objective, g.place[1:], g.variant, g.method)),
     Axis("training data", lambda g: g.place[1], lambda g: (g.objective, g.place[::2], g.variant, g.method)),
     Axis("attack", lambda g: g.place[2], lambda g: (g.objective, g.place[:2], g.variant, g.method)),
 )
-AXES = (
-    OBJECTIVE,
-    *PLACES,
-    Axis("settings of the pre-training", lambda g: g.variant, lambda g: (g.objective, g.place, g.method)),
-    SETTINGS,
-    METHOD,
-)
+
+
+def _of_pretraining(flag: str) -> Axis:
+    return Axis(
+        "settings of the pre-training",
+        lambda g: dict(g.varied).get(flag, ""),
+        lambda g: (g.objective, g.place, _without(flag, g.varied), g.method),
+    )
+
+
+def _of_cleaning(flag: str) -> Axis:
+    return Axis(
+        "settings of the cleaning",
+        lambda g: dict(g.settings).get(flag, ""),
+        lambda g: (g.objective, g.place, g.variant, g.cleaning, _without(flag, g.settings)),
+        lambda g: ", ".join([g.cleaning, *(words for _, words in _without(flag, g.settings))]),
+    )
+
+
+def _without(flag: str, settings: Settings) -> Settings:
+    return tuple(told for told in settings if told[0] != flag)
+
+
+def axes(groups: Sequence[Group]) -> list[Axis]:
+    """Return what the groups can differ in besides the objective, each setting by itself."""
+    varied, settings = ({flag: None for g in groups for flag, _ in of(g)} for of in (VARIED, SETTINGS))
+    return [*PLACES, *map(_of_pretraining, varied), *map(_of_cleaning, settings), METHOD]
+
+
+ACROSS = (OBJECTIVE, METHOD)  # of two objectives, or methods, each has settings of its own
+VARIED, SETTINGS = attrgetter("varied"), attrgetter("settings")
 
 
 @dataclass(frozen=True)
@@ -92,31 +113,32 @@ class Comparison:
 
     @property
     def method(self) -> str:
-        """The cleaning method of both, with the settings that both have; empty where they have two methods."""
-        if self.axis is METHOD:
-            return ""
-        return _method(self.base.group) if self.axis is SETTINGS else self.base.group.method
+        """The cleaning of both, with the settings that both have; empty where they have two methods."""
+        return self.axis.method(self.base.group)
 
     @property
     def names(self) -> tuple[str, str]:
         """What sets the two sides apart, in words."""
+        groups = self.base.group, self.other.group
         if self.axis is OBJECTIVE:
-            return self.base.group.model, self.other.group.model
-        if self.axis is METHOD:
-            return self.base.group.method, self.other.group.method
-        base, other = self.axis.level(self.base.group), self.axis.level(self.other.group)
-        return apart(base, (base, other)) or base, apart(other, (base, other)) or other
+            base, other = (group.model for group in groups)
+        elif self.axis is METHOD:
+            base, other = (group.method for group in groups)
+        else:
+            levels = [self.axis.level(group) for group in groups]
+            base, other = (apart(own, levels) or own or group.method for own, group in zip(levels, groups, strict=True))
+        return base, other
 
 
 def comparisons(table: Sequence[Row]) -> list[Comparison]:
-    """Return the pairs of rows that differ in one thing alone, in the order of AXES.
+    """Return the pairs of rows that differ in one thing alone, in the order of axes().
 
     Objectives come alone, as they are the question where a study has several. On each axis the first level is compared
     with the others: MMCL among objectives, CleanCLIP among methods, else that which sorts first.
     """
     rows = [row for row in table if row.group.method and row.best[0].kept]
     objectives = _along(OBJECTIVE, rows)
-    return objectives or [pair for axis in AXES[1:] for pair in _along(axis, rows)]
+    return objectives or [pair for axis in axes([row.group for row in rows]) for pair in _along(axis, rows)]
 
 
 def _along(axis: Axis, rows: Sequence[Row]) -> list[Comparison]:
@@ -127,8 +149,15 @@ def _along(axis: Axis, rows: Sequence[Row]) -> list[Comparison]:
     for some in alike.values():
         first, *others = sorted({axis.level(row.group) for row in some}, key=_order)
         levels = {level: [row for row in some if axis.level(row.group) == level] for level in (first, *others)}
-        found += [_compare(axis, a, b) for level in others for a in levels[first] for b in levels[level]]
-    return sorted(found, key=lambda pair: _method(pair.base.group) != PAPERS)  # the paper's question first
+        pairs = ((a, b) for level in others for a in levels[first] for b in levels[level])
+        found += [_compare(axis, a, b) for a, b in pairs if _told_alike(a.group, b.group) or axis not in ACROSS]
+    return sorted(found, key=lambda pair: pair.base.group.cleaning != PAPERS)  # the paper's question first
+
+
+def _told_alike(one: Group, other: Group) -> bool:
+    """Return whether no setting that both tell, of the pre-training or of the cleaning, has two values."""
+    told = ((dict(of(one)), dict(of(other))) for of in (VARIED, SETTINGS))
+    return all(ours[flag] == theirs[flag] for ours, theirs in told for flag in ours.keys() & theirs.keys())
 
 
 def _order(level: str) -> tuple:

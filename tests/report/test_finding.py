@@ -92,7 +92,7 @@ def cleanings(write_run, evaluation, tmp_path):
                 for made in [start] if not start.exists() else []:
                     attacked(write_run(made, pre, [], []), size)
                 rows = [evaluation(0, 0, before / 100, 0.99), evaluation(10, 1, top1 / 100, asr / 100)]
-                rows = [row | {"n_classes": classes} for row in rows]
+                rows = [row | ({"n_classes": classes} if classes else {}) for row in rows]
                 config = pre | {"verb": "clean", "method": "par", "start": str(start)}
                 config |= {"config": {"seed": seed, "lr": 1e-4} | settings}
                 attacked(write_run(tmp_path / f"clean{k}-{seed}", config, rows, []), size)
@@ -124,6 +124,36 @@ def test_settings_of_a_method_are_compared_by_name(cleanings):
     (pair,) = comparisons(cleanings([(plain, GOOD), (pushed, POOR)]))
     assert (pair.axis.name, pair.method, pair.names) == ("settings of the cleaning", "PAR", ("tau 0", "tau 2.15"))
     assert pair.verdict == "shows"
+
+
+def test_of_two_settings_each_is_compared_by_itself(cleanings):
+    crossed = [(tau, gate) for tau in (0.0, 2.15) for gate in ("batch", "sample")]
+    rows = cleanings([((16, {"tau": tau, "gate": gate}, 50, 20), GOOD) for tau, gate in crossed])
+    pairs = comparisons(rows)
+    assert [(pair.method, *pair.names) for pair in pairs] == [
+        ("PAR, tau 0", "gate batch", "gate sample"),
+        ("PAR, tau 2.15", "gate batch", "gate sample"),
+        ("PAR, gate batch", "tau 0", "tau 2.15"),
+        ("PAR, gate sample", "tau 0", "tau 2.15"),
+    ]
+    assert "what PAR, tau 0 keeps after MMCL depends on the settings of the cleaning" in paragraphs(rows)[0][0]
+
+
+def test_settings_that_differ_in_two_are_not_compared(cleanings):
+    low, high = ((16, {"tau": tau, "gate": gate}, 50, 20) for tau, gate in ((0.0, "batch"), (2.15, "sample")))
+    assert comparisons(cleanings([(low, GOOD), (high, POOR)])) == []
+
+
+def test_objectives_are_compared_at_the_same_settings(write_run, evaluation, tmp_path):
+    for objective in ("mmcl", "mmcl_ssl"):
+        for width in (1, 2):
+            pre = {"objective": objective, "pretrain_objective": objective, "config": {"width": width}}
+            start = write_run(tmp_path / f"{objective}{width}", pre, [], [])
+            rows = [evaluation(0, 0, 0.5, 0.99), evaluation(10, 1, 0.5, 0.01)]
+            config = pre | {"verb": "clean", "method": "par", "start": str(start), "config": {}}
+            write_run(tmp_path / f"{objective}{width}-c", config, rows, [])
+    pairs = comparisons(table(find([tmp_path])))
+    assert [pair.names for pair in pairs] == [(f"MMCL, width {n}", f"MMCL+SSL, width {n}") for n in (1, 2)]
 
 
 @pytest.mark.parametrize(
