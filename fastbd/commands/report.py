@@ -117,11 +117,11 @@ def table_1(table: Sequence[tables.Row]) -> Table:
         "lr",
     )
     caption = "In %. Top-1, ASR: before cleaning; ASR≤: best top-1 at most at that ASR; Kept: the first as a"
-    caption += " share of top-1 before; lr: the rates that reached it."
+    caption += " share of top-1 before, 0 where none; lr: the rates that reached it."
     shown = Table(*columns, box=box.SIMPLE, collapse_padding=True, caption=caption)
     for row in table:
         strict, loose = row.best
-        numbers = [row.top1, row.asr, strict.top1, loose.top1, strict.kept if strict.reached else None]
+        numbers = [row.top1, row.asr, strict.top1, loose.top1, strict.kept]
         place = place_of(row.group, [other.group for other in table])
         shown.add_row(
             escape(row.group.model + (f" ({place})" if place else "")),

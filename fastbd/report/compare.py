@@ -153,7 +153,7 @@ def _line(model: str, method: str, study: str, numbers: Iterable[Cell]) -> Line:
 
 def _numbers(row: Row) -> list[Estimate | None]:
     strict, loose = row.best
-    return [row.top1, row.asr, strict.top1, strict.kept if strict.reached else None, loose.top1, row.area]
+    return [row.top1, row.asr, strict.top1, strict.kept, loose.top1, row.area]
 
 
 def difference(first: Estimate | None, second: Estimate | None) -> str:

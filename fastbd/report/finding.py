@@ -17,6 +17,7 @@ from fastbd.report.verdict import (
     Comparison,
     comparisons,
     landed,
+    landings,
     near_chance,
 )
 
@@ -44,6 +45,9 @@ def told(row: Row, where: str = "") -> str:
     if row.lowest is None or best.kept is None:
         return f"{where}: no evaluation yet."
     if not landed(row):
+        did, measured = landings(row)
+        if did:
+            return f"{where} the backdoor had landed with {did} of {measured} seeds, so a mean over them shows nothing."
         return f"{where} the backdoor had not landed, so there was nothing to remove."
     if weak := near_chance(row):
         return f"{where} the accuracy before cleaning was {weak}, so there was nothing to keep."

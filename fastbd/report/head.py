@@ -12,7 +12,7 @@ from fastbd.base.console import duration
 from fastbd.base.errors import UserError
 from fastbd.base.files import read_json
 from fastbd.base.run_folder import Run, study_folder_of
-from fastbd.report.tables import device, seconds
+from fastbd.report.tables import cores, device, seconds
 
 TITLE = "Backdoor cleaning report"
 QUESTION = "Can the backdoor be cleaned out of a CLIP model, and does that depend on its pre-training objective?"
@@ -80,8 +80,8 @@ def _machines(runs: Sequence[Run]) -> str:
 
 def _machine(run: Run) -> str:
     """The devices of a run, and what they are in."""
-    name, many, cores = device(run), run.result.get("devices", 1), run.env.get("cpu_cores")
-    of = f", {cores} cores" if cores else ""
+    name, many, used = device(run), run.result.get("devices", 1), cores(run)
+    of = f", {used}" if used else ""
     return (name + of if name == "CPU" else f"{many} x {name}") + f", torch {run.env.get('torch', '?')}"
 
 

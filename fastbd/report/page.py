@@ -11,7 +11,7 @@ from typing import Any
 from fastbd.base.console import duration
 from fastbd.base.evaluation import Evaluation
 from fastbd.base.run_folder import Run, objective_name
-from fastbd.base.tradeoff import CEILINGS, LANDED
+from fastbd.base.tradeoff import CEILINGS
 from fastbd.config.cards import facts, is_outside, short
 from fastbd.config.fields import marked
 from fastbd.config.flags import TRAINING
@@ -94,7 +94,11 @@ def told(row: Row, table: Sequence[Row]) -> str:
     if row.top1 is None or row.asr is None:
         return f"{name}: no ASR was measured before cleaning, so there is nothing to say about a backdoor."
     state = f"top-1 {share(row.top1.mean)}, ASR {share(row.asr.mean)}"
-    if row.asr.mean < LANDED:
+    if not verdict.landed(row):
+        did, measured = verdict.landings(row)
+        if did:
+            some = f"landed with {did} of {measured} seeds of the pre-training"
+            return f"{name}: the attack {some} (means before cleaning: {state}), so a mean over them shows nothing."
         return f"{name}: the attack never landed ({state} before cleaning), so cleaning this model shows nothing."
     if not row.group.method:
         return f"{name}: backdoored ({state}), and not cleaned in these runs."
@@ -144,7 +148,7 @@ def cells(row: Row, place: str = "") -> list[Cell]:
         estimate(row.top1),
         estimate(row.asr),
         estimate(strict.top1),
-        estimate(strict.kept) if strict.reached else MISSING,
+        estimate(strict.kept),
         (f"{strict.reached} of {row.replicates}", _rates(strict) or _rate_of_lowest(row)) if group.method else MISSING,
         estimate(loose.top1),
         estimate(row.area),
@@ -344,13 +348,13 @@ def views_of(run: Run) -> tuple[str, str]:
 
 
 def _costs(runs: Sequence[Run]) -> list[Line]:
-    cores = sorted({run.env["cpu_cores"] for run in runs if run.env.get("cpu_cores") and tables.device(run) == "CPU"})
-    of = f", {' or '.join(map(str, cores))} cores" if cores else ""
+    used = sorted({tables.cores(run) for run in runs if tables.device(run) == "CPU"} - {""})
+    of = f", {' or '.join(used)}" if used else ""
     return [_cost(objective_name(objective), part, cost, of) for objective, part, cost in tables.costs(runs)]
 
 
 def _cost(objective: str, part: str, cost: tables.Cost, cores: str) -> Line:
-    """`cores`: of the machines without a GPU, in words."""
+    """`cores`: those that runs without a GPU used, in words."""
     took = f"{'about ' if cost.estimated else ''}{duration(3600 * cost.hours)}"
     return {
         "Pre-training": objective,
@@ -376,7 +380,7 @@ def _peer(any_point: published.Point, kinds: Mapping[str, published.Point]) -> L
     method, _, loss = any_point["cleaning"].partition("_")
     left = f", {any_point['poison_left']} poisoned pairs left" if any_point["poison_left"] != "0" else ""
     start, best = kinds["start"], kinds.get("best_asr_5")
-    kept = float(best["top1"]) / float(start["top1"]) if best and best["top1"] else None
+    kept = float(best["top1"] or 0) / float(start["top1"]) if best else None
     trained = f"{any_point['data']}, {any_point['architecture']}, {any_point['attack']}"
     cleaned = facts("method", method).title + (f" ({objective_name(loss)})" if loss else "")
     return {

@@ -221,6 +221,18 @@ def device(run: Run) -> str:
     return run.result.get("device") or run.env.get("gpu") or "CPU"
 
 
+def cores(run: Run) -> str:
+    """Return how many of its machine's cores a run used, in words; empty where that was not recorded.
+
+    A run of several processes on CPUs has as many times the threads of each.
+    """
+    there, threads = run.env.get("cpu_cores"), run.env.get("threads")
+    if not there:
+        return ""
+    used = min(there, threads * run.result.get("devices", 1)) if threads else there
+    return f"{used} of {there} cores" if used < there else f"{there} core{'s' * (there != 1)}"
+
+
 def speed(run: Run, key: str) -> float | None:
     """Median of a number of the log, such as pairs_per_s."""
     values = [line[key] for line in run.log if line.get(key) is not None]

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal, NamedTuple
 
-from fastbd.base.evaluation import Evaluation, measures_asr
+from fastbd.base.evaluation import RecordedEvaluation, measures_asr
+from fastbd.base.run_folder import Run
 from fastbd.base.stats import Estimate, difference
 from fastbd.base.tradeoff import CEILINGS, LANDED, is_near_chance
 from fastbd.report.chance import chance
@@ -174,10 +175,10 @@ def _compare(axis: Axis, base: Row, other: Row) -> Comparison:
 
 def _judged(axis: Axis, base: Row, other: Row, found: Estimate) -> tuple[Verdict, str]:
     rows = (base, other)
-    if any(not landed(row) for row in rows):
-        return "cannot tell", f"the backdoor had not landed in {_names(row for row in rows if not landed(row))}"
-    if weak := [row for row in rows if near_chance(row) is not None]:
-        return "cannot tell", f"before cleaning the accuracy was near chance in {_names(weak)}"
+    if failed := [row.group.model + _seeds_without(row) for row in rows if not landed(row)]:
+        return "cannot tell", f"the backdoor had not landed in {_joined(failed)}"
+    if weak := [row.group.model for row in rows if near_chance(row) is not None]:
+        return "cannot tell", f"before cleaning the accuracy was near chance in {_joined(weak)}"
     if min(base.models, other.models) < 2:
         return "cannot tell", "with one pre-trained model on a side nothing can be said about others"
     if not base.best[0].reached and not other.best[0].reached:
@@ -190,14 +191,26 @@ def _judged(axis: Axis, base: Row, other: Row, found: Estimate) -> tuple[Verdict
     return "cannot tell", "the seeds differ too much to say"
 
 
-def _names(rows: Iterable[Row]) -> str:
-    return " and ".join(dict.fromkeys(row.group.model for row in rows))
+def _joined(names: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(names))
+
+
+def _seeds_without(row: Row) -> str:
+    """Return with how many seeds the backdoor had not landed, where it had with others."""
+    did, measured = landings(row)
+    return f" (with {measured - did} of {measured} seeds)" if did else ""
 
 
 def landed(row: Row) -> bool:
     """Return whether the backdoor had landed in every model of the row before it was cleaned."""
-    before = [e for e in _before(row) if measures_asr(e)]
-    return bool(before) and min(e["asr"] for e in before) >= LANDED
+    did, measured = landings(row)
+    return 0 < did == measured
+
+
+def landings(row: Row) -> tuple[int, int]:
+    """Return in how many models of the row the backdoor had landed, and in how many ASR was measured."""
+    asr = {run.model: e["asr"] for run, e in _before(row) if measures_asr(e)}
+    return sum(value >= LANDED for value in asr.values()), len(asr)
 
 
 def near_chance(row: Row) -> str | None:
@@ -205,13 +218,13 @@ def near_chance(row: Row) -> str | None:
     guess = chance(e for run in row.group.runs for e in run.metrics)
     if guess is None:
         return None
-    least = min((e.get("top1_low", e["top1"]) for e in _before(row) if "top1" in e), default=1.0)
+    least = min((e.get("top1_low", e["top1"]) for _, e in _before(row) if "top1" in e), default=1.0)
     return f"near chance, which is {share(guess)}" if is_near_chance(least, guess) else None
 
 
-def _before(row: Row) -> list[Evaluation]:
-    """Return the evaluations of the row's models before cleaning; of pre-trainings those of the end."""
+def _before(row: Row) -> list[tuple[Run, RecordedEvaluation]]:
+    """Return the row's runs with the evaluation of their model before cleaning; of pre-trainings that of the end."""
     runs = row.group.runs
     if row.group.method:
-        return [run.before for run in runs if run.before]
-    return [run.metrics[-1] for run in runs if run.metrics]
+        return [(run, run.before) for run in runs if run.before]
+    return [(run, e) for run in runs for e in (run.attacks or run.metrics)[-1:]]

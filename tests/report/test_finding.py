@@ -72,6 +72,15 @@ def test_a_backdoor_that_had_not_landed_says_nothing(compared):
     assert "came down" not in ground and "After MMCL the backdoor had not landed" in ground
 
 
+def test_a_backdoor_that_landed_with_some_seeds_is_said_so(compared, tmp_path):
+    compared(GOOD, POOR)
+    failed = tmp_path / "mmcl1-cleanclip" / "metrics.jsonl"
+    failed.write_text(failed.read_text().replace('"asr": 0.99', '"asr": 0.2'))
+    ((claim, ground),) = paragraphs(table(find([tmp_path])))
+    assert "the backdoor had not landed in MMCL (with 1 of 3 seeds)" in claim
+    assert "After MMCL the backdoor had landed with 2 of 3 seeds, so a mean over them shows nothing." in ground
+
+
 def test_one_seed_points_nowhere(compared):
     ((claim, ground),) = paragraphs(compared(GOOD[:1], POOR[:1]))
     assert "cannot tell" in claim and "direction" not in ground and "published" not in ground

@@ -47,3 +47,20 @@ def test_a_damaged_study_is_named(text, write_run, evaluation, tmp_path):
     write_run(tmp_path / "runs" / "a", config, [evaluation(0, 0, 0.5, 0.9)], [])
     with pytest.raises(UserError, match=rf"{re.escape(str(path))} is damaged.*: put a copy of it back\.$"):
         head(find([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    ("env", "devices", "told"),
+    [
+        ({"cpu_cores": 2, "threads": 1}, 1, "CPU, 1 of 2 cores, torch"),
+        ({"cpu_cores": 8, "threads": 2}, 3, "CPU, 6 of 8 cores, torch"),
+        ({"cpu_cores": 2, "threads": 2}, 1, "CPU, 2 cores, torch"),
+        ({"cpu_cores": 2}, 1, "CPU, 2 cores, torch"),
+        ({}, 1, "CPU, torch"),
+    ],
+)
+def test_the_cores_that_were_used_are_told(env, devices, told, write_run, evaluation, tmp_path):
+    config = {"objective": "mmcl", "pretrain_objective": "mmcl"}
+    folder = write_run(tmp_path / "a", config, [evaluation(0, 0, 0.5, 0.9)], [], {"seconds": 1.0, "devices": devices})
+    (folder / "env.json").write_text(json.dumps({"torch": "2.13.0", **env}))
+    assert dict(head(find([tmp_path]))["facts"])["On"].startswith(told)

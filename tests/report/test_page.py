@@ -13,7 +13,7 @@ from pages import Page
 import fastbd.report
 from fastbd.base.console import duration
 from fastbd.base.run_folder import find
-from fastbd.report import compare, write
+from fastbd.report import compare, export, write
 from fastbd.report.format import percent, rate, share
 from fastbd.report.page import TABLE_1, cells, page, rates, statistics_of, told
 from fastbd.report.render import render
@@ -239,9 +239,36 @@ def test_what_is_said_of_a_model_by_itself(write_run, evaluation, tmp_path):
     assert "no ASR was measured before cleaning" in said("blind", evaluation(0, 0, 0.5), evaluation(9, 1, 0.5))
 
 
+def test_of_an_attack_that_landed_with_some_seeds_it_is_said_with_how_many(write_run, evaluation, tmp_path):
+    for seed, asr in enumerate((0.99, 0.1, 0.2)):
+        pre = {"objective": "mmcl", "pretrain_objective": "mmcl", "config": {"seed": seed}}
+        start = write_run(tmp_path / f"s{seed}", pre, [evaluation(9, 1, 0.5, asr)], [])
+        if seed < 2:
+            rows = [evaluation(0, 0, 0.5, asr), evaluation(9, 1, 0.5, 0.01)]
+            clean_run(write_run, tmp_path / f"c{seed}", *rows, method="par", start=str(start))
+    rows = table(find([tmp_path]))
+    assert "MMCL: the attack landed with 1 of 2 seeds of the pre-training (means before cleaning" in told(
+        rows[-1], rows
+    )
+    only = table(find([tmp_path / f"s{seed}" for seed in range(3)]))
+    assert "the attack landed with 1 of 3 seeds of the pre-training" in told(only[0], only)
+
+
 def test_pretrained_only(fake_runs):
     rows = table(find([fake_runs / "mmcl"]))
     assert "not cleaned in these runs" in told(rows[0], rows)
+
+
+def test_where_no_seed_came_down_nothing_was_kept_in_every_table(fake_runs):
+    """MMCL+SSL is never within 5 %: 0 kept by the rule of the verdicts, on the page as in table.csv."""
+    runs = find([fake_runs])
+    row = table(runs)[2]
+    assert row.best[0].reached == 0
+    shown = dict(zip(TABLE_1, cells(row), strict=True))
+    assert shown["Accuracy kept"] == ("0.0%", "") and shown["Reached by, with"][0] == "0 of 1"
+    assert export.table_rows(runs)[2]["kept_at_asr_5"] == 0
+    compared = compare.lines(compare.sides(("one", "other"), runs, runs))
+    assert {line["Accuracy kept"] for line in compared[6:8]} == {("0.0%", "")}
 
 
 def test_cells(fake_runs):
