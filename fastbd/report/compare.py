@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastbd.base.run_folder import SET, Run, method_name, objective_name
+from fastbd.base.run_folder import Run, method_name, objective_name
 from fastbd.base.stats import Estimate
-from fastbd.report import plots
+from fastbd.report import export, plots
 from fastbd.report.alt import alts
-from fastbd.report.format import MINUS, MISSING, Cell, Line, estimate, number
+from fastbd.report.format import MINUS, MISSING, Cell, Line, estimate, number, share
 from fastbd.report.groups import HARMLESS, SEARCHED, Group
+from fastbd.report.head import head
 from fastbd.report.page import TABLE_1
 from fastbd.report.render import embedded, render
 from fastbd.report.tables import Row, table
+from fastbd.report.verdict import guessing, near_chance, unfit
 from fastbd.report.write import PAGE, save
 
 Pair = tuple[Row | None, Row | None]
@@ -52,21 +54,35 @@ class Sides:
         return all(each.setting != EVALUATED for each in self.differences)
 
 
-def write(names: tuple[str, str], first: Sequence[Run], second: Sequence[Run], folder: Path) -> Sides:
-    """Write the page and the scatter of both into the folder; returns what the page says."""
-    figure = plots.laid_out(plots.beside(dict(zip(names, (first, second), strict=True))))
+def write(
+    names: tuple[str, str], first: Sequence[Run], second: Sequence[Run], folder: Path, kind: str = "csv"
+) -> Sides:
+    """Write the page, the scatter of both and the table as `kind` into the folder; returns what the page says."""
+    runs = dict(zip(names, (first, second), strict=True))
+    figure = plots.laid_out(plots.beside(runs))
     image, compared = plots.png(figure), sides(names, first, second)
     content = {"figures/compare.png": image, "figures/compare.svg": plots.svg(figure)}
-    seen = " ".join(f"{name}: {alts(runs)['scatter']}" for name, runs in zip(names, (first, second), strict=True))
-    save({**content, PAGE: page(compared, image, seen).encode()}, folder)
+    content[f"tables/compared.{kind}"] = export.WRITERS[kind](rows(compared))
+    seen = " ".join(f"{name}: {alts(some)['scatter']}" for name, some in runs.items())
+    heads = {name: head(some) for name, some in runs.items()}
+    save({**content, PAGE: page(compared, image, seen, heads, list(content)).encode()}, folder)
     return compared
 
 
-def page(compared: Sides, image: bytes, seen: str) -> str:
-    """Return the whole page. `image`: the PNG file of the scatter of both; `seen`: what is seen in it."""
+def page(
+    compared: Sides, image: bytes, seen: str, heads: Mapping[str, Mapping[str, Any]], files: Sequence[str] = ()
+) -> str:
+    """Return the whole page.
+
+    `image`: the PNG file of the scatter of both; `seen`: what is seen in it. `heads`: the head of each study's own
+    report, by name. `files`: what else is in the folder, by its name there.
+    """
     return render(
         "compare.html.j2",
         title=" against ".join(compared.names),
+        heads=heads,
+        files=[name for name in files if name.startswith("tables/")],
+        unjudged=unjudged(compared),
         differences=[
             {"Setting": each.setting, compared.names[0]: each.first, compared.names[1]: each.second}
             for each in compared.differences
@@ -126,7 +142,17 @@ def told(compared: Sides) -> list[str]:
     differ = [f"{each.setting}: {each.first} in {first}, {each.second} in {second}" for each in compared.differences]
     apart = [] if compared.measured_alike else ["No differences: measured on different images, classes or templates."]
     same = [f"The same in both: {'; '.join(compared.same)}."] if compared.same else []
-    return [*differ, *same, *apart]
+    return [*differ, *same, *apart, *unjudged(compared)]
+
+
+def unjudged(compared: Sides) -> list[str]:
+    """Return, for each reason, which models were unfit to tell anything of cleaning, so that nothing is subtracted."""
+    found: dict[str, dict[str, None]] = {}
+    for pair in compared.pairs:
+        for name, row in zip(compared.names, pair, strict=True):
+            if row and (why := unfit(row)):
+                found.setdefault(why, {})[f"{row.group.model} in {name}"] = None
+    return [f"No differences where before cleaning {why}: {'; '.join(models)}." for why, models in found.items()]
 
 
 def lines(compared: Sides) -> list[Line]:
@@ -134,21 +160,53 @@ def lines(compared: Sides) -> list[Line]:
     return [line for pair in compared.pairs for line in _lines(compared, pair)]
 
 
+def rows(compared: Sides) -> export.Rows:
+    """Return the table as rows of table.csv: those of a pair have its number, and why they are not to be subtracted."""
+    return [
+        {
+            "pair": number,
+            "study": name,
+            **export.table_row(row),
+            "guessing": guessing(row),
+            "not_judged": unfit(row) or None,
+        }
+        for number, pair in enumerate(compared.pairs, 1)
+        for name, row in zip(compared.names, pair, strict=True)
+        if row
+    ]
+
+
 def _lines(compared: Sides, pair: Pair) -> list[Line]:
     shown = [
-        _line(row.group.model, row.group.method or "not cleaned", name, map(estimate, _numbers(row)))
+        _line(
+            (row.group.model, "near chance" if near_chance(row) else ""),
+            row.group.method or "not cleaned",
+            name,
+            _guess(row),
+            map(estimate, _numbers(row)),
+        )
         for name, row in zip(compared.names, pair, strict=True)
         if row
     ]
     first, second = pair
-    if first and second and compared.measured_alike:
+    if first and second and compared.measured_alike and not (unfit(first) or unfit(second)):
         both = zip(_numbers(first), _numbers(second), strict=True)
-        shown.append(_line("", "", "difference", (difference(*numbers) for numbers in both)))
+        shown.append(_line("", "", "difference", "", (difference(*numbers) for numbers in both)))
     return shown
 
 
-def _line(model: str, method: str, study: str, numbers: Iterable[Cell]) -> Line:
-    return {"Pre-training": model, "Cleaning": method, "Study": study, **dict(zip(NUMBERS, numbers, strict=True))}
+def _model(row: Row) -> Cell:
+    return row.group.model, "near chance" if near_chance(row) else ""
+
+
+def _guess(row: Row) -> str:
+    guess = guessing(row)
+    return MISSING if guess is None else share(guess)
+
+
+def _line(model: Cell, method: str, study: str, guess: str, numbers: Iterable[Cell]) -> Line:
+    about = {"Pre-training": model, "Cleaning": method, "Study": study, "Guessing": guess}
+    return about | dict(zip(NUMBERS, numbers, strict=True))
 
 
 def _numbers(row: Row) -> list[Estimate | None]:
@@ -189,7 +247,12 @@ def _settings(group: Group) -> Values:
 def _evaluated(run: Run) -> str:
     """Return the name of the set that the run was evaluated on, with what tells it from others of that name."""
     last = next((e for e in reversed(run.metrics) if "top1" in e), None)
-    return ", ".join(str(value) for key in SET if (value := last.get(key))) if last else "nothing"
+    if last is None:
+        return "nothing"
+    told = {"hash of the images": "content", "class names": "class_list", "prompt templates": "templates"}
+    own = {"the data's": "those in the data set"}
+    known = [f"{name}: {own.get(value, value)}" for name, key in told.items() if (value := last.get(key))]
+    return f"data set {last['set']}" + (f" ({'; '.join(known)})" if known else "")
 
 
 def _joined(settings: Iterable[Values]) -> dict[str, frozenset[str]]:
@@ -226,6 +289,8 @@ def _plain(flag: str) -> str:
 
 
 def _value(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "not set", False: "no", True: "yes"}[value]
     return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 

@@ -76,33 +76,33 @@ def _alike(values: list[Any]) -> list[Any]:
 
 def table_rows(runs: Sequence[Run]) -> Rows:
     """Table 1: shares are fractions."""
-    rows = []
-    for row in tables.table(runs):
-        group = row.group
-        line = {
-            **_place(group.place),
-            "pretrain_objective": group.objective,
-            "variant": group.variant,
-            "cleaning": group.method,
-            "runs": len(group.runs),
-            "seeds": row.replicates,
-            "models": row.models,
-            **_ends("top1_before", row.top1),
-            **_ends("asr_before", row.asr),
+    return [table_row(row) for row in tables.table(runs)]
+
+
+def table_row(row: tables.Row) -> dict[str, Any]:
+    """A row of table 1."""
+    group = row.group
+    line = {
+        **_place(group.place),
+        "pretrain_objective": group.objective,
+        "variant": group.variant,
+        "cleaning": group.method,
+        "runs": len(group.runs),
+        "seeds": row.replicates,
+        "models": row.models,
+        **_ends("top1_before", row.top1),
+        **_ends("asr_before", row.asr),
+    }
+    for ceiling, best in zip(tables.CEILINGS, row.best, strict=True):
+        name = f"at_asr_{100 * ceiling:g}"
+        line |= {
+            **_ends(f"top1_{name}", best.top1),
+            **_ends(f"asr_{name}", best.asr),
+            **_ends(f"kept_{name}", best.kept),
+            f"seeds_{name}": best.reached,
         }
-        for ceiling, best in zip(tables.CEILINGS, row.best, strict=True):
-            name = f"at_asr_{100 * ceiling:g}"
-            line |= {
-                **_ends(f"top1_{name}", best.top1),
-                **_ends(f"asr_{name}", best.asr),
-                **_ends(f"kept_{name}", best.kept),
-                f"seeds_{name}": best.reached,
-            }
-            line[f"points_{name}"] = " ".join(
-                f"{run.id or run.name}@{e['step']}" for run, e in filter(None, best.points)
-            )
-        rows.append(line | _ends("area", row.area))
-    return rows
+        line[f"points_{name}"] = " ".join(f"{run.id or run.name}@{e['step']}" for run, e in filter(None, best.points))
+    return line | _ends("area", row.area)
 
 
 def run_rows(runs: Sequence[Run]) -> Rows:

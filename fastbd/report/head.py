@@ -19,12 +19,13 @@ QUESTION = "Can the backdoor be cleaned out of a CLIP model, and does that depen
 
 
 def head(runs: Sequence[Run]) -> dict[str, Any]:
-    """{title, question, facts}: of the study that the cleanings are part of; facts are (name, text)."""
+    """{study, title, question, facts}: of the study that the cleanings are part of; facts are (name, text)."""
     studies = _studies([run for run in runs if run.verb == "clean"] or runs)
     title = ", ".join(filter(None, (study.get("name") for study in studies)))
     question = " ".join(filter(None, (study.get("about") for study in studies)))
     facts = {"Runs": _count(runs), "Made": _when(runs), "On": _machines(runs), "By": _versions(runs)}
     return {
+        "study": title,
         "title": f"{title}: {TITLE[0].lower()}{TITLE[1:]}" if title else TITLE,
         "question": question or QUESTION,
         "facts": [(name, text) for name, text in facts.items() if text],

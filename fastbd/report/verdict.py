@@ -213,9 +213,23 @@ def landings(row: Row) -> tuple[int, int]:
     return sum(value >= LANDED for value in asr.values()), len(asr)
 
 
+def unfit(row: Row) -> str:
+    """Return why nothing can be said of what cleaning does to the row's models; empty where something can."""
+    did, measured = landings(row)
+    if did < measured:
+        return f"the backdoor had not landed{_seeds_without(row)}"
+    weak = near_chance(row)
+    return f"the accuracy was {weak}" if weak else ""
+
+
+def guessing(row: Row) -> float | None:
+    """Return the top-1 of guessing among the row's classes; None where that is not known."""
+    return chance(e for run in row.group.runs for e in run.metrics)
+
+
 def near_chance(row: Row) -> str | None:
     """Return, in words, that some model of the row was hardly more accurate than guessing; None where none was."""
-    guess = chance(e for run in row.group.runs for e in run.metrics)
+    guess = guessing(row)
     if guess is None:
         return None
     least = min((e.get("top1_low", e["top1"]) for _, e in _before(row) if "top1" in e), default=1.0)

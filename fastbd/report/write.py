@@ -23,7 +23,7 @@ DRAWN = ("scatter", "methods", "trajectories", "curves", "compare")
 OWN = {
     INTERACTIVE,
     *(f"figures/{name}.{kind}" for name in DRAWN for kind in ("png", "svg")),
-    *(f"tables/{name}.{kind}" for name in export.TABLES for kind in export.WRITERS),
+    *(f"tables/{name}.{kind}" for name in (*export.TABLES, "compared") for kind in export.WRITERS),
 }
 """All that any report may have beside its page."""
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fastbd.base.run_folder import find
 from fastbd.commands.report import compared_rows
-from fastbd.report.compare import Difference, lines, sides, told
+from fastbd.report.compare import Difference, lines, rows, sides, told
 
 NAMES = ("one", "other")
 
@@ -105,5 +105,43 @@ def test_what_was_not_recorded_before_there_was_a_flag_is_known(study):
     assert set(compared.differences) == {
         Difference("schedule of MMCL pre-training", "exact", "shifted"),
         Difference("exempt of PAR", "vectors", "names"),
-        Difference("lr start of PAR", "null", "3e-05"),
+        Difference("lr start of PAR", "not set", "3e-05"),
     }
+
+
+def test_the_table_fits_80_columns_without_loss(study):
+    settings = {"tau": 2.15, "gate": "sample"}, {"tau": 0.0, "gate": "sample"}
+    runs = study("one", [(each, (40, 1)) for each in settings], n_classes=20)
+    compared = sides(("studies/a-rather-long-name", "other"), runs, runs)
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(compared_rows(compared))
+    said = shown.getvalue()
+    assert max(map(len, said.splitlines())) <= 80 and "\N{HORIZONTAL ELLIPSIS}" not in said
+    wide = next(line.index("Guess") for line in said.splitlines() if "Guess" in line)
+    first = "".join(line[:wide].strip() for line in said.splitlines()).replace(" ", "")
+    assert "MMCL:PAR,tau2.15" in first and "studies/a-rather-long-name" in first
+    assert ["other", "5.0", "50.0", "99.0", "40.0", "80.0", "40.0", "39.6"] in [
+        line.split() for line in said.splitlines()
+    ]
+    assert ["difference", *["0.0"] * 6] in [line.split() for line in said.splitlines()]
+
+
+def test_nothing_is_subtracted_of_models_near_chance_or_without_a_backdoor(study):
+    """Guessing among 20 classes gives 5 %; Wilson's interval of 9 % of 800 images goes from 7.2 %."""
+    one, other = (study(name, [({}, (8, 1))], top1=top1, n_classes=20) for name, top1 in (("one", 9), ("other", 50)))
+    compared = sides(NAMES, one, other)
+    assert [line["Study"] for line in lines(compared)] == ["one", "other"]
+    assert [line["Pre-training"] for line in lines(compared)] == [("MMCL", "near chance"), ("MMCL", "")]
+    assert {line["Guessing"] for line in lines(compared)} == {"5.0%"}
+    why = "the accuracy was near chance, which is 5.0%"
+    assert f"No differences where before cleaning {why}: MMCL in one." in told(compared)
+    assert [row["not_judged"] for row in rows(compared)] == [why, None] and rows(compared)[0]["guessing"] == 0.05
+
+
+def test_what_both_were_evaluated_on_is_told_in_words(study):
+    about = {"content": "65118faa3932f40d", "class_list": "the data's", "templates": "demo"}
+    compared = sides(NAMES, *(study(name, [({}, (40, 1))], **about) for name in NAMES))
+    assert compared.same[-1] == (
+        "evaluated on data set demo-val (hash of the images: 65118faa3932f40d; class names: those in the data set; "
+        "prompt templates: demo)"
+    )

@@ -15,6 +15,7 @@ from fastbd.base.console import duration
 from fastbd.base.run_folder import find
 from fastbd.report import compare, export, write
 from fastbd.report.format import percent, rate, share
+from fastbd.report.head import head
 from fastbd.report.page import TABLE_1, cells, page, rates, statistics_of, told
 from fastbd.report.render import render
 from fastbd.report.tables import table
@@ -195,7 +196,8 @@ def test_tags_in_what_a_user_names_stay_text(study_of_tags):
 
 def test_tags_in_the_names_of_two_studies_stay_text(study_of_tags):
     runs = find([study_of_tags])
-    text = compare.page(compare.sides((f"one {TAGS}", f"other {TAGS}"), runs, runs), b"scatter", "points")
+    compared = compare.sides((f"one {TAGS}", f"other {TAGS}"), runs, runs)
+    text = compare.page(compared, b"scatter", "points", {name: head(runs) for name in compared.names})
     checked = Page(text)
     title = f"one {TAGS} against other {TAGS}"
     assert title in checked.text and checked.alts == ["points"] and f"method {TAGS}" in checked.text
@@ -204,7 +206,7 @@ def test_tags_in_the_names_of_two_studies_stay_text(study_of_tags):
 
 def test_a_value_that_the_template_misses_is_an_error():
     with pytest.raises(UndefinedError, match="'rows' is undefined"):
-        render("compare.html.j2", title="one against other", scatter="", differences=[], same="")
+        render("compare.html.j2", title="one against other", heads={}, scatter="", differences=[], same="")
 
 
 def test_templates_are_installed():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import math
 import os
 import signal
@@ -110,13 +111,21 @@ def test_two_studies_side_by_side(fake_runs, large, tmp_path):
     out = tmp_path / "report"
     report.run(ReportConfig(compare=(fake_runs / "..", large), out=out))
     page = (out / "index.html").read_text()
-    assert names(out) == {"figures/compare.png", "figures/compare.svg", "index.html"}
+    assert names(out) == {"figures/compare.png", "figures/compare.svg", "tables/compared.csv", "index.html"}
+    whole = Page(page)
+    assert "2 pre-trainings, 8 cleanings" in whole.text and "6 pre-trainings, 144 cleanings" in whole.text
+    assert "tables/compared.csv" in whole.links
     compared = sides(("one", "other"), find([fake_runs]), find([large]))
+    with (out / "tables/compared.csv").open() as file:
+        first = [float(row["top1_at_asr_5"]) for row in csv.DictReader(file) if row["pair"] == "1"]
+    assert first == [row.best[0].top1.mean for row in compared.pairs[0]]
     pairs = {(a or b).group.method: (a, b) for a, b in compared.pairs if (a or b).group.objective == "mmcl"}
     assert [method for method, (a, _) in pairs.items() if a] == ["CleanCLIP", "Finetuning (MMCL)"]
     a, b = pairs["CleanCLIP"]
     difference = 100 * (b.best[0].top1.mean - a.best[0].top1.mean)
     assert math.isfinite(difference) and f"{abs(difference):.1f} points" in page
+    report.run(ReportConfig(compare=(fake_runs, large), out=out, tables="parquet"))
+    assert names(out) >= {"tables/compared.parquet"} and not (out / "tables/compared.csv").exists()
     write.check(out)  # a report, too, which another may replace
 
 
