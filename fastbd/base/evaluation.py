@@ -41,7 +41,7 @@ class AttackNumbers(TypedDict, total=False):
     asr_all_top5: float
     asr_all_top10: float
     recovery: float | None
-    """Share that is still given its class, of n_asr images."""
+    """Share of ASR's images that are still given their true class, of n_asr images."""
     recovery_low: float
     recovery_high: float
     triggered_top1: float

@@ -48,6 +48,9 @@ def run(config: ReportConfig) -> int:
     if not config.compare and not interactive.installed():
         console.print(write.WITHOUT, markup=False)
     console.print(f"wrote {out / write.PAGE}, with its figures and tables beside it", markup=False)
+    if left := write.older(out):
+        names = ", ".join(path.name for path in left)
+        console.print(f"of an older report, not of this one, are in {out.absolute().parent}: {names}", markup=False)
     return 0
 
 

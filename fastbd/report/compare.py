@@ -18,7 +18,7 @@ from fastbd.report.head import head
 from fastbd.report.page import TABLE_1
 from fastbd.report.render import embedded, render
 from fastbd.report.tables import Row, table
-from fastbd.report.verdict import guessing, near_chance, unfit
+from fastbd.report.verdict import guessing, unfit
 from fastbd.report.write import PAGE, save
 
 Pair = tuple[Row | None, Row | None]
@@ -178,13 +178,7 @@ def rows(compared: Sides) -> export.Rows:
 
 def _lines(compared: Sides, pair: Pair) -> list[Line]:
     shown = [
-        _line(
-            (row.group.model, "near chance" if near_chance(row) else ""),
-            row.group.method or "not cleaned",
-            name,
-            _guess(row),
-            map(estimate, _numbers(row)),
-        )
+        _line(row.group.model, row.group.method or "not cleaned", name, _guess(row), _cells(row))
         for name, row in zip(compared.names, pair, strict=True)
         if row
     ]
@@ -195,8 +189,10 @@ def _lines(compared: Sides, pair: Pair) -> list[Line]:
     return shown
 
 
-def _model(row: Row) -> Cell:
-    return row.group.model, "near chance" if near_chance(row) else ""
+def _cells(row: Row) -> list[Cell]:
+    """Return what NUMBERS head, each top-1 with whether it is near chance."""
+    heads_and_values = zip(NUMBERS, _numbers(row), strict=True)
+    return [estimate(value, guessing(row) if "op-1" in head else None) for head, value in heads_and_values]
 
 
 def _guess(row: Row) -> str:
@@ -204,7 +200,7 @@ def _guess(row: Row) -> str:
     return MISSING if guess is None else share(guess)
 
 
-def _line(model: Cell, method: str, study: str, guess: str, numbers: Iterable[Cell]) -> Line:
+def _line(model: str, method: str, study: str, guess: str, numbers: Iterable[Cell]) -> Line:
     about = {"Pre-training": model, "Cleaning": method, "Study": study, "Guessing": guess}
     return about | dict(zip(NUMBERS, numbers, strict=True))
 

@@ -6,6 +6,7 @@ import math
 
 from fastbd.base.evaluation import Evaluation
 from fastbd.base.stats import Estimate
+from fastbd.base.tradeoff import is_near_chance
 
 Cell = str | tuple[str, str]  # a text, or (a text, a smaller one below it)
 Line = dict[str, Cell]  # a row of a table, by the heads of its columns
@@ -45,11 +46,13 @@ def points(estimate: Estimate, sign: int = 1) -> str:
     return text + (f" ({number(min(ends))} to {number(max(ends))})" if math.isfinite(estimate.low) else "")
 
 
-def estimate(value: Estimate | None) -> Cell:
-    """A mean share, with its interval below it."""
+def estimate(value: Estimate | None, guess: float | None = None) -> Cell:
+    """A mean share, with its interval below it, and that a top-1 is near `guess`, the share of guessing."""
     if value is None:
         return MISSING
-    return share(value.mean), between(value).strip(" ()")
+    least = value.low if math.isfinite(value.low) else value.mean
+    chance = NEAR_CHANCE if guess is not None and is_near_chance(least, guess) else ""
+    return share(value.mean), "; ".join(filter(None, (between(value).strip(" ()"), chance)))
 
 
 def split(text: str) -> Cell:
@@ -64,4 +67,5 @@ def rate(value: float) -> str:
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}" if value else "0"
 
 
+NEAR_CHANCE = "near chance"
 MISSING, MINUS = "–", "\N{MINUS SIGN}"

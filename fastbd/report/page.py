@@ -140,17 +140,17 @@ def _table_1(table: Sequence[Row]) -> list[Line]:
 
 def cells(row: Row, place: str = "") -> list[Cell]:
     """The row under TABLE_1."""
-    group, (strict, loose) = row.group, row.best
+    group, (strict, loose), guess = row.group, row.best, verdict.guessing(row)
     return [
         (group.model, place),
         (group.method or "not cleaned", _count(len(group.runs))),
         (str(row.replicates), _seeds(row)),
-        estimate(row.top1),
+        estimate(row.top1, guess),
         estimate(row.asr),
-        estimate(strict.top1),
+        estimate(strict.top1, guess),
         estimate(strict.kept),
         (f"{strict.reached} of {row.replicates}", _rates(strict) or _rate_of_lowest(row)) if group.method else MISSING,
-        estimate(loose.top1),
+        estimate(loose.top1, guess),
         estimate(row.area),
     ]
 

@@ -10,7 +10,7 @@ from fastbd.base.errors import UserError
 from fastbd.base.files import check_out, replacing
 from fastbd.base.run_folder import Run
 from fastbd.report import export, interactive, page, plots
-from fastbd.report.head import head
+from fastbd.report.head import TITLE, head
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,6 +43,18 @@ def _is_report(folder: Path) -> bool:
         with (folder / PAGE).open("rb") as file:
             return MARK in file.read(1000)
     return {path.name for path in folder.iterdir()} <= {"figures", "tables", f"{PAGE}.tmp"}
+
+
+def older(folder: Path) -> list[Path]:
+    """Return the files of a report by an older version, which had no folder, beside this one; none without its page."""
+    page_then = folder.with_name(f"{folder.name}.html")
+    if not page_then.is_file() or TITLE not in page_then.read_text(errors="replace"):
+        return []
+    names = [
+        *(f"{name}.{kind}" for name in DRAWN for kind in ("png", "svg")),
+        *(f"{name}.csv" for name in export.TABLES),
+    ]
+    return [page_then, *(path for name in names if (path := folder.with_name(name)).is_file())]
 
 
 def write(runs: Sequence[Run], folder: Path, kind: str = "csv", refresh: int = 0) -> list[Path]:

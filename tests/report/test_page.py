@@ -141,7 +141,28 @@ def test_time_on_a_cpu_is_told_in_minutes_and_with_its_cores(write_run, tmp_path
 def test_guessing_is_told_where_it_is_known(write_run, evaluation, tmp_path):
     rows = [evaluation(0, 0, 0.5, 0.9) | {"n_classes": 8}]
     write_run(tmp_path / "a", {"objective": "mmcl", "pretrain_objective": "mmcl"}, rows, [])
-    assert "Guessing gives a top-1 and an ASR of 12.5%." in Page(page(find([tmp_path]), FIGURES)).text
+    text = " ".join(Page(page(find([tmp_path]), FIGURES, interactive="figures/interactive.html")).text.split())
+    assert "Guessing gives a top-1, an ASR and a recovery of 12.5%: a value at that level is chance." in text
+    assert (
+        "the share of ASR's images still given their true class; at 12.5%, what guessing gives, it is chance." in text
+    )
+
+
+@pytest.mark.parametrize(("classes", "after"), [(20, "near chance"), (100, "")])
+def test_a_top1_that_is_near_chance_says_so(classes, after, write_run, evaluation, tmp_path):
+    """800 images: Wilson's interval of 6 % begins at 4.6 %, and guessing gives 5 or 1 %."""
+    rows = [evaluation(0, 0, 0.5, 0.9) | {"n_classes": classes}, evaluation(9, 1, 0.06, 0.01) | {"n_classes": classes}]
+    clean_run(write_run, tmp_path / "a", *rows)
+    row = dict(zip(TABLE_1, cells(table(find([tmp_path]))[0]), strict=True))
+    assert row["Top-1 before"][1] == "46.5–53.5"
+    found = row[TABLE_1[5]][1]
+    assert found == "4.6–7.9" + (f"; {after}" if after else "")
+
+
+def test_contact_sheets_are_explained(whole):
+    assert "the views of an image, and to the right of them its caption, in grey the augmented one" in " ".join(
+        whole.text.split()
+    )
 
 
 def test_a_trigger_from_outside_is_called_by_its_name(write_run, evaluation, tmp_path):

@@ -72,6 +72,20 @@ def test_what_is_not_a_reports_stays_in_its_folders(fake_runs, tmp_path):
     }  # fmt: skip
 
 
+def test_files_of_an_older_report_are_named_and_stay(fake_runs, tmp_path, capsys):
+    left = {"report.html": "<title>Backdoor cleaning report</title>", "scatter.png": "", "table.csv": ""}
+    for name, text in left.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "mine.csv").touch()
+    report.run(ReportConfig(runs=(fake_runs / "mmcl",), out=tmp_path / "report"))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"of an older report, not of this one, are in {tmp_path}: report.html, scatter.png, table.csv"
+    assert all((tmp_path / name).read_text() == text for name, text in left.items())
+    (tmp_path / "report.html").write_text("<title>My own page</title>")
+    report.run(ReportConfig(runs=(fake_runs / "mmcl",), out=tmp_path / "report"))
+    assert "older report" not in capsys.readouterr().out
+
+
 def test_no_other_folder_is_written_to(fake_runs, tmp_path):
     (tmp_path / "index.html").write_text("<html>my page</html>")
     (tmp_path / "notes").write_text("mine")
