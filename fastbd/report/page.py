@@ -124,8 +124,10 @@ def _comparisons(table: Sequence[Row]) -> list[Line]:
 
 def _kept(row: Row) -> Cell:
     best = row.best[0]
-    if not best.reached or best.kept is None:
-        return "none", f"lowest ASR {share(row.lowest['asr'])}" if row.lowest else ""
+    if best.kept is None:
+        return MISSING
+    if not best.reached:
+        return share(best.kept.mean), f"lowest ASR {share(row.lowest['asr'])}" if row.lowest else ""
     reached = "" if best.reached == row.replicates else f"{best.reached} of {row.replicates} came to ASR ≤ 5%"
     return share(best.kept.mean), "; ".join(filter(None, (between(best.kept).strip(" ()"), reached)))
 
