@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -177,12 +179,17 @@ def parse(verb: str, flags: list[str]):
     if first.resume and not {"-h", "--help"} & set(others) and (resumed := _resumed(verb, first, bool(others))):
         return resumed
     kind, defaults, description = _defaults(verb, first, [word for word in flags if word.startswith("--")])
-    if {"-h", "--help"} & set(others):
-        shown = {"prog": f"python -m fastbd {verb}", "description": description}
-        tyro.cli(grouped(kind, defaults), args=["--help"], config=(tyro.conf.OmitArgPrefixes,), **shown)
     required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
     default = kind(**dict.fromkeys(required, tyro.MISSING_NONPROP) | defaults) if defaults else tyro.MISSING_NONPROP
-    settings = tyro.cli(kind, args=flags, default=default, prog=f"python -m fastbd {verb}", description=description)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # where tyro tells of some mistakes all the same
+            settings = tyro.cli(kind, args=flags, default=default, console_outputs=False)
+    except SystemExit:  # --help, or a mistake: both show flags in the same way
+        words = ["--help"] if {"-h", "--help"} & set(others) else flags
+        shown: dict[str, Any] = {"prog": f"python -m fastbd {verb}", "description": description}
+        shown["config"] = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+        tyro.cli(grouped(kind, defaults), args=words, **shown)
+        raise
     return _checked(verb, settings, first)
 
 

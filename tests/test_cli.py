@@ -82,6 +82,22 @@ def test_help_shows_each_flag_once_in_the_group_of_its_class(monkeypatch):
     assert "--run PATH Run folder of the model to clean. --checkpoint" in boxes["clean"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["--contu", "3"], "--count INT Pairs to poison; give this or --rate."),
+        (["--count", "x"], "--count INT Pairs to poison; give this or --rate."),
+        (["--patch-sise", "3"], "--patch-size INT Side of a patch, in pixels of the model's input. (default: 16)"),
+    ],
+)
+def test_a_mistake_shows_the_flag_as_help_does(flags, shown, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.parse("poison", ["--data", "pairs.beton", *flags])
+    said = " ".join(capsys.readouterr().err.translate({ord(sign): " " for sign in "│|"}).split())
+    assert ended.value.code == 2 and shown in said and "None" not in said
+    assert said.count("For full helptext") == 1
+
+
 @pytest.mark.parametrize("arguments", [[], ["pretrain", "--help"]])
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path, arguments):
     reader, writer = os.pipe()
