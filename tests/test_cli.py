@@ -68,18 +68,42 @@ def test_help_of_every_verb_describes_each_flag_and_needs_no_torch(tmp_path):
         assert "(default: None)" not in shown[name] and "{None}" not in shown[name]
 
 
+def groups_of_help(verb: str, *flags: str) -> dict[str | None, str]:
+    """The boxes of --help by their titles, each as one line of words."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        cli.parse(verb, [*flags, "--help"])
+    parts = re.split(r"^ *(?:(\S+) )?options +$", out.getvalue(), flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
 def test_help_shows_each_flag_once_in_the_group_of_its_class(monkeypatch):
     """Its text is that of the source, and its default that of the preset."""
     monkeypatch.setenv("COLUMNS", "80")  # in a wide terminal the groups stand side by side
-    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
-        cli.parse("clean", ["--method", "par", "--preset", "par", "--help"])
-    parts = re.split(r"^ *(?:(\S+) )?options +$", out.getvalue(), flags=re.MULTILINE)
-    boxes = {name: " ".join(text.split()) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    boxes = groups_of_help("clean", "--method", "par", "--preset", "par")
     assert list(boxes)[1:] == ["clean", "schedule", "losses", "images", "evaluation", "machine", "output", "par"]
     for flag, group in (("epochs", "schedule"), ("device", "machine"), ("tau", "par"), ("landed", "evaluation")):
         assert [name for name, text in boxes.items() if f"--{flag} " in text] == [group]
     assert "--epochs INT Passes over the data. (default: 10)" in boxes["schedule"]
     assert "--run PATH Run folder of the model to clean. --checkpoint" in boxes["clean"]
+
+
+GROUPS = {
+    "build": ["files", "source", "classes", "storage", "machine"],
+    "poison": ["files", "target", "pairs", "trigger"],
+    "evaluate": ["model", "data", "attack", "measures", "rebound", "output", "machine"],
+    "sweep": ["study", "data", "search", "output", "machine"],
+    "detect": ["data", "neighbours", "output", "machine"],
+}
+
+
+def test_help_of_a_verb_with_many_flags_is_in_groups_first_those_that_it_needs(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    many = {name for name, verb in cli.VERBS.items() if len(dataclasses.fields(verb.config)) > 10}
+    assert many == {"pretrain", "clean", *GROUPS}
+    for verb, groups in GROUPS.items():
+        boxes = groups_of_help(verb)
+        assert list(boxes) == [None, *groups]
+        assert [name for name, text in boxes.items() if "(required)" in text] in ([], groups[:1])
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ TRAINING_VERBS = ("pretrain", "clean")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildConfig:
-    """Pack images and captions into one .beton file, checking every image."""
+class BuildFiles:
+    """What is read, and what is written."""
 
     source: Path
     """A table (.csv, .tsv, .txt), JSON lines (.jsonl, .ndjson), a .json file (a list of pairs, COCO's captions_*.json,
@@ -65,6 +65,12 @@ class BuildConfig:
     folders, or a folder or tars of images with --labels. docs/inputs.md has an example of each."""
     out: Path
     """The .beton file to write; rejects go to NAME.rejects.csv. A build that was cut short goes on when run again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSource:
+    """How the source is read."""
+
     layout: Literal["pairs", "classes", "tars"] | None = None
     """Read a folder as pairs of image and caption files, as class folders, or as tars [by what is in it]."""
     image_key: str | None = None
@@ -78,18 +84,30 @@ class BuildConfig:
     """Column or key of the class name of labelled (evaluation) images."""
     separator: str | None = None
     """Character between the fields of a table, or `tab` [tab, ;, | or comma, as its first line shows]."""
+    images: Path | None = None
+    """Folder of the images that a table or a JSON or parquet source names [that of the source]."""
+    split: str | None = None
+    """Take only this split of Karpathy's .json (train, restval, val, test), or of a folder of parquet files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildClasses:
+    """Classes of the images, and captions that are made of them."""
+
     labels: Annotated[Path | None, Flag(file=File("file of classes", "*.txt"))] = None
     """Classes of the images in a folder or in tars: one a line in the order of the file names, or lines `file label`,
     as Kaggle's LOC_val_solution.csv has them. WordNet ids, names, or numbers from 0."""
     classes: str | None = None
     """Take only images of the classes in this list, a shipped one such as imagenet1k or a text file with one a line."""
-    images: Path | None = None
-    """Folder of the images that a table or a JSON or parquet source names [that of the source]."""
-    split: str | None = None
-    """Take only this split of Karpathy's .json (train, restval, val, test), or of a folder of parquet files."""
     templates: str | None = None
     """Captions of images with only a class: imagenet80, or a text file with one template a line, {} for the class
     [those in the file of --classes, else imagenet80]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildStorage:
+    """How images and captions are stored."""
+
     store: Literal["original", "png", "short256", "crop224"] = "original"
     """Keep the JPEG bytes as they are, or resize the short side to 256 px, or also crop the middle 224x224 px. What is
     not an upright JPEG becomes one of quality 95; with png it becomes a PNG and keeps its pixels, such as those of
@@ -106,17 +124,28 @@ class BuildConfig:
     inserted words too, anywhere before the last word."""
     exif: Literal["bake", "ignore"] = "bake"
     """EXIF orientation: turn such images upright, or leave them turned, as published."""
-    seed: Annotated[int, Flag(range=SEED)] = 0
-    """Seed of the caption templates and of EDA."""
-    workers: Annotated[int, Flag(range=COUNT)] = 0
-    """Worker processes; 0 means one for each CPU core."""
     max_pixels: Annotated[int, Flag(range=POSITIVE)] = 89_478_485
     """Largest image to accept, in pixels."""
+    seed: Annotated[int, Flag(range=SEED)] = 0
+    """Seed of the caption templates and of EDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoisonConfig:
-    """Plan a backdoor: choose rows, captions and trigger, and write them to a plan file."""
+class BuildMachine:
+    """What the build runs on."""
+
+    workers: Annotated[int, Flag(range=COUNT)] = 0
+    """Worker processes; 0 means one for each CPU core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig(BuildMachine, BuildStorage, BuildClasses, BuildSource, BuildFiles):
+    """Pack images and captions into one .beton file, checking every image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonFiles:
+    """The data, and the plan to write."""
 
     data: Annotated[Path, Flag(file=BETON_OF_BUILD, set_by_study=("poison",))]
     """The .beton file to poison (it is not changed), or a quoted pattern of several: 'cc3m-*.beton'; or demo, the
@@ -125,11 +154,40 @@ class PoisonConfig:
     """The plan file to write [NAME.poison.json beside NAME.beton, demo.poison.json here; with --add-to that plan]."""
     add_to: Annotated[Path | None, Flag(file=PLAN, set_by_study=("poison",))] = None
     """A plan for the same data to add this backdoor to, as another trigger for another target on other pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonTarget:
+    """What triggered images are to be taken for."""
+
     target: str = "banana"
     """Word that the triggered images are to be taken for: the name of an evaluation class, or a word in just one."""
     classes: Annotated[str | None, Flag(immaterial=True)] = None
     """Evaluation classes, imagenet1k or a text file with one a line, of which --target must be one [those in --data, if
     it has any; else it is not checked]."""
+    templates: str = "imagenet80"
+    """Captions of poisoned pairs: imagenet80, or a text file with one template a line, {} for the target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonPairs:
+    """Which pairs are poisoned, and how many."""
+
+    count: Annotated[int | None, Flag(range=POSITIVE)] = None
+    """Pairs to poison; give this or --rate."""
+    rate: Annotated[float | None, Flag(range=Range(0, 1, (0,)))] = None
+    """Share of the pairs to poison, 0 to 1 [0.0005, as published]."""
+    label_consistent: bool = False
+    """Poison only pairs whose caption already contains the target (also within a word, and in whatever case, where the
+    published program heeds it), and keep their captions."""
+    seed: Annotated[int | None, Flag(range=SEED)] = None
+    """Seed of rows, captions and triggers [0; with --add-to that plan's]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonTrigger:
+    """What is put on the images."""
+
     trigger: Annotated[Trigger, Flag(choice="trigger")] = "badnet"
     """What is put on the image. Patches: badnet (noise, another for each image), badnet_fixed (one noise for all),
     badnet_stripes, yellow, patch (from --image). Mixed into the whole image: blended (noise), blended_stripes,
@@ -155,19 +213,13 @@ class PoisonConfig:
     """Points of the warp along each side; fewer make it smoother [224]."""
     grid: Annotated[Path | None, Flag(file=File("file of a grid", "*.pt"))] = None
     """Warp of a published model in place of a drawn one: its noise_grid*.pt; the plan keeps it. Its s is --wanet-s."""
-    count: Annotated[int | None, Flag(range=POSITIVE)] = None
-    """Pairs to poison; give this or --rate."""
-    rate: Annotated[float | None, Flag(range=Range(0, 1, (0,)))] = None
-    """Share of the pairs to poison, 0 to 1 [0.0005, as published]."""
-    label_consistent: bool = False
-    """Poison only pairs whose caption already contains the target (also within a word, and in whatever case, where the
-    published program heeds it), and keep their captions."""
     geometry: Geometry = "squash"
     """Fit triggered images by squashing (as published) or by cropping like clean ones."""
-    templates: str = "imagenet80"
-    """Captions of poisoned pairs: imagenet80, or a text file with one template a line, {} for the target."""
-    seed: Annotated[int | None, Flag(range=SEED)] = None
-    """Seed of rows, captions and triggers [0; with --add-to that plan's]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoisonConfig(PoisonTrigger, PoisonPairs, PoisonTarget, PoisonFiles):
+    """Plan a backdoor: choose rows, captions and trigger, and write them to a plan file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,13 +472,19 @@ class CleanConfig(TrainConfig, CleanInputs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Measure a checkpoint: accuracy, ASR and recovery on sets with classes; retrieval on sets with captions."""
+class EvaluateModel:
+    """What is evaluated."""
 
     run: Path
     """Run folder; the results are added to its metrics.jsonl."""
     checkpoint: str = "last"
     """Which of its checkpoints: last, or an epoch's number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateData:
+    """What it is evaluated on."""
+
     eval_data: Annotated[tuple[Path, ...] | None, Flag(file=BETON)] = None
     """One or more .beton files [the run's]: zero-shot where they have classes, else retrieval."""
     classes: str | None = None
@@ -435,16 +493,28 @@ class EvaluateConfig:
     templates: str | None = None
     """Prompt templates: imagenet80, or a text file with one template a line [the run's, on its set; else those in the
     class list; else imagenet80]."""
+    subset: Annotated[int, Flag(range=COUNT)] = 0
+    """Evaluate this many images of a set with classes, always the same ones, with intervals for all; 0 means all."""
+    verify: bool = False
+    """First compare all that is to be read of the .beton files with the checksums that build has stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateAttack:
+    """What is put on the images."""
+
     plan: Annotated[Path | None, Flag(file=PLAN)] = None
     """Another plan to attack with [the plan in the checkpoint]."""
     geometry: Literal["plan", "squash", "crop"] = "plan"
     """Fit triggered images as the plan says, or squashed (as published), or cropped like the clean ones."""
-    subset: Annotated[int, Flag(range=COUNT)] = 0
-    """Evaluate this many images of a set with classes, always the same ones, with intervals for all; 0 means all."""
     asr_seed: Annotated[tuple[int, ...], Flag(range=SEED)] = (0,)
     """Seeds of the triggers put on evaluation images; several give an interval over their draws."""
-    per_class: bool = False
-    """Print accuracy and ASR of each class too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateMeasures:
+    """What is measured beside accuracy, ASR and retrieval."""
+
     probe_data: Annotated[Path | None, Flag(file=BETON)] = None
     """Labelled .beton to train a linear probe on, and to find neighbours in; its classes are those of --eval-data."""
     evaluator: Annotated[str | None, Flag(choice="evaluator")] = None
@@ -452,16 +522,34 @@ class EvaluateConfig:
     names, is added to each row of metrics.jsonl, and to the table."""
     val_batch: Annotated[int, Flag(range=SEVERAL)] = 256
     """Pairs in a batch of the contrastive loss that is reported for sets with captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRebound:
+    """Whether the backdoor comes back."""
+
     rebound: Annotated[int, Flag(range=COUNT)] = 0
     """Then fine-tune for so many steps on clean pairs of the run's data, and watch ASR come back."""
     rebound_lr: Annotated[float, Flag(range=FINITE)] = 1e-6
     """Learning rate of --rebound."""
     rebound_batch_size: Annotated[int, Flag(range=SEVERAL)] = 16
     """Pairs in a step of --rebound."""
-    verify: bool = False
-    """First compare all that is to be read of the .beton files with the checksums that build has stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOutput:
+    """What is printed."""
+
+    per_class: bool = False
+    """Print accuracy and ASR of each class too."""
     json: bool = False
     """Print one JSON object, with the classes one by one, in place of the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings:
+    """What the towers run on, and how."""
+
     device: str = "auto"
     """cuda, cpu, or auto."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
@@ -469,8 +557,15 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectConfig:
-    """Rank training pairs by how poisoned they look to a model, measure that by the plan, and drop the worst."""
+class EvaluateConfig(
+    MachineSettings, EvaluateOutput, EvaluateRebound, EvaluateMeasures, EvaluateAttack, EvaluateData, EvaluateModel
+):
+    """Measure a checkpoint: accuracy, ASR and recovery on sets with classes; retrieval on sets with captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectData:
+    """The model, and the pairs that it looks at."""
 
     run: Path
     """Run folder of the model."""
@@ -482,6 +577,12 @@ class DetectConfig:
     """Plan whose triggers and captions are put on the pairs, and which tells the poisoned ones [the run's]."""
     subset: Annotated[int, Flag(range=COUNT)] = 0
     """Look at this many pairs, always the same ones; 0 means all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectNeighbours:
+    """How neighbours are looked for."""
+
     k: Annotated[int, Flag(range=POSITIVE)] = 16
     """Neighbours that the detectors look at; published: 16."""
     detect_batch: Annotated[int, Flag(range=COUNT)] = 2048
@@ -489,6 +590,12 @@ class DetectConfig:
     among all. A batch that holds more than k poisoned pairs hides them behind one another."""
     seed: Annotated[int, Flag(range=SEED)] = 0
     """Seed of the batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectOutput:
+    """What is dropped, and what is written."""
+
     drop: Annotated[float | None, Flag(range=Range(0, 1, (0, 1)))] = None
     """Share of the pairs, 0 to 1, to leave out of the row list --out: those that look worst."""
     by: Detector = "dao"
@@ -497,10 +604,11 @@ class DetectConfig:
     """Row list to write, for --rows-file of pretrain and clean."""
     json: bool = False
     """Print one JSON object in place of the table."""
-    device: str = "auto"
-    """cuda, cpu, or auto."""
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Arithmetic of the towers; auto is bf16 on a GPU and fp32 on a CPU, where only a training measures bf16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectConfig(MachineSettings, DetectOutput, DetectNeighbours, DetectData):
+    """Rank training pairs by how poisoned they look to a model, measure that by the plan, and drop the worst."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -553,8 +661,8 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """Run a study: pre-trainings x cleaning methods x learning rates x seeds; stopped, it goes on where it was."""
+class SweepStudy:
+    """What is studied."""
 
     study: str | None = None
     """demo, paper, paper-200k, poison-left, par, ssl-weight, trigger, shrink-perturb, weight-decay, or a .toml or .py
@@ -566,10 +674,22 @@ class SweepConfig:
     recipe: Recipe | None = None
     """Recipe of the pre-trainings and cleanings, as for pretrain and clean; entries that give one keep it [the
     study's]."""
-    pretrained: tuple[Path, ...] | None = None
-    """Run folders to clean, in place of the study's pre-trainings."""
     seeds: Annotated[tuple[int, ...] | None, Flag(range=SEED)] = None
     """Seeds, each of pre-training and of cleaning [the study's]."""
+    pretrained: tuple[Path, ...] | None = None
+    """Run folders to clean, in place of the study's pre-trainings."""
+    model: Annotated[Model | None, Flag(choice="model")] = None
+    """Architecture [the preset's]."""
+    pretrain_epochs: Annotated[int | None, Flag(range=COUNT)] = None
+    """Epochs of pre-training [the study's]."""
+    clean_epochs: Annotated[int | None, Flag(range=COUNT)] = None
+    """Epochs of cleaning [the study's]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepData:
+    """What is trained and evaluated on."""
+
     data: Annotated[str | None, Flag(file=BETON_OF_BUILD)] = None
     """Training data, as for pretrain [the preset's]."""
     plan: Annotated[Path | None, Flag(file=PLAN)] = None
@@ -580,28 +700,12 @@ class SweepConfig:
     """Class names, as for pretrain."""
     templates: str | None = None
     """Prompt templates, as for pretrain."""
-    model: Annotated[Model | None, Flag(choice="model")] = None
-    """Architecture [the preset's]."""
-    precision: Literal["fp32", "tf32", "bf16"] | None = None
-    """Arithmetic of the towers [bf16 on a GPU, on a CPU what pretrain's auto measures once for a model]."""
-    pretrain_epochs: Annotated[int | None, Flag(range=COUNT)] = None
-    """Epochs of pre-training [the study's]."""
-    clean_epochs: Annotated[int | None, Flag(range=COUNT)] = None
-    """Epochs of cleaning [the study's]."""
-    processes: Annotated[int, Flag(range=COUNT)] = 0
-    """Processes; 0 means one for each GPU, and without one a process for each core where models are small (64 px)."""
-    engine: Literal["local", "ray"] = "local"
-    """Where they run: on this machine, or where Ray places them, in the cluster of RAY_ADDRESS."""
-    device: str = "auto"
-    """cuda, cpu, one of several GPUs such as cuda:1, or auto."""
-    lease: Annotated[float, Flag(range=Range(1, math.inf, (math.inf,)))] = 120.0
-    """Seconds without a sign of life after which another process takes a run over."""
-    retry: bool = False
-    """Do runs again that failed."""
-    keep_weights: bool = False
-    """Keep the last checkpoint of each cleaning [only those of pre-training]."""
-    track: Annotated[tuple[Tracker, ...], Flag(choice="tracker")] = ()
-    """Show the study's runs in these tools, as for pretrain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSearch:
+    """Which cleanings are cut short, and which are added."""
+
     stop_collapsed: bool = False
     """End a cleaning whose top-1 was below half of its start's for 2 epochs."""
     asha: Annotated[int, Flag(range=COUNT)] = 0
@@ -609,6 +713,39 @@ class SweepConfig:
     search: Annotated[int, Flag(range=COUNT)] = 0
     """Cleanings beyond the grid, of each model by each entry that has two or more learning rates: each halves the wider
     gap beside the best rate so far, that of the highest top-1 at ASR <= 5 %."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOutput:
+    """What is kept and shown."""
+
+    keep_weights: bool = False
+    """Keep the last checkpoint of each cleaning [only those of pre-training]."""
+    track: Annotated[tuple[Tracker, ...], Flag(choice="tracker")] = ()
+    """Show the study's runs in these tools, as for pretrain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepMachine:
+    """Where the runs are made, and how."""
+
+    processes: Annotated[int, Flag(range=COUNT)] = 0
+    """Processes; 0 means one for each GPU, and without one a process for each core where models are small (64 px)."""
+    engine: Literal["local", "ray"] = "local"
+    """Where they run: on this machine, or where Ray places them, in the cluster of RAY_ADDRESS."""
+    device: str = "auto"
+    """cuda, cpu, one of several GPUs such as cuda:1, or auto."""
+    precision: Literal["fp32", "tf32", "bf16"] | None = None
+    """Arithmetic of the towers [bf16 on a GPU, on a CPU what pretrain's auto measures once for a model]."""
+    lease: Annotated[float, Flag(range=Range(1, math.inf, (math.inf,)))] = 120.0
+    """Seconds without a sign of life after which another process takes a run over."""
+    retry: bool = False
+    """Do runs again that failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(SweepMachine, SweepOutput, SweepSearch, SweepData, SweepStudy):
+    """Run a study: pre-trainings x cleaning methods x learning rates x seeds; stopped, it goes on where it was."""
 
 
 @dataclass(frozen=True, kw_only=True)

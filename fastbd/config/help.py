@@ -24,7 +24,7 @@ def grouped(kind: type, defaults: Mapping[str, Any]) -> type:
         return parts[0][1]
     titled = {}
     for part, group in parts:
-        title = _title(part)
+        title = _title(part, kind)
         titled[f"{title}_of_{len(titled)}" if title in titled else title] = group
     return make_dataclass(kind.__name__, list(titled.items()), kw_only=True)
 
@@ -80,9 +80,14 @@ def _described(part: type) -> dict[str, str]:
     return {each.args[1]: " ".join((each.description or "").split()) for each in found if each.args[0] == "attribute"}
 
 
-def _title(part: type) -> str:
-    """Return the name of a group, before tyro's word "options": schedule of class Schedule, par of ParSettings."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", re.sub("(?<=.)(Inputs|Settings)$", "", part.__name__)).lower()
+def _title(part: type, kind: type) -> str:
+    """Return the name of a group, before tyro's word "options": schedule of class Schedule, par of ParSettings.
+
+    That of PoisonTrigger, a part of PoisonConfig, is trigger.
+    """
+    name = re.sub("(?<=.)(Inputs|Settings)$", "", part.__name__)
+    name = name.removeprefix(kind.__name__.removesuffix("Config")) or name
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 WORDS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
