@@ -221,7 +221,8 @@ def _defaults(verb: str, first: First, words: list[str]) -> tuple[type, dict[str
     """
     kind = VERBS[verb].config
     if kind not in CHOOSERS:
-        return kind, published(verb) if first.recipe == "published" else {}, kind.__doc__
+        defaults = published(verb) if first.recipe == "published" else {}
+        return kind, defaults, f"{kind.__doc__}\n\nExample: {VERBS[verb].example}"
     name = first.preset or _of_run(first.run, "preset", "demo")
     recipe = first.recipe or _of_run(first.run, "recipe", "corrected")
     recipe = recipe if recipe in typing.get_args(Recipe) else "corrected"  # the parser then tells of another one

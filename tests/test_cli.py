@@ -63,6 +63,7 @@ def test_help_of_every_verb_describes_each_flag_and_needs_no_torch(tmp_path):
     shown = json.loads(done.stdout)
     for name, verb in cli.VERBS.items():
         assert f"usage: python -m fastbd {name} [-h]" in shown[name]
+        assert re.search(rf"^(Example:)? *python -m fastbd {name}\b", shown[name], re.MULTILINE), name
         for field in dataclasses.fields(verb.config):
             assert f"--{field.name.replace('_', '-')} " in shown[name].replace(",", " "), (name, field.name)
         assert "(default: None)" not in shown[name] and "{None}" not in shown[name]
