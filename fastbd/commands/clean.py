@@ -10,6 +10,7 @@ import numpy as np
 from fastbd.base import random
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
+from fastbd.commands.demo_data import located
 from fastbd.config.cards import short
 from fastbd.config.flags import CleanConfig
 from fastbd.config.method_flags import FlaggedSettings
@@ -34,6 +35,7 @@ def train(config: CleanConfig) -> tuple[int, Path]:
     """Clean a run's model into a run folder of its own; returns the exit code and the folder."""
     if config.run is None:
         raise UserError("clean needs --run, the folder of the run to clean; for example --run runs/mmcl.")
+    config = located(config)
     return execute(config, partial(task, config))
 
 

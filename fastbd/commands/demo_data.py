@@ -5,17 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastbd import __version__
 from fastbd.base import files
 from fastbd.base.console import console, progress
 from fastbd.base.errors import UserError
 from fastbd.commands import build
+from fastbd.config.fields import BETON, BETON_OF_BUILD, File, flags_of
 from fastbd.config.flags import BuildConfig
 from fastbd.data.demo import write_demo_set
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 PAIRS, HELD_OUT, SEED = 4_000, 800, 0
+NAME = Path("demo")  # what flags call it by
+PLACES: dict[File | None, int] = {BETON_OF_BUILD: 0, BETON: 1}  # of such files in what demo_data() returns
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def folder() -> Path:
@@ -36,6 +45,20 @@ def demo_data() -> tuple[Path, Path]:
         with making():
             _make(train, val)
     return made
+
+
+def located(config: Settings) -> Settings:
+    """Return a verb's settings with the demo set's file where a path is `demo`: its pairs, or what it evaluates on.
+
+    A flag that is a text, as --data of pretrain, keeps the name.
+    """
+    found: dict[str, Any] = {}
+    for name, flag in flags_of(type(config)).items():
+        place, value = PLACES.get(flag.file), getattr(config, name)
+        if place is not None and NAME in (value if isinstance(value, tuple) else (value,)):
+            path = demo_data()[place]
+            found[name] = tuple(path if each == NAME else each for each in value) if isinstance(value, tuple) else path
+    return replace(config, **found)
 
 
 @contextmanager

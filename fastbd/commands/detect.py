@@ -14,6 +14,7 @@ from fastbd.base import dist, random
 from fastbd.base.console import console, markdown, said_aside
 from fastbd.base.errors import UserError
 from fastbd.base.files import check_out
+from fastbd.commands.demo_data import located
 from fastbd.commands.evaluate import open_model
 from fastbd.config.flags import DetectConfig
 from fastbd.data.decode import open_decoder
@@ -32,7 +33,7 @@ FIGURES = {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "tpr_at_1_fpr": "TPR at 1 %
 def run(config: DetectConfig) -> int:
     """Score the pairs, print how well the scores tell the poisoned ones, write the row list."""
     with said_aside(config.json):
-        found = _found(config)
+        found = _found(located(config))
     if config.json:
         print(json.dumps(found, indent=2))
     else:

@@ -46,10 +46,11 @@ def run(config: DoctorConfig) -> int:
 
 def _verify(config: DoctorConfig) -> int:
     """Print what the data sets are and whether their rows are whole. UserError where some are not."""
+    from fastbd.commands.demo_data import located
     from fastbd.data.shards import open_beton
     from fastbd.data.verify import said_of
 
-    paths = config.data or ()
+    paths = located(config).data or ()
     if config.out and len(paths) != 1:
         raise UserError("--out is a list of the rows of one --data that are whole: give one.")
     if config.out and config.out.exists():

@@ -16,6 +16,7 @@ from fastbd.base.console import console, markdown, progress, said_aside
 from fastbd.base.errors import UserError
 from fastbd.base.evaluation import Evaluation, measures_nothing
 from fastbd.base.run_folder import read_config
+from fastbd.commands.demo_data import located
 from fastbd.config.flags import EvaluateConfig
 from fastbd.data.decode import open_decoder
 from fastbd.data.pairs import Pairs
@@ -51,6 +52,7 @@ def measured(config: EvaluateConfig) -> list[Evaluation]:
     """
     rows, unrecorded = [], None
     with said_aside(config.json):
+        config = located(config)
         measurement = Measurement(config)
         for row in measurement.rows():
             rows.append(row)

@@ -13,6 +13,7 @@ from fastbd.base.console import console
 from fastbd.base.errors import UserError
 from fastbd.base.files import check_out, replacing
 from fastbd.base.prompts import read_classes, read_templates
+from fastbd.commands.demo_data import located
 from fastbd.commands.evaluate import open_model
 from fastbd.config.flags import LabelConfig
 from fastbd.data.decode import open_decoder
@@ -35,7 +36,7 @@ def run(config: LabelConfig) -> int:
     device = dist.join(config.device).device
     precision = set_precision(config.precision, device)
     state, model = open_model(config.run, config.checkpoint, device)
-    beton = open_beton(config.data or Path(state["about"]["data"]))
+    beton = open_beton(located(config).data or Path(state["about"]["data"]))
     names = read_classes(config.classes)
     forms = read_templates(config.templates, names)
     prompts = tokenize([form.replace("{}", name) for name in names for form in forms])

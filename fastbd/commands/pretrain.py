@@ -11,6 +11,7 @@ from fastbd.base.dist import World
 from fastbd.base.errors import UserError
 from fastbd.base.run_folder import read_config
 from fastbd.commands.demo import demo_set
+from fastbd.commands.demo_data import located
 from fastbd.config.cards import short
 from fastbd.config.flags import PretrainConfig
 from fastbd.data.shards import open_beton
@@ -31,6 +32,7 @@ def run(config: PretrainConfig) -> int:
 
 def train(config: PretrainConfig) -> tuple[int, Path]:
     """Train a model into a run folder; returns the exit code and the folder."""
+    config = located(config)
     return execute(config, partial(task, config))
 
 

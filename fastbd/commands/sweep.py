@@ -26,6 +26,7 @@ from fastbd.base.run_folder import find, on_common_set, read_config
 from fastbd.base.signals import Stopped, stop_behind, stoppable
 from fastbd.base.workers import preload
 from fastbd.commands import clean, demo, poison, pretrain, report
+from fastbd.commands.demo_data import located
 from fastbd.config.cards import check_chosen
 from fastbd.config.flags import CleanConfig, PoisonConfig, PretrainConfig, ReportConfig, SweepConfig
 from fastbd.config.imports import told_by_outside_code
@@ -290,7 +291,7 @@ def _failed(claim: Claim, error: BaseException, kept: Kept, world: World) -> str
 
 def _train(claim: Claim, settings: Config, ledger: Ledger, config: SweepConfig, kept: Kept, world: World) -> str:
     """Train from the last checkpoint, where there is one."""
-    planned, settings = claim.run, replace(settings, track=config.track)
+    planned, settings = claim.run, replace(located(settings), track=config.track)
     if (planned.out / "config.json").is_file():
         settings = replace(settings, resume=planned.out)
 

@@ -286,7 +286,7 @@ class CleanInputs:
     objective: Annotated[Objective, Flag(choice="objective", same_kind=True)] = "mmcl"
     """Loss of --method finetune."""
     data: Annotated[Path | None, Flag(file=BETON_OF_BUILD, free_on_resume=True, same_kind=True)] = None
-    """.beton file or pattern to clean with [the clean pairs of the pre-training data]."""
+    """.beton file or pattern to clean with, or demo, the built-in set [the clean pairs of the pre-training data]."""
     rows: Annotated[int, Flag(range=POSITIVE, searched=True, column=7)] = 100_000
     """Pairs to use, drawn from the seed; all where there are fewer."""
     poison_left: Annotated[int, Flag(range=COUNT, reuse=True, searched=True, column=8)] = 0
@@ -396,7 +396,8 @@ class Evaluation:
     """What the model is evaluated on while it trains, and when."""
 
     eval_data: Annotated[Path | None, Flag(file=BETON, reuse=True, free_on_resume=True, same_kind=True)] = None
-    """Labelled .beton, or pattern, for zero-shot accuracy and ASR [demo's, with --data demo; cleaning: the run's]."""
+    """Labelled .beton, or pattern, for zero-shot accuracy and ASR; or demo [demo's, with --data demo; cleaning: the
+    run's]."""
     classes: Annotated[str | None, Flag(reuse=True, same_kind=True)] = None
     """Class names: imagenet1k, or a text file with one a line [those in --eval-data; cleaning: the run's]."""
     templates: Annotated[str | None, Flag(reuse=True, same_kind=True)] = None
@@ -486,7 +487,7 @@ class EvaluateData:
     """What it is evaluated on."""
 
     eval_data: Annotated[tuple[Path, ...] | None, Flag(file=BETON)] = None
-    """One or more .beton files [the run's]: zero-shot where they have classes, else retrieval."""
+    """One or more .beton files, or demo [the run's]: zero-shot where they have classes, else retrieval."""
     classes: str | None = None
     """Class list: one that is shipped, such as imagenet1k, or a text file [the run's, on its set; else the shipped one
     whose classes the data has; else the data's]."""
@@ -572,7 +573,7 @@ class DetectData:
     checkpoint: str = "last"
     """Which of its checkpoints: last, or an epoch's number."""
     data: Annotated[Path | None, Flag(file=BETON_OF_BUILD)] = None
-    """.beton file, or pattern, of the pairs [the run's training data]."""
+    """.beton file, or pattern, of the pairs; or demo [the run's training data]."""
     plan: Annotated[Path | None, Flag(file=PLAN)] = None
     """Plan whose triggers and captions are put on the pairs, and which tells the poisoned ones [the run's]."""
     subset: Annotated[int, Flag(range=COUNT)] = 0
@@ -620,7 +621,7 @@ class LabelConfig:
     checkpoint: str = "last"
     """Which of its checkpoints: last, or an epoch's number."""
     data: Annotated[Path | None, Flag(file=BETON_OF_BUILD)] = None
-    """.beton file, or pattern, of the images, all of which are labelled [the run's training data]."""
+    """.beton file, or pattern, of the images, all of which are labelled; or demo [the run's training data]."""
     classes: str = "imagenet1k"
     """Class list: one that is shipped, or a text file with one a line."""
     templates: str | None = None
@@ -695,7 +696,7 @@ class SweepData:
     plan: Annotated[Path | None, Flag(file=PLAN)] = None
     """Poison plan for --data, where the study plans none."""
     eval_data: Annotated[Path | None, Flag(file=BETON)] = None
-    """Labelled .beton for top-1 and ASR [demo's, with --data demo]."""
+    """Labelled .beton for top-1 and ASR, or demo [demo's, with --data demo]."""
     classes: str | None = None
     """Class names, as for pretrain."""
     templates: str | None = None
@@ -794,7 +795,7 @@ class DoctorConfig:
     """Say what this machine has, and which path each part of fastbd takes on it; or whether data files are whole."""
 
     data: Annotated[tuple[Path, ...] | None, Flag(file=BETON_OF_BUILD)] = None
-    """.beton files, or quoted patterns, to verify row by row, in place of the machine."""
+    """.beton files, or quoted patterns, to verify row by row, in place of the machine; or demo."""
     out: Path | None = None
     """Row list to write, of the rows of --data that are whole, for --rows-file of pretrain and clean."""
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 import fastbd
 from fastbd import cli
 from fastbd.base.errors import UserError
-from fastbd.commands import demo_data, poison
+from fastbd.base.run_folder import read_config
+from fastbd.commands import demo_data, poison, sweep
 from fastbd.data.beton import Beton
 from fastbd.poison.plan import Plan
 from fastbd.study.grid import expand
@@ -58,6 +60,30 @@ def test_a_target_that_is_no_class_is_refused_when_it_is_planned(cache, capsys):
     Path("classes.txt").write_text("dog\ncat\n")
     assert fastbd_main("poison --data demo --target dog --classes classes.txt --rate 0.05") == 0
     assert fastbd_main("poison --data demo --target banana --classes classes.txt --out b.json") == 2
+
+
+def test_every_verb_takes_it_by_its_name(cache, capsys):
+    train, val = demo_data.demo_data()
+    small = "--batch-size 24 --device cpu --epochs 0"
+    assert fastbd_main(f"pretrain --data {train} --eval-data demo --model tiny-rn {small} --out start") == 0
+    assert read_config(Path("start"))["eval_data"] == str(val)
+    assert fastbd_main(f"clean --run start --force --data demo --eval-data demo {small} --out cleaned") == 0
+    recorded = read_config(Path("cleaned"))
+    assert (recorded["data"], recorded["eval_data"]) == (str(train), str(val))
+    assert (recorded["config"]["data"], recorded["config"]["eval_data"]) == (str(train), str(val))
+    assert fastbd_main("clean --resume cleaned") == 0
+    capsys.readouterr()
+    assert fastbd_main("evaluate --run start --device cpu --eval-data demo demo --json") == 0
+    assert [row["n"] for row in json.loads(capsys.readouterr().out)["sets"]] == [20, 20]
+    assert fastbd_main("label --run start --data demo --classes imagenet1k --device cpu --out labels.npy") == 0
+    assert fastbd_main("detect --run start --data demo --device cpu --drop 0.05 --out kept.rows") == 0
+    assert fastbd_main("doctor --data demo") == 0
+    assert f"100 images of {train}" in capsys.readouterr().out
+    Path("study.toml").write_text("pretrain = [{}]\nclean = [{force = true, epochs = 0, batch_size = 24}]\n")
+    flags = "--study study.toml --pretrained start --data demo --eval-data demo --device cpu --out study"
+    config = cli.parse("sweep", flags.split())
+    sweep.work(sweep.open_ledger(config), config)
+    assert read_config(Path("study/runs/start-s0-cleanclip"))["data"] == str(train)
 
 
 @pytest.mark.parametrize("study", ["trigger", "par"])
