@@ -10,10 +10,12 @@ import numpy as np
 from fastbd.base import random
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
+from fastbd.base.run_folder import read_config
 from fastbd.commands.demo_data import located
 from fastbd.config.cards import short
 from fastbd.config.flags import CleanConfig
 from fastbd.config.method_flags import FlaggedSettings
+from fastbd.config.recipes import check_carried
 from fastbd.data.beton import Beton
 from fastbd.data.rows import read_rows
 from fastbd.data.shards import Shards, open_beton
@@ -43,6 +45,8 @@ def task(config: CleanConfig, world: World) -> Task:
     """The cleaning that the flags ask for, which name a run."""
     assert config.run is not None, "train and a study see to it"
     state = resumed(config, world)
+    if not state:
+        check_carried(config, config.run, read_config(config.run)["config"])
     path = checkpoint.path_of(config.run, config.checkpoint)
     saved = checkpoint.load(path)
     if config.checkpoint == "last" and not (state or config.force):

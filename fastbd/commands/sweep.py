@@ -30,6 +30,7 @@ from fastbd.commands.demo_data import located
 from fastbd.config.cards import check_chosen
 from fastbd.config.flags import CleanConfig, PoisonConfig, PretrainConfig, ReportConfig, SweepConfig
 from fastbd.config.imports import told_by_outside_code
+from fastbd.config.recipes import check_carried
 from fastbd.data.resident import free_memory
 from fastbd.data.shards import open_beton
 from fastbd.models.clip import MODELS
@@ -156,7 +157,9 @@ def open_ledger(config: SweepConfig) -> Ledger:
     study = changed(load(config.study, config.preset), config)
     folder = config.out or Path("studies") / study.name
     files.check_out(folder)
-    _check_left(expand(study, folder))
+    runs = expand(study, folder)
+    _check_left(runs)
+    _check_carried(runs)
     return Ledger(folder, study, lease=config.lease)
 
 
@@ -168,6 +171,16 @@ def _check_left(runs: Iterable[Planned]) -> None:
     named = {str(getattr(config, flag, None)) for config in left for flag in ("data", "eval_data")}
     for name in sorted(named - {"None", "demo"}):
         open_beton(name)
+
+
+def _check_carried(runs: Iterable[Planned]) -> None:
+    """UserError where a cleaning is to keep an optimizer's state that cannot be its own."""
+    made = {run.id: vars(run.config) for run in runs}
+    for run in runs:
+        match run.config:
+            case CleanConfig(run=Path() as start) as config if not run.finished:
+                flags = made[run.needs[0]] if run.needs else read_config(start)["config"]
+                check_carried(config, start.name if run.needs else start, flags)
 
 
 def changed(study: Study, config: SweepConfig) -> Study:

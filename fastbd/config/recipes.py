@@ -5,9 +5,12 @@ Each is a flag by itself too. docs/published.md tells of them, and a test compar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastbd.base.errors import UserError
+from fastbd.config.flags import CleanConfig
 
 PAPER = ("paper-cc3m", "paper-cc6m")
 # CleanCLIP's training loop, which Verma et al., RoCLIP and SafeCLIP have taken over:
@@ -129,3 +132,19 @@ def published(verb: str, name: str | None = None, preset: str | None = None) -> 
         for each in of_verb
         if (not each.names or name in each.names) and (not each.presets or preset in each.presets)
     }
+
+
+def check_carried(config: CleanConfig, start: Path | str, made: Mapping[str, Any]) -> None:
+    """Raise a UserError where a cleaning keeps an optimizer's state that has other groups of weight decay than its own.
+
+    `made`: flags of the run `start`, whose state it is.
+    """
+    was = made.get("exempt", "vectors")  # not recorded up to version 0.1.0
+    if not config.keep_optimizer or was == config.exempt:
+        return
+    by_recipe = config.recipe == "published" != made.get("recipe")
+    asked, make = ("--recipe published", f"make {start} with it too, or ") if by_recipe else ("--keep-optimizer", "")
+    raise UserError(
+        f"{asked} keeps the optimizer's state of {start}, which was made with --exempt {was}, and this is --exempt "
+        f"{config.exempt}: {make}give --exempt {was}, or --no-keep-optimizer."
+    )

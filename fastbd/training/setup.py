@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
-from fastbd.base.run_folder import read_config
 from fastbd.methods.method import Method
 from fastbd.models import CLIP
 from fastbd.models.batchnorm import batch_norms, share_statistics
@@ -108,13 +107,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, config: Con
             raise UserError(
                 f"the checkpoint in {config.resume} holds the optimizer's state of other parameters than "
                 f"{task.model_name} has: put back what was changed, or start the run again."
-            ) from None
-        assert task.start, "there is a run that is cleaned"
-        exempt = read_config(task.start)["config"].get("exempt", "vectors")  # not recorded up to version 0.1.0
-        if exempt != config.exempt:
-            raise UserError(
-                f"--keep-optimizer: {task.start} was trained with --exempt {exempt}, and this is --exempt "
-                f"{config.exempt}: give --exempt {exempt}, or --no-keep-optimizer."
             ) from None
         raise UserError(
             f"--keep-optimizer: {task.start} and --method {task.method_name} do not train the same parameters, as one "

@@ -125,9 +125,27 @@ def test_an_optimizer_of_another_grouping_is_told(study, monkeypatch, tmp_path, 
     flags = ["clean", "--run", "runs/start", "--force", "--recipe", "published", "--out", str(tmp_path / "run")]
     assert cli.main([*flags, "--device", "cpu"]) == 2
     said = (
-        "was trained with --exempt vectors, and this is --exempt names: give --exempt vectors, or --no-keep-optimizer"
+        "--recipe published keeps the optimizer's state of runs/start, which was made with --exempt vectors, and this "
+        "is --exempt names: make runs/start with it too, or give --exempt vectors, or --no-keep-optimizer."
     )
-    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err == f"error: {said}\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "asked", "make"),
+    [
+        ('recipe = "published"', "--recipe published", "make mmcl-s0 with it too, or "),
+        ('keep_optimizer = true, exempt = "names"', "--keep-optimizer", ""),
+    ],
+)
+def test_a_study_tells_of_another_grouping_before_it_trains(entry, asked, make, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mixed.toml").write_text(f"pretrain = [{{}}]\nclean = [{{{entry}}}]\n")
+    assert cli.main(["sweep", "--study", "mixed.toml"]) == 2
+    said = f"of mmcl-s0, which was made with --exempt vectors, and this is --exempt names: {make}give --exempt vectors"
+    assert capsys.readouterr().err.startswith(f"error: {asked} keeps the optimizer's state {said}, or --no-keep")
+    assert not Path("studies").exists()
 
 
 def test_a_schedule_of_its_own_is_not_shifted(study, monkeypatch, tmp_path):
