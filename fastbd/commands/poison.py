@@ -55,11 +55,13 @@ def run(config: PoisonConfig) -> int:
         after=after,
     )
     added = config.add_to and out.resolve() == config.add_to.resolve()
-    if out.exists() and not added and not _holds(out, plan):
+    there = _holds(out, plan)
+    if out.exists() and not added and not there:
         raise UserError(f"{out} exists and holds something else; name another file with --out.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    plan.save(out)
-    console.print(_summary(plan, out))
+    if not there:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        plan.save(out)
+    console.print(_summary(plan, f"{out}, as it was: the same plan was there already" if there else str(out)))
     return 0
 
 
@@ -139,7 +141,7 @@ def _holds(path: Path, plan: Plan) -> bool:
         return False
 
 
-def _summary(plan: Plan, out: Path) -> Text:
+def _summary(plan: Plan, where: str) -> Text:
     """The attack that came last; those before it are only named."""
     *earlier, attack = plan.attacks
     kept = "label-consistent, captions kept" if attack.label_consistent else "captions from templates"
@@ -150,7 +152,7 @@ def _summary(plan: Plan, out: Path) -> Text:
         ("trigger", f"{look}, images fitted by {attack.geometry}, seed {plan.seed}"),
         *((f"row {row}", text) for row, text in zip(attack.rows[:CAPTIONS_SHOWN], attack.captions, strict=False)),
         *(("beside", f"{a.trigger.name} to {a.target}, {len(a.rows):,} pairs") for a in earlier),
-        ("plan", str(out)),
+        ("plan", where),
     ]
     return Text("\n".join(f"{name:<12}{value}" for name, value in lines))  # Text: a caption may look like rich's markup
 

@@ -47,13 +47,16 @@ def test_plan_is_written_and_summarised(data: Path, tmp_path: Path, capsys: pyte
         assert part in shown
 
 
-def test_plan_stands_beside_the_data_and_is_not_overwritten(data: Path, tmp_path: Path) -> None:
+def test_plan_stands_beside_the_data_and_is_not_overwritten(data: Path, tmp_path: Path, capsys) -> None:
     beton = tmp_path / "pairs.v1.beton"
     beton.symlink_to(data)
     assert poison.run(PoisonConfig(data=beton, count=3)) == 0
     out = tmp_path / "pairs.v1.poison.json"
-    first = out.read_text()
-    assert poison.run(PoisonConfig(data=beton, count=3)) == 0  # the same plan again
+    first, written = out.read_text(), out.stat().st_mtime_ns
+    assert "already" not in capsys.readouterr().out
+    assert poison.run(PoisonConfig(data=beton, count=3)) == 0
+    assert "pairs.v1.poison.json, as it was: the same plan was there already" in capsys.readouterr().out
+    assert out.stat().st_mtime_ns == written
     with pytest.raises(UserError, match="--out"):
         poison.run(PoisonConfig(data=beton, count=4))
     assert out.read_text() == first
