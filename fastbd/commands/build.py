@@ -66,7 +66,7 @@ class Row:
 
 @stoppable()
 def run(config: BuildConfig) -> int:
-    """Write config.out (.beton) and, beside it, .rejects.csv (row_id, line, path, reason) with every row not in it.
+    """Write config.out (.beton) and, beside it, .rejects.csv (row_id, line, path, reason) with any rows not in it.
 
     Rows of classes with an empty caption get one from the templates, drawn by (seed, row). Pairs are kept when only
     their path repeats; a repeated (path, caption, class) is rejected. Raises UserError when no row, or no row of some
@@ -355,7 +355,13 @@ def _why_no_file(item: Item) -> str:
 
 
 def _write_rejects(path: Path, rejects: list[tuple[Item, str]]) -> None:
-    """Write row_id, line (where the source is a text file), path and reason of each row that is not taken."""
+    """Write row_id, line (where the source is a text file), path and reason of each row that is not taken.
+
+    Where all are, there is no such file, not one of an earlier build either.
+    """
+    if not rejects:
+        path.unlink(missing_ok=True)
+        return
     with (
         replacing(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
@@ -383,7 +389,7 @@ def _problem(
 
 
 def _report(config: BuildConfig, rows: int, kept: int, rejects: list[tuple[Item, str]], rejects_path: Path) -> None:
-    lines = [("rows", f"{rows:,}"), ("kept", f"{kept:,}")]
+    lines = [("rows", f"{rows:,}"), ("kept", f"{kept:,}" + ("" if rejects else ", all of them"))]
     lines += [("rejected", f"{count:,}  {kind}") for kind, count in _kinds(rejects)]
     if rejects:
         lines.append(("rejects", str(rejects_path)))

@@ -290,6 +290,22 @@ def test_flags_of_another_kind_of_source(tmp_path):
         run(BuildConfig(source=source, out=tmp_path / "set.beton", split="test"))
 
 
+def test_where_nothing_is_rejected_there_is_no_list(tmp_path, capsys):
+    """Not one of an earlier build either."""
+    save(tmp_path / "a.jpg")
+    source = table(tmp_path / "a.csv", ("path", "caption"), ("a.jpg", "x"), ("b.jpg", "y"))
+    config = BuildConfig(source=source, out=tmp_path / "set.beton", workers=1)
+    run(config)
+    said = capsys.readouterr().out
+    assert (tmp_path / "set.rejects.csv").read_text().count("b.jpg") == 1
+    assert ["kept", "1"] in map(str.split, said.splitlines()) and f"rejects       {tmp_path}/set.rejects.csv" in said
+    save(tmp_path / "b.jpg")
+    run(config)
+    said = capsys.readouterr().out
+    assert "kept          2, all of them\n" in said and "rejects" not in said
+    assert not (tmp_path / "set.rejects.csv").exists()
+
+
 def test_a_build_writes_over_no_file_of_the_users(tmp_path):
     save(tmp_path / "a.jpg")
     source = table(tmp_path / "a.csv", ("path", "caption"), ("a.jpg", "x"))
