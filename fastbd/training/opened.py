@@ -214,8 +214,8 @@ class Opened:
     def _rates(self) -> torch.Tensor:
         """Return the learning rates of all steps. UserError where those of the method cannot be shifted."""
         config, method = self.config, self.method
-        shifted = config.schedule == "shifted"
-        if shifted and type(method).rates is not Method.rates:
+        shifted, own = config.schedule == "shifted", type(method).rates is not Method.rates
+        if shifted and own:
             raise UserError(
                 f"{name_of(method)} has a schedule of its own, which --schedule shifted does not know: leave that out."
             )
@@ -223,6 +223,7 @@ class Opened:
         warmup = config.warmup if shifted else min(config.warmup, self.total // 2)
         rates = method.rates(config.lr, warmup=warmup, total=self.total)
         check_returned(method, "rates", rates, torch.Tensor, self.total)
+        self.warmup = None if own else min(max(0, warmup - method.ahead), self.total)  # steps that there are of it
         return rates
 
     @property

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastbd import __version__
@@ -127,6 +128,7 @@ class Run:
         about |= {
             "start_step": task.start_step,
             "start_weights": opened.inputs["start"],
+            "warmup_steps": opened.warmup,
             "built": opened.pairs.beton.built,
             "config": to_dict(config),
         }
@@ -155,13 +157,15 @@ class Run:
 
     def _train(self) -> str:
         config, task, opened = self.config, self.task, self.opened
-        asked = getattr(config, "rows", 0)
-        fewer = f" (all there are; --rows {asked:,})" if len(task.rows) < asked else ""
+        fewer, unwatched = _fewer(task.rows, config, "rows"), _fewer(task.held_out, config, "watch")
+        watched = f", {len(task.held_out):,} held-out pairs watched{unwatched}" if opened.watch and unwatched else ""
+        other = opened.total and opened.warmup not in (None, config.warmup)
+        cut = f" ({opened.warmup:,} of warm-up; --warmup {config.warmup:,})" if other else ""
         planned = int((task.plan.attack_of[task.rows] >= 0).sum()) if task.plan and task.poisoned else 0
         self._say(
             f"{self.folder.path}: {task.method_name or 'pre-training'} of {task.model_name} with "
             f"{task.method.objective_name}, {len(task.rows):,} pairs{fewer} of {task.data} ({planned:,} poisoned), "
-            f"{opened.total:,} steps, evaluated on {opened.watch or 'nothing: no --eval-data'}"
+            f"{opened.total:,} steps{cut}, evaluated on {opened.watch or 'nothing: no --eval-data'}{watched}"
         )
         if opened.start:
             self._report(0, opened.start)
@@ -336,6 +340,12 @@ class Run:
     def _say(self, line: str) -> None:
         if not self.quiet:
             console.print(line, markup=False)
+
+
+def _fewer(rows: np.ndarray, config: Config, flag: str) -> str:
+    """Return a bracket that says so where there are fewer rows than a flag of `clean` asks for; else nothing."""
+    asked = getattr(config, flag, 0)
+    return f" (all there are; --{flag} {asked:,})" if len(rows) < asked else ""
 
 
 def result_line(row: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ def test_what_is_left_is_stamped_and_what_rebounds_is_measured(study, fastbd, tm
     flags = ("--epochs", 1, "--batch-size", 24, "--rows", 96, "--eval-every", "1/2epoch", "--eval-between", 20)
     clean = ("clean", "--run", "start", "--force", *flags)
     said = fastbd(*clean, "--poison-left", 3, "--rebound", 4, "--out", "cleaned", cwd=tmp_path).stdout
-    assert "96 pairs of" in said and "all there are" not in said and "(3 poisoned)" in said
+    assert "96 pairs of" in said and "all there are; --rows" not in said and "(3 poisoned)" in said
     rows = [json.loads(line) for line in (tmp_path / "cleaned" / "metrics.jsonl").read_text().splitlines()]
     shown = [(row["step"], row["n"], row.get("subset", False)) for row in rows]
     assert shown == [(0, 60, False), (2, 20, True), (4, 60, False)]

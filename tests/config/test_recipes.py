@@ -161,6 +161,7 @@ def test_a_shifted_run_is_an_epoch_ahead(study, monkeypatch, tmp_path):
     start(study)
     run = cleaning(tmp_path / "run", "--schedule", "shifted", "--warmup", 13, "--lr", 1.3)
     first = run.opened.steps_per_epoch
+    assert run.opened.warmup == 13 - first  # what is left of it
     assert run.opened.step.rates[:3].tolist() == pytest.approx([min(1.3, 0.1 * (first + k + 1)) for k in range(3)])
 
 

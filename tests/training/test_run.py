@@ -12,6 +12,7 @@ from cleanings import START, WORLD, cleaning, start
 from fastbd import cli
 from fastbd.base.dist import World
 from fastbd.base.errors import UserError
+from fastbd.base.run_folder import read_config
 from fastbd.commands import clean
 from fastbd.training import fastest, opened
 from fastbd.training.folder import RunFolder
@@ -58,11 +59,16 @@ def test_a_run_that_another_process_trains_is_not_resumed(study, monkeypatch, tm
     second.folder.release()
 
 
-def test_a_warmup_longer_than_the_run_is_half_of_it(study, monkeypatch, tmp_path):
+def test_a_warmup_longer_than_the_run_is_half_of_it(study, monkeypatch, tmp_path, capsys):
+    """The run says and records how many steps that are; and, as it is asked for more, how many pairs it watches."""
     monkeypatch.chdir(study)
     start(study)
     run = cleaning(tmp_path / "run", "--warmup", 1000, "--rows", 96)
-    run.folder.release()
+    run.train()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "8 steps (4 of warm-up; --warmup 1,000), evaluated on" in said
+    assert "val.beton, templates demo, 120 held-out pairs watched (all there are; --watch 512)" in said
+    assert read_config(tmp_path / "run")["warmup_steps"] == 4
     rates = run.opened.step.rates
     assert (
         len(rates) == 8
