@@ -33,6 +33,7 @@ from fastbd.report.format import (
 )
 from fastbd.report.groups import Group, cleaned_groups, common, groups, place_of
 from fastbd.report.head import head
+from fastbd.report.plots import VERBS
 from fastbd.report.render import embedded, render
 from fastbd.report.tables import Row
 
@@ -72,6 +73,7 @@ def page(
         rebound=_rebound(runs),
         costs=_costs(runs),
         published=_published(),
+        without_curve=_without_curve(runs),
         samples=_samples(runs),
         repeat=[_circumstances(group) for group in (*pretrained, *cleaned_groups(runs))],
     )
@@ -401,6 +403,12 @@ def _at_most(point: published.Point | None) -> str:
     if point is None:
         return MISSING
     return f"{float(point['top1']):.1f}%" if point["top1"] else "none"
+
+
+def _without_curve(runs: Sequence[Run]) -> str:
+    """How many runs are left out of the losses' curves, in words; empty where none is."""
+    found = Counter(VERBS[run.verb] for run in runs if len(run.log) == 1)
+    return " and ".join(f"{times:,} {verb if times == 1 else verb + 's'}" for verb, times in sorted(found.items()))
 
 
 def _samples(runs: Sequence[Run]) -> list[dict[str, str]]:

@@ -15,9 +15,9 @@ from fastbd.base.evaluation import AttackedEvaluation
 from fastbd.base.run_folder import LOGGED, Run, objective_name, slug
 from fastbd.base.tradeoff import CEILINGS, Point, best, front
 from fastbd.report import published
-from fastbd.report.chance import chance
+from fastbd.report.chance import chance, line_names, near
 from fastbd.report.format import rate
-from fastbd.report.groups import apart, cleaned_groups
+from fastbd.report.groups import apart, cleaned_groups, groups
 from fastbd.report.looks import Looks, colour, dash, fill, looks, shade
 
 if TYPE_CHECKING:
@@ -76,10 +76,10 @@ def scatter(runs: Sequence[Run]) -> Figure:
     """Top-1 against ASR (%): every evaluation of the cleaning runs, the objectives' fronts, stars for the starts."""
     figure, (axes,) = _panels(1, 1, width=6.4, height=5.0)
     look = looks(runs)
-    hollow = _cloud(axes, runs, look)
+    _cloud(axes, runs, look)
     if not any(run.attacks for run in runs):
         _note(axes, "No evaluation measured ASR.")
-    _legend(figure, _cleaning(runs) or runs, look, starts=True, hollow=hollow)
+    _legend(figure, [run for run in runs if run.attacks] or runs, look)
     return figure
 
 
@@ -88,15 +88,14 @@ def methods(runs: Sequence[Run]) -> Figure:
     """The scatter with a panel for each way of cleaning (panelled), on the same axes."""
     found, look = panelled(runs), looks(runs)
     figure, panels = _grid(max(1, len(found)))
-    hollow = False
     for (title, some), axes in zip((found or {"": runs}).items(), panels, strict=True):
-        hollow |= _cloud(axes, some, look)
-        axes.set_title(title, fontsize=11, pad=14)
+        _cloud(axes, some, look)
+        axes.set_title(title, fontsize=11)
     _same_height(panels)
     if not found:
         _note(panels[0], "No cleaning measured ASR.")
     shown = [run for some in found.values() for run in some]
-    _legend(figure, shown or runs, look, starts=True, hollow=hollow, named=False)
+    _legend(figure, shown or runs, look, named=False)
     return figure
 
 
@@ -167,13 +166,12 @@ def _course_panel(axes: Axes, runs: Sequence[Run], key: str, look: Looks, guess:
     axes.set_label(key)
     if key == "asr":
         axes.set_ylim(-3, 103)
-        for ceiling in CEILINGS:
-            axes.axhline(100 * ceiling, color="0.35", lw=1, ls=":", zorder=1)
+        _asr_lines(axes.axhline, guess)
         if not any(run.attacks for run in runs):
             _note(axes, "No evaluation measured ASR.")
     else:
         _from_zero(axes, [e for run in runs for e in run.metrics], banded)
-    _guess_across(axes, guess)
+        _guess_line(axes.axhline, guess)
 
 
 @_styled
@@ -184,9 +182,9 @@ def beside(studies: Mapping[str, Sequence[Run]]) -> Figure:
     look = looks(every)
     for (name, runs), axes in zip(studies.items(), panels, strict=True):
         _cloud(axes, runs, look)
-        axes.set_title(name, fontsize=11, pad=14)
+        axes.set_title(name, fontsize=11)
     _same_height(panels)
-    _legend(figure, every, look, starts=True)
+    _legend(figure, every, look)
     return figure
 
 
@@ -194,8 +192,8 @@ def _cleaning(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.verb == "clean" and run.attacks]
 
 
-def _cloud(axes: Axes, runs: Sequence[Run], look: Looks) -> bool:
-    """Draw runs as points of top-1 against ASR; whether published points, of the same classes, lie behind them."""
+def _cloud(axes: Axes, runs: Sequence[Run], look: Looks) -> None:
+    """Draw runs as points of top-1 against ASR, with published points of the same classes behind them."""
     cleaning = _cleaning(runs)
     points = [e for run in cleaning for e in run.cleaned]
     peers = _peers(runs)
@@ -216,18 +214,11 @@ def _cloud(axes: Axes, runs: Sequence[Run], look: Looks) -> bool:
         edge: dict[str, Any] = {"mec": "black", "mew": 0.9} if fill(objective) == "full" else {"mew": 2}
         style = _mark(objective, colour(objective)) | {"ms": 15} | edge
         axes.plot(*_percent([evaluation], "asr", "top1"), marker="*", zorder=4, label="start", **style)
-    for ceiling in CEILINGS:
-        axes.axvline(100 * ceiling, color="0.35", lw=1, ls=":", zorder=1)
-    across = axes.get_xaxis_transform()
-    axes.text(100 * CEILINGS[-1] + 1, 0.12, "ASR 5% and 10%", transform=across, color="0.35", fontsize=9)
     axes.set(xlabel="Attack success rate (%)", ylabel="Zero-shot top-1 accuracy (%)", xlim=(-2, 102))
     _from_zero(axes, points + [e for _, e in starts] + peers)
     guess = chance(e for run in runs for e in run.metrics)
-    _guess_across(axes, guess)
-    if guess is not None:
-        axes.axvline(100 * guess, label="chance", **CHANCE)
-        axes.text(100 * guess, 1.0, "chance", transform=across, ha="center", va="bottom", color="0.35", fontsize=8)
-    return bool(peers)
+    _guess_line(axes.axhline, guess)
+    _asr_lines(axes.axvline, guess)
 
 
 def _front(axes: Axes, runs: Sequence[Run], objective: str, above: float) -> None:
@@ -255,13 +246,15 @@ def _part(run: Run) -> Sequence[AttackedEvaluation]:
 
 
 def _starts(runs: Sequence[Run]) -> list[tuple[str, AttackedEvaluation]]:
-    """(objective, evaluation) of each model before cleaning; of each pre-training at its end where no run cleans."""
-    cleaning = _cleaning(runs)
-    if cleaning:
-        found = {run.model: (run, e) for run in cleaning for e in run.attacks if e["step"] == 0}
-    else:
-        found = {run.model: (run, run.attacks[-1]) for run in runs if run.attacks}
+    """(objective, evaluation) of each model before cleaning, and of each that no run cleans at its end."""
+    found = {run.model: (run, run.attacks[-1]) for run in uncleaned(runs)}
+    found |= {run.model: (run, e) for run in _cleaning(runs) for e in run.attacks if e["step"] == 0}
     return [(run.pretrain_objective, e) for run, e in found.values()]
+
+
+def uncleaned(runs: Sequence[Run]) -> list[Run]:
+    """Pre-trainings that measured ASR, and whose model none of the runs cleans."""
+    return [run for group in groups(runs) if not group.method for run in group.runs if run.attacks]
 
 
 def _peers(runs: Sequence[Run]) -> list[Point]:
@@ -292,41 +285,55 @@ def _course(axes: Axes, runs: Sequence[Run], key: str, look: Looks, banded: bool
 
 @_styled
 def curves(runs: Sequence[Run]) -> Figure:
-    """Each part of the training loss against epochs: pre-training above, cleaning below."""
-    logged, look = [run for run in runs if run.log], looks(runs)
-    rows = [verb for verb in VERBS if any(run.verb == verb for run in logged)] or ["pretrain"]
-    present = {key for run in logged for line in run.log for key in line} - LOGGED
-    parts = sorted(present, key=lambda part: ([*LOSSES, part].index(part), part)) or ["loss"]
-    figure, panels = _panels(len(rows), len(parts), width=3.2 * max(len(parts), 2), height=2.8 * len(rows) + 0.8)
-    grid = iter(panels)
-    for verb in rows:
-        for part, axes in zip(parts, grid, strict=False):
-            drawn = [_loss(axes, alike, part, look) for alike in _by_look([r for r in logged if r.verb == verb], look)]
-            axes.set_title(LOSSES.get(part, part), fontsize=10)
+    """Each part of the training loss against epochs, of pre-training and then of cleaning; no runs of a single row."""
+    logged, look = [run for run in runs if len(run.log) > 1], looks(runs)
+    rows = _loss_panels(logged)
+    across, down = max(map(len, rows), default=1), max(1, len(rows))
+    figure, panels = _panels(down, across, width=3.2 * max(across, 2), height=2.8 * down + 0.8)
+    for axes in panels:
+        axes.set_axis_off()
+    for at, row in enumerate(rows):
+        for (verb, part), axes in zip(row, panels[at * across :], strict=False):
+            axes.set_axis_on()
+            for alike in _by_look([run for run in logged if run.verb == verb], look):
+                _loss(axes, alike, part, look)
+            axes.set_title(loss_name(part), fontsize=10)
             axes.set_xlabel(f"Epochs of {VERBS[verb]}")
             axes.locator_params(axis="x", integer=True)
-            if logged and not any(drawn):
-                axes.set_axis_off()
-                axes.set_title("")
-    if not logged:
+    if not rows:
         _note(panels[0], "No training log.")
     _legend(figure, logged, look)
     return figure
 
 
-def _loss(axes: Axes, runs: Sequence[Run], part: str, look: Looks) -> bool:
-    """A part of the loss of runs that look alike, and its running mean; whether any of them has it."""
+def _loss_panels(logged: Sequence[Run]) -> list[list[tuple[str, str]]]:
+    """Rows of up to ACROSS panels, each (verb, part of the loss)."""
+    rows = []
+    for verb in VERBS:
+        lines = [line for run in logged if run.verb == verb for line in run.log]
+        present = {key for line in lines for key, value in line.items() if value is not None} - LOGGED
+        parts = sorted(present, key=lambda part: ([*LOSSES, part].index(part), part))
+        rows += [[(verb, part) for part in parts[k : k + ACROSS]] for k in range(0, len(parts), ACROSS)]
+    return rows
+
+
+def loss_name(part: str) -> str:
+    """The name, in words, of a part of the loss in log.jsonl."""
+    return LOSSES.get(part, part.replace("_", " "))
+
+
+def _loss(axes: Axes, runs: Sequence[Run], part: str, look: Looks) -> None:
+    """A part of the loss of those runs, which look alike, that have it, and its running mean."""
     lines = [[(line["epoch"], line[part]) for line in run.log if line.get(part) is not None] for run in runs]
     found = [np.array(some, float).T for some in lines if some]
     if not found:
-        return False
+        return
     objective, tone = runs[0].pretrain_objective, look.colour(runs[0])
     axes.plot(*_joined(found), color=tone, lw=0.6, alpha=0.3)
     smooth = _joined([_smooth(*course) for course in found])
     style = _mark(objective, tone) | {"ls": dash(objective), "lw": 1.6, "ms": 4.5}
     marker = look.marker(runs[0]) if runs[0].verb == "clean" else ""
     axes.plot(*smooth, marker=marker, markevery=max(1, len(smooth[0]) // 6), **style)
-    return True
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -355,23 +362,25 @@ def _same_height(panels: Sequence[Axes]) -> None:
         axes.set_ylim(0, top)
 
 
-def _legend(
-    figure: Figure, runs: Sequence[Run], look: Looks, *, starts: bool = False, hollow: bool = False, named: bool = True
-) -> None:
-    """Above the panels: objectives, the star of the starts, published points, ways of cleaning, learning rates."""
+def _legend(figure: Figure, runs: Sequence[Run], look: Looks, *, named: bool = True) -> None:
+    """Above the panels: objectives, what else has a label in a panel, ways of cleaning, learning rates."""
     from matplotlib.lines import Line2D
 
+    shown = {line.get_label() for axes in figure.axes for line in axes.lines}
     handles = []
     for objective in sorted({run.pretrain_objective for run in runs}):
         style = _mark(objective, colour(objective)) | {"ls": dash(objective), "ms": 7, "lw": 1.6}
         handles.append(Line2D([], [], marker="o", label=f"pre-trained with {objective_name(objective)}", **style))
-    if starts:
+    if "start" in shown:
         handles.append(Line2D([], [], color="0.6", mec="black", marker="*", ms=12, ls="", label="before cleaning"))
-    if hollow:
+    if "published" in shown:
         handles.append(Line2D([], [], color="0.55", marker="+", ms=6, ls="", label="published, other data"))
-    shown = {look.name(run): look.marker(run) for run in runs if run.verb == "clean"} if named else {}
-    handles += [Line2D([], [], color="0.3", ms=6, ls="", label=name, marker=shown[name]) for name in sorted(shown)]
-    if len(look.rates) > 1 and any(run.config.get("lr") in look.rates for run in runs):
+    told = line_names(chance([e]) for run in runs for e in run.metrics)
+    styles = {"ceiling": CEILING, "chance": CHANCE}
+    handles += [Line2D([], [], label=told[name], **styles[name]) for name in told if name in shown]
+    marks = {look.name(run): look.marker(run) for run in runs if run.verb == "clean"} if named else {}
+    handles += [Line2D([], [], color="0.3", ms=6, ls="", label=name, marker=marks[name]) for name in sorted(marks)]
+    if any(run.config.get("lr") in look.rates for run in runs):
         handles += [
             Line2D([], [], color=shade("#303030", look.depth(lr)), marker="s", ms=8, ls="", label=f"lr {rate(lr)}")
             for lr in _few(look.rates)
@@ -403,14 +412,17 @@ def _mark(objective: str, tone: str) -> dict[str, Any]:
     return {"color": tone, "fillstyle": filling, "markerfacecoloralt": "white", "ls": ""} | edge
 
 
-def _guess_across(axes: Axes, guess: float | None) -> None:
-    """A thin line where guessing would be, named at its right end."""
-    if guess is None:
-        return
-    axes.axhline(100 * guess, label="chance", **CHANCE)
-    along = axes.get_yaxis_transform()
-    where: dict[str, Any] = dict(transform=along, ha="right", va="bottom", color="0.35", fontsize=8)
-    axes.text(0.995, 100 * guess + 0.4, f"chance {100 * guess:.3g}%", **where)
+def _asr_lines(line: Callable[..., Any], guess: float | None) -> None:
+    """Thin lines at the ceilings of ASR, and where guessing would be unless a ceiling's is there already."""
+    for ceiling in CEILINGS:
+        line(100 * ceiling, label="ceiling", **CEILING)
+    if not any(near(guess, ceiling) for ceiling in CEILINGS):
+        _guess_line(line, guess)
+
+
+def _guess_line(line: Callable[..., Any], guess: float | None) -> None:
+    if guess is not None:
+        line(100 * guess, label="chance", **CHANCE)
 
 
 def _percent(rows: Iterable[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
@@ -454,8 +466,9 @@ def _note(axes: Axes, text: str) -> None:
 
 MAX_BANDS = 8  # runs up to which interval bands can be told apart
 PAPER = dict(facecolor="white", alpha=0.7, pad=0.5, lw=0)
-ACROSS = 4  # panels in a row of trajectories
+ACROSS = 4  # panels in a row of trajectories, or of curves
 RATES = 6  # learning rates that a legend names
+CEILING: dict[str, Any] = dict(color="0.35", lw=1, ls=":", zorder=1)
 CHANCE: dict[str, Any] = dict(color="0.35", lw=0.7, ls=(0, (8, 3)), zorder=1.2)
 VERBS = {"pretrain": "pre-training", "clean": "cleaning"}
 LABELS = {"asr": "Attack success rate (%)", "top1": "Zero-shot top-1 accuracy (%)"}
@@ -464,6 +477,14 @@ LOSSES = {
     "mmcl": "MMCL (image-text)",
     "ssl_image": "SSL (image)",
     "ssl_text": "SSL (text)",
+    "siglip": "SigLIP (image-text)",
+    "cyclic": "Cyclic consistency",
+    "cluster": "Clusters of images",
+    "supervised": "Classes of images",
+    "unlearn": "Unlearning",
+    "distance_image": "Distance from the start (image)",
+    "distance_text": "Distance from the start (text)",
+    "safe": "Share of safe pairs",
 }
 STYLE = {
     "font.family": "DejaVu Sans",

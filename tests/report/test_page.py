@@ -323,3 +323,15 @@ def test_percent():
     assert [duration(s) for s in (0.02, 73, 130, 7200, 5e5)] == ["0.02 s", "73 s", "2 min", "2.0 h", "5.8 days"]
     assert [duration(s) for s in (99, 100, 5999, 6000)] == ["99 s", "2 min", "100 min", "1.7 h"]
     assert percent(0.5, {"asr_low": 0.4, "asr_high": 0.61}, "asr") == "50.0% (40.0–61.0)"
+
+
+def test_runs_without_a_curve_of_their_losses_are_counted(write_run, evaluation, tmp_path):
+    log = [{"step": k, "epoch": k / 2, "loss": 1.0} for k in (1, 2)]
+    about = {"objective": "mmcl", "pretrain_objective": "mmcl"}
+    write_run(tmp_path / "base", about, [evaluation(2, 1, 0.5, 0.9)], log)
+    more = {"verb": "clean", "method": "par", "start": str(tmp_path / "base")}
+    for name in "ab":
+        write_run(tmp_path / name, about | more, [], log[:1])
+    text = Page(page(find([tmp_path]), FIGURES)).text
+    assert "Not drawn: 2 cleanings whose log has a single row." in " ".join(text.split())
+    assert "Not drawn" not in page(find([tmp_path / "base"]), FIGURES)

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from fake_runs import write_study
 from PIL import Image
 from tables import table
 
@@ -64,6 +65,7 @@ def test_an_objective_a_method_and_a_rate_can_be_told_apart(fake_runs):
         "pre-trained with MMCL",
         "pre-trained with MMCL+SSL",
         "before cleaning",
+        "ASR 5% and 10%",
         "CleanCLIP",
         "Finetuning (MMCL)",
         "lr 3e-5",
@@ -131,7 +133,7 @@ def test_published_points_only_beside_the_same_classes(write_run, evaluation, tm
     assert not marks(plain.axes[0], "published")
     shown = drawn(marks(peers.axes[0], "published"))
     assert (99.88, 16.0) in shown and (56.5, 17.58) in shown and (64.6, 17.06) not in shown  # SSL alone is no CleanCLIP
-    assert "published, other data" in legend(peers) and len(legend(plain)) == 3
+    assert "published, other data" in legend(peers) and len(legend(plain)) == 4
 
 
 def test_trajectories_have_bands_only_while_they_can_be_told_apart(fake_runs, large):
@@ -151,10 +153,47 @@ def test_trajectories_have_bands_only_while_they_can_be_told_apart(fake_runs, la
 
 def test_curves_have_a_row_a_verb_and_a_column_a_part(fake_runs):
     figure = plots.curves(find([fake_runs]))
-    assert [axes.get_title() for axes in figure.axes] == list(plots.LOSSES.values()) * 2
+    titles = ["Total loss", "MMCL (image-text)", "SSL (image)", "SSL (text)"]
+    assert [axes.get_title() for axes in figure.axes] == titles * 2
     assert [len(axes.lines) // 2 for axes in figure.axes] == [2, 2, 1, 1, 8, 8, 4, 4]
     figure = plots.curves(find([fake_runs / "mmcl"]))
     assert [axes.get_title() for axes in figure.axes] == ["Total loss", "MMCL (image-text)"]
+
+
+def test_curves_are_drawn_of_more_than_one_row_and_have_names(write_run, tmp_path):
+    """Up to four panels beside one another, and none that is empty."""
+    config = {"objective": "mmcl", "pretrain_objective": "mmcl"}
+    par = config | {"verb": "clean", "method": "par", "start": "/base"}
+    parts = {"mmcl": 1.0, "ssl_image": 1.0, "distance_image": 0.1, "distance_text": 0.2, "of_my_own": 0.3}
+    log = [{"step": k, "epoch": k / 2, "loss": 2.0 - k, **parts} for k in (1, 2)]
+    write_run(tmp_path / "base", config, [], [row | {"scale": 14.0} for row in log])
+    write_run(tmp_path / "short", par, [], log[:1])
+    figure = plots.curves(find([tmp_path]))
+    shown = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_title() for axes in shown] == [
+        "Total loss",
+        "MMCL (image-text)",
+        "SSL (image)",
+        "Distance from the start (image)",
+        "Distance from the start (text)",
+        "of my own",
+    ]
+    assert {axes.get_xlabel() for axes in shown} == {"Epochs of pre-training"} and all(axes.lines for axes in shown)
+    assert figure.get_figwidth() < 13 and "PAR" not in legend(figure)
+
+
+def test_a_model_that_no_run_cleans_has_its_star(fake_runs, write_run, evaluation):
+    config = {"objective": "siglip", "pretrain_objective": "siglip"}
+    write_run(fake_runs / "other", config, [evaluation(k, k, 0.1 * k, 0.2 * k) for k in (1, 2, 3)], [])
+    figure = plots.scatter(find([fake_runs]))
+    assert drawn(marks(figure.axes[0], "start")) == {(99.4, 57.04), (99.4, 60.72), (60, 30)}
+    assert "pre-trained with SigLIP" in legend(figure)
+
+
+def test_a_single_rate_is_named(tmp_path):
+    runs = find([write_study(tmp_path / "runs", rates=(1.0,))])
+    figures = [draw(runs) for draw in (plots.scatter, plots.methods, plots.trajectories, plots.curves)]
+    assert [[text for text in legend(figure) if text.startswith("lr")] for figure in figures] == [["lr 1e-4"]] * 4
 
 
 def test_a_method_without_its_own_mark_is_shown(write_run, evaluation, tmp_path):
@@ -163,7 +202,7 @@ def test_a_method_without_its_own_mark_is_shown(write_run, evaluation, tmp_path)
     figure = plots.scatter(find([tmp_path]))
     (dot,) = marks(figure.axes[0], "full")
     assert drawn([dot]) == {(20, 40)} and dot.get_marker() not in ("", "None", None)
-    assert legend(figure) == ["pre-trained with new", "before cleaning", "new"]
+    assert legend(figure) == ["pre-trained with new", "before cleaning", "ASR 5% and 10%", "new"]
 
 
 def at_chance(runs) -> dict[str, list]:
@@ -178,17 +217,31 @@ def at_chance(runs) -> dict[str, list]:
     return found
 
 
-def test_guessing_is_drawn_on_every_axis_of_accuracy_and_asr(fake_runs):
-    for run in find([fake_runs]):
-        rows = [json.dumps(e | {"n_classes": 16}) for e in run.rows]
+def with_classes(root, count: int) -> None:
+    for run in find([root]):
+        rows = [json.dumps(e | {"n_classes": count}) for e in run.rows]
         (run.path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def test_guessing_is_drawn_on_every_axis_of_accuracy_and_asr(fake_runs):
+    with_classes(fake_runs, 16)
     found = at_chance(find([fake_runs]))
     level, both = (6.25, 6.25), (0, 1)
     assert found["scatter"] == [sorted([(level, both), (both, level)])]
     assert found["methods"] == [sorted([(level, both), (both, level)])] * 2
     assert found["trajectories"] == [[(both, level)]] * 4
-    texts = [text.get_text() for text in plots.trajectories(find([fake_runs])).axes[0].texts]
-    assert "chance 6.25%" in texts
+    told = legend(plots.trajectories(find([fake_runs])))
+    assert "chance 6.25%" in told and "ASR 5% and 10%" in told
+
+
+def test_two_lines_within_a_hair_are_one_that_says_both(fake_runs):
+    """Of ASR with 20 classes; that of top-1 stays."""
+    with_classes(fake_runs, 20)
+    found = at_chance(find([fake_runs]))
+    assert found["scatter"] == [[((0, 1), (5, 5))]] and found["methods"] == [[((0, 1), (5, 5))]] * 2
+    assert found["trajectories"] == [[], [], [((0, 1), (5, 5))], [((0, 1), (5, 5))]]
+    told = legend(plots.scatter(find([fake_runs])))
+    assert "ASR 5% (chance) and 10%" in told and "chance 5%" in told
 
 
 def test_guessing_is_not_drawn_where_it_is_not_known(fake_runs):
