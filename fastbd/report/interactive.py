@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastbd.base.evaluation import AttackedEvaluation
 from fastbd.base.run_folder import Run, objective_name
 from fastbd.base.tradeoff import CEILINGS
-from fastbd.report.chance import chance
-from fastbd.report.format import MISSING, rate, share
-from fastbd.report.looks import Looks, colour, fill, looks
+from fastbd.report.chance import chance, line_names, near
+from fastbd.report.format import MISSING, percent, rate, share
+from fastbd.report.looks import Looks, colour, dash, fill, looks
+from fastbd.report.plots import uncleaned
 
 if TYPE_CHECKING:
+    from bokeh.models import LegendItem
     from bokeh.plotting import figure as Figure
 
 Way = tuple[str, str]  # pre-training objective, way of cleaning
@@ -31,22 +33,22 @@ def page(runs: Sequence[Run], title: str) -> bytes:
     """
     from bokeh.embed import file_html
     from bokeh.layouts import column
-    from bokeh.models import Legend, LegendItem
+    from bokeh.models import Legend
     from bokeh.resources import INLINE
 
-    shown = [run for run in runs if run.verb == "clean" and run.attacks] or [run for run in runs if run.attacks]
+    cleaning = [run for run in runs if run.verb == "clean" and run.attacks]
+    shown = cleaning or uncleaned(runs)
     look = looks(runs)
     guess = chance(e for run in shown for e in run.metrics)
     ways = _by_way(shown, look)
-    scatter = _figure("Top-1 against attack success rate", "asr", "top1", guess, height=480 + 28 * len(ways))
-    both = [_figure(AXES[key], "epoch", key, guess, height=340) for key in ("asr", "top1")]
-    items = []
-    for (objective, name), some in ways.items():
-        marks = _draw(scatter, both, some, look)
-        label = f"{objective_name(objective)}: {name}" if name else objective_name(objective)
-        items.append(LegendItem(label=label, renderers=marks))
-    scatter.add_layout(Legend(items=items, click_policy="hide", title="A click hides or shows"), "below")
-    return file_html(column(scatter, *both, sizing_mode="stretch_width"), INLINE, title=title).encode()
+    left = uncleaned(runs) if cleaning else []
+    scatter = _figure("Top-1 against attack success rate", "asr", "top1", guess, height=500 + 28 * len(ways))
+    both = [_figure(AXES[key], "epoch", key, guess, height=360) for key in ("asr", "top1")]
+    items = [_draw(scatter, both, some, look) for some in ways.values()] + [_star(scatter, run, look) for run in left]
+    legend = Legend(items=items, click_policy="hide", title="A click hides or shows", location="top_left")
+    scatter.add_layout(legend, "below")
+    figures = column(scatter, *both, sizing_mode="stretch_width")
+    return file_html(figures, INLINE, title=title, template=TEMPLATE).encode()
 
 
 def _by_way(runs: Sequence[Run], look: Looks) -> dict[Way, list[Run]]:
@@ -58,41 +60,41 @@ def _by_way(runs: Sequence[Run], look: Looks) -> dict[Way, list[Run]]:
 
 def _figure(title: str, x: str, y: str, guess: float | None, height: int) -> Figure:
     """An empty figure; dotted lines at the ceilings of ASR, dashed ones at what guessing gives."""
-    from bokeh.models import HoverTool, Label, Range1d, Span
+    from bokeh.models import DataRange1d, HoverTool, Range1d, Span, Title
     from bokeh.plotting import figure
 
     tools = "pan,wheel_zoom,box_zoom,box_select,tap,reset,save"
-    made = figure(title=title, tools=tools, height=height, sizing_mode="stretch_width")
+    made = figure(tools=tools, height=height, sizing_mode="stretch_width")
     made.add_tools(HoverTool(tooltips=[(label, f"@{key}") for key, label in TOLD.items()]))
     if x == "asr":
         made.x_range = Range1d(start=-2, end=102)
-    if y == "asr":
-        made.y_range = Range1d(start=-2, end=102)
+    made.y_range = Range1d(start=-2, end=102) if y == "asr" else DataRange1d(start=0)
     made.xaxis.axis_label, made.yaxis.axis_label = AXES[x], AXES[y]
+    made.toolbar.logo = None
+    names, drawn = line_names([guess]), set()
     ends: tuple[tuple[str, Any], ...] = ((x, "height"), (y, "width"))
     for axis, along in ends:
-        for ceiling in CEILINGS if axis == "asr" else ():
-            made.add_layout(Span(location=100 * ceiling, dimension=along, line_dash="dotted", line_color=GREY))
-    if guess is not None:
-        for along in ("width",) if x == "epoch" else ("width", "height"):
-            made.add_layout(Span(location=100 * guess, dimension=along, line_dash="dashed", line_color=GREY))
-        label = Label(x=0, y=100 * guess, x_units="screen", text=f"chance {100 * guess:.3g}%")
-        label.text_font_size, label.text_color = "11px", GREY
-        made.add_layout(label)
+        ceilings = CEILINGS if axis == "asr" else ()
+        guesses = () if axis == "epoch" or guess is None or any(near(guess, c) for c in ceilings) else (guess,)
+        for name, dashes, places in (("ceiling", "dotted", ceilings), ("chance", "dashed", guesses)):
+            for at in places:
+                drawn.add(f"{dashes.capitalize()}: {names[name]}")
+                made.add_layout(Span(location=100 * at, dimension=along, line_dash=dashes, line_color=GREY))
+    told = [*sorted(drawn, reverse=True), *(["Star: not cleaned; lighter: lower learning rate"] if x == "asr" else [])]
+    style: Any = {"text_font_style": "normal", "text_font_size": "11px", "text_color": GREY}
+    made.add_layout(Title(text="\n".join(told), **style), "above")
+    made.add_layout(Title(text=title), "above")
     return made
 
 
-def _draw(scatter: Figure, both: Sequence[Figure], runs: Sequence[Run], look: Looks) -> list[Any]:
-    """Draw runs of one way in all figures, from one source; the marks in the scatter, with which the others go."""
-    from bokeh.models import ColumnDataSource
+def _draw(scatter: Figure, both: Sequence[Figure], runs: Sequence[Run], look: Looks) -> LegendItem:
+    """Draw runs of one way in all figures, from one source; the entry that hides them all, with the way's mark."""
+    from bokeh.models import ColumnDataSource, LegendItem
 
+    objective = runs[0].pretrain_objective
     points = [_point(run, e, look) for run in runs for e in run.attacks]
-    source = ColumnDataSource({key: [point[key] for point in points] for key in points[0]})
-    hollow: dict[str, Any] = (
-        {} if fill(runs[0].pretrain_objective) == "full" else {"fill_color": None, "line_width": 1.5}
-    )
-    style: Any = {"marker": "mark", "size": 8, "color": "tone", "source": source, **hollow}
-    marks = [scatter.scatter("asr", "top1", **style)]
+    style = _style(objective, points)
+    marks = scatter.scatter("asr", "top1", **style)
     for figure, key in zip(both, ("asr", "top1"), strict=True):
         ends: dict[str, list[Any]] = {"epochs": [], "values": [], "tone": []}
         for run in runs:
@@ -100,11 +102,34 @@ def _draw(scatter: Figure, both: Sequence[Figure], runs: Sequence[Run], look: Lo
             ends["epochs"].append([e["epoch"] for e in full])
             ends["values"].append([100 * e[key] for e in full])
             ends["tone"].append(look.colour(run))
-        lines = figure.multi_line("epochs", "values", line_color="tone", source=ColumnDataSource(ends))
+        source, dashes = ColumnDataSource(ends), BOKEH_DASHES.get(dash(objective), "dotdash")
+        lines = figure.multi_line("epochs", "values", line_color="tone", line_dash=dashes, source=source)
         dots = figure.scatter("epoch", key, **(style | {"size": 6}))
         for renderer in (lines, dots):
-            marks[0].js_link("visible", renderer, "visible")
-    return marks
+            marks.js_link("visible", renderer, "visible")
+    usual = next((at for at, point in enumerate(points) if point["mark"] != "star"), 0)
+    name = look.name(runs[0])
+    label = f"{objective_name(objective)}: {name}" if name else objective_name(objective)
+    return LegendItem(label=label, renderers=[marks], index=usual)
+
+
+def _star(scatter: Figure, run: Run, look: Looks) -> LegendItem:
+    """Draw a model that no run cleans; the entry that hides it."""
+    from bokeh.models import LegendItem
+
+    objective = run.pretrain_objective
+    points = [_point(run, run.attacks[-1], look) | {"mark": "star", "tone": colour(objective)}]
+    marks = scatter.scatter("asr", "top1", **_style(objective, points))
+    return LegendItem(label=f"{objective_name(objective)}: not cleaned", renderers=[marks])
+
+
+def _style(objective: str, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The marks of points of an objective, and their source."""
+    from bokeh.models import ColumnDataSource
+
+    source = ColumnDataSource({key: [point[key] for point in points] for key in points[0]})
+    hollow = {} if fill(objective) == "full" else {"fill_color": None, "line_width": 1.5}
+    return {"marker": "mark", "size": 8, "color": "tone", "source": source, **hollow}
 
 
 def _point(run: Run, e: AttackedEvaluation, look: Looks) -> dict[str, Any]:
@@ -121,7 +146,8 @@ def _point(run: Run, e: AttackedEvaluation, look: Looks) -> dict[str, Any]:
         "lr": rate(lr) if lr else MISSING,
         "seed": str(run.config.get("seed", MISSING)),
         "at": f"step {e['step']:,}, epoch {e['epoch']:.3g}" + (", part of the images" if e.get("subset") else ""),
-        "scores": f"{share(e['top1'])}, {share(e['asr'])}",
+        "accuracy": percent(e["top1"], e, "top1"),
+        "success": percent(e["asr"], e, "asr"),
         "recovery": MISSING if recovery is None else share(recovery),
     }
 
@@ -135,19 +161,28 @@ TOLD = {
     "lr": "learning rate",
     "seed": "seed",
     "at": "at",
-    "scores": "top-1, ASR",
+    "accuracy": "top-1",
+    "success": "ASR",
     "recovery": "recovery",
 }
-MARKERS = {  # Bokeh's names of Matplotlib's marks
+MARKERS = {  # Bokeh's names of Matplotlib's marks, or of others where it has none like them
     "o": "circle",
     "^": "triangle",
     "v": "inverted_triangle",
     "s": "square",
     "D": "diamond",
-    "d": "diamond",
-    "P": "cross",
+    "P": "plus",
     "X": "x",
-    "p": "hex",
+    "p": "hex_dot",
     "h": "hex",
     "*": "star",
+    "<": "triangle_dot",
+    ">": "square_pin",
+    "d": "diamond_cross",
+    "8": "circle_x",
+    "H": "square_dot",
 }
+BOKEH_DASHES = {"-": "solid", "--": "dashed", ":": "dotted"}
+TEMPLATE = """
+{% block preamble %}<meta name="viewport" content="width=device-width, initial-scale=1">{% endblock %}
+"""
