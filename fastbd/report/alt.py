@@ -17,6 +17,7 @@ def alts(runs: Sequence[Run]) -> dict[str, str]:
     """The alternative text of each figure, by its name."""
     found = groups(runs)
     cleaned = [group for group in found if group.method]
+    pretrained = groups([run for run in runs if run.verb != "clean"])
     points = sum(len(run.cleaned) for run in runs)
     scatter = (
         f"{points:,} evaluations of cleaned models as points of top-1 accuracy against attack success rate. "
@@ -28,7 +29,7 @@ def alts(runs: Sequence[Run]) -> dict[str, str]:
         "scatter": scatter.strip(),
         "methods": f"The same points in panels: {panels}.",
         "trajectories": (going + _each(cleaned or found, _course)).strip(),
-        "curves": f"Training losses against epochs. {_each(found, _loss)}".strip(),
+        "curves": f"Training losses against epochs. {_each([*pretrained, *cleaned], _loss)}".strip(),
     }
 
 

@@ -74,7 +74,7 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 @_styled
 def scatter(runs: Sequence[Run]) -> Figure:
     """Top-1 against ASR (%): every evaluation of the cleaning runs, the objectives' fronts, stars for the starts."""
-    figure, (axes,) = _panels(1, 1, width=6.4, height=5.0)
+    figure, (axes,) = _panels(1, 1, width=6.4, height=4.4)
     look = looks(runs)
     _cloud(axes, runs, look)
     if not any(run.attacks for run in runs):
@@ -116,7 +116,7 @@ def panelled(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 @_styled
 def trajectories(runs: Sequence[Run]) -> Figure:
-    """ASR above top-1 (%) against epochs, a column a way of cleaning; of pre-training where no run cleans.
+    """ASR, where it was measured, above top-1 (%) against epochs, a column a way of cleaning; else of pre-training.
 
     With 95 % intervals where a panel has few runs.
     """
@@ -124,20 +124,24 @@ def trajectories(runs: Sequence[Run]) -> Figure:
     found: Mapping[str, Sequence[Run]] = courses(runs)
     blocks = [list(found.items())[k : k + ACROSS] for k in range(0, len(found), ACROSS)] or [[("", [])]]
     across = len(blocks[0])
-    width, height = (10.0, 4.4) if across == 1 == len(blocks) else (max(6.4, 3.1 * across), 6.4 * len(blocks))
-    shape = (1, 2) if across == 1 == len(blocks) else (2 * len(blocks), across)
-    figure, panels = _panels(*shape, width=width, height=height)
+    keys = [key for key in LABELS if any(e.get(key) is not None for run in runs for e in run.metrics)] or ["top1"]
+    if across == 1 == len(blocks):
+        figure, panels = _panels(1, len(keys), width=max(6.4, 5.0 * len(keys)), height=4.2)
+    else:
+        down = len(keys) * len(blocks)
+        figure, panels = _panels(down, across, width=max(6.4, 3.1 * across), height=3.0 * down)
     for axes in panels:
         axes.set_axis_off()
     guess = chance(e for some in found.values() for run in some for e in run.metrics)
+    epochs = f"Epochs of {VERBS['clean' if cleaning else 'pretrain']}"
     for at, block in enumerate(blocks):
         for column, (title, some) in enumerate(block):
-            for row, key in enumerate(LABELS):
-                axes = panels[(2 * at + row) * across + column]
+            for row, key in enumerate(keys):
+                axes = panels[(len(keys) * at + row) * across + column]
                 axes.set_axis_on()
                 _course_panel(axes, some, key, look, guess)
                 axes.set_title(title if row == 0 else "", fontsize=11)
-                axes.set_xlabel(f"Epochs of {VERBS['clean' if cleaning else 'pretrain']}" if row or across == 1 else "")
+                axes.set_xlabel(epochs if key == keys[-1] or across == 1 else "")
                 axes.set_ylabel(LABELS[key] if column == 0 else "")
     _same_height([axes for axes in panels if axes.get_label() == "top1"])
     _legend(figure, [run for some in found.values() for run in some], look, named=False)
@@ -232,7 +236,7 @@ def _front(axes: Axes, runs: Sequence[Run], objective: str, above: float) -> Non
         if told:
             at = (100 * found["asr"], 100 * found["top1"])
             how: dict[str, Any] = dict(
-                textcoords="offset points", fontsize=8, color=colour(objective), zorder=5, bbox=PAPER
+                textcoords="offset points", fontsize=9, color=colour(objective), zorder=5, bbox=PAPER
             )
             axes.annotate(f"lr {rate(told)}", at, (4, above), **how)
 
@@ -289,7 +293,7 @@ def curves(runs: Sequence[Run]) -> Figure:
     logged, look = [run for run in runs if len(run.log) > 1], looks(runs)
     rows = _loss_panels(logged)
     across, down = max(map(len, rows), default=1), max(1, len(rows))
-    figure, panels = _panels(down, across, width=3.2 * max(across, 2), height=2.8 * down + 0.8)
+    figure, panels = _panels(down, across, width=3.2 * max(across, 2), height=2.8 * down)
     for axes in panels:
         axes.set_axis_off()
     for at, row in enumerate(rows):
@@ -350,7 +354,7 @@ def _grid(count: int) -> tuple[Figure, list[Axes]]:
     """`count` panels of a scatter, up to three in a row."""
     columns = 2 if count in (2, 4) else min(count, 3)
     rows = -(-count // columns)
-    figure, panels = _panels(rows, columns, width=max(6.4, 3.6 * columns), height=3.3 * rows + 0.7)
+    figure, panels = _panels(rows, columns, width=max(6.4, 3.6 * columns), height=3.3 * rows)
     for axes in panels[count:]:
         axes.set_axis_off()
     return figure, panels[:count]
@@ -363,11 +367,15 @@ def _same_height(panels: Sequence[Axes]) -> None:
 
 
 def _legend(figure: Figure, runs: Sequence[Run], look: Looks, *, named: bool = True) -> None:
-    """Above the panels: objectives, what else has a label in a panel, ways of cleaning, learning rates."""
+    """Above the panels: objectives, what else has a label in a panel, ways of cleaning, learning rates.
+
+    The figure grows by the legend's height, so that the panels keep theirs.
+    """
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     shown = {line.get_label() for axes in figure.axes for line in axes.lines}
-    handles = []
+    handles: list[Any] = []
     for objective in sorted({run.pretrain_objective for run in runs}):
         style = _mark(objective, colour(objective)) | {"ls": dash(objective), "ms": 7, "lw": 1.6}
         handles.append(Line2D([], [], marker="o", label=f"pre-trained with {objective_name(objective)}", **style))
@@ -382,10 +390,11 @@ def _legend(figure: Figure, runs: Sequence[Run], look: Looks, *, named: bool = T
     handles += [Line2D([], [], color="0.3", ms=6, ls="", label=name, marker=marks[name]) for name in sorted(marks)]
     if any(run.config.get("lr") in look.rates for run in runs):
         handles += [
-            Line2D([], [], color=shade("#303030", look.depth(lr)), marker="s", ms=8, ls="", label=f"lr {rate(lr)}")
-            for lr in _few(look.rates)
+            Patch(color=shade("#303030", look.depth(lr)), label=f"lr {rate(lr)}")
+            for lr in _few(look.rates)  # a patch is wider than the square that is a method's mark
         ]
     columns = _columns([len(str(handle.get_label())) for handle in handles], figure.get_figwidth())
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * -(-len(handles) // columns))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns)
 
 
@@ -467,6 +476,7 @@ def _note(axes: Axes, text: str) -> None:
 MAX_BANDS = 8  # runs up to which interval bands can be told apart
 PAPER = dict(facecolor="white", alpha=0.7, pad=0.5, lw=0)
 ACROSS = 4  # panels in a row of trajectories, or of curves
+LEGEND_ROW = 0.2  # inches
 RATES = 6  # learning rates that a legend names
 CEILING: dict[str, Any] = dict(color="0.35", lw=1, ls=":", zorder=1)
 CHANCE: dict[str, Any] = dict(color="0.35", lw=0.7, ls=(0, (8, 3)), zorder=1.2)

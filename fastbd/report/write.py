@@ -69,17 +69,20 @@ def write(runs: Sequence[Run], folder: Path, kind: str = "csv", refresh: int = 0
     moving = ""
     if not refresh:
         content |= {f"figures/{name}.svg": plots.svg(figure) for name, figure in figures.items()}
-        moving = INTERACTIVE if interactive.installed() else WITHOUT
+        moving = "" if "scatter" not in figures else INTERACTIVE if interactive.installed() else WITHOUT
         content |= {INTERACTIVE: interactive.page(runs, head(runs)["title"])} if moving == INTERACTIVE else {}
     content[PAGE] = page.page(runs, images, list(content), moving, refresh).encode()
     return save(content, folder)
 
 
 def shown(runs: Sequence[Run]) -> list[Callable[[Sequence[Run]], Figure]]:
-    """The figures that have something to show: no panels of a single cleaning method, no course of one point."""
+    """The figures that have something to show: no panels of a single cleaning method, no course of one point.
+
+    Without a measured ASR there is no scatter; the page's answer says so.
+    """
     moved = any(sum("top1" in e for e in run.metrics) > 1 for run in runs)
     wanted = {
-        plots.scatter: True,
+        plots.scatter: any(run.attacks for run in runs),
         plots.methods: len(plots.panelled(runs)) > 1,  # else the scatter shows it all
         plots.trajectories: moved,
         plots.curves: any(len(run.log) > 1 for run in runs),

@@ -284,7 +284,27 @@ def test_png_is_150_dpi(fake_runs):
     assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
 
-@pytest.mark.parametrize("draw", [plots.scatter, plots.methods, plots.trajectories, plots.curves])
+def test_panels_keep_their_height_under_a_long_legend(write_run, evaluation, tmp_path):
+    about = {"verb": "clean", "method": "par", "objective": "mmcl", "pretrain_objective": "mmcl", "start": "/base"}
+    heights = []
+    for count in (1, 12):
+        for tau in range(count):
+            rows = [evaluation(0, 0, 0.5, 0.9), evaluation(10, 1, 0.4, 0.1)]
+            path = tmp_path / str(count) / str(tau)
+            write_run(path, about | {"config": {"lr": 10.0**-tau, "momentum": tau, "seed": 0}}, rows, [])
+        figure = plots.laid_out(plots.beside({name: find([tmp_path / str(count)]) for name in "ab"}))
+        heights.append(figure.axes[0].get_position().height * figure.get_figheight())
+    assert heights[1] == pytest.approx(heights[0], rel=0.1)
+
+
+def test_without_asr_there_is_a_course_of_top1_alone(write_run, evaluation, tmp_path):
+    config = {"objective": "mmcl", "pretrain_objective": "mmcl"}
+    write_run(tmp_path / "plain", config, [evaluation(k, k, 0.1 * k) for k in (1, 2)], [])
+    (axes,) = plots.trajectories(find([tmp_path])).axes
+    assert axes.get_ylabel() == plots.LABELS["top1"] and drawn(marks(axes, "full")) == {(1, 10), (2, 20)}
+
+
+@pytest.mark.parametrize("draw", [plots.scatter, plots.methods, plots.curves])
 def test_runs_with_little_in_them(draw, write_run, evaluation, tmp_path):
     config = {"objective": "mmcl", "pretrain_objective": "mmcl"}
     write_run(tmp_path / "plain", config, [evaluation(0, 0, 0.0), evaluation(10, 1, 0.0)], [])
