@@ -46,7 +46,7 @@ def test_a_set_of_the_target_class_alone_gives_each_line_without_asr(study, monk
     assert cli.main(["report", "--runs", str(tmp_path), "--out", str(tmp_path / "page")]) == 0
     said = capsys.readouterr()
     assert said.err == "" and "ASR -" not in said.out and "landed" not in said.out
-    assert {path.stem for path in (tmp_path / "page/figures").iterdir()} == {"trajectories", "curves"}
+    assert {path.stem for path in (tmp_path / "page/figures").iterdir()} == {"trajectories"}
     assert cli.main([*clean[:-1], str(tmp_path / "back"), "--rebound", "2"]) == 2
     assert "with its target and with images of other classes" in capsys.readouterr().err
     assert cli.main(["evaluate", *run, "--rebound", "10"]) == 0
