@@ -67,7 +67,11 @@ def follow(name: str, folder: Path, ended: Callable[[], bool]) -> None:
         over = ended()
         new = [told for tail in tails for told in tail.new()]
         for kind, row in new:
-            tracker.add(row["step"], row["epoch"], numbers(kind, row))
+            found = numbers(kind, row)
+            if settings := _new_settings(found, kept):
+                tracker.settings(settings)
+            told = kept["settings"]
+            tracker.add(row["step"], row["epoch"], {name: v for name, v in found.items() if told.get(name) != v})
         if new:
             tracker.flush()
             files.write_json(path, kept)
@@ -120,7 +124,17 @@ def numbers(kind: str, row: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def _new_settings(found: Mapping[str, float], kept: dict[str, Any]) -> dict[str, float]:
+    """Return the counts that were not told yet, and keep that they are: they stay as they are, and make no curve."""
+    told = kept.setdefault("settings", {})
+    new = {name: value for name, value in found.items() if name.rpartition("/")[2] in COUNTS and name not in told}
+    told |= new
+    return new
+
+
 PLACE = ("step", "epoch")
+COUNTS = ("n", "n_asr", "n_classes", "population", "captions", "val_batch")
+"""Numbers that say on how many images, classes and so on the others were measured."""
 
 
 def _is_number(value: Any) -> bool:

@@ -34,8 +34,15 @@ class Tracker(Protocol):
         """
         ...
 
+    def settings(self, settings: Mapping[str, float]) -> None:
+        """Take numbers that stay as they are, such as eval/n, on how many images; each comes once, when it is known."""
+        ...
+
     def add(self, step: int, epoch: float, numbers: Mapping[str, float]) -> None:
-        """Take the numbers of a row, with names such as train/loss and eval/asr; evaluations may come late."""
+        """Take the numbers of a row, with names such as train/loss and eval/asr; evaluations may come late.
+
+        Those of settings() are left out, unless a row has another value.
+        """
         ...
 
     def flush(self) -> None:
@@ -76,8 +83,8 @@ class TensorBoard:
             image = self._summary.Image(width=width, height=height, encoded_image_string=path.read_bytes())
             self._write(self._summary(value=[self._summary.Value(tag="samples", image=image)]).SerializeToString())
 
-    def _text(self, tag: str, values: Mapping[str, Any]) -> None:
-        """Write an object as a text for the tab TEXT, which reads Markdown."""
+    def _text(self, tag: str, values: Any) -> None:
+        """Write JSON values as a text for the tab TEXT, which reads Markdown."""
         from tensorboard.compat.proto import tensor_pb2
         from tensorboard.plugins.text.metadata import create_summary_metadata
 
@@ -91,6 +98,10 @@ class TensorBoard:
         event = self._event(wall_time=time.time(), step=step)
         event.summary.ParseFromString(summary)
         self._writer.add_event(event)
+
+    def settings(self, settings: Mapping[str, float]) -> None:
+        for name, value in settings.items():
+            self._text(name, value)
 
     def add(self, step: int, epoch: float, numbers: Mapping[str, float]) -> None:
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
@@ -138,6 +149,9 @@ class Wandb:
         self._kept["rows"] = self._kept.get("rows", -1) + 1
         self._run.log(dict(values), step=self._kept["rows"])
 
+    def settings(self, settings: Mapping[str, float]) -> None:
+        self._run.config.update(dict(settings))
+
     def add(self, step: int, epoch: float, numbers: Mapping[str, float]) -> None:
         self._log({"step": step, "epoch": epoch, **numbers})
 
@@ -177,28 +191,28 @@ class Mlflow:
 
     def _begin(self, run: Run, study: Path | None) -> str:
         """Make the run with its settings and pictures; returns its id."""
-        from mlflow.entities import Param
-
         client, name = self._client, os.environ.get("MLFLOW_EXPERIMENT_NAME") or (study.name if study else "fastbd")
         found = client.get_experiment_by_name(name)
         place = None if self._uri else (self._store / "mlflow-artifacts").as_uri()
         experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=place)
         tags = {"verb": run.verb, "method": run.method or "", "study": study.name if study else ""}
         made = client.create_run(experiment, run_name=run.name, tags={**tags, "folder": str(run.path.absolute())})
-        params = [Param(name, str(value)) for name, value in _flat(run.config).items()]
-        client.log_batch(made.info.run_id, params=params)
+        client.log_batch(made.info.run_id, params=_params(run.config))
         client.log_dict(made.info.run_id, run.recorded, "settings.json")  # a config.json makes a folder one of a run
         for file in ("env.json", SAMPLES):
             if (run.path / file).exists():
                 client.log_artifact(made.info.run_id, str(run.path / file))
         return made.info.run_id
 
+    def settings(self, settings: Mapping[str, float]) -> None:
+        with self._alone():
+            self._client.log_batch(self._id, params=_params(settings))
+
     def add(self, step: int, epoch: float, numbers: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        allowed = {re.sub(r"[^\w\-. :/]", "_", name): value for name, value in numbers.items()}
-        self._metrics += [Metric(name, value, now, step) for name, value in allowed.items()]
+        self._metrics += [Metric(_allowed(name), value, now, step) for name, value in numbers.items()]
 
     def flush(self) -> None:
         with self._alone():
@@ -216,6 +230,18 @@ class Mlflow:
 
 
 MOST = 1000  # metrics that a server takes at a time
+
+
+def _params(settings: Mapping[str, Any]) -> list[Any]:
+    """Return the settings as MLflow's parameters."""
+    from mlflow.entities import Param
+
+    return [Param(_allowed(name), str(value)) for name, value in settings.items()]
+
+
+def _allowed(name: str) -> str:
+    """Return the name without the characters that MLflow refuses."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

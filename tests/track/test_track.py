@@ -42,6 +42,9 @@ class Notes:
         kept["begun"] = kept.get("begun", 0) + 1
         self.path, self.lines = run.path / "notes.jsonl", [{"begun": run.name}]
 
+    def settings(self, settings):
+        self.lines.append({"settings": settings})
+
     def add(self, step, epoch, numbers):
         self.lines.append({"step": step, "epoch": epoch, **numbers})
 
@@ -146,6 +149,10 @@ def test_a_tracker_is_told_all_and_changes_no_bit_of_the_weights(plain, study, f
     rates = [row["train/lr"] for row in told(notes)["log.jsonl"]]
     assert rates[0] > 0 and rates[-1] < max(rates) == rates[len(rates) // 2 - 1]
     told_last, last = told(notes)["metrics.jsonl"][-1], lines(run / "metrics.jsonl")[-1]
+    assert [note["settings"] for note in notes if "settings" in note] == [
+        {"eval/n_classes": last["n_classes"], "eval/n": last["n"], "eval/n_asr": last["n_asr"]},
+    ]
+    assert not {"eval/n", "eval/n_asr"} & {name for note in notes for name in note}
     assert [told_last[f"eval/{end}"] for end in ("asr_low", "asr_high")] == [last["asr_low"], last["asr_high"]]
     one, other = weights(plain), weights(run)
     assert all(torch.equal(value, other[name]) for name, value in one.items()) and one.keys() == other.keys()
@@ -349,6 +356,8 @@ def test_tensorboard_reads_the_run(tool_run):
     with Image.open(tool_run / "samples.png") as samples:
         assert (picture.width, picture.height) == samples.size
     assert picture.encoded_image_string == (tool_run / "samples.png").read_bytes()
+    assert "eval/n" not in found.Tags()["scalars"]
+    assert [json.loads(event.tensor_proto.string_val[0]) for event in found.Tensors("eval/n")] == [60]
     (settings,), (result,) = (found.Tensors(tag) for tag in ("config", "result"))
     assert json.loads(settings.tensor_proto.string_val[0]) == json.loads((tool_run / "config.json").read_text())
     assert json.loads(result.tensor_proto.string_val[0])["reason"] == "finished"
@@ -366,6 +375,8 @@ def test_wandb_reads_the_run_offline(tool_run):
     assert {run.run_id for run in runs} == {json.loads((tool_run / "tracking/wandb.json").read_text())["id"]}
     settings = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
     assert settings["batch_size"] == 24
+    later = {item.key: item.value_json for record in records for item in record.config.update}
+    assert later["eval/n"] == "60" and not any("eval/n" in row for row in rows)
     assert sum("samples._type" in row for row in rows) == 1
     (picture,) = tool_run.glob("wandb/*/files/media/images/samples_*.png")
     assert picture.stat().st_size > 1000
@@ -380,6 +391,7 @@ def test_mlflow_reads_the_run(tool_run):
     for name, values in expected(tool_run).items():
         assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)] == values, name
     assert run.info.status == "FINISHED" and run.data.tags["reason"] == "finished"
+    assert run.data.params["eval/n"] == "60" and "eval/n" not in run.data.metrics
     assert (run.info.run_name, run.data.params["batch_size"], run.data.tags["verb"]) == ("tools", "24", "pretrain")
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert files == {"samples.png", "settings.json", "env.json", "result.json"}
