@@ -93,8 +93,8 @@ def _draw(scatter: Figure, both: Sequence[Figure], runs: Sequence[Run], look: Lo
 
     objective = runs[0].pretrain_objective
     points = [_point(run, e, look) for run in runs for e in run.attacks]
-    style = _style(objective, points)
-    marks = scatter.scatter("asr", "top1", **style)
+    style: Any = _style(objective, points)
+    marks: Any = scatter.scatter("asr", "top1", **style)
     for figure, key in zip(both, ("asr", "top1"), strict=True):
         ends: dict[str, list[Any]] = {"epochs": [], "values": [], "tone": []}
         for run in runs:
@@ -102,7 +102,7 @@ def _draw(scatter: Figure, both: Sequence[Figure], runs: Sequence[Run], look: Lo
             ends["epochs"].append([e["epoch"] for e in full])
             ends["values"].append([100 * e[key] for e in full])
             ends["tone"].append(look.colour(run))
-        source, dashes = ColumnDataSource(ends), BOKEH_DASHES.get(dash(objective), "dotdash")
+        source, dashes = ColumnDataSource(ends), BOKEH_DASHES.get(str(dash(objective)), "dotdash")
         lines = figure.multi_line("epochs", "values", line_color="tone", line_dash=dashes, source=source)
         dots = figure.scatter("epoch", key, **(style | {"size": 6}))
         for renderer in (lines, dots):
@@ -119,7 +119,7 @@ def _star(scatter: Figure, run: Run, look: Looks) -> LegendItem:
 
     objective = run.pretrain_objective
     points = [_point(run, run.attacks[-1], look) | {"mark": "star", "tone": colour(objective)}]
-    marks = scatter.scatter("asr", "top1", **_style(objective, points))
+    marks: Any = scatter.scatter("asr", "top1", **_style(objective, points))
     return LegendItem(label=f"{objective_name(objective)}: not cleaned", renderers=[marks])
 
 
@@ -128,7 +128,7 @@ def _style(objective: str, points: Sequence[Mapping[str, Any]]) -> dict[str, Any
     from bokeh.models import ColumnDataSource
 
     source = ColumnDataSource({key: [point[key] for point in points] for key in points[0]})
-    hollow = {} if fill(objective) == "full" else {"fill_color": None, "line_width": 1.5}
+    hollow: dict[str, Any] = {} if fill(objective) == "full" else {"fill_color": None, "line_width": 1.5}
     return {"marker": "mark", "size": 8, "color": "tone", "source": source, **hollow}
 
 
