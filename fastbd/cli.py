@@ -363,6 +363,8 @@ def _restarted(settings):
             "torchrun --max-restarts would hand the addresses of the dead to those started again (PyTorch issue "
             "135712): set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, and --rdzv-backend c10d on several machines."
         )
-    if (folder / "config.json").is_file() and read_config(folder)["config"] == to_dict(settings):
+    from fastbd.commands.demo_data import located
+
+    if (folder / "config.json").is_file() and read_config(folder)["config"] == to_dict(located(settings)):
         return dataclasses.replace(settings, resume=folder)
     return settings

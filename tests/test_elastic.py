@@ -17,6 +17,7 @@ from ranks import PROGRAM
 
 from fastbd import cli
 from fastbd.base.errors import UserError
+from fastbd.commands import demo_data
 from fastbd.config.fields import to_dict
 from fastbd.config.flags import CleanConfig, PretrainConfig
 
@@ -84,6 +85,21 @@ def test_the_same_command_goes_on_in_its_folder(kind, tmp_path, restarts, monkey
     assert cli.parse(verb, ["--resume", "x"]).resume == Path("x")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
     assert cli.parse(verb, flags) == begun
+
+
+@pytest.mark.parametrize(("verb", "name"), [("pretrain", "eval_data"), ("clean", "data"), ("clean", "eval_data")])
+def test_the_demo_set_by_its_name_is_its_file_to_a_restart(verb, name, tmp_path, restarts, monkeypatch):
+    """config.json has the path, as what is in the cache is of one version of fastbd."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    demo_data.folder().mkdir(parents=True)
+    for file in ("train.beton", "val.beton"):
+        (demo_data.folder() / file).touch()
+    flags = [f"--{name.replace('_', '-')}", "demo", "--out", "x"]
+    begun = cli.parse(verb, flags)
+    Path("x").mkdir()
+    Path("x/config.json").write_text(json.dumps({"verb": verb, "config": to_dict(demo_data.located(begun))}))
+    assert cli.parse(verb, flags).resume == Path("x")
 
 
 def test_restarts_need_a_folder_and_a_store_of_their_own(restarts, monkeypatch):
