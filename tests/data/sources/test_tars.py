@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import sys
 import tarfile
 
 import pytest
@@ -267,10 +268,11 @@ def test_damage_in_the_middle_is_told(tmp_path):
     deep = tarfile.TarInfo("././@LongLink")
     deep.type, deep.size = tarfile.GNUTYPE_LONGNAME, 1
     deep = (deep.tobuf(tarfile.GNU_FORMAT) + b"x" + bytes(511)) * 3000
+    told_negative = "invalid offset" if sys.version_info >= (3, 14) else "a member of negative size"  # tarfile; ours
     damaged = {
         "flip": (whole[:2048] + b"X" + whole[2049:], "damaged tar: bad checksum"),
         "no_end": (whole[:4096], "damaged tar: its end is missing"),
-        "negative": (whole[:4096] + negative + bytes(1024), "damaged tar: a member of negative size"),
+        "negative": (whole[:4096] + negative + bytes(1024), f"damaged tar: {told_negative}"),
         "attributes": (
             whole[:4096] + info("x", pax_headers={"comment": "x" * 40_000}).tobuf() + bytes(1024),
             "damaged",
