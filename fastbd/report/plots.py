@@ -401,8 +401,7 @@ def _legend(figure: Figure, runs: Sequence[Run], look: Looks, *, named: bool = T
 def _columns(lengths: Sequence[int], width: float) -> int:
     """How many columns of a legend with labels of such lengths fit `width` inches."""
     for columns in range(len(lengths), 1, -1):
-        rows = -(-len(lengths) // columns)
-        longest = [max(lengths[k : k + rows]) for k in range(0, len(lengths), rows)]
+        longest = [max(column) for column in np.array_split(lengths, columns)]  # as Matplotlib fills them
         if sum(0.08 * length + 0.75 for length in longest) <= width:
             return columns
     return 1

@@ -284,6 +284,18 @@ def test_png_is_150_dpi(fake_runs):
     assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
 
+def test_a_legend_of_uneven_columns_fits_its_figure(write_run, evaluation, tmp_path):
+    for method, lr in (("cleanclip", 1e-3), ("par", 1e-4)):
+        about = {"verb": "clean", "method": method, "objective": "mmcl", "pretrain_objective": "mmcl", "start": "/base"}
+        rows = [evaluation(k, k, 0.5, 0.9) | {"n_classes": 5} for k in (0, 1)]
+        write_run(tmp_path / method, about | {"config": {"lr": lr, "seed": 0}}, rows, [])
+    figure = plots.laid_out(plots.methods(find([tmp_path])))
+    assert len(legend(figure)) == 6
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
 def test_panels_keep_their_height_under_a_long_legend(write_run, evaluation, tmp_path):
     about = {"verb": "clean", "method": "par", "objective": "mmcl", "pretrain_objective": "mmcl", "start": "/base"}
     heights = []
