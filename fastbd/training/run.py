@@ -97,7 +97,7 @@ class Run:
     ):
         if config.out and config.out.exists() and not config.resume:
             raise UserError(f"{config.out} exists already: choose another --out, or go on with --resume {config.out}.")
-        self.began = time.perf_counter()
+        self.began = self.called = time.perf_counter()
         resumed, task = task.resumed, replace(task, resumed=None)
         self.config, self.task, self.world = config, task, world
         self.extra, self.enough = extra or {}, enough
@@ -179,7 +179,7 @@ class Run:
         )
         if opened.watch and opened.done in table.evaluate_at and opened.done not in self._measured():
             self._evaluate(opened.watch, opened.done)  # on another device, it had not ended when the run was stopped
-        began, reason = time.perf_counter(), "finished"
+        reason = "finished"
         try:
             if opened.done:  # it may have been killed before it ended
                 self._ask_whether_to_end()
@@ -209,7 +209,7 @@ class Run:
             self._wait()
             self.folder.wait()
         how = f"done: {opened.total - opened.done:,} steps" if reason == "finished" else f"ended early ({reason})"
-        self._say(f"{how} in {time.perf_counter() - began:.0f} s, evaluations included; {self.folder.path}")
+        self._say(f"{how} in {time.perf_counter() - self.called:.0f} s, evaluations included; {self.folder.path}")
         self._say_whether_they_landed()
         self._end(reason)
         return reason

@@ -3,6 +3,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,23 @@ def test_a_run_that_another_process_trains_is_not_resumed(study, monkeypatch, tm
     with pytest.raises(UserError, match="is being trained by"):
         Run(config, clean.task(config, WORLD), WORLD)
     second.folder.release()
+
+
+def test_the_last_line_counts_the_time_of_the_whole_run(study, monkeypatch, tmp_path, capsys):
+    """As result.json does: also what passes until the data are open, and the evaluation of the start."""
+    monkeypatch.chdir(study)
+    start(study)
+
+    def opening(*args):
+        time.sleep(3)
+        return opened.Opened(*args)
+
+    monkeypatch.setattr("fastbd.training.run.Opened", opening)
+    run = cleaning(tmp_path / "run", "--epochs", 1)
+    run.train()
+    said = re.findall(r"steps\s+in\s+(\d+)\s+s,", capsys.readouterr().out)[-1]
+    seconds = json.loads((tmp_path / "run/result.json").read_text())["seconds"]
+    assert seconds > 3 and abs(int(said) - seconds) < 1
 
 
 def test_a_warmup_longer_than_the_run_is_half_of_it(study, monkeypatch, tmp_path, capsys):
