@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar, cast
 
 from fastbd.base.errors import UserError
@@ -149,7 +150,7 @@ def run_of(path: Path, flag: str) -> tuple[Path, str | None]:
         raise UserError(f"{flag} {path} is a file in a run folder: give the folder {folder}.")
     raise UserError(
         f"{flag} {path} is a file: give the folder of a run, which weights of other programs become with "
-        f"python -m fastbd pretrain --weights {path} --epochs 0."
+        f"python -m fastbd pretrain --weights {quote(str(path))} --epochs 0."
     )
 
 
@@ -392,7 +393,7 @@ KINDS: Sequence[tuple[Any, str, str]] = (  # a kind of value, what it is called,
     (
         int | float | None,
         "a number",
-        "lr seed rows poison_left start_step cpu_cores threads pairs_per_s data_wait of_limit "
+        "lr seed rows pairs poison_left start_step cpu_cores threads pairs_per_s data_wait of_limit "
         "asr recovery val_loss drift_image drift_text agreement rebound_lr",
     ),
     (dict, "an object", "built cards"),

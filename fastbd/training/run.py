@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,9 @@ def execute(config: Config, make_task: Callable[[World], Task]) -> tuple[int, Pa
     path = config.resume or folder.path
     if exit_code and world.main:
         how = "stopped and saved" if saved else "stopped"
-        console.print(f"{how}; go on with: python -m fastbd {verb_of(config)} --resume {path}", markup=False)
+        console.print(
+            f"{how}; go on with: python -m fastbd {verb_of(config)} --resume {quote(str(path))}", markup=False
+        )
     # Not after an error: the other ranks may be waiting for this one, and only its death lets torchrun end them.
     if saved:
         dist.leave()
@@ -96,7 +99,9 @@ class Run:
         quiet: bool = False,
     ):
         if config.out and config.out.exists() and not config.resume:
-            raise UserError(f"{config.out} exists already: choose another --out, or go on with --resume {config.out}.")
+            raise UserError(
+                f"{config.out} exists already: choose another --out, or go on with --resume {quote(str(config.out))}."
+            )
         self.began = self.called = time.perf_counter()
         resumed, task = task.resumed, replace(task, resumed=None)
         self.config, self.task, self.world = config, task, world
@@ -129,6 +134,7 @@ class Run:
             "start_step": task.start_step,
             "start_weights": opened.inputs["start"],
             "warmup_steps": opened.warmup,
+            "pairs": len(task.rows),
             "built": opened.pairs.beton.built,
             "config": to_dict(config),
         }
@@ -158,14 +164,17 @@ class Run:
     def _train(self) -> str:
         config, task, opened = self.config, self.task, self.opened
         fewer, unwatched = _fewer(task.rows, config, "rows"), _fewer(task.held_out, config, "watch")
-        watched = f", {len(task.held_out):,} held-out pairs watched{unwatched}" if opened.watch and unwatched else ""
+        watched = (
+            f", {len(task.held_out) or 'no'} held-out pairs watched{unwatched}" if opened.watch and unwatched else ""
+        )
         other = opened.total and opened.warmup not in (None, config.warmup)
         cut = f" ({opened.warmup:,} of warm-up; --warmup {config.warmup:,})" if other else ""
         planned = int((task.plan.attack_of[task.rows] >= 0).sum()) if task.plan and task.poisoned else 0
         self._say(
             f"{self.folder.path}: {task.method_name or 'pre-training'} of {task.model_name} with "
             f"{task.method.objective_name}, {len(task.rows):,} pairs{fewer} of {task.data} ({planned:,} poisoned), "
-            f"{opened.total:,} steps{cut}, evaluated on {opened.watch or 'nothing: no --eval-data'}{watched}"
+            f"{opened.total:,} step{'s' * (opened.total != 1)}{cut}, "
+            f"evaluated on {opened.watch or 'nothing: no --eval-data'}{watched}"
         )
         if opened.start:
             self._report(0, opened.start)
@@ -208,7 +217,8 @@ class Run:
         finally:
             self._wait()
             self.folder.wait()
-        how = f"done: {opened.total - opened.done:,} steps" if reason == "finished" else f"ended early ({reason})"
+        left = opened.total - opened.done
+        how = f"done: {left:,} step{'s' * (left != 1)}" if reason == "finished" else f"ended early ({reason})"
         self._say(f"{how} in {time.perf_counter() - self.called:.0f} s, evaluations included; {self.folder.path}")
         self._say_whether_they_landed()
         self._end(reason)
@@ -345,7 +355,8 @@ class Run:
 def _fewer(rows: np.ndarray, config: Config, flag: str) -> str:
     """Return a bracket that says so where there are fewer rows than a flag of `clean` asks for; else nothing."""
     asked = getattr(config, flag, 0)
-    return f" (all there are; --{flag} {asked:,})" if len(rows) < asked else ""
+    there = "all there are" if len(rows) else "none is left over"
+    return f" ({there}; --{flag} {asked:,})" if len(rows) < asked else ""
 
 
 def result_line(row: Mapping[str, Any]) -> str:

@@ -203,6 +203,20 @@ def test_cleaning_sets_are_rows_of_their_own(write_run, evaluation, tmp_path):
     ]
 
 
+def test_cleaning_sets_are_called_by_the_pairs_that_there_were(write_run, evaluation, tmp_path):
+    """--rows asks for so many at most: of models with fewer, as of two seeds here, for the most of them."""
+    for name, rows, pairs in (("a", 1000, 1000), ("b", 2000, 1700), ("c", 2000, 1699), ("d", 3000, 1700)):
+        path = tmp_path / name
+        cleaned(write_run, evaluation, path, "/gone/x", (50, 99), (45, 1), rows=rows, seed=0)
+        recorded = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(recorded | {"pairs": pairs}))
+    assert [(group.method, len(group.runs)) for group in groups(find([tmp_path]))] == [
+        ("CleanCLIP, 1,000 pairs", 1),
+        ("CleanCLIP, 1,700 pairs", 1),
+        ("CleanCLIP, up to 1,700 pairs", 2),
+    ]
+
+
 def test_a_model_that_no_run_cleans(fake_runs):
     (only,) = table(find([fake_runs / "mmcl"]))
     assert (only.group.method, only.lowest, only.area) == ("", None, None) and only.top1.mean == pytest.approx(

@@ -87,7 +87,8 @@ def test_a_warmup_longer_than_the_run_is_half_of_it(study, monkeypatch, tmp_path
     said = " ".join(capsys.readouterr().out.split())
     assert "8 steps (4 of warm-up; --warmup 1,000), evaluated on" in said
     assert "val.beton, templates demo, 120 held-out pairs watched (all there are; --watch 512)" in said
-    assert read_config(tmp_path / "run")["warmup_steps"] == 4
+    recorded = read_config(tmp_path / "run")
+    assert (recorded["warmup_steps"], recorded["pairs"]) == (4, 96)
     rates = run.opened.step.rates
     assert (
         len(rates) == 8
