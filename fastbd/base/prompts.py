@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 from fastbd.base.errors import UserError
@@ -110,8 +111,10 @@ def target_index(classes: list[str], target: str) -> int:
     listed = [classes[i] for i in found] or classes[:20]
     more = ", ..." if len(classes) > len(listed) and not found else ""
     problem = "several classes hold" if found else "no class holds"
+    near = [] if found else get_close_matches(clean(target).lower(), [name.lower() for name in names], 1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
     raise UserError(
-        f"{problem} the target word '{target}', and exactly one must: choose another target or class list; "
+        f"{problem} the target word '{target}'{meant}, and exactly one must: choose another target or class list; "
         f"classes: {', '.join(listed)}{more}."
     )
 

@@ -38,7 +38,7 @@ class Weights(NamedTuple):
         """Copy the weights into the model, cast to its dtype. UserError, and no change, if they are of another one."""
         if difference := self._difference(model):
             fit = _fitting(self.tensors)
-            hint = f"give --model {fit}" if fit else "choose the model it was made with"
+            hint = f"give --model {fit}" if fit else "give --model with the one it was made with"
             raise UserError(f"{self.path} is a checkpoint of another model: {difference}; {hint}.")
         for name, tensor in self.tensors.items():
             if not tensor.isfinite().all():

@@ -53,6 +53,8 @@ def test_the_target_is_a_whole_word_of_one_class():
         target_index(["hot dog", "dog", "Dog"], "dog")
     with pytest.raises(UserError, match="no class holds the target word 'ban'.*bananas, Banana bread"):
         target_index(classes, "ban")
+    with pytest.raises(UserError, match=r"no class holds the target word 'panckae' \(did you mean pancake\?\), and"):
+        target_index(classes, "panckae")
     with pytest.raises(UserError, match="no class holds the target word 'c.ke'"):  # no pattern
         target_index(classes, "c.ke")
     with pytest.raises(UserError, match="several classes hold the target word 'crab'.*king crab, rock crab\\.$"):

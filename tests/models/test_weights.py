@@ -206,7 +206,7 @@ def test_another_model_is_named_and_changes_nothing(change, message, source, tmp
     torch.save(state, tmp_path / "weights.pt")
     model = create("tiny-rn", 2)
     before = model.token_embedding.weight.clone()
-    hint = "choose the model it was made with"
+    hint = "give --model with the one it was made with"
     with pytest.raises(UserError, match=f"weights.pt is a checkpoint of another model: {message}; {hint}"):
         read_weights(tmp_path / "weights.pt").load_into(model)
     assert torch.equal(model.token_embedding.weight, before)
