@@ -9,12 +9,15 @@ import errno
 import importlib
 import io
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -165,9 +168,12 @@ def _told_by_the_machine(error: BaseException) -> str | None:
 
 def overview() -> str:
     """The verbs, with an example each."""
-    lines = ["fastbd: plant a backdoor in a CLIP-style model, pre-train, clean, and see whether it went away.", ""]
+    width = shutil.get_terminal_size().columns
+    what = "fastbd: plant a backdoor in a CLIP-style model, pre-train, clean, and see whether it went away."
+    lines = [textwrap.fill(what, width), ""]
     for name, verb in VERBS.items():
-        lines += [f"  {name:<10}{verb.config.__doc__}", f"  {'':<10}  {verb.example}"]
+        said = f"  {name:<10}{verb.config.__doc__}"
+        lines += [textwrap.fill(said, width, subsequent_indent=12 * " "), f"  {'':<10}  {verb.example}"]
     return "\n".join([*lines, "", "python -m fastbd VERB --help explains a verb's flags."])
 
 
@@ -335,7 +341,8 @@ def _resumed(verb: str, first: First, others: bool):
     recorded = read_config(folder)
     if recorded["verb"] != verb:
         raise UserError(
-            f"{folder} was made by {recorded['verb']}: python -m fastbd {recorded['verb']} --resume {folder}"
+            f"{folder} was made by {recorded['verb']}: "
+            f"python -m fastbd {recorded['verb']} --resume {quote(str(folder))}"
         )
     chooser = CHOOSERS[kind]
     own = config_of(kind, str(recorded["config"].get(chooser, kind.__dataclass_fields__[chooser].default)))

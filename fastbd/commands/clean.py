@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -100,7 +101,7 @@ def _check_ended(run: Path, saved: dict) -> None:
     if not (run / "result.json").exists():
         raise UserError(
             f"{run} is not at its end (step {saved['step']:,}, no result.json): go on with it by python -m "
-            f"fastbd {saved['about']['verb']} --resume {run}, or clean the model as it is with --force."
+            f"fastbd {saved['about']['verb']} --resume {quote(str(run))}, or clean the model as it is with --force."
         )
 
 

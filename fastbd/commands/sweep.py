@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def run(config: SweepConfig) -> int:
         with _watched(ledger):
             engine(partial(_work_in, ledger.folder, config), ledger.folder, count, config.device)
     except Stopped as stopped:
-        console.print(f"stopped; go on with: python -m fastbd sweep --out {ledger.folder}", markup=False)
+        console.print(f"stopped; go on with: python -m fastbd sweep --out {quote(str(ledger.folder))}", markup=False)
         return stopped.exit_code
     except UserError as error:  # of a process that has died; the others may have done its work
         if patiently(ledger.left, ledger.folder):
@@ -113,7 +114,7 @@ def _conclude(ledger: Ledger, began: float) -> int:
         if row.status.state == "failed":
             console.print(f"{row.run.name} failed: {row.status.reason}", markup=False)
     if "failed" in states:
-        again = f"python -m fastbd sweep --out {ledger.folder} --retry"
+        again = f"python -m fastbd sweep --out {quote(str(ledger.folder))} --retry"
         console.print(f"try what failed again with: {again}", markup=False)
     if blocked := states.count("blocked"):
         console.print(f"blocked by what failed: {blocked}", markup=False)

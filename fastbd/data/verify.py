@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -36,7 +37,9 @@ def check_whole(data: Beton | Shards, rows: np.ndarray | None = None, quiet: boo
 
 def said_of(data: Beton | Shards, damaged: np.ndarray, looked_at: int, whole: Path | None = None) -> str:
     """Return a sentence about the damaged rows and what to do; `whole` lists the others, where that is written."""
-    listed = whole or f"and the list that 'python -m fastbd doctor --data {data.path} --out whole.rows' writes"
+    listed = (
+        whole or f"and the list that 'python -m fastbd doctor --data {quote(str(data.path))} --out whole.rows' writes"
+    )
     return (
         f"{len(damaged):,} of {looked_at:,} rows of {data.path} are damaged, the first is "
         f"{data.whereabouts(int(damaged[0]))}: build it again, or leave them out with --rows-file {listed}."

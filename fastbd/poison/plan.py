@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -171,7 +172,7 @@ class Plan:
         if (fingerprint, total) != (self.data, self.total):
             raise UserError(
                 f"the poison plan was made for other data than {path}; make one for it with: "
-                f"python -m fastbd poison --data {path}."
+                f"python -m fastbd poison --data {quote(str(path))}."
             )
 
 

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from types import ModuleType
 
 import torch
@@ -218,7 +219,9 @@ def _why(exitcode: int, path: Path) -> str:
 
 
 def _died(how: str, folder: Path) -> UserError:
-    return UserError(f"a process of the sweep has died: {how}; resume with python -m fastbd sweep --out {folder}")
+    return UserError(
+        f"a process of the sweep has died: {how}; resume with python -m fastbd sweep --out {quote(str(folder))}"
+    )
 
 
 ENGINES = {"local": on_this_machine, "ray": on_ray}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import TypeVar
 
 from fastbd.base.console import console
@@ -38,7 +39,7 @@ def patiently(action: Callable[[], T], folder: Path) -> T:
                 raise
             why, limited = _in_words(fault, folder), getattr(fault, "errno", None) == errno.EFBIG
             fault = None  # with its frames, and the memory that they hold
-        again = f"resume with python -m fastbd sweep --out {folder}"
+        again = f"resume with python -m fastbd sweep --out {quote(str(folder))}"
         if limited:
             raise UserError(f"{why}, by a limit of this process (see ulimit -f): raise it, then {again}")
         if waited >= PATIENCE:

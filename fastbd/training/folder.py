@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, TextIO
 
 from fastbd.base import files
@@ -28,8 +29,8 @@ def check_place(config: Config) -> None:
         return
     if study := study_folder_of(config.resume):  # two would train it: a claim is the judge there
         raise UserError(
-            f"{config.resume} is part of the study in {study}: go on with python -m fastbd sweep --out {study}, or "
-            "copy the run to another place."
+            f"{config.resume} is part of the study in {study}: go on with python -m fastbd sweep "
+            f"--out {quote(str(study))}, or copy the run to another place."
         )
     files.check_out(config.resume, "--resume", instead="copy the run to where that is possible")
 

@@ -159,16 +159,16 @@ def test_ctrl_c_before_the_first_step_says_how_to_go_on(place, monkeypatch, caps
         interrupt()
 
     monkeypatch.chdir(place)
-    made, goes_on = run.RunFolder.make, "stopped; go on with: python -m fastbd pretrain --resume runs/early"
+    made, goes_on = run.RunFolder.make, "stopped; go on with: python -m fastbd pretrain --resume 'runs/so early'"
     with monkeypatch.context() as patch:
         patch.setattr(run.RunFolder, "make", make)
-        assert cli.main([*START, "--epochs", "1", "--out", "runs/early"]) == 130
+        assert cli.main([*START, "--epochs", "1", "--out", "runs/so early"]) == 130
         assert capsys.readouterr().out.splitlines()[-1] == goes_on
     for patched in ((setup, "place"), (opened.Opened, "pairs_limit")):
         with monkeypatch.context() as patch:
             patch.setattr(*patched, interrupt)
-            assert cli.main(["pretrain", "--resume", "runs/early"]) == 130
+            assert cli.main(["pretrain", "--resume", "runs/so early"]) == 130
             assert capsys.readouterr().out.splitlines()[-1] == goes_on
-            with pytest.raises(KeyboardInterrupt, match=r"go on with fastbd\.pretrain\(resume='runs/early'\)"):
-                fastbd.pretrain(resume="runs/early")
-    assert fastbd.pretrain(resume="runs/early").result["reason"] == "finished"
+            with pytest.raises(KeyboardInterrupt, match=r"go on with fastbd\.pretrain\(resume='runs/so early'\)"):
+                fastbd.pretrain(resume="runs/so early")
+    assert fastbd.pretrain(resume="runs/so early").result["reason"] == "finished"
