@@ -25,7 +25,7 @@ install: $(VENV)/installed  ## make .venv and install fastbd into it; CPU=1 leav
 
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard kernels/cpp/*)
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || { echo "fastbd needs Python 3.11 to 3.14; name one: make PYTHON=/path/to/python3.12"; exit 2; }
-	@echo "installing into $(VENV): $(if $(CPU),1.6 GB without CUDA$(COMMA) DALI and Triton; 1 to 8 minutes,7 GB with the libraries of CUDA; 3 to 15 minutes. make install CPU=1 needs 1.6 GB). The last step says nothing for minutes."
+	@echo "installing into $(VENV): $(if $(CPU),1.6 GB without CUDA$(COMMA) DALI and Triton; 1 to 10 minutes,7 GB with the libraries of CUDA; 3 to 15 minutes. make install CPU=1 needs 1.6 GB). The last step says nothing for minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(if $(HASHES),$(SHOWN) --require-hashes --requirement hashes.txt)
 	$(if $(CPU),$(SHOWN) --constraint constraints.txt $(CPU_INDEX) torch)
