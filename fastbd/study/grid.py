@@ -164,6 +164,10 @@ def with_overrides(
     flags = {name: value for name, value in flags.items() if value is not None}
     if "plan" in flags and len(settings(study, "attacks")) > 1:
         raise UserError(f"the study '{study.name}' compares attacks of its own; leave --plan out.")
+    given = flags | ({} if pretrain_epochs is None else {"pretrain_epochs": pretrain_epochs})
+    if study.pretrained and (vain := [name for name in ("model", "plan", "pretrain_epochs") if name in given]):
+        flag = vain[0].replace("_", "-")
+        raise UserError(f"the study '{study.name}' cleans models that are there already: leave --{flag} out.")
     both = {name: value for name, value in flags.items() if name in ("precision", "device")}
     pretrain = flags | ({} if pretrain_epochs is None else {"epochs": pretrain_epochs})
     clean = (flags if study.pretrained else both) | ({} if clean_epochs is None else {"epochs": clean_epochs})

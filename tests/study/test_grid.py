@@ -191,6 +191,10 @@ def test_overrides_go_where_they_belong(tmp_path):
         with_overrides(changed(attacks=({"trigger": ("sig", "badnet")},)), plan=Path("a.json"))
     there = with_overrides(changed(pretrain=(), pretrained=(tmp_path,)), eval_data=Path("v.beton"))
     assert all(entry["eval_data"] == Path("v.beton") for entry in there.clean)
+    for flag in ({"model": "tiny-rn"}, {"plan": Path("a.json")}, {"pretrain_epochs": 0}):
+        name = f"--{next(iter(flag)).replace('_', '-')}"
+        with pytest.raises(UserError, match=f"cleans models that are there already: leave {name} out"):
+            with_overrides(changed(pretrain=(), pretrained=(tmp_path,)), **flag)
 
 
 def test_a_study_survives_json(tmp_path):
