@@ -139,4 +139,5 @@ class Watch:
         self.background.wait()
 
     def __str__(self) -> str:
-        return f"{self.task.eval_data}, templates {self.data.about['templates']}"
+        seen = " (which it also trains on)" if self.eval_data.resolve() == self.task.data.resolve() else ""
+        return f"{self.eval_data}{seen}, templates {self.data.about['templates']}"

@@ -61,6 +61,16 @@ def test_a_run_that_another_process_trains_is_not_resumed(study, monkeypatch, tm
     second.folder.release()
 
 
+def test_an_evaluation_on_what_it_trains_on_is_told(study, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(study)
+    start(study)
+    for data, told in (("./val.beton", " (which it also trains on)"), ("train.beton", "")):
+        cleaning(
+            tmp_path / data.strip("./"), "--data", data, "--eval-data", "val.beton", "--rows", 24, "--no-ssl-text"
+        ).train()
+        assert f"evaluated on val.beton{told}, templates" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_last_line_counts_the_time_of_the_whole_run(study, monkeypatch, tmp_path, capsys):
     """As result.json does: also what passes until the data are open, and the evaluation of the start."""
     monkeypatch.chdir(study)
