@@ -34,6 +34,9 @@ def run(config: ReportConfig) -> int:
         return watch(config, out)
     if config.compare:
         first, second = (on_common_set(find([folder])) for folder in config.compare)
+        if {run.path.resolve() for run in first} == {run.path.resolve() for run in second}:
+            names = " ".join(map(str, config.compare))
+            raise UserError(f"--compare {names}: both are the same runs; give the folders of two studies.")
         compared = compare.write(_names(*config.compare), first, second, out, config.tables)
         for line in compare.told(compared):
             console.print(line, markup=False)

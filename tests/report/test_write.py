@@ -121,6 +121,14 @@ def test_report_of_no_runs_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_study_is_not_compared_with_itself(fake_runs, tmp_path):
+    (tmp_path / "link").symlink_to(fake_runs)
+    for same in (fake_runs, fake_runs / ".." / "runs", tmp_path / "link"):
+        with pytest.raises(UserError, match="both are the same runs; give the folders of two studies"):
+            report.run(ReportConfig(compare=(fake_runs, same), out=tmp_path / "report"))
+    assert not (tmp_path / "report").exists()
+
+
 def test_two_studies_side_by_side(fake_runs, large, tmp_path):
     out = tmp_path / "report"
     report.run(ReportConfig(compare=(fake_runs / "..", large), out=out))
