@@ -215,9 +215,7 @@ def _cloud(axes: Axes, runs: Sequence[Run], look: Looks) -> None:
         _front(axes, [run for run in cleaning if run.pretrain_objective == objective], objective, 5 - 17 * place)
     starts = _starts(runs)
     for objective, evaluation in starts:
-        edge: dict[str, Any] = {"mec": "black", "mew": 0.9} if fill(objective) == "full" else {"mew": 2}
-        style = _mark(objective, colour(objective)) | {"ms": 15} | edge
-        axes.plot(*_percent([evaluation], "asr", "top1"), marker="*", zorder=4, label="start", **style)
+        axes.plot(*_percent([evaluation], "asr", "top1"), ms=15, zorder=4, label="start", **_star(objective))
     axes.set(xlabel="Attack success rate (%)", ylabel="Zero-shot top-1 accuracy (%)", xlim=(-2, 102))
     _from_zero(axes, points + [e for _, e in starts] + peers)
     guess = chance(e for run in runs for e in run.metrics)
@@ -228,9 +226,9 @@ def _cloud(axes: Axes, runs: Sequence[Run], look: Looks) -> None:
 def _front(axes: Axes, runs: Sequence[Run], objective: str, above: float) -> None:
     """The best points of an objective; `above` that which the tables name, by so many points, its learning rate."""
     points = [(run, e) for run in runs for e in run.cleaned]
-    style: dict[str, Any] = dict(color=colour(objective), ls=dash(objective), lw=1, alpha=0.6, zorder=2)
     corners = front(e for _, e in points)
-    axes.step(*_percent(corners, "asr", "top1"), where="post", label="front", **style)
+    if len(corners) > 1:
+        axes.step(*_percent(corners, "asr", "top1"), where="post", zorder=2, label="front", **_line(objective))
     if found := best((e for _, e in points), CEILINGS[0]):
         told = next(run.config.get("lr") for run, e in points if e is found)
         if told:
@@ -239,6 +237,17 @@ def _front(axes: Axes, runs: Sequence[Run], objective: str, above: float) -> Non
                 textcoords="offset points", fontsize=9, color=colour(objective), zorder=5, bbox=PAPER
             )
             axes.annotate(f"lr {rate(told)}", at, (4, above), **how)
+
+
+def _star(objective: str) -> dict[str, Any]:
+    """The style of the model before cleaning."""
+    edge: dict[str, Any] = {"mec": "black", "mew": 0.9} if fill(objective) == "full" else {"mew": 2}
+    return _mark(objective, colour(objective)) | {"marker": "*"} | edge
+
+
+def _line(objective: str) -> dict[str, Any]:
+    """The style of the line through an objective's best points."""
+    return dict(color=colour(objective), ls=dash(objective), lw=1, alpha=0.6)
 
 
 def _full(run: Run) -> Sequence[AttackedEvaluation]:
@@ -316,6 +325,8 @@ def _loss_panels(logged: Sequence[Run]) -> list[list[tuple[str, str]]]:
     for verb in VERBS:
         lines = [line for run in logged if run.verb == verb for line in run.log]
         present = {key for line in lines for key, value in line.items() if value is not None} - LOGGED
+        if len(present) == 2 and all(line.get(key) == line.get("loss") for line in lines for key in present):
+            present.remove("loss")  # the one part that it has
         parts = sorted(present, key=lambda part: ([*LOSSES, part].index(part), part))
         rows += [[(verb, part) for part in parts[k : k + ACROSS]] for k in range(0, len(parts), ACROSS)]
     return rows
@@ -371,31 +382,40 @@ def _legend(figure: Figure, runs: Sequence[Run], look: Looks, *, named: bool = T
 
     The figure grows by the legend's height, so that the panels keep theirs.
     """
+    from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     shown = {line.get_label() for axes in figure.axes for line in axes.lines}
-    handles: list[Any] = []
-    for objective in sorted({run.pretrain_objective for run in runs}):
-        style = _mark(objective, colour(objective)) | {"ls": dash(objective), "ms": 7, "lw": 1.6}
-        handles.append(Line2D([], [], marker="o", label=f"pre-trained with {objective_name(objective)}", **style))
+    objectives = sorted({run.pretrain_objective for run in runs})
+    entries: dict[str, Any] = {}  # by label: what stands beside it, a tuple where that is several things
+    for name in objectives:
+        joined = {} if {"start", "front"} & shown else {"ls": dash(name), "lw": 1.6}
+        style = _mark(name, colour(name)) | joined
+        entries[f"pre-trained with {objective_name(name)}"] = Line2D([], [], marker="o", ms=7, **style)
     if "start" in shown:
-        handles.append(Line2D([], [], color="0.6", mec="black", marker="*", ms=12, ls="", label="before cleaning"))
+        entries["before cleaning"] = tuple(Line2D([], [], ms=12, **_star(name)) for name in objectives)
+    if "front" in shown:
+        entries["best points"] = tuple(Line2D([], [], **_line(name)) for name in objectives)
     if "published" in shown:
-        handles.append(Line2D([], [], color="0.55", marker="+", ms=6, ls="", label="published, other data"))
+        entries["published, other data"] = Line2D([], [], color="0.55", marker="+", ms=6, ls="")
     told = line_names(chance([e]) for run in runs for e in run.metrics)
     styles = {"ceiling": CEILING, "chance": CHANCE}
-    handles += [Line2D([], [], label=told[name], **styles[name]) for name in told if name in shown]
+    entries |= {told[name]: Line2D([], [], **styles[name]) for name in told if name in shown}
     marks = {look.name(run): look.marker(run) for run in runs if run.verb == "clean"} if named else {}
-    handles += [Line2D([], [], color="0.3", ms=6, ls="", label=name, marker=marks[name]) for name in sorted(marks)]
+    entries |= {name: Line2D([], [], color="0.3", ms=6, ls="", marker=marks[name]) for name in sorted(marks)}
     if any(run.config.get("lr") in look.rates for run in runs):
-        handles += [
-            Patch(color=shade("#303030", look.depth(lr)), label=f"lr {rate(lr)}")
-            for lr in _few(look.rates)  # a patch is wider than the square that is a method's mark
-        ]
-    columns = _columns([len(str(handle.get_label())) for handle in handles], figure.get_figwidth())
-    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * -(-len(handles) // columns))
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+        # A patch is wider than the square that is a method's mark.
+        entries |= {f"lr {rate(lr)}": Patch(color=shade("#303030", look.depth(lr))) for lr in _few(look.rates)}
+    columns = _columns([len(label) for label in entries], figure.get_figwidth())
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * -(-len(entries) // columns))
+    figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside upper left",
+        ncols=columns,
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+    )
 
 
 def _columns(lengths: Sequence[int], width: float) -> int:

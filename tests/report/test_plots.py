@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from fake_runs import write_study
+from matplotlib.lines import Line2D
 from PIL import Image
 from tables import table
 
@@ -29,6 +30,10 @@ def drawn(lines) -> set[tuple[float, float]]:
 
 def count(lines) -> int:
     return sum(len(line.get_xdata()) for line in lines)
+
+
+def look_of(line) -> tuple:
+    return line.get_color(), line.get_linestyle(), line.get_marker(), line.get_fillstyle()
 
 
 def legend(figure) -> list[str]:
@@ -65,12 +70,25 @@ def test_an_objective_a_method_and_a_rate_can_be_told_apart(fake_runs):
         "pre-trained with MMCL",
         "pre-trained with MMCL+SSL",
         "before cleaning",
+        "best points",
         "ASR 5% and 10%",
         "CleanCLIP",
         "Finetuning (MMCL)",
         "lr 3e-5",
         "lr 1e-4",
     ]
+
+
+def test_the_legend_has_stars_and_lines_as_the_panels_have_them(fake_runs):
+    """In scatters the line is that of the best points; in the others it is the course of a run."""
+    runs = find([fake_runs])
+    figure = plots.methods(runs)
+    beside = figure.legends[0].findobj(Line2D)
+    for name in ("start", "front"):
+        drawn_as = {look_of(line) for axes in figure.axes for line in marks(axes, name)}
+        assert len(drawn_as) == 2 and drawn_as <= {look_of(line) for line in beside}
+    assert beside[0].get_marker() == "o" and beside[0].get_linestyle() == "None"
+    assert plots.trajectories(runs).legends[0].findobj(Line2D)[0].get_linestyle() == "-"
 
 
 def test_the_rate_of_the_best_point_is_written_beside_it(fake_runs):
@@ -157,7 +175,14 @@ def test_curves_have_a_row_a_verb_and_a_column_a_part(fake_runs):
     assert [axes.get_title() for axes in figure.axes] == titles * 2
     assert [len(axes.lines) // 2 for axes in figure.axes] == [2, 2, 1, 1, 8, 8, 4, 4]
     figure = plots.curves(find([fake_runs / "mmcl"]))
-    assert [axes.get_title() for axes in figure.axes] == ["Total loss", "MMCL (image-text)"]
+    assert [axes.get_title() for axes in figure.axes if axes.axison] == ["MMCL (image-text)"]
+
+
+def test_a_total_that_is_not_its_one_part_has_its_own_curve(write_run, tmp_path):
+    log = [{"step": k, "epoch": k / 2, "loss": 2.0 / k, "mmcl": 1.0 / k} for k in (1, 2)]
+    write_run(tmp_path / "weighted", {"objective": "mmcl", "pretrain_objective": "mmcl"}, [], log)
+    titles = [axes.get_title() for axes in plots.curves(find([tmp_path])).axes]
+    assert titles == ["Total loss", "MMCL (image-text)"]
 
 
 def test_curves_are_drawn_of_more_than_one_row_and_have_names(write_run, tmp_path):
@@ -280,7 +305,7 @@ def test_svg_is_the_same_each_time(fake_runs):
 
 def test_png_is_150_dpi(fake_runs):
     image = Image.open(io.BytesIO(plots.png(plots.scatter(find([fake_runs])))))
-    assert image.format == "PNG" and image.size == (960, 750)
+    assert image.format == "PNG" and image.size == (960, 810)
     assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
 
