@@ -112,7 +112,7 @@ def run_rows(runs: Sequence[Run]) -> Rows:
 
 def _run_row(run: Run) -> dict[str, Any]:
     training, evaluating = tables.seconds(run)
-    fell, rise = tables.instability(run) or (None, None)
+    fell, rise, _ = tables.instability(run) or (None, None, None)
     back = next(iter(tables.rebounds(run)), {})
     return {
         **_about(run),

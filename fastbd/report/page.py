@@ -243,20 +243,23 @@ def _range(evaluations: Sequence[Evaluation], key: str) -> str:
 
 
 def _stability(runs: Sequence[Run]) -> dict[str, Any]:
-    """A row for each cleaned group, and the `worst` with the share of steps that it `falls` in; empty without rows."""
+    """A row for each cleaned group, and the `worst` with the share of steps that it `falls` in; empty without rows.
+
+    The worst is one of those where ASR rose by more than the evaluations' intervals; empty where there is none.
+    """
     rows, shares = [], {}
     every = cleaned_groups(runs)
     for group in every:
-        if found := [(run, *seen) for run in group.runs if (seen := tables.instability(run))]:
-            falls = [fall for _, fall, _ in found]
-            run, _, rise = max(found, key=lambda item: item[2])
+        if found := [(run, seen) for run in group.runs if (seen := tables.instability(run))]:
+            falls = [seen.fell for _, seen in found]
+            run, most = max(found, key=lambda item: item[1].rise)
             place = place_of(group, every)
-            shares[f"{group.method} after {group.model}" + (f" ({place})" if place else "")] = statistics.fmean(falls)
-            rows.append(_unstable(group, place, falls, rise, run))
-    if not rows:
-        return {}
-    worst = max(shares, key=shares.__getitem__)
-    return {"rows": rows, "worst": worst, "falls": f"{shares[worst]:.0%}" if shares[worst] else ""}
+            if any(seen.clear for _, seen in found) and any(falls):
+                name = f"{group.method} after {group.model}" + (f" ({place})" if place else "")
+                shares[name] = statistics.fmean(falls)
+            rows.append(_unstable(group, place, falls, most.rise, run))
+    worst = max(shares, key=shares.__getitem__, default="")
+    return {"rows": rows, "worst": worst, "falls": f"{shares[worst]:.0%}" if worst else ""} if rows else {}
 
 
 def _unstable(group: Group, place: str, falls: Sequence[float], rise: float, risen: Run) -> Line:

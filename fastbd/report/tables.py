@@ -6,8 +6,9 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from itertools import accumulate, pairwise
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from fastbd.base.evaluation import AttackedEvaluation, Evaluation, RecordedEvaluation
 from fastbd.base.run_folder import Run, slug
@@ -138,19 +139,27 @@ def _estimate(found: Sequence[tuple[tuple[Run, ...], Evaluation]], key: str) -> 
 # ---- along a run ----
 
 
-def instability(run: Run) -> tuple[float, float] | None:
-    """(share of the steps between evaluations in which accuracy fell while ASR rose, the largest rise of ASR).
+class Instability(NamedTuple):
+    """How unsteady a run was, over the evaluations from its start to its end."""
 
-    The rise is that from any evaluation after the start to any later one. None with fewer than two evaluations.
-    """
+    fell: float
+    """Share of the steps between two evaluations in which accuracy fell while ASR rose."""
+    rise: float
+    """The largest rise of ASR from any evaluation to a later one."""
+    clear: bool
+    """Whether the intervals of these two do not overlap."""
+
+
+def instability(run: Run) -> Instability | None:
+    """None with fewer than two evaluations."""
     path = [e for e in run.attacks if run.verb == "clean" and not e.get("subset")]
     if len(path) < 2:
         return None
     worse = [b["top1"] < a["top1"] and b["asr"] > a["asr"] for a, b in pairwise(path)]
-    after, rise = [e["asr"] for e in path if e["step"] > 0], 0.0
-    for k, asr in enumerate(after):
-        rise = max(rise, asr - min(after[: k + 1]))
-    return statistics.fmean(worse), rise
+    lowest = accumulate(path, lambda a, b: min(a, b, key=itemgetter("asr")))
+    low, high = max(zip(lowest, path, strict=True), key=lambda ends: ends[1]["asr"] - ends[0]["asr"])
+    clear = high.get("asr_low", high["asr"]) > low.get("asr_high", low["asr"])
+    return Instability(statistics.fmean(worse), high["asr"] - low["asr"], clear)
 
 
 def rebounds(run: Run) -> list[dict[str, Any]]:

@@ -282,6 +282,21 @@ def test_of_an_attack_that_landed_with_some_seeds_it_is_said_with_how_many(write
     assert "the attack landed with 1 of 3 seeds of the pre-training" in told(only[0], only)
 
 
+@pytest.mark.parametrize(("after", "said"), [(100, False), (70, True)])
+def test_the_least_stable_is_named_only_where_a_rise_is_clear(after, said, write_run, evaluation, tmp_path):
+    """From 99.6 or 60 % in two steps, the first of which goes up while accuracy falls."""
+    rows = [
+        evaluation(k, k, top1, asr / 100) for k, (top1, asr) in enumerate([(0.5, after - 10), (0.4, after), (0.4, 1)])
+    ]
+    rows[0] |= {} if said else evaluation(0, 0, 0.5, 0.996)
+    clean_run(write_run, tmp_path / "a", *rows)
+    text = " ".join(Page(page(find([tmp_path]), FIGURES)).text.split())
+    assert (
+        "Least stable: CleanCLIP after MMCL, where accuracy fell while ASR rose in 50% of the steps" in text
+    ) == said
+    assert f"50% {'10.0' if said else '0.4'} points a" in text
+
+
 def test_pretrained_only(fake_runs):
     rows = table(find([fake_runs / "mmcl"]))
     assert "not cleaned in these runs" in told(rows[0], rows)

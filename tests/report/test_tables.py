@@ -88,7 +88,7 @@ def test_evaluations_on_part_of_the_images_count_nowhere(write_run, evaluation, 
     rows = [evaluation(0, 0, 0.5, 0.9), evaluation(5, 0.5, 0.6, 0.0) | {"subset": True}, evaluation(10, 1, 0.4, 0.04)]
     write_run(tmp_path / "a", CLEAN | {"start": "/base"}, rows, [])
     (row,) = table(find([tmp_path]))
-    assert row.best[0].top1.mean == 0.4 and instability(find([tmp_path])[0]) == (0, 0)
+    assert row.best[0].top1.mean == 0.4 and instability(find([tmp_path])[0]) == (0, 0, False)
 
 
 def test_seeds_of_the_cleaning_stand_in_for_models_only_where_there_is_one(write_run, evaluation, tmp_path):
@@ -227,8 +227,17 @@ def test_a_model_that_no_run_cleans(fake_runs):
 def test_instability_by_hand(write_run, evaluation, tmp_path):
     points = (50, 99), (45, 20), (44, 30), (46, 35), (40, 15), (39, 18)
     cleaned(write_run, evaluation, tmp_path / "a", "/base", *points)
-    fell, rise = instability(find([tmp_path])[0])
+    fell, rise, clear = instability(find([tmp_path])[0])
     assert fell == pytest.approx(2 / 5) and rise == pytest.approx(0.15)  # 20 to 30 and 15 to 18; 20 to 35
+    assert clear
+
+
+@pytest.mark.parametrize(("after", "clear"), [(92, False), (97, True)])
+def test_a_rise_from_the_start_counts_as_every_other(after, clear, write_run, evaluation, tmp_path):
+    """760 triggered images: Wilson's interval of 90 % is 87.7 to 91.9 %; of 92 % from 89.9, of 97 % from 95.5."""
+    cleaned(write_run, evaluation, tmp_path / "a", "/base", (50, 90), (45, after), (44, 80))
+    fell, rise, found = instability(find([tmp_path])[0])
+    assert (fell, rise, found) == (1 / 2, pytest.approx((after - 90) / 100), clear)
 
 
 def test_rebound_from_result_and_from_evaluate(large, write_run, evaluation, tmp_path):
