@@ -89,6 +89,15 @@ class Run:
         return self.pretrain_objective, weights, str(self.config.get("checkpoint", "last"))
 
     @property
+    def unfinished(self) -> str:
+        """How far a run is that has not ended, as "at epoch 3 of 12"; empty where it has."""
+        at, epochs = (
+            max((row.get("epoch", 0) for row in self.metrics or self.log), default=0),
+            self.config.get("epochs"),
+        )
+        return "" if self.result or epochs is None or at >= epochs else f"at epoch {at:.3g} of {epochs:g}"
+
+    @property
     def start_step(self) -> int | None:
         """The step at which the model that is cleaned was; None in other runs, and where it was not recorded."""
         return self.recorded.get("start_step")
@@ -393,7 +402,7 @@ KINDS: Sequence[tuple[Any, str, str]] = (  # a kind of value, what it is called,
     (
         int | float | None,
         "a number",
-        "lr seed rows pairs poison_left start_step cpu_cores threads pairs_per_s data_wait of_limit "
+        "lr seed epochs rows pairs poison_left start_step cpu_cores threads pairs_per_s data_wait of_limit "
         "asr recovery val_loss drift_image drift_text agreement rebound_lr",
     ),
     (dict, "an object", "built cards"),

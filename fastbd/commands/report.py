@@ -18,7 +18,7 @@ from fastbd.config.flags import ReportConfig
 from fastbd.report import compare, export, interactive, tables, write
 from fastbd.report.finding import paragraphs
 from fastbd.report.format import MISSING, rate
-from fastbd.report.groups import place_of
+from fastbd.report.groups import cleaning_of, place_of
 from fastbd.report.page import BEST_WITHIN, rates
 
 SECONDS = 5  # between two looks of --watch
@@ -141,7 +141,7 @@ def table_1(table: Sequence[tables.Row]) -> Table:
         place = place_of(row.group, [other.group for other in table])
         shown.add_row(
             escape(row.group.model + (f" ({place})" if place else "")),
-            escape(row.group.method or "not cleaned"),
+            escape(cleaning_of(row.group)),
             str(row.replicates),
             *(MISSING if value is None else f"{100 * value.mean:.1f}" for value in numbers),
             ", ".join(map(rate, rates(strict))) or MISSING,

@@ -13,7 +13,7 @@ from fastbd.base.stats import Estimate
 from fastbd.report import export, plots
 from fastbd.report.alt import alts
 from fastbd.report.format import MINUS, MISSING, Cell, Line, estimate, number, share
-from fastbd.report.groups import HARMLESS, SEARCHED, Group
+from fastbd.report.groups import HARMLESS, SEARCHED, Group, ends
 from fastbd.report.head import head
 from fastbd.report.page import TABLE_1
 from fastbd.report.render import embedded, render
@@ -178,7 +178,7 @@ def rows(compared: Sides) -> export.Rows:
 
 def _lines(compared: Sides, pair: Pair) -> list[Line]:
     shown = [
-        _line(row.group.model, row.group.method or "not cleaned", name, _guess(row), _cells(row))
+        _line(row.group.model, row.group.method or "not cleaned", _study(name, row), _guess(row), _cells(row))
         for name, row in zip(compared.names, pair, strict=True)
         if row
     ]
@@ -187,6 +187,11 @@ def _lines(compared: Sides, pair: Pair) -> list[Line]:
         both = zip(_numbers(first), _numbers(second), strict=True)
         shown.append(_line("", "", "difference", "", (difference(*numbers) for numbers in both)))
     return shown
+
+
+def _study(name: str, row: Row) -> str:
+    """Return the study's name, and how many of the row's runs diverged or have not ended."""
+    return "; ".join(filter(None, (name, ends(row.group))))
 
 
 def _cells(row: Row) -> list[Cell]:

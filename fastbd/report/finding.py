@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastbd.base.evaluation import AttackedEvaluation
+from fastbd.base.stats import Estimate
 from fastbd.base.tradeoff import CEILINGS
 from fastbd.report.format import between, percent, points, share
-from fastbd.report.groups import place_of
+from fastbd.report.groups import ends, place_of
 from fastbd.report.tables import Row
 from fastbd.report.verdict import (
     BASE,
@@ -40,10 +42,16 @@ def paragraphs(table: Sequence[Row]) -> list[tuple[str, str]]:
 
 def told(row: Row, where: str = "") -> str:
     """Return a sentence on what cleaning made of the models of a row, which begins with `where` ("After MMCL")."""
-    where = where or f"After {row.group.model}"
+    where, ended = where or f"After {row.group.model}", ends(row.group)
+    lowest, kept = row.lowest, row.best[0].kept
+    if lowest is None or kept is None:
+        return f"{where} {ended}, and no cleaned model was evaluated." if ended else f"{where}: no evaluation yet."
+    return _made(row, where, lowest, kept) + (f" {ended[0].upper()}{ended[1:]}." if ended else "")
+
+
+def _made(row: Row, where: str, lowest: AttackedEvaluation, kept: Estimate) -> str:
+    """Return what cleaning came to; `lowest` is the row's evaluation of lowest ASR, `kept` its share of accuracy."""
     best, ceiling, n = row.best[0], f"ASR ≤ {CEILINGS[0]:.0%}", row.replicates
-    if row.lowest is None or best.kept is None:
-        return f"{where}: no evaluation yet."
     if not landed(row):
         did, measured = landings(row)
         if did:
@@ -53,16 +61,13 @@ def told(row: Row, where: str = "") -> str:
         return f"{where} the accuracy before cleaning was {weak}, so there was nothing to keep."
     if best.top1 is None:
         none = "no evaluation" if n == 1 else f"none of {n} seeds"
-        lowest = (
-            f"the lowest ASR is {percent(row.lowest['asr'], row.lowest, 'asr')}, at top-1 {share(row.lowest['top1'])}"
-        )
-        return f"{where} {none} came down to {ceiling}; {lowest}."
+        asr = percent(lowest["asr"], lowest, "asr")
+        return f"{where} {none} came down to {ceiling}; the lowest ASR is {asr}, at top-1 {share(lowest['top1'])}."
     if n == 1:
         top1 = f"top-1 {share(best.top1.mean)}{between(best.top1)}"
-        return f"{where} it came down to {ceiling} with {top1}, {share(best.kept.mean)} of that before."
+        return f"{where} it came down to {ceiling} with {top1}, {share(kept.mean)} of that before."
     some = "" if best.reached == n else f" ({best.reached} of {n} seeds came down to it; the others count as 0)"
-    kept = f"{share(best.kept.mean)}{between(best.kept)}"
-    return f"{where} it kept {kept} of the accuracy at {ceiling}{some}."
+    return f"{where} it kept {share(kept.mean)}{between(kept)} of the accuracy at {ceiling}{some}."
 
 
 def _after(pair: Comparison) -> str:

@@ -15,6 +15,7 @@ from fastbd.base.run_folder import Run, flags_of, method_name, objective_name, r
 from fastbd.config.cards import OBJECTIVES
 from fastbd.config.fields import marked
 from fastbd.config.flags import CLEANING, IMMATERIAL, TRAINING
+from fastbd.report.format import rate
 
 Settings = tuple[tuple[str, str], ...]  # (flag, it and its value in words)
 Kind = tuple[str, tuple[str, str, str], Settings, str, Settings]  # what a Group has beside its runs
@@ -91,6 +92,31 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 def cleaned_groups(runs: Sequence[Run]) -> list[Group]:
     """Those of a cleaning method; `runs` with the pre-training ones, which tell what sets the models apart."""
     return [group for group in groups(runs) if group.method]
+
+
+def ends(group: Group) -> str:
+    """How many of the group's runs diverged, and how many have not ended, in words; empty where none."""
+    diverged = [run for run in group.runs if run.result.get("reason") == "diverged"]
+    going = [run for run in group.runs if run.unfinished]
+    said = []
+    if diverged:
+        rates = ", ".join(rate(lr) for lr in sorted({run.config.get("lr") or 0 for run in diverged}) if lr)
+        said.append(f"{_some(diverged, group)} diverged" + (f" (lr {rates})" if rates else ""))
+    if going:
+        place = f" has not ended ({going[0].unfinished})" if len(going) == 1 else " have not ended"
+        said.append(_some(going, group) + place)
+    return " and ".join(said)
+
+
+def cleaning_of(group: Group) -> str:
+    """The group's cleaning, or that there is none, with what ends() says."""
+    return "; ".join(filter(None, (group.method or "not cleaned", ends(group))))
+
+
+def _some(runs: Sequence[Run], group: Group) -> str:
+    """Those of the group's runs, "1 of 3 runs"."""
+    name = "run" if group.method else "pre-training"
+    return f"the {name}" if len(group.runs) == 1 else f"{len(runs)} of {len(group.runs)} {name}s"
 
 
 def replicates(group: Group) -> list[tuple[Run, ...]]:

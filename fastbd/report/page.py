@@ -31,7 +31,7 @@ from fastbd.report.format import (
     share,
     split,
 )
-from fastbd.report.groups import Group, cleaned_groups, common, groups, place_of
+from fastbd.report.groups import Group, cleaned_groups, cleaning_of, common, ends, groups, place_of
 from fastbd.report.head import head
 from fastbd.report.plots import VERBS
 from fastbd.report.render import embedded, render
@@ -96,6 +96,8 @@ def told(row: Row, table: Sequence[Row]) -> str:
     if row.top1 is None or row.asr is None:
         return f"{name}: no ASR was measured before cleaning, so there is nothing to say about a backdoor."
     state = f"top-1 {share(row.top1.mean)}, ASR {share(row.asr.mean)}"
+    if not row.group.method and (ended := ends(row.group)):
+        return f"{name}: {ended}; so far {state}."
     if not verdict.landed(row):
         did, measured = verdict.landings(row)
         if did:
@@ -147,7 +149,7 @@ def cells(row: Row, place: str = "") -> list[Cell]:
     group, (strict, loose), guess = row.group, row.best, verdict.guessing(row)
     return [
         (group.model, place),
-        (group.method or "not cleaned", _count(len(group.runs))),
+        (cleaning_of(group), _count(len(group.runs))),
         (str(row.replicates), _seeds(row)),
         estimate(row.top1, guess),
         estimate(row.asr),

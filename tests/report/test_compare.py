@@ -45,6 +45,13 @@ def test_a_setting_that_differs_is_named_above_the_table(study):
     assert [line["Study"] for line in lines(compared)] == ["one", "other", "difference"]
 
 
+def test_runs_that_diverged_are_told_beside_their_study(study, tmp_path):
+    study("one", [({"lr": 1e9}, (40, 1))]), study("other", [({"lr": 1e-3}, (45, 1))])
+    (tmp_path / "one" / "clean0" / "result.json").write_text('{"reason": "diverged"}')
+    compared = sides(NAMES, *(find([tmp_path / name]) for name in NAMES))
+    assert [line["Study"] for line in lines(compared)] == ["one; the run diverged (lr 1e9)", "other", "difference"]
+
+
 def test_brackets_in_a_name_are_shown_in_the_terminal(study):
     runs = study("one", [({"tau": 0.0}, (40, 1))])
     shown = io.StringIO()

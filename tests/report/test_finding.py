@@ -6,7 +6,7 @@ import pytest
 
 from fastbd.base.run_folder import find
 from fastbd.base.stats import difference
-from fastbd.report.finding import paragraphs
+from fastbd.report.finding import paragraphs, told
 from fastbd.report.tables import table
 from fastbd.report.verdict import comparisons
 
@@ -183,6 +183,32 @@ def test_levels_that_differ_in_two_things_are_not_compared(cleanings):
     rows = cleanings([((4, {"tau": 0.0}, 50, 20), GOOD), ((16, {"tau": 2.15}, 50, 20), POOR)])
     assert comparisons(rows) == []
     assert paragraphs(rows)[0][0].startswith("No two cleanings here differ in one thing alone")
+
+
+@pytest.fixture
+def broken(write_run, evaluation, tmp_path):
+    """Cleanings of one model by CleanCLIP at (lr, whether it was evaluated after its start), each of them diverged."""
+
+    def make(*ends):
+        for lr, evaluated in ends:
+            config = {"verb": "clean", "method": "cleanclip", "objective": "mmcl_ssl", "pretrain_objective": "mmcl"}
+            rows = [evaluation(0, 0, 0.5, 0.99), evaluation(9, 1, 0.4, 0.01)][: 1 + evaluated]
+            config |= {"start": "/base", "config": {"lr": lr, "epochs": 3, "seed": 0}}
+            write_run(tmp_path / f"{lr}", config, rows, [], {"reason": "finished" if evaluated else "diverged"})
+        return table(find([tmp_path]))
+
+    return make
+
+
+def test_a_cleaning_that_diverged_says_so(broken):
+    (row,) = broken((1e9, False))
+    assert told(row) == "After MMCL the run diverged (lr 1e9), and no cleaned model was evaluated."
+
+
+def test_of_several_cleanings_it_is_said_how_many_diverged(broken):
+    (row,) = broken((1e9, False), (1e-3, True), (1e-4, True))
+    assert told(row).startswith("After MMCL it came down to ASR")
+    assert told(row).endswith(" 1 of 3 runs diverged (lr 1e9).")
 
 
 def test_the_paper_is_named_for_its_own_method_only(compared):

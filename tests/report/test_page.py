@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import tomllib
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 from pages import Page
+from rich.console import Console
 
 import fastbd.report
 from fastbd.base.console import duration
 from fastbd.base.run_folder import find
+from fastbd.commands.report import table_1
 from fastbd.report import compare, export, write
 from fastbd.report.format import percent, rate, share
 from fastbd.report.head import head
@@ -280,6 +283,19 @@ def test_of_an_attack_that_landed_with_some_seeds_it_is_said_with_how_many(write
     )
     only = table(find([tmp_path / f"s{seed}" for seed in range(3)]))
     assert "the attack landed with 1 of 3 seeds of the pre-training" in told(only[0], only)
+
+
+def test_a_pretraining_that_has_not_ended_is_not_shown_as_if(write_run, evaluation, tmp_path):
+    config = {"objective": "mmcl", "pretrain_objective": "mmcl", "config": {"epochs": 12}}
+    write_run(tmp_path / "a", config, [evaluation(10 * k, k, 0.1 * k, 0.3 * k) for k in (1, 2, 3)], [])
+    (row,) = rows = table(find([tmp_path]))
+    assert told(row, rows) == "MMCL: the pre-training has not ended (at epoch 3 of 12); so far top-1 30.0%, ASR 90.0%."
+    assert (
+        "not cleaned; the pre-training has not ended (at epoch 3 of 12)" in Page(page(find([tmp_path]), FIGURES)).text
+    )
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(table_1(rows))
+    assert "the pre-training has not ended (at epoch 3 of 12)" in " ".join(shown.getvalue().split())
 
 
 @pytest.mark.parametrize(("after", "said"), [(100, False), (70, True)])

@@ -7,7 +7,7 @@ import pytest
 
 from fastbd.base.run_folder import find
 from fastbd.base.stats import over
-from fastbd.report.groups import by_seed, cleaned_groups, groups, models, place_of, replicates
+from fastbd.report.groups import by_seed, cleaned_groups, cleaning_of, ends, groups, models, place_of, replicates
 from fastbd.report.tables import best_of, costs, instability, rebounds, seconds, table
 
 CLEAN = {"verb": "clean", "method": "cleanclip", "objective": "mmcl_ssl", "pretrain_objective": "mmcl"}
@@ -238,6 +238,19 @@ def test_a_rise_from_the_start_counts_as_every_other(after, clear, write_run, ev
     cleaned(write_run, evaluation, tmp_path / "a", "/base", (50, 90), (45, after), (44, 80))
     fell, rise, found = instability(find([tmp_path])[0])
     assert (fell, rise, found) == (1 / 2, pytest.approx((after - 90) / 100), clear)
+
+
+def test_runs_that_diverged_or_have_not_ended_are_counted(write_run, evaluation, tmp_path):
+    """Without a result.json a run has ended where its last evaluation is of its last epoch."""
+    made = {"a": (1.0, 1, {"reason": "diverged"}), "b": (1e-4, 1, None), "c": (1e-4, 3, None), "d": (1e-3, 1, None)}
+    for name, (lr, epoch, result) in made.items():
+        config = CLEAN | {"start": "/base", "config": {"lr": lr, "epochs": 3, "seed": 0}}
+        write_run(tmp_path / name, config, [evaluation(10 * epoch, epoch, 0.5, 0.9)], [], result)
+    (group,) = groups(find([tmp_path]))
+    assert cleaning_of(group) == "CleanCLIP; 1 of 4 runs diverged (lr 1e0) and 2 of 4 runs have not ended"
+    assert ends(groups(find([tmp_path / name for name in "bc"]))[0]) == "1 of 2 runs has not ended (at epoch 1 of 3)"
+    assert ends(groups(find([tmp_path / "a"]))[0]) == "the run diverged (lr 1e0)"
+    assert cleaning_of(groups(find([tmp_path / "c"]))[0]) == "CleanCLIP"
 
 
 def test_rebound_from_result_and_from_evaluate(large, write_run, evaluation, tmp_path):
