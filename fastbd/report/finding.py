@@ -8,7 +8,7 @@ from fastbd.base.evaluation import AttackedEvaluation
 from fastbd.base.stats import Estimate
 from fastbd.base.tradeoff import CEILINGS
 from fastbd.report.format import between, percent, points, share
-from fastbd.report.groups import ends, place_of
+from fastbd.report.groups import Group, ends, place_of
 from fastbd.report.tables import Row
 from fastbd.report.verdict import (
     BASE,
@@ -151,11 +151,37 @@ def _without_pair(table: Sequence[Row]) -> str:
     cleaned = [row for row in table if row.group.method]
     if not cleaned:
         return "Nothing was cleaned in these runs, so they say nothing on the question yet."
-    if not any(row.best[0].kept for row in cleaned):
+    known = [row.group for row in cleaned if row.best[0].kept]
+    if not known:
         return "No cleaning has been evaluated with ASR yet, so there is nothing to say on the question."
     if len(cleaned) == 1:
         return "These runs clean one kind of model in one way, so there is nothing to compare."
-    return "No two cleanings here differ in one thing alone, so no difference can be put down to anything."
+    if len(known) == 1:
+        return "Only one of the cleanings here has been evaluated with ASR, so there is nothing to compare."
+    *others, last = _differing(known)
+    things = f"{', '.join(others)} and {last}"
+    return (
+        f"No two cleanings here differ in one thing alone: {things} differ, so nothing can be put down to one of them."
+    )
+
+
+def _differing(groups: Sequence[Group]) -> list[str]:
+    """Return what the groups differ in, in words: what comparisons go by, and what was searched."""
+    found = [
+        {"pre-training": group.objective}
+        | {axis.name: axis.level(group) for axis in PLACES}
+        | {f"{_plain(flag)} of the pre-training": said for flag, said in group.varied}
+        | {"method": group.cleaning}
+        | {_plain(flag): said for flag, said in group.settings}
+        | {_plain(flag): {run.config.get(flag) for run in group.runs} for flag in ("epochs", "lr")}
+        for group in groups
+    ]
+    names = dict.fromkeys(name for each in found for name in each)
+    return [name for name in names if any(each.get(name) != found[0].get(name) for each in found)]
+
+
+def _plain(flag: str) -> str:
+    return "pairs" if flag == "rows" else flag.replace("_", " ")
 
 
 SPELT_OUT = 3  # comparisons of the first method

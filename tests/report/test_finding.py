@@ -182,7 +182,25 @@ def test_a_model_near_chance_gives_no_verdict(cleanings, before, classes, verdic
 def test_levels_that_differ_in_two_things_are_not_compared(cleanings):
     rows = cleanings([((4, {"tau": 0.0}, 50, 20), GOOD), ((16, {"tau": 2.15}, 50, 20), POOR)])
     assert comparisons(rows) == []
-    assert paragraphs(rows)[0][0].startswith("No two cleanings here differ in one thing alone")
+    assert paragraphs(rows)[0][0] == (
+        "No two cleanings here differ in one thing alone: attack and tau differ, "
+        "so nothing can be put down to one of them."
+    )
+
+
+def test_what_two_methods_differ_in_besides_is_named(write_run, evaluation, tmp_path):
+    for method, rows, lr in (("par", 500, 1e-4), ("cleanclip", 1000, 1e-3)):
+        config = {
+            "verb": "clean",
+            "method": method,
+            "objective": "mmcl",
+            "pretrain_objective": "mmcl",
+            "start": "/base",
+        }
+        config["config"] = {"rows": rows, "lr": lr, "epochs": 3, "seed": 0}
+        write_run(tmp_path / method, config, [evaluation(0, 0, 0.5, 0.99), evaluation(9, 3, 0.5, 0.01)], [])
+    ((claim, _),) = paragraphs(table(find([tmp_path])))
+    assert "differ in one thing alone: method, pairs and lr differ" in claim
 
 
 @pytest.fixture
@@ -209,6 +227,15 @@ def test_of_several_cleanings_it_is_said_how_many_diverged(broken):
     (row,) = broken((1e9, False), (1e-3, True), (1e-4, True))
     assert told(row).startswith("After MMCL it came down to ASR")
     assert told(row).endswith(" 1 of 3 runs diverged (lr 1e9).")
+
+
+def test_one_cleaning_that_was_evaluated_beside_another_that_was_not_is_no_comparison(broken, write_run, tmp_path):
+    broken((1e9, False))
+    start = find([tmp_path])[0]
+    write_run(tmp_path / "par", start.recorded | {"method": "par", "name": "par"}, list(start.metrics), [])
+    assert "No cleaning has been evaluated" in paragraphs(table(find([tmp_path])))[0][0]
+    broken((1e-3, True))
+    assert paragraphs(table(find([tmp_path])))[0][0].startswith("Only one of the cleanings here has been evaluated")
 
 
 def test_the_paper_is_named_for_its_own_method_only(compared):
