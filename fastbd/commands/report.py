@@ -16,10 +16,9 @@ from fastbd.base.errors import UserError
 from fastbd.base.run_folder import find, on_common_set
 from fastbd.config.flags import ReportConfig
 from fastbd.report import compare, export, interactive, tables, write
-from fastbd.report.finding import paragraphs
 from fastbd.report.format import MISSING, rate
 from fastbd.report.groups import cleaning_of, place_of
-from fastbd.report.page import BEST_WITHIN, rates
+from fastbd.report.page import BEST_WITHIN, answer, rates
 
 SECONDS = 5  # between two looks of --watch
 WATCHED = ("config.json", "metrics.jsonl", "result.json")
@@ -45,7 +44,7 @@ def run(config: ReportConfig) -> int:
         runs = on_common_set(find(config.runs))
         write.write(runs, out, config.tables)
         table = tables.table(runs)
-        for claim, ground in paragraphs(table):
+        for claim, ground in answer(table):
             console.print(f"{claim} {ground}".strip(), markup=False)
         console.print(table_1(table))
     if not config.compare and not interactive.installed():

@@ -17,6 +17,7 @@ from fastbd.report.verdict import (
     PLACES,
     PUBLISHED,
     Comparison,
+    cleaned_near_chance,
     comparisons,
     landed,
     landings,
@@ -63,11 +64,12 @@ def _made(row: Row, where: str, lowest: AttackedEvaluation, kept: Estimate) -> s
         none = "no evaluation" if n == 1 else f"none of {n} seeds"
         asr = percent(lowest["asr"], lowest, "asr")
         return f"{where} {none} came down to {ceiling}; the lowest ASR is {asr}, at top-1 {share(lowest['top1'])}."
+    weak = f", {weak}" if (weak := cleaned_near_chance(row)) else ""
     if n == 1:
         top1 = f"top-1 {share(best.top1.mean)}{between(best.top1)}"
-        return f"{where} it came down to {ceiling} with {top1}, {share(kept.mean)} of that before."
+        return f"{where} it came down to {ceiling} with {top1}, {share(kept.mean)} of that before{weak}."
     some = "" if best.reached == n else f" ({best.reached} of {n} seeds came down to it; the others count as 0)"
-    return f"{where} it kept {share(kept.mean)}{between(kept)} of the accuracy at {ceiling}{some}."
+    return f"{where} it kept {share(kept.mean)}{between(kept)} of the accuracy at {ceiling}{some}{weak}."
 
 
 def _after(pair: Comparison) -> str:

@@ -61,7 +61,7 @@ def page(
         files=[name for name in files if name.startswith("tables/")],
         drawn={name for name in files if name.endswith(".svg")},
         interactive=interactive,
-        answer=_answer(table),
+        answer=answer(table),
         comparisons=_comparisons(table),
         of_objectives=any(pair.axis is verdict.OBJECTIVE for pair in verdict.comparisons(table)),
         rule=verdict.RULE,
@@ -82,7 +82,7 @@ def page(
 # ---- the answer ----
 
 
-def _answer(table: Sequence[Row]) -> list[tuple[str, str]]:
+def answer(table: Sequence[Row]) -> list[tuple[str, str]]:
     """(claim, what it rests on), and with no claim what is to be said of each row that is compared with no other."""
     compared = {id(row) for pair in verdict.comparisons(table) for row in (pair.base, pair.other)}
     alone = [("", told(row, table)) for row in table if id(row) not in compared]

@@ -15,10 +15,10 @@ over the top-1 before cleaning, 0 where no evaluation is within 5 %. The differe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fastbd.base.evaluation import RecordedEvaluation, measures_asr
 from fastbd.base.run_folder import Run
@@ -229,11 +229,17 @@ def guessing(row: Row) -> float | None:
 
 def near_chance(row: Row) -> str | None:
     """Return, in words, that some model of the row was hardly more accurate than guessing; None where none was."""
-    guess = guessing(row)
-    if guess is None:
-        return None
-    least = min((e.get("top1_low", e["top1"]) for _, e in _before(row) if "top1" in e), default=1.0)
-    return f"near chance, which is {share(guess)}" if is_near_chance(least, guess) else None
+    return _near_chance((e for _, e in _before(row) if "top1" in e), guessing(row))
+
+
+def cleaned_near_chance(row: Row) -> str | None:
+    """Return the same of the best cleaned models within the first ceiling of ASR."""
+    return _near_chance((point[1] for point in row.best[0].points if point), guessing(row))
+
+
+def _near_chance(evaluations: Iterable[Mapping[str, Any]], guess: float | None) -> str | None:
+    least = min((e.get("top1_low", e["top1"]) for e in evaluations), default=1.0)
+    return f"near chance, which is {share(guess)}" if guess is not None and is_near_chance(least, guess) else None
 
 
 def _before(row: Row) -> list[tuple[Run, RecordedEvaluation]]:

@@ -113,6 +113,12 @@ def test_terminal_has_the_answer_and_the_table(fake_runs, tmp_path, capsys):
     assert f"wrote {tmp_path / 'report/index.html'}" in said
 
 
+def test_terminal_tells_of_a_model_by_itself_as_the_page_does(fake_runs, tmp_path, capsys):
+    report.run(ReportConfig(runs=(fake_runs / "mmcl",), out=tmp_path / "report"))
+    said = "MMCL: backdoored (top-1 57.7%, ASR 99.7%), and not cleaned in these runs."
+    assert said in capsys.readouterr().out and said in (tmp_path / "report/index.html").read_text()
+
+
 def test_report_of_no_runs_writes_nothing(tmp_path):
     with pytest.raises(UserError, match="no run folder"):
         report.run(ReportConfig(runs=(tmp_path,), out=tmp_path / "report"))
