@@ -64,7 +64,7 @@ def _made(row: Row, where: str, lowest: AttackedEvaluation, kept: Estimate) -> s
         none = "no evaluation" if n == 1 else f"none of {n} seeds"
         asr = percent(lowest["asr"], lowest, "asr")
         return f"{where} {none} came down to {ceiling}; the lowest ASR is {asr}, at top-1 {share(lowest['top1'])}."
-    weak = f", {weak}" if (weak := cleaned_near_chance(row)) else ""
+    weak = f", {'with a seed ' * (n > 1)}{weak}" if (weak := cleaned_near_chance(row)) else ""
     if n == 1:
         top1 = f"top-1 {share(best.top1.mean)}{between(best.top1)}"
         return f"{where} it came down to {ceiling} with {top1}, {share(kept.mean)} of that before{weak}."

@@ -59,7 +59,7 @@ class Group:
 
 def groups(runs: Sequence[Run]) -> list[Group]:
     """A group for each (pre-trained model, method), and one for each model that no run cleans."""
-    sizes = _sizes(runs)
+    sizes = {_asked(run) for run in runs if run.verb == "clean"}
     gone_on = _gone_on(runs)
     compared = {name: _compared(alike) for name, alike in _by_method(runs).items()}
     named: dict[str, list[Run]] = {}
@@ -224,27 +224,19 @@ def _in_words(settings: Settings) -> str:
     return ", ".join(words for _, words in settings)
 
 
-def _cleaned_on(run: Run, start: dict[str, Any] | None, sizes: Mapping[int, str]) -> Settings:
+def _cleaned_on(run: Run, start: dict[str, Any] | None, sizes: set[int]) -> Settings:
     """What sets a cleaning set apart: its size, by --rows, other data than the pre-training's, poison left in it."""
     left = run.config.get("poison_left")
     words = {
-        "rows": sizes[_asked(run)] if len(set(sizes.values())) > 1 else "",
+        "rows": f"up to {_asked(run):,} pairs" if len(sizes) > 1 else "",  # there may be fewer
         "data": f"of {_data(run.recorded)}" if start and _data(start) != _data(run.recorded) else "",
         "poison_left": f"{left:,} poisoned pairs left" if left else "",
     }
     return tuple((name, said) for name, said in words.items() if said)
 
 
-def _sizes(runs: Sequence[Run]) -> dict[int, str]:
-    """Return the pairs of cleanings in words, by --rows: there may be fewer, and not as many for each model."""
-    used: dict[int, set[int]] = {}
-    for run in runs:
-        if run.verb == "clean":
-            used.setdefault(_asked(run), set()).add(run.recorded.get("pairs", _asked(run)))
-    return {n: f"{'up to ' * (len(found) > 1)}{max(found):,} pairs" for n, found in used.items()}
-
-
 def _asked(run: Run) -> int:
+    """Return --rows, by which cleanings of two studies are alike; how many there were depends on the attack."""
     return run.config.get("rows") or 0
 
 

@@ -319,7 +319,7 @@ class Opened:
         )
         limit = batch * self.world.size / seconds
         self._say(
-            f"limit of this machine: {limit:,.0f} pairs/s, by its matrix products ({rates.matmul / 1e9:,.3g} GFLOP/s) "
+            f"limit of this machine: {limit:,.0f} pairs/s, by its matrix products ({rates.matmul / 1e9:,.1f} GFLOP/s) "
             f"and memory ({rates.bandwidth / 1e9:.3g} GB/s), both measured now"
         )
         return limit

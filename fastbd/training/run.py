@@ -164,9 +164,8 @@ class Run:
     def _train(self) -> str:
         config, task, opened = self.config, self.task, self.opened
         fewer, unwatched = _fewer(task.rows, config, "rows"), _fewer(task.held_out, config, "watch")
-        watched = (
-            f", {len(task.held_out) or 'no'} held-out pairs watched{unwatched}" if opened.watch and unwatched else ""
-        )
+        some = f"{len(task.held_out):,}" if len(task.held_out) else "no"
+        watched = f", {some} held-out pairs watched{unwatched}" if opened.watch and unwatched else ""
         other = opened.total and opened.warmup not in (None, config.warmup)
         cut = f" ({opened.warmup:,} of warm-up; --warmup {config.warmup:,})" if other else ""
         planned = int((task.plan.attack_of[task.rows] >= 0).sum()) if task.plan and task.poisoned else 0

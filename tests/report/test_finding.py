@@ -187,6 +187,11 @@ def test_a_cleaned_model_near_chance_is_told(cleanings):
     assert fair.endswith("50.0% of that before.")
 
 
+def test_one_cleaned_model_of_several_near_chance_is_told(cleanings):
+    (row,) = cleanings([((4, {}, 50, 20), [(25, 1), (9, 1), (25, 1)])])
+    assert told(row).endswith("of the accuracy at ASR ≤ 5%, with a seed near chance, which is 5.0%.")
+
+
 def test_levels_that_differ_in_two_things_are_not_compared(cleanings):
     rows = cleanings([((4, {"tau": 0.0}, 50, 20), GOOD), ((16, {"tau": 2.15}, 50, 20), POOR)])
     assert comparisons(rows) == []

@@ -197,23 +197,9 @@ def test_cleaning_sets_are_rows_of_their_own(write_run, evaluation, tmp_path):
         flags = {"rows": rows, "poison_left": left, "seed": 0}
         cleaned(write_run, evaluation, tmp_path / f"{rows}-{left}", "/gone/x", (50, 99), (45, 1), **flags)
     assert [group.method for group in groups(find([tmp_path]))] == [
-        "CleanCLIP, 1,000 pairs",
-        "CleanCLIP, 1,000 pairs, 5 poisoned pairs left",
-        "CleanCLIP, 2,000 pairs",
-    ]
-
-
-def test_cleaning_sets_are_called_by_the_pairs_that_there_were(write_run, evaluation, tmp_path):
-    """--rows asks for so many at most: of models with fewer, as of two seeds here, for the most of them."""
-    for name, rows, pairs in (("a", 1000, 1000), ("b", 2000, 1700), ("c", 2000, 1699), ("d", 3000, 1700)):
-        path = tmp_path / name
-        cleaned(write_run, evaluation, path, "/gone/x", (50, 99), (45, 1), rows=rows, seed=0)
-        recorded = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps(recorded | {"pairs": pairs}))
-    assert [(group.method, len(group.runs)) for group in groups(find([tmp_path]))] == [
-        ("CleanCLIP, 1,000 pairs", 1),
-        ("CleanCLIP, 1,700 pairs", 1),
-        ("CleanCLIP, up to 1,700 pairs", 2),
+        "CleanCLIP, up to 1,000 pairs",
+        "CleanCLIP, up to 1,000 pairs, 5 poisoned pairs left",
+        "CleanCLIP, up to 2,000 pairs",
     ]
 
 
